@@ -1,0 +1,58 @@
+# Every target sets up what it needs from the package index; state stays inside the checkout.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export VERITUNE_CACHE ?= $(CURDIR)/.cache/veritune
+export VERITUNE_HOME ?= $(CURDIR)/.cache/home
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help setup demo up test check format chaos bench model clean
+
+help: ## This list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(READY) ## The environment in .venv, every version pinned
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (the first time takes a few minutes)"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) -e '.[worker,embedded,dev]'
+	@touch $@
+
+model: $(READY) ## The small base model, fetched and converted once
+	@$(BIN)/python -m worker.models fetch smollm2-135m --cache $(VERITUNE_CACHE) > /dev/null
+
+demo: model ## The whole promise: upload, train, publish, judge held-out claims
+	@$(BIN)/veritune demo
+
+up: model ## Run the service until Ctrl-C: http://127.0.0.1:8000/docs
+	@$(BIN)/veritune up
+
+test: model ## Lint, types, imports, and all tests but the slow suites
+	@$(MAKE) --no-print-directory check
+	@$(BIN)/python -m pytest -q -m "not chaos"
+
+check: $(READY) ## Lint, types and import rules
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/lint-imports --no-logo > .cache/imports.log 2>&1 || { cat .cache/imports.log; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+format: $(READY) ## Put the code in shape
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --fix --quiet .
+
+chaos: model ## Kill every process while jobs run and claims are judged
+	@$(BIN)/python -m pytest -q -m chaos
+
+bench: model ## Measure, against a peer or a limit in the same run
+	@$(BIN)/python -m benchmarks.service
+
+clean: ## Remove state and caches, keep the environment
+	@rm -rf .cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The HTTP door: one module a resource, and what they share."""

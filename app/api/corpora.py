@@ -1,0 +1,62 @@
+"""/corpora"""
+
+from typing import Annotated
+
+from fastapi import APIRouter, File, Form, Query, Response, UploadFile
+
+from app.api.dependencies import After, Limit, Page, ServicesDep, on_disk, problems
+from app.knowledge import Hit
+from app.services.corpora import Corpus
+
+router = APIRouter(prefix="/corpora", tags=["corpora"])
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload a corpus",
+    responses={200: {"description": "These pages were here already"}, **problems(400, 409, 413, 415)},
+)
+def upload(
+    services: ServicesDep,
+    response: Response,
+    file: Annotated[UploadFile, File(description="JSONL: {title, text} or {title, sentences} a line.")],
+    name: Annotated[str | None, Form(description="A unique name; made from the file's when left out.")] = None,
+) -> Corpus:
+    """Build a searchable, immutable snapshot of pages. The first corpus becomes the default."""
+    with on_disk(file, services.datasets.scratch_file()) as path:
+        made, new = services.corpora.create(path, file.filename or "upload", name)
+    response.status_code = 201 if new else 200
+    return made
+
+
+@router.get("", summary="List corpora")
+def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Corpus]:
+    data, more = services.corpora.page(after, limit)
+    return Page(data=data, has_more=more)
+
+
+@router.get("/{corpus}", summary="A corpus and the account of its upload", responses=problems(404))
+def read(services: ServicesDep, corpus: str) -> Corpus:
+    return services.corpora.get(corpus)
+
+
+@router.get("/{corpus}/search", summary="Search a corpus by free text", responses=problems(404))
+def search(
+    services: ServicesDep,
+    corpus: str,
+    q: Annotated[str, Query(min_length=1, max_length=1_000, examples=["river"], description="Any words.")],
+    limit: Annotated[int, Query(ge=1, le=50)] = 10,
+) -> Page[Hit]:
+    """Pages by BM25, best first, each with the sentence that has most of the words."""
+    return Page(data=list(services.corpora.find(corpus, q, limit)), has_more=False)
+
+
+@router.post("/{corpus}/promote", summary="Make this the default corpus", responses=problems(404))
+def promote(services: ServicesDep, corpus: str) -> Corpus:
+    return services.corpora.promote(corpus)
+
+
+@router.delete("/{corpus}", status_code=204, summary="Delete a corpus", responses=problems(404))
+def delete(services: ServicesDep, corpus: str) -> None:
+    services.corpora.delete(corpus)

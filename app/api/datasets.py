@@ -1,0 +1,70 @@
+"""/datasets"""
+
+from typing import Annotated
+
+from fastapi import APIRouter, File, Form, Query, Response, UploadFile
+
+from app.api.dependencies import After, Limit, Page, ServicesDep, on_disk, problems
+from app.domain.trajectories import Trajectory
+from app.services.datasets import Dataset
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+
+Column = Annotated[str | None, Form(max_length=200)]
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload a dataset",
+    responses={200: {"description": "This content was here already"}, **problems(400, 409, 413, 415)},
+)
+def upload(
+    services: ServicesDep,
+    response: Response,
+    file: Annotated[UploadFile, File(description="CSV, JSONL, JSON, Parquet or text: claim, trajectories[, label].")],
+    name: Annotated[str | None, Form(description="A unique name; made from the file's when left out.")] = None,
+    claim_column: Column = None,
+    trajectories_column: Column = None,
+    label_column: Column = None,
+) -> Dataset:
+    """Validate a file row by row and keep what can be trained on.
+
+    The answer is an exact account: rows kept, repaired, warned about and refused, each finding with its line. One
+    kept row makes a dataset. The same content gives the same dataset again (200).
+    """
+    given = {"claim": claim_column, "trajectories": trajectories_column, "label": label_column}
+    columns = {word: column for word, column in given.items() if column}
+    with on_disk(file, services.datasets.scratch_file()) as path:
+        made, new = services.datasets.create(path, file.filename or "upload", file.content_type, name, columns)
+    response.status_code = 201 if new else 200
+    return made
+
+
+@router.get("", summary="List datasets")
+def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Dataset]:
+    """Newest first."""
+    data, more = services.datasets.page(after, limit)
+    return Page(data=data, has_more=more)
+
+
+@router.get("/{dataset}", summary="A dataset and the account of its upload", responses=problems(404))
+def read(services: ServicesDep, dataset: str) -> Dataset:
+    return services.datasets.get(dataset)
+
+
+@router.get("/{dataset}/preview", summary="Rows of a dataset, as they were understood", responses=problems(404))
+def preview(
+    services: ServicesDep,
+    dataset: str,
+    after: Annotated[int, Query(ge=0, le=2**31, description="Row number of the last row seen.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=100)] = 5,
+) -> Page[Trajectory]:
+    data, more = services.datasets.preview(dataset, after, limit)
+    return Page(data=data, has_more=more)
+
+
+@router.delete("/{dataset}", status_code=204, summary="Delete a dataset", responses=problems(404, 409))
+def delete(services: ServicesDep, dataset: str) -> None:
+    """Refused (409) while a job that is not finished uses it."""
+    services.datasets.delete(dataset)

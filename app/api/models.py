@@ -1,0 +1,21 @@
+"""/base-models and /devices: what this deployment may train and serve, and on what."""
+
+from fastapi import APIRouter
+
+from app.api.dependencies import Page, ServicesDep
+from app.domain.devices import Device
+from app.services.base_models import BaseModelView
+
+router = APIRouter(tags=["deployment"])
+
+
+@router.get("/base-models", summary="Base models on this deployment's list")
+def base_models(services: ServicesDep) -> Page[BaseModelView]:
+    """Written by the operator: `veritune models add` and `veritune models fetch`."""
+    return Page(data=services.base_models.all(), has_more=False)
+
+
+@router.get("/devices", summary="Machines that workers run on")
+def devices(services: ServicesDep) -> Page[Device]:
+    """Reported by the workers themselves; `online` means heard of within a minute."""
+    return Page(data=services.devices.all(), has_more=False)

@@ -1,0 +1,259 @@
+"""`veritune demo`: the whole promise in one go, over HTTP like any client: upload, train, publish, judge, compare."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from app.settings import LOOPBACK, Settings
+
+SPEC: dict[str, Any] = {
+    "dataset": "demo",
+    "base_model": "smollm2-135m",
+    "adapter": {"type": "lora", "r": 16},
+    "quantization": {"bits": 4},
+    "trainer": {"train_steps": 30, "effective_batch_size": 8, "learning_rate": 1e-3},
+    "seed": 42,
+}
+START_SECONDS = 600.0
+ALONE_CLAIMS = 15
+CONFIDENCE_Z = 1.96
+
+
+class DemoError(Exception):
+    """Why the demo stopped, in words for a newcomer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The answers of one model to the held-out claims, in order."""
+
+    name: str
+    answers: list[dict[str, Any]]
+    alone: list[dict[str, Any]]
+    seconds: float
+
+
+def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
+    """Raises DemoError."""
+    missing = [n for n in ("train.jsonl", "heldout.jsonl", "corpus.jsonl") if not (examples / n).is_file()]
+    if missing:
+        raise DemoError(
+            f"{examples} lacks {', '.join(missing)}; run this in the project's directory, or pass --examples"
+        )
+    console = Console()
+    with _service(settings, console, keep=keep) as client:
+        corpus = _upload(client, "/corpora", examples / "corpus.jsonl", "demo")
+        dataset = _upload(client, "/datasets", examples / "train.jsonl", "demo")
+        console.print(
+            f"[bold]1[/] uploaded {corpus['pages']} pages and {dataset['rows']} trajectories "
+            f"({', '.join(f'{n} {label}' for label, n in dataset['report']['labels'].items())})"
+        )
+        job = _train(client, console)
+        adapter = _get(client, f"/adapters/{job['adapter_id']}")
+        console.print(f"[bold]3[/] published {adapter['id']} ({adapter['bytes'] / 1e6:.1f} MB)")
+        _ok(client.post(f"/adapters/{adapter['id']}/promote"))
+        claims = [json.loads(line) for line in (examples / "heldout.jsonl").read_text("utf-8").splitlines()]
+        judged = [
+            _judge(client, console, name, claims, reference, corpus["id"])
+            for name, reference in (("base", None), ("adapter", adapter["id"]))
+        ]
+        _show(console, claims, judged)
+        _next_steps(console, client, keep=keep)
+
+
+@contextmanager
+def _service(settings: Settings, console: Console, *, keep: bool) -> Iterator[httpx.Client]:
+    """A client of the running service, which is started when it does not run."""
+    host = settings.host if settings.host in LOOPBACK else "127.0.0.1"
+    key = {"Authorization": f"Bearer {settings.key.get_secret_value()}"} if settings.key else {}
+    url = f"http://{host}:{settings.port}"
+    with httpx.Client(base_url=url, headers=key, timeout=600, trust_env=False) as client:
+        if _status(client) is not None:
+            yield client
+            return
+        log = settings.home_path / "up.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        console.print(f"[dim]starting veritune up; its log is {log}[/]")
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "app.cli", "up"], stdout=out, stderr=out, start_new_session=True
+            )
+        try:
+            _wait_until_ready(client, process, log, console)
+            yield client
+        finally:
+            if not keep:
+                process.send_signal(signal.SIGTERM)
+                process.wait(90)
+
+
+def _wait_until_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path, console: Console) -> None:
+    until = time.monotonic() + START_SECONDS
+    with console.status("starting (the first time fetches and converts the base model)"):
+        while _status(client) != 200:
+            if process.poll() is not None:
+                raise DemoError(f"veritune up ended; the last lines of {log}:\n{_tail(log)}")
+            if time.monotonic() > until:
+                raise DemoError(f"the service was not ready after {START_SECONDS:.0f} s; see {log}")
+            time.sleep(0.2)
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-5:])
+
+
+def _status(client: httpx.Client) -> int | None:
+    try:
+        return client.get("/health/ready", timeout=3).status_code
+    except httpx.TransportError:
+        return None
+
+
+def _ok(response: httpx.Response) -> dict[str, Any]:
+    answer: dict[str, Any] = response.json()
+    if not response.is_success:
+        raise DemoError(f"{response.request.method} {response.request.url.path}: {answer.get('detail', answer)}")
+    return answer
+
+
+def _get(client: httpx.Client, path: str) -> dict[str, Any]:
+    return _ok(client.get(path))
+
+
+def _upload(client: httpx.Client, route: str, path: Path, name: str) -> dict[str, Any]:
+    """Upload under `name`; a second demo over the same state finds the resource there."""
+    known = client.get(f"{route}/{name}")
+    if known.is_success:
+        return _ok(known)
+    with path.open("rb") as file:
+        return _ok(client.post(route, files={"file": (path.name, file)}, data={"name": name}))
+
+
+def _train(client: httpx.Client, console: Console) -> dict[str, Any]:
+    job = _ok(client.post("/jobs", json=SPEC))
+    plan = job["plan"]
+    console.print(
+        f"[bold]2[/] training {plan['base_model']} in 4 bits on {plan['rows_trained']} trajectories, "
+        f"{plan['total_updates']} updates of {plan['rows_per_update']} (about {plan['lengths']['median']} tokens each)"
+    )
+    columns = [
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("queued", total=plan["total_updates"], figures="")
+        while job["status"] in ("queued", "running"):
+            time.sleep(0.5)
+            job = _get(client, f"/jobs/{job['id']}")
+            progress = job["progress"]
+            figures = ""
+            if progress["loss"] is not None:
+                figures = f"loss {progress['loss']:.3f} · {progress['tokens_per_second']:.0f} tokens/s"
+            bar.update(task, description=job["status"], completed=progress["update"], figures=figures)
+    if job["status"] != "succeeded":
+        error = job["error"] or {}
+        raise DemoError(f"the job ended as {job['status']}: {error.get('message')} ({error.get('hint')})")
+    return job
+
+
+def _judge(
+    client: httpx.Client,
+    console: Console,
+    name: str,
+    claims: list[dict[str, Any]],
+    adapter: str | None,
+    corpus: str,
+) -> Judged:
+    asks = [{"claim": row["claim"], "adapter": adapter, "corpus": corpus, "max_steps": 4} for row in claims]
+    alone = [{"claim": row["claim"], "adapter": adapter, "mode": "ungrounded"} for row in claims[:ALONE_CLAIMS]]
+    with console.status(f"judging {len(claims)} held-out claims with the {name}"):
+        started = time.monotonic()
+        answers = _ok(client.post("/predict/batch", json={"requests": asks}))["data"]
+        seconds = time.monotonic() - started
+        written = _ok(client.post("/predict/batch", json={"requests": alone}))["data"]
+    failed = next((answer for answer in [*answers, *written] if "verdict" not in answer), None)
+    if failed is not None:
+        raise DemoError(f"a claim could not be judged: {failed['detail']}")
+    return Judged(name, answers, written, seconds)
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share."""
+    if trials == 0:
+        return 0.0, 1.0
+    share, z2 = successes / trials, CONFIDENCE_Z**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    spread = CONFIDENCE_Z * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return centre - spread, centre + spread
+
+
+def valid_action_rate(answers: list[dict[str, Any]]) -> float:
+    """Share of the steps that a model wrote alone, without any grammar, whose action is a well-formed one."""
+    steps = [step for answer in answers for step in answer["steps"] or [{"action": None}]]
+    valid = [s for s in steps if s["action"] and s["action"]["name"] in ("Search", "Lookup", "Finish")]
+    return len(valid) / len(steps) if steps else 0.0
+
+
+def _show(console: Console, claims: list[dict[str, Any]], judged: list[Judged]) -> None:
+    table = Table(title=f"{len(claims)} held-out claims, about pages never trained on")
+    for heading in (
+        "",
+        "accuracy (95 % interval)",
+        "page found",
+        "agrees",
+        "valid actions alone",
+        "claims/s",
+    ):
+        table.add_column(heading, justify="right" if heading else "left")
+    for model in judged:
+        right = sum(a["verdict"] == row["label"] for a, row in zip(model.answers, claims, strict=True))
+        low, high = wilson(right, len(claims))
+        found = sum(bool(a["evidence"]) for a in model.answers)
+        agreeing = sum(a["agrees"] for a in model.answers)
+        table.add_row(
+            model.name,
+            f"{right / len(claims):.2f} ({low:.2f} to {high:.2f})",
+            f"{found / len(claims):.2f}",
+            f"{agreeing / len(claims):.2f}",
+            f"{valid_action_rate(model.alone):.2f}",
+            f"{len(claims) / model.seconds:.1f}",
+        )
+    console.print(table)
+    for model in judged:
+        shown = next(
+            (a for a, r in zip(model.answers, claims, strict=True) if a["verdict"] == r["label"]),
+            model.answers[0],
+        )
+        gold = next(row["label"] for a, row in zip(model.answers, claims, strict=True) if a is shown)
+        console.print(f"\n[bold]{model.name}[/] on: {shown['claim']}  [dim](gold: {gold})[/]")
+        for line in shown["text"].splitlines():
+            console.print(f"  {line}", markup=False, highlight=False)
+        console.print(
+            f"  → {shown['verdict']} with probability {shown['confidence']:.2f}; "
+            f"{len(shown['evidence'])} sentences read; {shown['timings']['total']:.2f} s"
+        )
+
+
+def _next_steps(console: Console, client: httpx.Client, *, keep: bool) -> None:
+    where = f"{client.base_url}/docs" if keep else "make up, then http://127.0.0.1:8000/docs"
+    console.print(
+        f"\n[bold]Where to go next[/]\n  try it out in the browser: {where}\n"
+        "  your own data: POST /datasets with a CSV of claim, trajectories\n"
+        "  a larger corpus: veritune corpora fetch wiki-leads"
+    )

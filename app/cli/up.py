@@ -1,0 +1,161 @@
+"""`veritune up`: the embedded deployment. Broker, tables, base model, then the four processes, kept until Ctrl-C."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO
+
+import httpx
+
+from app.cli.broker import broker_answers, broker_command
+from app.cli.models import fetch_default
+from app.cli.processes import Part, Processes
+from app.composition import compose
+from app.db.migrating import migrate
+from app.settings import LOOPBACK, Settings
+
+COLOURS = {"broker": 35, "api": 32, "trainer": 33, "runner": 36, "inference": 34, "up": 1}
+TEND_SECONDS = 0.2
+BROKER_SECONDS = 15.0
+
+
+class CannotStartError(Exception):
+    """Why the deployment cannot be started, in words for the operator."""
+
+
+def up(settings: Settings) -> None:
+    """Run until SIGINT or SIGTERM; both stop every process, grandchildren included."""
+    over = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: over.set())
+    settings.run_path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings.home_path.mkdir(parents=True, exist_ok=True)
+    with _only_one(settings):
+        _check_port(settings)
+        environment = _environment(settings)
+        processes = Processes(_say)
+        try:
+            _start(settings, environment, processes, over)
+            _tend(settings, processes, over)
+        finally:
+            _say("up", "stopping")
+            processes.stop()
+            _say("up", "stopped")
+
+
+def _start(settings: Settings, environment: dict[str, str], processes: Processes, over: threading.Event) -> None:
+    if settings.redis_url is None:
+        socket_path = settings.run_path / "redis.sock"
+        processes.start(Part("broker", broker_command(socket_path), {}))
+        until = time.monotonic() + BROKER_SECONDS
+        while not broker_answers(socket_path):
+            if not processes.running("broker") or time.monotonic() > until:
+                raise CannotStartError("the embedded broker did not start; its lines above say why")
+            time.sleep(0.05)
+    migrate(settings.database)
+    services = compose(settings)
+    try:
+        if not services.base_models.all():
+            _say("up", f"no base model yet; fetching {settings.default_base_model}")
+            fetch_default(services)
+    finally:
+        services.close()
+    if over.is_set():
+        return
+    for part in _parts(environment):
+        processes.start(part)
+
+
+def _parts(environment: dict[str, str]) -> list[Part]:
+    python = sys.executable
+    gpu = environment | {"VERITUNE_WORKER_QUEUES": "gpu"}
+    cpu = environment | {"VERITUNE_WORKER_QUEUES": "cpu"}
+    return [
+        Part("trainer", [python, "-m", "worker"], gpu, grace=60.0),
+        Part("runner", [python, "-m", "worker"], cpu, grace=20.0),
+        Part("inference", [python, "-m", "worker.inference"], environment, grace=10.0),
+        Part("api", [python, "-m", "app.cli", "api"], environment, grace=10.0),
+    ]
+
+
+def _tend(settings: Settings, processes: Processes, over: threading.Event) -> None:
+    announced = False
+    asked_at = 0.0
+    while not over.wait(TEND_SECONDS):
+        processes.tend()
+        if not announced and time.monotonic() - asked_at > 0.5:
+            asked_at = time.monotonic()
+            announced = _ready(settings)
+            if announced:
+                _say("up", f"ready: http://{_address(settings)}/docs  (Ctrl-C stops everything)")
+
+
+def _ready(settings: Settings) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"http://{_address(settings)}/health/ready", timeout=2, trust_env=False).is_success
+    return False
+
+
+def _address(settings: Settings) -> str:
+    host = settings.host if settings.host in LOOPBACK else "127.0.0.1"
+    return f"{host}:{settings.port}"
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """What the parts are told beyond this process's own environment: one home, one secret, one inference port."""
+    environment = {"VERITUNE_HOME": str(settings.home_path), "PYTHONUNBUFFERED": "1"}
+    if settings.inference_secret is None:
+        environment["VERITUNE_INFERENCE_SECRET"] = secrets.token_urlsafe(32)
+    if "inference_port" not in settings.model_fields_set:
+        environment["VERITUNE_INFERENCE_PORT"] = str(_free_port())
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_port(settings: Settings) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise CannotStartError(
+                f"port {settings.port} on {settings.host} cannot be used ({error.strerror}); set VERITUNE_PORT"
+            ) from None
+
+
+@contextlib.contextmanager
+def _only_one(settings: Settings) -> Iterator[None]:
+    """One deployment a home directory."""
+    with (settings.home_path / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CannotStartError(
+                f"veritune is up already with {settings.home_path}; stop it, or set VERITUNE_HOME"
+            ) from None
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+_speaking = threading.Lock()
+
+
+def _say(who: str, line: str, out: IO[str] = sys.stdout) -> None:
+    name = f"{who:>9}"
+    if out.isatty():
+        name = f"\x1b[{COLOURS.get(who, 0)}m{name}\x1b[0m"
+    with _speaking:
+        print(f"{name} │ {line}", file=out, flush=True)

@@ -1,0 +1,115 @@
+"""Settings → services: the one wiring, used by the API, the CLI, the workers and inference."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from app.db import Database
+from app.generation import CompletionsGenerator, Generator
+from app.queue import CeleryDoorbell, Doorbell
+from app.queue.celery import celery_app
+from app.services.adapters import Adapters
+from app.services.attempts import Attempts
+from app.services.base_models import BaseModels
+from app.services.corpora import Corpora
+from app.services.datasets import Datasets
+from app.services.devices import Devices
+from app.services.encodings import Encodings
+from app.services.events import EventFeed
+from app.services.idempotency import Idempotency
+from app.services.jobs import Jobs
+from app.services.plans import Plans
+from app.services.predictions import Predictions
+from app.settings import Settings
+from app.storage import Blobs, open_blobs
+
+
+@dataclass(frozen=True)
+class Services:
+    """Every service over one deployment's parts. Each is made when it is first asked for.
+
+    `doorbell` and `generator` may be handed in: that is where embedders and tests put the ones that live in memory.
+    """
+
+    settings: Settings
+    given_doorbell: Doorbell | None = None
+    given_generator: Generator | None = None
+
+    @cached_property
+    def database(self) -> Database:
+        return Database(self.settings.database)
+
+    @cached_property
+    def blobs(self) -> Blobs:
+        return open_blobs(self.settings.storage)
+
+    @cached_property
+    def doorbell(self) -> Doorbell:
+        return self.given_doorbell or CeleryDoorbell(celery_app(self.settings.broker))
+
+    @cached_property
+    def generator(self) -> Generator:
+        return self.given_generator or CompletionsGenerator(self.settings.inference, self.settings.inference_secret)
+
+    @cached_property
+    def datasets(self) -> Datasets:
+        return Datasets(self.database, self.blobs, self.settings.work_path / "uploads")
+
+    @cached_property
+    def corpora(self) -> Corpora:
+        return Corpora(self.database, self.blobs, self.settings.cache_path)
+
+    @cached_property
+    def base_models(self) -> BaseModels:
+        return BaseModels(self.database, self.blobs, self.settings.default_base_model)
+
+    @cached_property
+    def devices(self) -> Devices:
+        return Devices(self.database)
+
+    @cached_property
+    def plans(self) -> Plans:
+        encodings = Encodings(self.database, self.blobs)
+        cap = self.settings.max_sequence_length
+        return Plans(self.database, self.base_models, encodings, self.devices, cap)
+
+    @cached_property
+    def jobs(self) -> Jobs:
+        return Jobs(self.database, self.plans, self.doorbell)
+
+    @cached_property
+    def attempts(self) -> Attempts:
+        return Attempts(self.database, self.blobs, self.plans, self.settings.lease_seconds)
+
+    @cached_property
+    def events(self) -> EventFeed:
+        return EventFeed(self.database, self.jobs)
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        return Adapters(self.database, self.blobs, self.settings.cache_path)
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        return Predictions(
+            self.database,
+            self.adapters,
+            self.base_models,
+            self.corpora,
+            self.generator,
+            self.settings.prediction_slots,
+            self.settings.max_sequence_length,
+        )
+
+    @cached_property
+    def idempotency(self) -> Idempotency:
+        return Idempotency(self.database)
+
+    def close(self) -> None:
+        """Let go of connections; what was never made is not made now."""
+        for part in ("generator", "database"):
+            if part in self.__dict__:
+                self.__dict__[part].close()
+
+
+def compose(settings: Settings, *, doorbell: Doorbell | None = None, generator: Generator | None = None) -> Services:
+    return Services(settings, doorbell, generator)

@@ -1,0 +1,32 @@
+"""Published adapters."""
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from app.db.repositories.paging import newest
+from app.db.tables import AdapterRow
+
+
+class Adapters:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, row: AdapterRow) -> None:
+        self._session.add(row)
+        self._session.flush()
+
+    def find(self, reference: str) -> AdapterRow | None:
+        """By id or by name."""
+        wanted = select(AdapterRow).where(or_(AdapterRow.id == reference, AdapterRow.name == reference))
+        return self._session.scalars(wanted).first()
+
+    def by_digest(self, digest: str) -> AdapterRow | None:
+        """The newest of the adapters with these weights."""
+        wanted = select(AdapterRow).where(AdapterRow.digest == digest).order_by(AdapterRow.id.desc())
+        return self._session.scalars(wanted).first()
+
+    def page(self, after: str | None, limit: int) -> tuple[list[AdapterRow], bool]:
+        return newest(self._session, AdapterRow, AdapterRow.id, after, limit)
+
+    def remove(self, row: AdapterRow) -> None:
+        self._session.delete(row)

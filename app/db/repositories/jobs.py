@@ -1,0 +1,170 @@
+"""Jobs: the lease query, fenced writes, and a job's events, metrics and checkpoints.
+
+Everything an attempt writes names its epoch in the WHERE clause. A zombie (an attempt whose lease ran out and whose
+job another took) therefore changes no row, and learns so by LeaseLostError.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import and_, case, func, insert, literal, or_, select, update
+from sqlalchemy.orm import Session
+
+from app.db.base import clock
+from app.db.repositories.paging import newest
+from app.db.tables import CheckpointRow, EventRow, JobRow, MetricRow
+from app.domain.errors import LeaseLostError
+from app.domain.jobs import LEASED, MAX_ATTEMPTS, JobStatus, Lease
+
+S = JobStatus
+
+
+class Jobs:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    # What users do.
+
+    def add(self, row: JobRow) -> None:
+        self._session.add(row)
+        self._session.flush()
+
+    def find(self, reference: str) -> JobRow | None:
+        """By id or by name."""
+        wanted = select(JobRow).where(or_(JobRow.id == reference, JobRow.name == reference))
+        return self._session.scalars(wanted.execution_options(populate_existing=True)).first()
+
+    def page(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[JobRow], bool]:
+        conditions = [] if status is None else [JobRow.status == status.value]
+        return newest(self._session, JobRow, JobRow.id, after, limit, *conditions)
+
+    def queue_position(self, row: JobRow) -> int | None:
+        """1 for the next to run; None when the job is not waiting."""
+        if row.status != S.QUEUED:
+            return None
+        ahead = select(func.count()).where(JobRow.status == S.QUEUED, JobRow.id <= row.id)
+        return int(self._session.scalar(ahead) or 0)
+
+    def move(self, job_id: str, before: JobStatus, after: JobStatus) -> bool:
+        """Change the status if it is still `before`. Whether it was."""
+        values: dict[str, Any] = {"status": after.value}
+        if after is S.CANCELLED:
+            values["finished_at"] = datetime.now(UTC)
+        changed = update(JobRow).where(JobRow.id == job_id, JobRow.status == before.value).values(**values)
+        return _count(self._session.execute(changed)) == 1
+
+    # What attempts do.
+
+    def lease(self, kinds: Sequence[str], owner: str, seconds: float) -> JobRow | None:
+        """Take the oldest job that waits or whose lease ran out, in one atomic UPDATE; settle wishes on the way.
+
+        The row returned is `running` for its new owner; or it is `paused`, `cancelled` or `failed`, settled because
+        nobody held it any more: then there is nothing to run and the caller asks again.
+        """
+        expired = and_(JobRow.status.in_([s.value for s in LEASED]), JobRow.lease_until < clock())
+        takeable = and_(JobRow.kind.in_(kinds), or_(JobRow.status == S.QUEUED, expired))
+        oldest = select(JobRow.id).where(takeable).order_by(JobRow.id).limit(1).with_for_update(skip_locked=True)
+        lost = and_(JobRow.status == S.RUNNING, JobRow.strikes + 1 >= MAX_ATTEMPTS)
+        following = case(
+            (JobRow.status == S.CANCELLING, literal(S.CANCELLED.value)),
+            (JobRow.status == S.PAUSING, literal(S.PAUSED.value)),
+            (lost, literal(S.FAILED.value)),
+            else_=literal(S.RUNNING.value),
+        )
+        taken = (
+            update(JobRow)
+            .where(JobRow.id == oldest.scalar_subquery(), takeable)
+            .values(
+                status=following,
+                owner=owner,
+                epoch=JobRow.epoch + 1,
+                lease_until=clock() + seconds,
+                attempts=case(
+                    (and_(JobRow.status.in_([S.QUEUED, S.RUNNING]), ~lost), JobRow.attempts + 1),
+                    else_=JobRow.attempts,
+                ),
+                strikes=case((JobRow.status == S.RUNNING, JobRow.strikes + 1), else_=JobRow.strikes),
+                started_at=func.coalesce(JobRow.started_at, clock()),
+            )
+            .returning(JobRow.id)
+        )
+        job_id = self._session.scalar(taken)
+        return None if job_id is None else self.find(job_id)
+
+    def renew(self, lease: Lease, seconds: float) -> JobStatus:
+        """Prolong the lease and hear the user's wish: the job's present status."""
+        renewed = update(JobRow).where(*_fence(lease)).values(lease_until=clock() + seconds).returning(JobRow.status)
+        status = self._session.scalar(renewed)
+        if status is None:
+            raise LeaseLostError(f"{lease.job_id} is no longer held at epoch {lease.epoch}")
+        return JobStatus(status)
+
+    def write(self, lease: Lease, **values: Any) -> None:
+        """Change columns of a held job."""
+        if _count(self._session.execute(update(JobRow).where(*_fence(lease)).values(**values))) != 1:
+            raise LeaseLostError(f"{lease.job_id} is no longer held at epoch {lease.epoch}")
+
+    def end(self, lease: Lease, from_states: Sequence[JobStatus], to: JobStatus, **values: Any) -> bool:
+        """Leave the job in `to` and let go of it, if its status is one of `from_states`. Whether it was."""
+        finished = datetime.now(UTC) if to in (S.SUCCEEDED, S.FAILED, S.CANCELLED) else None
+        states = [state.value for state in from_states]
+        ended = (
+            update(JobRow)
+            .where(*_fence(lease), JobRow.status.in_(states))
+            .values(status=to.value, owner=None, lease_until=None, finished_at=finished, **values)
+        )
+        if _count(self._session.execute(ended)) == 1:
+            return True
+        self.write(lease)  # tells a lost lease from a status that does not allow it
+        return False
+
+    # Events, metrics, checkpoints.
+
+    def tell(self, job_id: str, kind: str, message: str, level: str, data: dict[str, Any]) -> int:
+        """Append an event. Its number comes from the job's row, so that numbers have no gaps."""
+        counted = (
+            update(JobRow).where(JobRow.id == job_id).values(event_seq=JobRow.event_seq + 1).returning(JobRow.event_seq)
+        )
+        seq = self._session.scalar(counted)
+        values = {"job_id": job_id, "seq": seq, "at": datetime.now(UTC), "level": level}
+        self._session.execute(insert(EventRow).values(**values, kind=kind, message=message, data=data))
+        return int(seq or 0)
+
+    def events(self, job_id: str, after: int, limit: int) -> list[EventRow]:
+        wanted = select(EventRow).where(EventRow.job_id == job_id, EventRow.seq > after)
+        return list(self._session.scalars(wanted.order_by(EventRow.seq).limit(limit)))
+
+    def latest_events(self, job_ids: Sequence[str]) -> dict[str, int]:
+        """Job id → its newest event's number, for those of the jobs that exist."""
+        wanted = select(JobRow.id, JobRow.event_seq).where(JobRow.id.in_(job_ids))
+        return {job_id: seq for job_id, seq in self._session.execute(wanted)}
+
+    def put_metrics(self, job_id: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Write a batch. An update that a resumed attempt repeats replaces the earlier one."""
+        for values in rows:
+            self._session.merge(MetricRow(job_id=job_id, update=values["update"], values=values))
+
+    def metrics(self, job_id: str, after: int, limit: int) -> list[dict[str, Any]]:
+        wanted = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.update > after)
+        rows = self._session.scalars(wanted.order_by(MetricRow.update).limit(limit))
+        return [row.values for row in rows]
+
+    def put_checkpoint(self, row: CheckpointRow) -> None:
+        self._session.merge(row)
+
+    def checkpoints(self, job_id: str) -> list[CheckpointRow]:
+        """Newest first."""
+        wanted = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
+        return list(self._session.scalars(wanted.order_by(CheckpointRow.update.desc())))
+
+    def drop_checkpoint(self, row: CheckpointRow) -> None:
+        self._session.delete(row)
+
+
+def _fence(lease: Lease) -> tuple[Any, ...]:
+    return (JobRow.id == lease.job_id, JobRow.epoch == lease.epoch, JobRow.owner == lease.owner)
+
+
+def _count(result: Any) -> int:
+    return int(result.rowcount)

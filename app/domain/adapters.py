@@ -1,0 +1,112 @@
+"""Adapters: published weights and the manifest of what made them."""
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+
+
+class _Word(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ManifestBase(_Word):
+    name: str
+    revision: str
+    digest: str
+
+
+class Manifest(_Word):
+    """What produced an adapter: enough to repeat the run. Lies outside the digest and never changes."""
+
+    schema_version: Literal[1] = 1
+    job_id: str
+    kind: Literal["peft", "full"]
+    base: ManifestBase
+    quantization: dict[str, Any] | None
+    spec: dict[str, Any]
+    dataset_digest: str
+    dataset_rows: int
+    protected_share: float
+    format: dict[str, Any]
+    max_sequence_length: int
+    seed: int
+    metrics: dict[str, float]
+    packages: dict[str, str]
+    code_revision: str
+    servable_by: tuple[str, ...]
+    created_at: datetime
+
+
+class Adapter(_Word):
+    """An adapter as the API shows it. `aliases` holds `default` when it is the promoted one."""
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    name: str
+    digest: str
+    kind: Literal["peft", "full"]
+    job_id: str | None
+    base_model: str
+    aliases: tuple[str, ...]
+    bytes: int
+    manifest: Manifest
+    created_at: datetime
+
+
+def adapter_digest(weights: str, config: bytes) -> str:
+    """SHA-256 over the weights' SHA-256 and the canonical adapter_config.json: what the adapter computes, no more.
+
+    Canonical: keys sorted, lists of strings sorted (PEFT writes module names from a set, in any order).
+    """
+    document = _canonical(json.loads(config))
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(f"{weights}\n{canonical}".encode()).hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _canonical(member) for key, member in value.items()}
+    if isinstance(value, list):
+        members = [_canonical(member) for member in value]
+        return sorted(members) if all(isinstance(member, str) for member in members) else members
+    return value
+
+
+def model_card(name: str, manifest: Manifest) -> str:
+    """The adapter's README.md: what it is, what made it, how to load it."""
+    loss = manifest.metrics.get("loss")
+    trained = f"- final loss: {loss:.4f}\n" if loss is not None else ""
+    return f"""---
+base_model: {manifest.base.name}
+library_name: peft
+tags: [fact-checking, react, lora]
+---
+
+# {name}
+
+A ReAct fact-checking adapter: it writes Thoughts and chooses Actions (`Search[…]`, `Lookup[…]`, `Finish[…]`); what it
+observes must come from a search, never from the model.
+
+- base model: {manifest.base.name} at revision {manifest.base.revision}
+- quantisation while training: {json.dumps(manifest.quantization)}
+- trained on {manifest.dataset_rows} trajectories (dataset digest `{manifest.dataset_digest[:16]}…`)
+{trained}- seed: {manifest.seed}, code revision: {manifest.code_revision}
+
+Load it with PEFT:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base, "path/to/this/directory")
+```
+
+The prompt format and its template are in `manifest.json` under `format`; a prompt of another shape is not what it
+was trained on.
+"""

@@ -1,0 +1,134 @@
+"""One worker's go at a job: the order it gets, the commands it hears, the events it tells.
+
+The supervisor writes a work order as JSON into the attempt's directory and starts the child with its path. Commands
+go down the child's stdin and events come up its stdout, one JSON object a line; stderr is for people.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from app.domain.plans import Schedule
+from app.domain.specs import TrainSpec
+
+
+class _Word(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseOnDisk(_Word):
+    """A base model's directory on this host: config.json, tokenizer.json and safetensors."""
+
+    path: Path
+    digest: str
+    name: str
+    revision: str
+    fp16: Literal["safe", "unsafe", "unknown"] = "unknown"
+
+
+class TrainOrder(_Word):
+    """All that a training child needs. It opens no network connection and reads nothing else.
+
+    `rows`: JSON lines of `EncodedRow`. `directory`: the attempt's own; the child writes `checkpoints/` and `adapter/`
+    there. `resume_from`: a checkpoint directory that an earlier attempt committed.
+    """
+
+    kind: Literal["train"] = "train"
+    job_id: str
+    epoch: int
+    base: BaseOnDisk
+    rows: Path
+    pad_id: int
+    directory: Path
+    resume_from: Path | None
+    spec: TrainSpec
+    schedule: Schedule
+
+
+class EncodedSequence(_Word):
+    """Token ids and the half-open spans of them that carry a loss."""
+
+    ids: tuple[int, ...]
+    trained: tuple[tuple[int, int], ...]
+
+
+class EncodedRow(_Word):
+    """One trajectory as the child reads it: its sequence, and behind it the verdict branch where it has one.
+
+    A batch counts rows; all the sequences of a row belong to the same update.
+    """
+
+    line: int
+    sequences: tuple[EncodedSequence, ...]
+
+
+class Command(_Word):
+    """`checkpoint`: write one now and go on. `stop`: leave without one. `pause`: write one and leave."""
+
+    command: Literal["checkpoint", "stop", "pause"]
+
+
+class Started(_Word):
+    event: Literal["started"] = "started"
+    precision: str
+    device: str
+    trainable_parameters: int
+    total_parameters: int
+    resumed_from_update: int = 0
+
+
+class Metrics(_Word):
+    """One update. `loss` is the mean over its labelled tokens; `tokens_per_second` counts real tokens, no padding."""
+
+    event: Literal["metrics"] = "metrics"
+    update: int
+    total_updates: int
+    epoch: float
+    loss: float | None
+    learning_rate: float
+    grad_norm: float | None
+    tokens: int
+    labelled_tokens: int
+    tokens_per_second: float
+    skipped: bool = False
+    seconds: float
+
+
+class Checkpointed(_Word):
+    """A checkpoint directory is complete, hashed and in place."""
+
+    event: Literal["checkpoint"] = "checkpoint"
+    update: int
+    path: Path
+    digest: str
+
+
+class Log(_Word):
+    event: Literal["log"] = "log"
+    level: Literal["info", "warning"] = "info"
+    message: str
+    data: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+
+
+class Finished(_Word):
+    """The last event of a good end. `adapter`: a PEFT directory, when the work was finished and not just stopped."""
+
+    event: Literal["finished"] = "finished"
+    outcome: Literal["succeeded", "paused", "stopped"]
+    adapter: Path | None = None
+    packages: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class Failed(_Word):
+    """The last event of a bad end, in words for the user. A traceback goes to stderr, never here."""
+
+    event: Literal["failed"] = "failed"
+    code: str
+    message: str
+    hint: str | None = None
+
+
+ChildEvent = Annotated[Started | Metrics | Checkpointed | Log | Finished | Failed, Field(discriminator="event")]
+CHILD_EVENT: TypeAdapter[ChildEvent] = TypeAdapter(ChildEvent)

@@ -1,0 +1,76 @@
+"""Claims and verdicts: the sentence to be judged and the three ways to judge it."""
+
+import re
+import unicodedata
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+CLAIM_LIMIT = 2_000
+"""Longest claim in characters. FEVER's longest is under 500; the bound keeps a prompt from eating its context."""
+
+STEP_MARKER = re.compile(r"\b(Thought|Action|Observation)\s*(\d+)\s*:")
+"""What begins a step's part in the ReAct text format. No field of a step, and no claim, may hold one."""
+
+
+class Verdict(StrEnum):
+    """How a claim is judged. Spelled this way on the wire, in datasets and in `Finish[…]`."""
+
+    SUPPORTS = "SUPPORTS"
+    REFUTES = "REFUTES"
+    NOT_ENOUGH_INFO = "NOT ENOUGH INFO"
+
+
+_SPELLINGS = {
+    "SUPPORTS": Verdict.SUPPORTS,
+    "SUPPORTED": Verdict.SUPPORTS,
+    "SUPPORT": Verdict.SUPPORTS,
+    "REFUTES": Verdict.REFUTES,
+    "REFUTED": Verdict.REFUTES,
+    "REFUTE": Verdict.REFUTES,
+    "NOT ENOUGH INFO": Verdict.NOT_ENOUGH_INFO,
+    "NOT ENOUGH INFORMATION": Verdict.NOT_ENOUGH_INFO,
+    "NEI": Verdict.NOT_ENOUGH_INFO,
+}
+
+
+def read_verdict(text: str) -> Verdict | None:
+    """The verdict that `text` spells, in any case and with `_` or `-` for spaces; None when it spells none."""
+    folded = " ".join(re.sub(r"[_\-\s]+", " ", text).strip(" .\"'").upper().split())
+    return _SPELLINGS.get(folded)
+
+
+def fold(text: str) -> str:
+    """`text` on one line: NFC, runs of white space become one space, ends trimmed."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def forbidden_character(text: str) -> str | None:
+    """The name of the first character that no text here may hold (NUL, a lone surrogate), else None."""
+    for character in text:
+        if character == "\0":
+            return "a NUL character"
+        if "\ud800" <= character <= "\udfff":
+            return f"a lone surrogate (U+{ord(character):04X})"
+    return None
+
+
+def check_claim(text: str) -> str:
+    """The claim on one line. Raises ValueError for an empty, over-long or step-like claim."""
+    if bad := forbidden_character(text):
+        raise ValueError(f"the claim holds {bad}")
+    claim = fold(text)
+    if not claim:
+        raise ValueError("the claim is empty")
+    if len(claim) > CLAIM_LIMIT:
+        raise ValueError(f"the claim has {len(claim):,} characters; at most {CLAIM_LIMIT:,} are read")
+    if marker := STEP_MARKER.search(claim):
+        raise ValueError(
+            f"the claim holds {marker.group(0)!r}, which begins a step of a trajectory; "
+            "send the sentence to be judged alone"
+        )
+    return claim
+
+
+Claim = Annotated[str, AfterValidator(check_claim)]

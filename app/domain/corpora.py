@@ -1,0 +1,226 @@
+"""Pages and the text in them: what a corpus is made of, and what an Observation quotes.
+
+Page text is normalised once, when a corpus is built; it is split into sentences then, and text
+that looks like a step is defused. This file does not know where pages are kept or searched.
+"""
+
+import re
+import unicodedata
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.domain.claims import fold
+
+
+class Page(BaseModel):
+    """A page of a corpus, which has at least one sentence. A sentence's id is its 0-based place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str = Field(min_length=1)
+    sentences: tuple[str, ...] = Field(min_length=1)
+    aliases: tuple[str, ...] = ()
+    url: str | None = None
+
+
+class Observation(BaseModel):
+    """What an Action brought back, and where it came from.
+
+    `sentences` holds the ids of the page's sentences that `text` quotes. `source` is `server`
+    for text that no page stands behind, such as a correction; `corpus` and `snapshot` (the
+    digest of the pages searched) are then None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str
+    page: str | None = None
+    sentences: tuple[int, ...] = ()
+    source: Literal["corpus", "memory", "server"] = "server"
+    corpus: str | None = None
+    snapshot: str | None = None
+
+
+class CorpusFinding(BaseModel):
+    """Something that a line of an uploaded corpus (1-based) had to be told about."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    line: int
+    code: str
+    severity: Literal["warned", "refused"]
+    message: str
+
+
+class CorpusReport(BaseModel):
+    """The account of a build. `findings` holds the first few; `counts`, by code, are exact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lines: int
+    pages: int
+    sentences: int
+    characters: int
+    refused: int
+    counts: dict[str, int]
+    findings: tuple[CorpusFinding, ...]
+    findings_left_out: int
+
+
+# --- normalising ---------------------------------------------------------------------------
+
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff]"
+)
+_BRACKETS = {
+    "-LRB-": "(",
+    "-RRB-": ")",
+    "-LSB-": "[",
+    "-RSB-": "]",
+    "-LCB-": "{",
+    "-RCB-": "}",
+    "-COLON-": ":",
+}
+_BRACKET = re.compile("|".join(_BRACKETS))
+# Every rule makes the text shorter, so applying them until nothing changes ends. Rules that undo
+# a tokeniser's spaces want a space or the end after the mark: ".NET" and "'tis" keep theirs.
+# Patterns begin with what they take away and look behind it from there: that is many times faster.
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"`` ?"), '"'),
+    (re.compile(r" ?''"), '"'),
+    (re.compile(r"`(?<!\S.) "), "'"),
+    (re.compile(r" (?='(?: |$))"), ""),
+    (re.compile(r" (?<=\w )(?='(?:s|m|d|re|ve|ll)\b)", re.IGNORECASE), ""),
+    (re.compile(r" (?<=\w )(?=n't\b)", re.IGNORECASE), ""),
+    (re.compile(r" -- (?<=\d -- )(?=\d+\b(?! [A-Z][a-z]))"), "–"),  # a range; two dates keep their spaces
+    (re.compile(r"--(?<= --)(?= )"), "–"),
+    (re.compile(r"([(\[{]) "), r"\1"),
+    (re.compile(r" (?=[)\]}])"), ""),
+    (re.compile(r" (?=[.,;:!?%]+(?: |$|[)\]}\"']))"), ""),
+    (re.compile(r"([$#£€])(?<![^\s(].) (?=\d)"), r"\1"),
+)
+
+
+def normalise(text: str) -> str:
+    """Page text as it is kept: NFC, one line, no tokeniser marks. Idempotent, linear time."""
+    text = fold(_INVISIBLE.sub("", text))
+    while (tidied := _tidy(text)) != text:
+        text = tidied
+    return text
+
+
+def _tidy(text: str) -> str:
+    text = _BRACKET.sub(lambda mark: _BRACKETS[mark.group()], text)
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    return fold(text)
+
+
+# --- steps that pages only pretend to have -------------------------------------------------
+
+# White space, and what a reader cannot tell from it or cannot see at all.
+_GAP = (
+    "[\\s\x00-\x1f\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u2028-\u202f\u205f-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0]*"
+)
+_COLON = "[:\u02d0\u2236\ua789\ufe13\ufe55\uff1a]"
+_STEP = re.compile(rf"(?<!\w)((?:Thought|Action|Observation){_GAP}\d+){_GAP}{_COLON}", re.IGNORECASE)
+
+
+def escape_steps(text: str) -> str:
+    """The text on one line, with `Thought 1:` and its like made into `Thought 1,`. Idempotent.
+
+    A trajectory's parser sees a step wherever such a marker stands, so nothing quoted from a
+    page, a title or a claim may carry one.
+    """
+    return fold(_STEP.sub(r"\1,", fold(text)))
+
+
+def clean(text: str) -> str:
+    """Text as a corpus keeps it and an Observation may quote it: normalised, then escaped."""
+    return escape_steps(normalise(text))
+
+
+# --- names ---------------------------------------------------------------------------------
+
+_NAME_MARKS = str.maketrans({"_": " ", "[": " ", "]": " "})
+
+
+def caseless(text: str) -> str:
+    """The text without its case, for comparing."""
+    return unicodedata.normalize("NFC", text.casefold())
+
+
+def name_key(name: str) -> str:
+    """What the spellings of a page's name share: case, spacing, underscores and brackets aside."""
+    return caseless(fold(clean(name).translate(_NAME_MARKS)))
+
+
+def bare_key(name: str) -> str | None:
+    """The key of `Title` for `Title (disambiguation)`; None for a title without one."""
+    match = re.fullmatch(r"(.*\S) \([^()]+\)", name_key(name))
+    return match.group(1) if match else None
+
+
+# --- sentences -----------------------------------------------------------------------------
+
+_STOPS = ".!?…。！？।؟"  # the stops of other scripts
+_CLOSERS = "\"'”’»)]}"
+_OPENERS = "\"'“‘«([{"
+_ENDINGS = frozenset(_STOPS + _CLOSERS)
+_REFERENCE = re.compile(rf"(?<=[{re.escape(_STOPS + _CLOSERS)}])\[\w{{1,12}}\]")
+_INITIALS = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")
+_NEVER_LAST = re.compile(
+    r"mr|mrs|ms|mx|dr|prof|st|ste|gen|col|maj|lt|sgt|cpl|capt|cmdr|adm|rev|fr|hon|"
+    r"pres|gov|sen|rep|supt|vs|no|nos|vol|vols|pp|fig|figs|ed|eds|trans|lit|cf|ca|"
+    r"approx|mt|ft|e[.]g|i[.]e|op|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec"
+)
+_MAYBE_LAST = re.compile(r"jr|sr|inc|ltd|co|corp|bros|etc|al|est|ph[.]d|dept|univ")
+_STARTERS = re.compile(
+    r"a|about|according|after|all|also|although|among|an|and|another|as|at|because|before|"
+    r"both|but|by|despite|due|during|each|following|for|from|he|her|his|however|if|in|it|"
+    r"its|later|many|most|on|one|other|our|several|she|since|some|such|that|the|their|"
+    r"then|there|these|they|this|those|though|through|to|today|two|under|until|upon|we|"
+    r"when|where|while|with|you"
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text; joined by spaces they are the text on one line. Linear time."""
+    words = text.split()
+    sentences, start = [], 0
+    for at in range(1, len(words)):
+        if words[at - 1][-1] in _ENDINGS and _ends_sentence(words[at - 1], words[at]):
+            sentences.append(" ".join(words[start:at]))
+            start = at
+    return [*sentences, " ".join(words[start:])] if words else []
+
+
+def _ends_sentence(word: str, following: str) -> bool:
+    bare = _REFERENCE.sub("", word)
+    stem = bare.rstrip(_STOPS + _CLOSERS)
+    tail = bare[len(stem) :]
+    if not any(mark in _STOPS for mark in tail):
+        return False
+    if tail == "..":  # how the ReAct environment glued sentences that already had their stop
+        return True
+    if not _can_start(following.lstrip(_OPENERS)):
+        return False
+    if tail != "." or bare != word:
+        return True
+    return _stop_is_final(stem.lstrip(_OPENERS), following)
+
+
+def _can_start(word: str) -> bool:
+    return bool(word) and (word[0] in "$£€#" or (word[0].isalnum() and not word[0].islower()))
+
+
+def _stop_is_final(stem: str, following: str) -> bool:
+    abbreviation = stem.casefold()
+    if _NEVER_LAST.fullmatch(abbreviation):
+        return False
+    if _MAYBE_LAST.fullmatch(abbreviation) or _INITIALS.fullmatch(stem):
+        return bool(_STARTERS.fullmatch(following.lstrip(_OPENERS).rstrip(",").casefold()))
+    return True

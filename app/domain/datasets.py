@@ -1,0 +1,180 @@
+"""Datasets: what is said about an upload, and the canonical row that every later reader trusts.
+
+A dataset is an immutable, ordered set of trajectories; its digest is the SHA-256 of its canonical lines.
+This file does not know how an upload is read: `app.domain.rows` reads one row, `app.ingest` a file.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+from app.domain.claims import Verdict
+from app.domain.trajectories import Evidence, Step, Trajectory, read_action
+
+
+class Severity(StrEnum):
+    """What a finding did to its row: kept after a repair, kept with a warning, or left out."""
+
+    REPAIRED = "repaired"
+    WARNED = "warned"
+    REFUSED = "refused"
+
+
+_MEANINGS: dict[Severity, dict[str, str]] = {
+    Severity.REPAIRED: {
+        "finish_missing_with_label": "the trajectory stops without Finish; the label finishes it",
+        "finish_done": "Finish holds no verdict, such as Finish[DONE]; the label takes its place",
+        "label_prefix": "`Label: …` stands before the first step; it is read and removed",
+        "preamble_dropped": "other text stands before the first step; it is removed",
+        "episode_tail": "`Observation n: Episode finished …` stands behind Finish; it is removed",
+        "newline_folded": "a claim, thought, action or observation spans lines; it becomes one line",
+        "verdict_spelling": "a verdict is spelled in another way, such as `Supported`",
+        "stray_bracket": "a last thought without an action ends in an unopened `]`; it is removed",
+    },
+    Severity.WARNED: {
+        "duplicate": "the same claim with the same steps came before; the first is kept",
+        "conflicting_label": "the same claim came before with another verdict; both are kept",
+        "extra_column": "a column that nothing here reads; once a file and column",
+        "extra_key": "a step has keys that nothing here reads",
+    },
+    Severity.REFUSED: {
+        "missing_claim": "the row has no claim",
+        "bad_claim": "the claim is no text, is too long, or holds a step marker",
+        "missing_trajectory": "the row has no trajectory",
+        "no_steps": "the trajectory's text holds no `Thought 1:` marker, or its list of steps is empty",
+        "bad_step": "a structured step is not an object of texts, or a field of it holds a step marker",
+        "bad_messages": "a chat row is not a list of messages with a role and a text",
+        "bad_label": "the label is no verdict",
+        "no_verdict": "neither Finish nor a label gives a verdict",
+        "verdict_mismatch": "Finish, the label column and `Label:` do not agree",
+        "step_without_action": "a step before the last has no action",
+        "unknown_action": "an action is not Search[…], Lookup[…] or Finish[…]",
+        "bad_argument": "an action's argument is empty, too long, or holds brackets",
+        "empty_observation": "a Search or Lookup has no observation",
+        "finish_not_last": "something follows Finish",
+        "bad_evidence": "the evidence is not a list of [page, sentence number]",
+        "forbidden_character": "a text holds a NUL or a lone surrogate",
+        "bad_utf8": "the row is not UTF-8",
+        "bad_json": "the row is not JSON",
+        "not_an_object": "the row is JSON, but no object",
+        "bad_csv": "a quote is not closed, or text follows a closing quote",
+        "wrong_fields": "the row has more or fewer fields than the header",
+        "line_too_long": "the row is longer than a row may be",
+    },
+}
+
+CODES: dict[str, Severity] = {code: severity for severity, codes in _MEANINGS.items() for code in codes}
+"""Every code that a finding may carry."""
+
+MEANINGS: dict[str, str] = {code: text for codes in _MEANINGS.values() for code, text in codes.items()}
+"""What each code means, in a sentence; the documentation prints this table."""
+
+FINDINGS_LIMIT = 200
+"""Most findings a report lists; its counts are exact."""
+
+FINDINGS_PER_CODE = 20
+"""Most findings of one code that a report lists, so that a frequent one does not hide a rare one."""
+
+
+class _Word(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Finding(_Word):
+    """Something that a row had to be told. `line` counts from 1 in the uploaded file (rows, in Parquet)."""
+
+    line: int
+    code: str
+    severity: Severity
+    message: str
+
+
+def finding(line: int, code: str, message: str) -> Finding:
+    """A finding with the severity that its code has. Raises KeyError for a code that is not in `CODES`."""
+    return Finding(line=line, code=code, severity=CODES[code], message=message)
+
+
+class Columns(_Word):
+    """Which column of the upload holds what."""
+
+    claim: str = "claim"
+    trajectories: str = "trajectories"
+    label: str = "label"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A row as its file has it: nothing in it is believed yet."""
+
+    line: int
+    fields: Mapping[str, object]
+
+
+class Lengths(_Word):
+    """How long texts are, in characters."""
+
+    shortest: int
+    median: int
+    p95: int
+    longest: int
+    total: int
+
+
+class DatasetReport(_Word):
+    """The exact account of an upload.
+
+    `rows_read` = `rows_kept` + `rows_refused` + `codes["duplicate"]`. `rows_repaired` counts kept rows,
+    `rows_warned` kept rows and duplicates. `codes` counts the rows that have a finding of each code, refused
+    rows included (`extra_column` counts columns). `labels`, `steps` (trajectories by their number of steps),
+    `actions` and `characters` describe the kept rows.
+    """
+
+    format: str
+    columns: dict[str, str]
+    rows_read: int
+    rows_kept: int
+    rows_repaired: int
+    rows_warned: int
+    rows_refused: int
+    codes: dict[str, int]
+    labels: dict[Verdict, int]
+    steps: dict[int, int]
+    actions: dict[str, int]
+    characters: dict[str, Lengths]
+    findings: tuple[Finding, ...]
+    findings_left_out: int
+
+
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True, check_circular=False)
+
+
+def canonical_line(trajectory: Trajectory) -> bytes:
+    """The trajectory as one line of canonical JSONL: sorted keys, no spaces, UTF-8, a newline at the end."""
+    steps = [
+        {"action": str(step.action), "observation": step.observation, "thought": step.thought}
+        for step in trajectory.steps
+    ]
+    row = {
+        "claim": trajectory.claim,
+        "evidence": [[item.page, item.sentence] for item in trajectory.evidence],
+        "label": trajectory.verdict.value,
+        "steps": steps,
+    }
+    return _CANONICAL.encode(row).encode() + b"\n"
+
+
+def read_canonical(line: bytes) -> Trajectory:
+    """The inverse of `canonical_line`. Raises ValueError or KeyError for a line that it did not write."""
+    row = json.loads(line)
+    steps = tuple(
+        Step(thought=step["thought"], action=read_action(step["action"]), observation=step["observation"])
+        for step in row["steps"]
+    )
+    evidence = tuple(Evidence(page=page, sentence=sentence) for page, sentence in row["evidence"])
+    trajectory = Trajectory(claim=row["claim"], steps=steps, evidence=evidence)
+    if row["label"] != trajectory.verdict:
+        raise ValueError(f"labelled {row['label']!r}, but finishes with {trajectory.verdict.value!r}")
+    return trajectory

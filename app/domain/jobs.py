@@ -1,0 +1,175 @@
+"""Jobs: one state machine for every kind, written as a table, and what is told about a job while it lives.
+
+       ┌────────────(a) lease──────────────┐
+    queued ──(b) cancel──► cancelled       ▼
+      │  ▲                           ┌─ running ──(e) end──► succeeded · failed
+      │  └──(c) lease lost, SIGTERM ─┘   │  │
+      │(d) pause                (f) pause│  │(g) cancel
+      ▼                                  ▼  ▼
+    paused ◄──────(h) settled────── pausing  cancelling ──(i) settled──► cancelled
+      └──(j) resume──► queued, (k) cancel──► cancelled
+
+Terminal states absorb: succeeded, failed and cancelled are never left.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from app.domain.plans import Plan
+from app.domain.specs import JobKind, TrainSpec
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.CANCELLED, JobStatus.PAUSED}),
+    JobStatus.RUNNING: frozenset(
+        {
+            JobStatus.SUCCEEDED,
+            JobStatus.FAILED,
+            JobStatus.CANCELLING,
+            JobStatus.PAUSING,
+            JobStatus.QUEUED,
+        }
+    ),
+    JobStatus.PAUSING: frozenset({JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLING}),
+    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
+    JobStatus.CANCELLING: frozenset({JobStatus.CANCELLED, JobStatus.SUCCEEDED}),
+    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.FAILED: frozenset(),
+    JobStatus.CANCELLED: frozenset(),
+}
+
+TERMINAL = frozenset(status for status, following in TRANSITIONS.items() if not following)
+LEASED = frozenset({JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})
+"""States in which an attempt may hold the job."""
+
+MAX_ATTEMPTS = 3
+"""Attempts that may end without their supervisor's consent and without a new checkpoint, before the job fails."""
+
+
+class Wish(StrEnum):
+    """What a user may ask of a job, and the state that answers it at once or when the attempt has heard it."""
+
+    CANCEL = "cancel"
+    PAUSE = "pause"
+    RESUME = "resume"
+
+
+WISHES: dict[Wish, dict[JobStatus, JobStatus]] = {
+    Wish.CANCEL: {
+        JobStatus.QUEUED: JobStatus.CANCELLED,
+        JobStatus.PAUSED: JobStatus.CANCELLED,
+        JobStatus.RUNNING: JobStatus.CANCELLING,
+        JobStatus.PAUSING: JobStatus.CANCELLING,
+        JobStatus.CANCELLING: JobStatus.CANCELLING,
+        JobStatus.CANCELLED: JobStatus.CANCELLED,
+    },
+    Wish.PAUSE: {
+        JobStatus.QUEUED: JobStatus.PAUSED,
+        JobStatus.RUNNING: JobStatus.PAUSING,
+        JobStatus.PAUSING: JobStatus.PAUSING,
+        JobStatus.PAUSED: JobStatus.PAUSED,
+    },
+    Wish.RESUME: {JobStatus.PAUSED: JobStatus.QUEUED},
+}
+"""Wish → state it is made in → state it leads to. A pair that is absent is a conflict; a state that leads to itself
+is a wish already granted."""
+
+
+class _Word(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class JobError(_Word):
+    """Why a job failed, in words a user can act on."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+class Progress(_Word):
+    """How far an attempt is. `epoch` counts passes over the data; `eta_seconds` is from the recent pace."""
+
+    update: int = 0
+    total_updates: int
+    epoch: float = 0.0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+
+
+class Lease(_Word):
+    """An attempt's right to a job: every write it makes carries the epoch, and fails once another epoch began."""
+
+    job_id: str
+    epoch: int
+    owner: str
+
+
+class Job(_Word):
+    """A spec's life, as the API shows it."""
+
+    id: str
+    object: Literal["job"] = "job"
+    kind: JobKind
+    name: str
+    status: JobStatus
+    spec: TrainSpec
+    plan: Plan | None
+    progress: Progress | None
+    queue_position: int | None
+    attempts: int
+    adapter_id: str | None
+    error: JobError | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class Event(_Word):
+    """One line of a job's log. `seq` counts from 1 within the job, without gaps."""
+
+    seq: int
+    at: datetime
+    level: Literal["info", "warning", "error"]
+    kind: str
+    message: str
+    data: dict[str, Any]
+
+
+class Metric(_Word):
+    """One update of a training job."""
+
+    update: int
+    epoch: float
+    loss: float | None
+    learning_rate: float
+    grad_norm: float | None
+    tokens: int
+    labelled_tokens: int
+    tokens_per_second: float
+    skipped: bool
+    seconds: float
+
+
+class Checkpoint(_Word):
+    """A resumable state of a job. `digest` is that of its manifest."""
+
+    update: int
+    digest: str
+    created_at: datetime
+    bytes: int

@@ -1,0 +1,119 @@
+"""What a job will take, worked out before anything runs: rows, tokens, updates. Pure arithmetic, no tokenizer."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from app.domain.specs import TrainSpec
+
+TOKENS_PER_MICRO_BATCH = {"cpu": 2_048, "gpu": 4_096}
+"""Padded tokens of one micro-batch under `batch_size: auto`. On a CPU more brings no speed, only memory; 4,096 tokens
+of a 7B model with checkpointing fit a 16 GB card."""
+
+
+class _Word(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Lengths(_Word):
+    """Order statistics of a list of lengths, in tokens. All zero for an empty list."""
+
+    count: int = 0
+    minimum: int = 0
+    median: int = 0
+    p95: int = 0
+    maximum: int = 0
+    total: int = 0
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Self:
+        if not lengths:
+            return cls()
+        ranked = sorted(lengths)
+
+        def at(share: float) -> int:
+            return ranked[min(len(ranked) - 1, math.ceil(share * len(ranked)) - 1)]
+
+        return cls(
+            count=len(ranked),
+            minimum=ranked[0],
+            median=at(0.5),
+            p95=at(0.95),
+            maximum=ranked[-1],
+            total=sum(ranked),
+        )
+
+
+class Schedule(_Word):
+    """The shape of a training run. `rows_per_update` is the effective batch size, in trajectories.
+
+    A micro-batch holds at most `max_rows` sequences (None: no bound) and at most `max_tokens` padded tokens, except
+    that one sequence longer than that stands alone.
+    """
+
+    rows: int
+    updates: int
+    updates_per_epoch: int
+    rows_per_update: int
+    max_rows: int | None
+    max_tokens: int
+    warmup_updates: int
+    checkpoint_every: int
+
+    @classmethod
+    def of(cls, spec: TrainSpec, rows: int, longest: int, device: Literal["cpu", "gpu"]) -> Self:
+        trainer = spec.trainer
+        effective = min(trainer.effective_rows, rows)
+        per_epoch = math.ceil(rows / effective)
+        updates = trainer.train_steps or max(1, round(trainer.epochs * per_epoch))
+        scheduler = trainer.learning_rate_scheduler
+        every = trainer.steps_per_checkpoint or max(10, math.ceil(updates / 10))
+        return cls(
+            rows=rows,
+            updates=updates,
+            updates_per_epoch=per_epoch,
+            rows_per_update=effective,
+            max_rows=None if trainer.batch_size == "auto" else trainer.batch_size,
+            max_tokens=max(longest, TOKENS_PER_MICRO_BATCH[device]),
+            warmup_updates=math.ceil(scheduler.warmup_fraction * updates),
+            checkpoint_every=every,
+        )
+
+
+class RowNote(_Word):
+    """What the over-length policy does to one row. `tokens` before, `kept_tokens` after (0: dropped)."""
+
+    line: int
+    tokens: int
+    kept_tokens: int
+    action: Literal["trimmed", "protected", "dropped", "refused"]
+    labelled_tokens_lost: int = 0
+
+
+class Plan(_Word):
+    """What a training job would take. `overlength` lists at most 100 rows; the counts are exact."""
+
+    kind: Literal["train"] = "train"
+    base_model: str
+    dataset: str
+    device: str
+    rows: int
+    rows_trained: int
+    rows_trimmed: int
+    rows_protected: int
+    rows_dropped: int
+    protected_share: float
+    max_sequence_length: int
+    lengths: Lengths
+    tokens_per_epoch: int
+    labelled_tokens_per_epoch: int
+    verdict_branches: int
+    total_updates: int
+    updates_per_epoch: int
+    rows_per_update: int
+    tokens_per_micro_batch: int
+    warmup_updates: int
+    overlength: tuple[RowNote, ...] = ()
+    warnings: tuple[str, ...] = ()

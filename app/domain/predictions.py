@@ -1,0 +1,136 @@
+"""Predictions: a claim judged, with the steps taken and the sentences read; and the events that tell of it."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.domain.claims import Claim, Verdict
+from app.domain.specs import Reference
+from app.domain.trajectories import ActionName
+
+MOST_STEPS = 10
+
+
+class _Word(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PredictRequest(_Word):
+    """What is to be judged, and by what. `adapter` left out: the promoted one, else the base; `null`: the base."""
+
+    claim: Claim
+    adapter: Reference | None = None
+    base_model: Reference | None = None
+    corpus: Reference | None = None
+    mode: Literal["grounded", "ungrounded"] = "grounded"
+    stream: bool = False
+    max_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 7
+    samples: Annotated[int, Field(ge=1, le=16)] = 1
+    store: bool = False
+
+
+class PredictedAction(_Word):
+    """What the model chose to do. `argument` is as it wrote it; in ungrounded mode the name may be no known one."""
+
+    name: ActionName | str
+    argument: str
+
+
+class ObservedText(_Word):
+    """What the model was shown. `source` says who wrote it: a corpus, the server (a correction), or the model itself."""
+
+    text: str
+    page: str | None = None
+    sentences: tuple[int, ...] = ()
+    source: Literal["corpus", "memory", "server", "model"]
+    corpus: str | None = None
+    snapshot: str | None = None
+    trimmed: bool = False
+
+
+class PredictedStep(_Word):
+    thought: str
+    action: PredictedAction | None
+    observation: ObservedText | None
+
+
+class CitedSentence(_Word):
+    page: str
+    sentence_id: int
+    text: str
+    url: str | None = None
+
+
+class Usage(_Word):
+    """Tokens over all calls. `crossed_stops`: tokens replaced because they held a stop and something more."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    crossed_stops: int = 0
+
+
+class Timings(_Word):
+    """Seconds."""
+
+    total: float
+    generation: float
+    search: float
+
+
+class Prediction(_Word):
+    """A claim's verdict and how it came about.
+
+    `verdict`: what the trajectory finished with; `confidence`: its probability; `agrees`: no other verdict has more.
+    `grounded`: every Observation came from a corpus or the server. `forced`: the server ended the trajectory.
+    `abstained`: NOT ENOUGH INFO without having read any page. `text`: the trajectory in the user's own notation.
+    """
+
+    id: str
+    object: Literal["prediction"] = "prediction"
+    claim: str
+    verdict: Verdict
+    confidence: float
+    probabilities: dict[Verdict, float]
+    probability_method: Literal["verdict_branch", "vote"]
+    agrees: bool
+    grounded: bool
+    forced: bool
+    abstained: bool
+    steps: tuple[PredictedStep, ...]
+    evidence: tuple[CitedSentence, ...]
+    text: str
+    adapter: str | None
+    base_model: str
+    corpus: str | None
+    usage: Usage
+    timings: Timings
+
+
+class ThoughtWritten(_Word):
+    event: Literal["thought"] = "thought"
+    step: int
+    thought: str
+
+
+class ActionChosen(_Word):
+    event: Literal["action"] = "action"
+    step: int
+    action: PredictedAction
+
+
+class Observed(_Word):
+    event: Literal["observation"] = "observation"
+    step: int
+    observation: ObservedText
+
+
+class Predicted(_Word):
+    """The last event of a prediction that went well."""
+
+    event: Literal["prediction"] = "prediction"
+    prediction: Prediction
+
+
+PredictionEvent = ThoughtWritten | ActionChosen | Observed | Predicted

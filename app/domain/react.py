@@ -1,0 +1,173 @@
+"""The ReAct prompt format: one object that owns how a trajectory is written, continued and read back.
+
+Three inverse functions over one text:
+
+- `segments(trajectory)`: what training encodes, each piece with whether it is learned;
+- `prompt(claim, steps)`: what serving sends, always a prefix of the segments of any continuation;
+- `parse(text)`: the steps back out of text.
+
+A segment is an *atom*: it is encoded alone, so that token ids never depend on what stands beside it, and ids that
+a model was trained on are the ids it is served (the property that DESIGN calls "ids as the contract").
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from app.domain.claims import STEP_MARKER, Verdict
+from app.domain.trajectories import Action, ActionName, Step, Trajectory
+
+FORMAT_NAME = "react-1"
+
+DEFAULT_TEMPLATE = (
+    "Judge the claim. Search for pages, read them, and finish with SUPPORTS, REFUTES or NOT ENOUGH INFO.\n"
+    "Claim: {claim}\n"
+)
+PLACEHOLDER = "{claim}"
+TEMPLATE_LIMIT = 8_000
+
+
+class Part(StrEnum):
+    """What an atom is. Fixed parts are written by the server; a model writes thought, action and argument."""
+
+    PROMPT = "prompt"
+    HEADER = "header"
+    THOUGHT = "thought"
+    ACTION = "action"
+    ARGUMENT = "argument"
+    CLOSE = "close"
+    TURN_END = "turn_end"
+    OBSERVATION = "observation"
+    END = "end"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of rendered text that is encoded alone. `END` has no text: it stands for the end-of-sequence token."""
+
+    part: Part
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RawStep:
+    """A step as text before anything about it is believed; a missing part is None."""
+
+    thought: str | None
+    action: str | None
+    observation: str | None
+
+
+def header(word: str, number: int) -> Segment:
+    """`Thought 3:` and its kin. Learned, so that a model writing alone (ungrounded) keeps the format."""
+    return Segment(Part.HEADER, f"{word} {number}:", trained=word != "Observation")
+
+
+def action_atom(name: ActionName) -> Segment:
+    return Segment(Part.ACTION, f" {name}[", trained=True)
+
+
+CLOSE = Segment(Part.CLOSE, "]", trained=True)
+TURN_END = Segment(Part.TURN_END, "\n", trained=True)
+END = Segment(Part.END, "", trained=True)
+
+
+class ReactFormat(BaseModel):
+    """How a claim is put to a model. Saved with every adapter; serving refuses an adapter of another format."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = FORMAT_NAME
+    template: str = DEFAULT_TEMPLATE
+
+    @model_validator(mode="after")
+    def _one_placeholder(self) -> Self:
+        if self.name != FORMAT_NAME:
+            raise ValueError(f"the format {self.name!r} is not known here; this version writes {FORMAT_NAME!r}")
+        if self.template.count(PLACEHOLDER) != 1:
+            raise ValueError("the template must hold {claim} exactly once")
+        if len(self.template) > TEMPLATE_LIMIT:
+            raise ValueError(f"the template has more than {TEMPLATE_LIMIT:,} characters")
+        if STEP_MARKER.search(self.template):
+            raise ValueError("the template holds a step marker such as 'Thought 1:'")
+        return self
+
+    def head(self, claim: str) -> list[Segment]:
+        """The instructions around the claim, in three atoms so that all claims share the first."""
+        before, after = self.template.split(PLACEHOLDER)
+        pieces = (before, claim, after.rstrip("\n") + "\n")
+        return [Segment(Part.PROMPT, piece, trained=False) for piece in pieces if piece]
+
+    def segments(self, trajectory: Trajectory, *, train_on_observations: bool = False) -> list[Segment]:
+        """The whole trajectory, ending in END."""
+        steps = self.prompt(trajectory.claim, trajectory.steps, train_on_observations=train_on_observations)
+        return [*steps, END]
+
+    def prompt(self, claim: str, steps: Sequence[Step], *, train_on_observations: bool = False) -> list[Segment]:
+        """The head and the given steps: a prefix of `segments` of any trajectory that begins with them."""
+        rendered = self.head(claim)
+        for number, step in enumerate(steps, start=1):
+            rendered += _render(number, step, train_on_observations)
+        return rendered
+
+    def verdict_branch(self, claim: str, steps: Sequence[Step]) -> list[Segment]:
+        """The prompt that ends in `Finish[` right after the last observation, where no Thought has spoken."""
+        opening = [header("Action", len(steps) + 1), action_atom(ActionName.FINISH)]
+        return [*self.prompt(claim, steps), *(Segment(s.part, s.text, False) for s in opening)]
+
+    def branch_segments(self, trajectory: Trajectory) -> list[Segment]:
+        """The verdict branch with its label, of which only the label and what closes it are learned."""
+        label = Segment(Part.ARGUMENT, trajectory.verdict.value, trained=True)
+        asked = self.verdict_branch(trajectory.claim, trajectory.steps[:-1])
+        return [*(Segment(s.part, s.text, False) for s in asked), label, CLOSE, END]
+
+
+def turn(number: int, thought: str, action: Action) -> list[Segment]:
+    """The Thought and the Action of a step, through the closing bracket."""
+    said = [Segment(Part.THOUGHT, f" {thought}", trained=True)] if thought else []
+    argument = Segment(Part.ARGUMENT, action.argument, trained=True)
+    acted = [header("Action", number), action_atom(action.name), argument, CLOSE]
+    return [header("Thought", number), *said, TURN_END, *acted]
+
+
+def _render(number: int, step: Step, train_on_observations: bool) -> list[Segment]:
+    rendered = turn(number, step.thought, step.action)
+    if step.observation is None:
+        return rendered
+    seen = Segment(Part.OBSERVATION, f" {step.observation}", trained=train_on_observations)
+    line_end = Segment(Part.TURN_END, "\n", trained=train_on_observations)
+    return [*rendered, TURN_END, header("Observation", number), seen, line_end]
+
+
+def text(segments: Iterable[Segment]) -> str:
+    """The segments as a person reads them."""
+    return "".join(segment.text for segment in segments)
+
+
+def steps_text(steps: Sequence[Step]) -> str:
+    """The steps in the user's own notation, without the instructions before them."""
+    return text(atom for n, step in enumerate(steps, start=1) for atom in _render(n, step, False)).rstrip("\n")
+
+
+def parse(written: str) -> tuple[str, list[RawStep]]:
+    """(what stands before the first marker, the raw steps): markers are found wherever they stand.
+
+    A Thought opens a step; an Action opens one when the open step has an action already; an Observation belongs to
+    the open step. Numbers are not trusted: real traces repeat and skip them.
+    """
+    pieces = STEP_MARKER.split(written)
+    steps: list[dict[str, str]] = []
+    for word, body in zip(pieces[1::3], pieces[3::3], strict=True):
+        part = word.lower()
+        if not steps or part == "thought" or (part in steps[-1]):
+            steps.append({})
+        steps[-1][part] = body.strip()
+    raw = [RawStep(s.get("thought"), s.get("action"), s.get("observation")) for s in steps]
+    return pieces[0], raw
+
+
+VERDICT_LABELS: tuple[Verdict, ...] = (Verdict.SUPPORTS, Verdict.REFUTES, Verdict.NOT_ENOUGH_INFO)

@@ -1,0 +1,240 @@
+"""One row of an upload → a trajectory, with everything that had to be repaired or refused said in words.
+
+A row is refused for the first reason found, in this order: its shape, its claim, its label and evidence, its
+verdicts against each other, its steps from the first on. White space inside a field is folded and text is put
+in NFC; only a fold over a newline is worth a finding. What shape held the steps is not known here.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+from pydantic import ValidationError
+
+from app.domain.claims import Verdict, check_claim, fold, read_verdict
+from app.domain.datasets import Columns, Finding, SourceRow
+from app.domain.react import RawStep
+from app.domain.shapes import STEP_KEYS, Notes, RefusedError, Written, allow, find_source, read_shape
+from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory, read_action
+
+_LABEL = re.compile(r"\bLabel\s*:")
+_FINISH = re.compile(r"finish\s*(?:\[(.*)\])?\.?", re.IGNORECASE | re.DOTALL)
+_TAIL = re.compile(r"(?:Episode finished\b.*)?", re.IGNORECASE | re.DOTALL)
+_SENTENCE_LIMIT = 1_000_000
+_SPELL = "write SUPPORTS, REFUTES or NOT ENOUGH INFO"
+
+
+@dataclass(frozen=True, slots=True)
+class RowReading:
+    """What became of a row. `source` is the column that held its steps, "" when none did."""
+
+    trajectory: Trajectory | None
+    label: Verdict | None
+    findings: tuple[Finding, ...]
+    source: str
+
+
+def read_row(row: SourceRow, columns: Columns) -> RowReading:
+    """The row's trajectory, or None with the reason among the findings. Never raises for what a row holds."""
+    notes = Notes(row.line)
+    source, value = find_source(row, columns)
+    label, trajectory = None, None
+    try:
+        written = read_shape(value, source, notes)
+        claim = _claim(row.fields.get(columns.claim), written.claim, columns.claim, notes)
+        label = _label(row.fields.get(columns.label), columns.label, notes)
+        trajectory = _trajectory(claim, written, label, _evidence(row.fields.get("evidence")), notes)
+    except RefusedError as refused:
+        notes.add(refused.code, refused.message)
+    return RowReading(trajectory, label, tuple(notes.by_code.values()), source)
+
+
+# --- claim, label, evidence ----------------------------------------------------------------
+
+
+def _claim(given: object, written: str | None, name: str, notes: Notes) -> str:
+    claim = given if given is not None and given != "" else written
+    if claim is None or (isinstance(claim, str) and not claim.strip()):
+        raise RefusedError("missing_claim", f"the row has no claim in {name!r}; fill it or drop the row")
+    if not isinstance(claim, str):
+        raise RefusedError("bad_claim", f"{name!r} holds no text; a claim is one sentence")
+    allow(claim, "the claim")
+    _note_fold(claim, "the claim", notes)
+    try:
+        return check_claim(claim)
+    except ValueError as error:
+        raise RefusedError("bad_claim", str(error)) from None
+
+
+def _label(value: object, name: str, notes: Notes) -> Verdict | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, str):
+        raise RefusedError("bad_label", f"{name!r} holds no text; {_SPELL}")
+    return _verdict(value, f"the label in {name!r}", notes)
+
+
+def _verdict(text: str, where: str, notes: Notes) -> Verdict:
+    verdict = read_verdict(text)
+    if verdict is None:
+        shown = repr(text.strip()[:40])
+        raise RefusedError("bad_label", f"{where} is {shown}; {_SPELL}")
+    _note_spelling(text, verdict, notes)
+    return verdict
+
+
+def _note_spelling(text: str, verdict: Verdict, notes: Notes) -> None:
+    if text.strip() != verdict.value:
+        notes.add("verdict_spelling", f"{text.strip()[:40]!r} is read as {verdict.value}")
+
+
+def _evidence(value: object) -> tuple[Evidence, ...]:
+    """A text is no evidence but a column of another kind, such as FEVER's evidence sentences."""
+    if value is None or isinstance(value, str):
+        return ()
+    if not isinstance(value, list):
+        raise RefusedError("bad_evidence", "`evidence` is no list; write [[page, sentence number], …]")
+    return tuple(_sentence(item, place) for place, item in enumerate(value, start=1))
+
+
+def _sentence(item: object, place: int) -> Evidence:
+    pair = [item.get("page"), item.get("sentence")] if isinstance(item, dict) else item
+    match pair:
+        case [str(page), int(number)] if not isinstance(number, bool) and 0 <= number <= _SENTENCE_LIMIT:
+            allow(page, f"evidence {place}")
+            if fold(page):
+                return Evidence(page=fold(page), sentence=number)
+    raise RefusedError("bad_evidence", f"evidence {place} is not [page, sentence number from 0 on]")
+
+
+# --- from raw steps to a trajectory --------------------------------------------------------
+
+
+def _trajectory(
+    claim: str, written: Written, label: Verdict | None, evidence: tuple[Evidence, ...], notes: Notes
+) -> Trajectory:
+    prefix = _read_preamble(written.preamble, claim, notes)
+    steps = [_without_tail(step, notes) for step in written.steps]
+    for number, step in enumerate(steps, start=1):
+        for name, text in zip(STEP_KEYS, (step.thought, step.action, step.observation), strict=True):
+            _note_fold(text or "", f"{name} {number}", notes)
+    if label and prefix and label is not prefix:
+        raise _disagree(f"the label column says {label.value}", f"`Label:` says {prefix.value}")
+    finished = _finish(steps, label or prefix, notes)
+    last = len(finished)
+    built = tuple(_step(raw, number, number == last) for number, raw in enumerate(finished, start=1))
+    return Trajectory(claim=claim, steps=built, evidence=evidence)
+
+
+def _disagree(one: str, other: str) -> RefusedError:
+    return RefusedError("verdict_mismatch", f"{one}, {other}; correct one of them or leave the row out")
+
+
+def _note_fold(text: str, where: str, notes: Notes) -> None:
+    if len(text.strip().splitlines()) > 1:
+        notes.add("newline_folded", f"{where} spans lines; they are joined by spaces")
+
+
+def _read_preamble(preamble: str, claim: str, notes: Notes) -> Verdict | None:
+    """The verdict of `Label: …` before the first step; other text there is dropped, and said to be."""
+    if _LABEL.search(claim):
+        preamble = fold(preamble).replace(claim, " ", 1)
+    found = list(_LABEL.finditer(preamble))
+    before = preamble[: found[-1].start()] if found else preamble
+    rest = fold(before).strip("# ").removeprefix("Claim:").strip()
+    if rest and rest != claim:
+        notes.add("preamble_dropped", f"{rest[:60]!r} stands before the first step and is left out")
+    if not found:
+        return None
+    verdict = _verdict(preamble[found[-1].end() :], "`Label:` before the first step", notes)
+    notes.add("label_prefix", f"`Label: {verdict.value}` before the first step is read as the label")
+    return verdict
+
+
+def _without_tail(step: RawStep, notes: Notes) -> RawStep:
+    """Finish without the environment's answer to it: `Episode finished, reward = …`, or nothing."""
+    if step.observation is None or not _is_finish(step) or not _TAIL.fullmatch(step.observation.strip()):
+        return step
+    notes.add("episode_tail", "the observation behind Finish only says that the episode ended; it is left out")
+    return replace(step, observation=None)
+
+
+def _is_finish(step: RawStep) -> bool:
+    return step.action is not None and _FINISH.fullmatch(step.action.strip()) is not None
+
+
+def _finish(steps: list[RawStep], stated: Verdict | None, notes: Notes) -> list[RawStep]:
+    """The steps with an ending: their own Finish if it holds a verdict, else one of the stated verdict."""
+    last = steps[-1]
+    if _is_finish(last):
+        return [*steps[:-1], _settled(last, stated, notes)]
+    if last.action is None and last.observation is not None:
+        raise _no_action(len(steps))
+    if last.action is not None and not (last.observation or "").strip():
+        return steps
+    if stated is None:
+        raise RefusedError("no_verdict", "the row has no Finish[…] and no label; add one of them")
+    notes.add("finish_missing_with_label", f"the steps stop without Finish; Finish[{stated.value}] is added")
+    if last.action is None:
+        thought = _without_stray_bracket(last.thought or "", notes)
+        return [*steps[:-1], RawStep(thought, f"Finish[{stated.value}]", None)]
+    return [*steps, RawStep("", f"Finish[{stated.value}]", None)]
+
+
+def _settled(last: RawStep, stated: Verdict | None, notes: Notes) -> RawStep:
+    match = _FINISH.fullmatch((last.action or "").strip())
+    argument = fold((match.group(1) if match else "") or "")
+    verdict = read_verdict(argument)
+    if verdict is None:
+        return replace(last, action=f"Finish[{_stated_instead(argument, stated, notes).value}]")
+    if stated is not None and verdict is not stated:
+        raise _disagree(f"Finish says {verdict.value}", f"the label says {stated.value}")
+    _note_spelling(argument, verdict, notes)
+    return replace(last, action=f"Finish[{verdict.value}]")
+
+
+def _stated_instead(argument: str, stated: Verdict | None, notes: Notes) -> Verdict:
+    said = f"Finish[{argument[:40]}] is no verdict"
+    if stated is None:
+        raise RefusedError("no_verdict", f"{said} and the row has no label; add one")
+    notes.add("finish_done", f"{said}; the label {stated.value} takes its place")
+    return stated
+
+
+def _without_stray_bracket(thought: str, notes: Notes) -> str:
+    bare = thought.rstrip()
+    if not bare.endswith("]") or bare.count("]") <= bare.count("["):
+        return thought
+    notes.add("stray_bracket", "the last thought ends in a `]` that nothing opened; it is left out")
+    return bare[:-1]
+
+
+def _no_action(number: int) -> RefusedError:
+    return RefusedError("step_without_action", f"step {number} has no action; add `Action {number}: …`")
+
+
+def _step(raw: RawStep, number: int, is_last: bool) -> Step:
+    if raw.action is None or not raw.action.strip():
+        raise _no_action(number)
+    if _is_finish(raw) and (not is_last or raw.observation is not None):
+        raise RefusedError("finish_not_last", f"step {number} is Finish and something follows; cut it there")
+    action = _action(raw.action, number)
+    observation = fold(raw.observation or "") or None
+    if action.name is not ActionName.FINISH and observation is None:
+        raise RefusedError("empty_observation", f"step {number}: {action.name} found nothing; add its observation")
+    try:
+        return Step(thought=fold(raw.thought or ""), action=action, observation=observation)
+    except ValidationError as error:
+        raise RefusedError("bad_step", f"step {number}: {_first(error)}") from None
+
+
+def _action(text: str, number: int) -> Action:
+    try:
+        return read_action(text)
+    except ValidationError as error:
+        raise RefusedError("bad_argument", f"step {number}: {_first(error)}") from None
+    except ValueError as error:
+        raise RefusedError("unknown_action", f"step {number}: {error}") from None
+
+
+def _first(error: ValidationError) -> str:
+    return str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")

@@ -1,0 +1,150 @@
+"""The three shapes in which a row may hold its steps: text, structured `steps`, chat `messages`.
+
+All of them become raw steps, so that the rules about verdicts, endings and actions exist once,
+in `app.domain.rows`.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass, field
+
+from app.domain.claims import STEP_MARKER, forbidden_character
+from app.domain.datasets import Columns, Finding, SourceRow, finding
+from app.domain.react import RawStep, parse
+
+STEP_KEYS = ("thought", "action", "observation")
+
+_FORBIDDEN = re.compile("[\0\ud800-\udfff]")
+_CLAIM = re.compile(r"\bClaim:[^\S\n]*(\S.*)")
+
+
+class RefusedError(Exception):
+    """Why a row is not kept."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclass(slots=True)
+class Notes:
+    """The findings of one row so far; a code is noted once."""
+
+    line: int
+    by_code: dict[str, Finding] = field(default_factory=dict)
+
+    def add(self, code: str, message: str) -> None:
+        self.by_code.setdefault(code, finding(self.line, code, message))
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A row's trajectory before anything about it is believed."""
+
+    claim: str | None
+    preamble: str
+    steps: list[RawStep]
+
+
+def allow(text: str, where: str) -> None:
+    """Refuses a NUL and a lone surrogate, which no text here may hold."""
+    if _FORBIDDEN.search(text):
+        raise RefusedError("forbidden_character", f"{where} holds {forbidden_character(text)}; remove it")
+
+
+def find_source(row: SourceRow, columns: Columns) -> tuple[str, object]:
+    """The column that holds the steps: the trajectories column if it holds any, `steps`, or `messages`."""
+    value = row.fields.get(columns.trajectories)
+    if (isinstance(value, str) and value.strip()) or (isinstance(value, list) and value):
+        return columns.trajectories, value
+    for name in ("steps", "messages"):
+        if isinstance(row.fields.get(name), list):
+            return name, row.fields[name]
+    if value is not None and value != [] and not isinstance(value, str):
+        return columns.trajectories, value
+    return "", None
+
+
+def read_shape(value: object, source: str, notes: Notes) -> Written:
+    """The steps as raw text. Raises RefusedError for what has none of the three shapes."""
+    if isinstance(value, str):
+        return _from_text(value, f"the column {source!r}")
+    if isinstance(value, list):
+        chat = source == "messages" or all(isinstance(item, dict) and "role" in item for item in value)
+        return _from_messages(value) if value and chat else Written(None, "", _from_steps(value, notes))
+    if not source:
+        raise RefusedError(
+            "missing_trajectory", "the row has no trajectory; fill `trajectories`, `steps` or `messages`"
+        )
+    raise RefusedError("missing_trajectory", f"{source!r} holds neither a text nor a list of steps")
+
+
+def _from_text(text: str, where: str) -> Written:
+    allow(text, where)
+    preamble, steps = parse(unicodedata.normalize("NFC", text))
+    if not steps:
+        raise RefusedError("no_steps", f"{where} holds no step; write `Thought 1: … Action 1: … Observation 1: …`")
+    return Written(None, preamble, steps)
+
+
+def _from_steps(items: list[object], notes: Notes) -> list[RawStep]:
+    if not items:
+        raise RefusedError("no_steps", "the list of steps is empty")
+    return [_raw_step(item, number, notes) for number, item in enumerate(items, start=1)]
+
+
+def _raw_step(item: object, number: int, notes: Notes) -> RawStep:
+    if not isinstance(item, dict):
+        raise RefusedError("bad_step", f"step {number} is no object of thought, action and observation")
+    if extra := sorted(repr(key)[:40] for key in item if key not in STEP_KEYS):
+        notes.add("extra_key", f"step {number} has keys that are not read: {', '.join(extra[:5])}")
+    thought, observation = item.get("thought"), item.get("observation")
+    action = _action_text(item.get("action"))
+    for name, text in zip(STEP_KEYS, (thought, action, observation), strict=True):
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise RefusedError("bad_step", f"step {number}: {name} is no text")
+        allow(text, f"step {number}: {name}")
+        if marker := STEP_MARKER.search(text):
+            raise RefusedError(
+                "bad_step",
+                f"step {number}: {name} holds {marker.group(0)!r}; structured steps hold no markers",
+            )
+    return RawStep(thought, action if isinstance(action, str) else None, observation)
+
+
+def _action_text(action: object) -> object:
+    match action:
+        case {"name": str(name), "argument": str(argument)}:
+            return f"{name}[{argument}]"
+    return action
+
+
+def _from_messages(items: list[object]) -> Written:
+    """The assistant's texts joined; what answers an action is its observation unless it says so itself."""
+    claim: str | None = None
+    pieces: list[str] = []
+    for number, item in enumerate(items, start=1):
+        role, text = _message(item, number)
+        if role == "assistant":
+            pieces.append(text)
+        elif role != "system" and claim is None and not pieces:
+            found = _CLAIM.search(text)
+            claim = found.group(1) if found else text
+        elif role != "system" and pieces:
+            pieces.append(text if STEP_MARKER.match(text.strip()) else f"Observation {number}: {text}")
+    written = _from_text("\n".join(pieces), "the assistant's messages")
+    return Written(claim, written.preamble, written.steps)
+
+
+def _message(item: object, number: int) -> tuple[str, str]:
+    match item:
+        case {"role": str(role), "content": str(content)}:
+            return role, content
+        case {"role": str(role), "content": [*parts]}:
+            texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+            if all(isinstance(text, str) for text in texts):
+                return role, "\n".join(str(text) for text in texts)
+    raise RefusedError("bad_messages", f"message {number} needs a `role` and a text as `content`")

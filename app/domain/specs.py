@@ -1,0 +1,342 @@
+"""JobSpec: what the user asked for, in Ludwig's vocabulary, with nothing dropped in silence.
+
+The whole vocabulary is parsed here. What this version cannot run yet is named by `not_yet_supported` and refused at
+submit; which adapter goes with which quantisation is one table, `PAIRINGS`.
+"""
+
+import math
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from app.domain.claims import fold, forbidden_character
+from app.domain.react import DEFAULT_TEMPLATE, PLACEHOLDER, ReactFormat
+
+
+class JobKind(StrEnum):
+    TRAIN = "train"
+    EXPORT = "export"
+    EVALUATE = "evaluate"
+    SYNTHESIZE = "synthesize"
+    DISTILL = "distill"
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _reference(text: str) -> str:
+    if bad := forbidden_character(text):
+        raise ValueError(f"the reference holds {bad}")
+    if not text or text != fold(text) or len(text) > 200:
+        raise ValueError("a reference is an id or a name of 1 to 200 characters")
+    if "://" in text or text.startswith(("/", "./", "../", "~", "\\")):
+        raise ValueError("this is a path or a URL; name something that this deployment lists")
+    return text
+
+
+Reference = Annotated[str, AfterValidator(_reference)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+MODULE_LIMIT = 64
+
+
+class Feature(_Spec):
+    """A column of the dataset. Only text in and text out: `claim`, `trajectories`, or columns mapped to them."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    type: Literal["text"] = "text"
+    column: str | None = None
+
+
+class Prompt(_Spec):
+    template: str = DEFAULT_TEMPLATE
+
+    @model_validator(mode="after")
+    def _renders(self) -> Self:
+        if self.template.count(PLACEHOLDER) != 1:
+            raise ValueError("the template must hold {claim} exactly once")
+        ReactFormat(template=self.template)
+        return self
+
+
+class _Adapter(_Spec):
+    pretrained_adapter_weights: Reference | None = None
+
+
+TargetModules = Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, max_length=MODULE_LIMIT)]
+
+
+class LoraAdapter(_Adapter):
+    """Low-rank adaptation. `alpha` defaults to twice the rank."""
+
+    type: Literal["lora"] = "lora"
+    r: Annotated[int, Field(ge=1, le=256)] = 16
+    alpha: Positive | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: TargetModules = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
+
+    @property
+    def scale_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.r
+
+
+class AdaloraAdapter(_Adapter):
+    """LoRA with a rank budget that is spent where it helps."""
+
+    type: Literal["adalora"]
+    target_r: Annotated[int, Field(ge=1, le=256)] = 8
+    init_r: Annotated[int, Field(ge=1, le=256)] = 12
+    alpha: Positive | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: TargetModules = "all-linear"
+
+
+class Ia3Adapter(_Adapter):
+    type: Literal["ia3"]
+    target_modules: tuple[str, ...] | None = None
+    feedforward_modules: tuple[str, ...] | None = None
+
+
+class AdaptionPromptAdapter(_Adapter):
+    """LLaMA-Adapter: learned prompts gated into the upper layers."""
+
+    type: Literal["adaption_prompt"]
+    adapter_len: Annotated[int, Field(ge=1, le=256)] = 10
+    adapter_layers: Count | None = None
+
+
+AdapterSpec = Annotated[LoraAdapter | AdaloraAdapter | Ia3Adapter | AdaptionPromptAdapter, Field(discriminator="type")]
+
+
+class Quantization(_Spec):
+    """How the frozen base is held. `quant_type` and `double_quant` matter at 4 bits only."""
+
+    bits: Literal[4, 8] = 4
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+
+
+class Split(_Spec):
+    """Shares of train, validation and test rows; or `fixed`, by the values 0, 1, 2 of a column."""
+
+    type: Literal["random", "fixed"] = "random"
+    probabilities: tuple[Fraction, Fraction, Fraction] = (1.0, 0.0, 0.0)
+    column: str | None = None
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        if not math.isclose(sum(self.probabilities), 1.0, abs_tol=1e-6):
+            raise ValueError("the three probabilities must sum to 1")
+        if self.probabilities[0] == 0:
+            raise ValueError("no row would be left to train on: the first probability is 0")
+        return self
+
+
+class Preprocessing(_Spec):
+    global_max_sequence_length: Annotated[int, Field(ge=64, le=1_000_000)] | None = None
+    overlength: Literal["trim_observations", "drop", "refuse"] = "trim_observations"
+    split: Split = Split()
+
+
+class Scheduler(_Spec):
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.03
+
+
+class GradientClipping(_Spec):
+    clipglobalnorm: Positive | None = 1.0
+
+
+class Optimizer(_Spec):
+    type: Literal["adamw"] = "adamw"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Trainer(_Spec):
+    """`batch_size` caps the rows of a micro-batch; `auto` caps tokens instead. The product of it and
+    `gradient_accumulation_steps` is the effective batch; three numbers that disagree are refused."""
+
+    type: Literal["finetune"] = "finetune"
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3
+    train_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4_096)] = "auto"
+    effective_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    eval_batch_size: Literal["auto"] | Count = "auto"
+    optimizer: Optimizer = Optimizer()
+    learning_rate_scheduler: Scheduler = Scheduler()
+    gradient_clipping: GradientClipping = GradientClipping()
+    early_stop: Annotated[int, Field(ge=-1)] = -1
+    steps_per_checkpoint: Annotated[int, Field(ge=0)] = 0
+    enable_gradient_checkpointing: Literal["auto"] | bool = "auto"
+    train_on_observations: bool = False
+    verdict_branch: Fraction = 0.25
+
+    @model_validator(mode="after")
+    def _batches_agree(self) -> Self:
+        batch, steps, effective = self.batch_size, self.gradient_accumulation_steps, self.effective_batch_size
+        if batch != "auto" and steps and effective and batch * steps != effective:
+            raise ValueError(
+                f"batch_size {batch} × gradient_accumulation_steps {steps} = {batch * steps}, but "
+                f"effective_batch_size says {effective}; leave one of the three out"
+            )
+        if batch == "auto" and steps:
+            raise ValueError(
+                "gradient_accumulation_steps needs a batch_size that is a number; with batch_size auto, say "
+                "effective_batch_size instead"
+            )
+        return self
+
+    @property
+    def effective_rows(self) -> int:
+        """Trajectories an update."""
+        if self.effective_batch_size:
+            return self.effective_batch_size
+        if self.batch_size != "auto" and self.gradient_accumulation_steps:
+            return self.batch_size * self.gradient_accumulation_steps
+        return 16
+
+
+class Generation(_Spec):
+    """How a model writes. `max_new_tokens` bounds one Thought."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1, le=2_048)] = 128
+
+
+class Backend(_Spec):
+    type: Literal["local"] = "local"
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    strategy: Literal["ddp", "fsdp"] | None = None
+
+
+METADATA_LIMIT = 16_384
+
+
+class TrainSpec(_Spec):
+    """A training job. Only `dataset` is required; every default runs."""
+
+    kind: Literal["train"] = "train"
+    name: Name | None = None
+    model_type: Literal["llm"] = "llm"
+    base_model: Reference | None = None
+    dataset: Reference
+    input_features: Annotated[tuple[Feature, ...], Field(min_length=1, max_length=1)] = (Feature(name="claim"),)
+    output_features: Annotated[tuple[Feature, ...], Field(min_length=1, max_length=1)] = (Feature(name="trajectories"),)
+    prompt: Prompt = Prompt()
+    adapter: AdapterSpec | None = LoraAdapter()
+    quantization: Quantization | None = Quantization()
+    preprocessing: Preprocessing = Preprocessing()
+    global_max_sequence_length: Annotated[int, Field(ge=64, le=1_000_000)] | None = None
+    trainer: Trainer = Trainer()
+    generation: Generation = Generation()
+    backend: Backend = Backend()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        inner, outer = self.preprocessing.global_max_sequence_length, self.global_max_sequence_length
+        if inner and outer and inner != outer:
+            raise ValueError(
+                f"global_max_sequence_length is {outer} at the top and {inner} under preprocessing; keep one"
+            )
+        pairing = PAIRINGS[adapter_word(self.adapter)][quantization_word(self.quantization)]
+        if pairing is not None:
+            raise ValueError(pairing)
+        initialiser = getattr(self.adapter, "init_lora_weights", True)
+        if initialiser in ("pissa", "olora") and self.quantization is not None:
+            raise ValueError(
+                f"base_would_change: init_lora_weights {initialiser} rewrites the base's weights, which a quantised "
+                "base cannot take; set quantization to null or leave init_lora_weights out"
+            )
+        return self
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        return self.preprocessing.global_max_sequence_length or self.global_max_sequence_length
+
+    def format(self) -> ReactFormat:
+        return ReactFormat(template=self.prompt.template)
+
+
+def adapter_word(adapter: BaseModel | None) -> str:
+    return "full" if adapter is None else str(getattr(adapter, "type"))  # noqa: B009  a union of four models
+
+
+def quantization_word(quantization: Quantization | None) -> str:
+    return "none" if quantization is None else f"{quantization.bits}-bit"
+
+
+_FULL_NEEDS_PLAIN = (
+    "full fine-tuning (adapter: null) changes every weight, which a quantised base cannot take; "
+    "set quantization to null, or keep the quantisation and use adapter {type: lora}"
+)
+_IA3_NEEDS_PLAIN = "ia3 scales activations of an unquantised base; set quantization to null, or use {type: lora}"
+_ADALORA_NOT_8 = "adalora does not train over an 8-bit base; use quantization {bits: 4}, or {type: lora}"
+
+PAIRINGS: dict[str, dict[str, str | None]] = {
+    "full": {"none": None, "4-bit": _FULL_NEEDS_PLAIN, "8-bit": _FULL_NEEDS_PLAIN},
+    "lora": {"none": None, "4-bit": None, "8-bit": None},
+    "adalora": {"none": None, "4-bit": None, "8-bit": _ADALORA_NOT_8},
+    "ia3": {"none": None, "4-bit": _IA3_NEEDS_PLAIN, "8-bit": _IA3_NEEDS_PLAIN},
+    "adaption_prompt": {"none": None, "4-bit": None, "8-bit": None},
+}
+"""Adapter × quantisation → None when the pair is sound, else why not and the nearest pair that is."""
+
+
+def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
+    """(place, what) of everything in the spec that parses but that this version does not run."""
+    trainer, adapter = spec.trainer, spec.adapter
+    asked: list[tuple[bool, tuple[str, ...], str]] = [
+        (adapter is None, ("adapter",), "full fine-tuning"),
+        (adapter is not None and adapter.type != "lora", ("adapter", "type"), "adapters other than lora"),
+        (
+            adapter is not None and adapter.pretrained_adapter_weights is not None,
+            ("adapter", "pretrained_adapter_weights"),
+            "starting from a trained adapter",
+        ),
+        (spec.quantization is not None and spec.quantization.bits == 8, ("quantization", "bits"), "8 bits"),
+        (spec.backend.processes > 1, ("backend", "processes"), "more than one process"),
+        (spec.backend.strategy is not None, ("backend", "strategy"), "a distribution strategy"),
+        (
+            spec.preprocessing.split != Split(),
+            ("preprocessing", "split"),
+            "a split other than {type: random, probabilities: [1, 0, 0]}",
+        ),
+        (trainer.early_stop != -1, ("trainer", "early_stop"), "early stopping"),
+    ]
+    if isinstance(adapter, LoraAdapter):
+        asked += [
+            (adapter.use_dora, ("adapter", "use_dora"), "DoRA"),
+            (
+                adapter.init_lora_weights is not True,
+                ("adapter", "init_lora_weights"),
+                "an initialiser other than the default",
+            ),
+        ]
+    return [(place, what) for wanted, place, what in asked if wanted]
+
+
+JobSpec = TrainSpec
+"""The union over job kinds; `train` is the only kind that runs so far."""
+
+
+def spec_examples() -> dict[str, Any]:
+    """Configurations for the documentation; the first runs against the demo's state."""
+    return {
+        "the least": {"dataset": "demo"},
+        "named": {"dataset": "demo", "base_model": "smollm2-135m", "trainer": {"epochs": 1}},
+    }

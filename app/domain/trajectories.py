@@ -1,0 +1,126 @@
+"""Steps and trajectories: what a fact-checker thought, did and saw on the way from a claim to a verdict."""
+
+import re
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+from app.domain.claims import STEP_MARKER, Claim, Verdict, fold, forbidden_character, read_verdict
+
+ARGUMENT_LIMIT = 100
+"""Longest argument of an action that serving lets a model write, in characters."""
+
+DATASET_ARGUMENT_LIMIT = 300
+"""Longest argument accepted in a dataset: a little more than a model may write, so that real rows are kept."""
+
+
+class ActionName(StrEnum):
+    SEARCH = "Search"
+    LOOKUP = "Lookup"
+    FINISH = "Finish"
+
+
+def _one_line(text: str) -> str:
+    if bad := forbidden_character(text):
+        raise ValueError(f"the text holds {bad}")
+    if text != fold(text):
+        raise ValueError("the text must be one line, trimmed, with single spaces")
+    if marker := STEP_MARKER.search(text):
+        raise ValueError(f"the text holds {marker.group(0)!r}, which begins a step")
+    return text
+
+
+def _argument(text: str) -> str:
+    if re.search(r"[\[\]]", text):
+        raise ValueError("an action's argument holds no brackets")
+    if not text:
+        raise ValueError("an action needs an argument")
+    if len(text) > DATASET_ARGUMENT_LIMIT:
+        raise ValueError(f"an action's argument has at most {DATASET_ARGUMENT_LIMIT} characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Argument = Annotated[Line, AfterValidator(_argument)]
+
+
+class _Word(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Action(_Word):
+    """What a step does: look a page up, look a word up on the open page, or finish with a verdict."""
+
+    name: ActionName
+    argument: Argument
+
+    @model_validator(mode="after")
+    def _finish_takes_a_verdict(self) -> Self:
+        if self.name is ActionName.FINISH and self.argument not in set(Verdict):
+            raise ValueError(f"Finish takes SUPPORTS, REFUTES or NOT ENOUGH INFO, not {self.argument!r}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.argument}]"
+
+
+_ACTION = re.compile(r"(\w+)\s*\[(.*)\]\.?", re.DOTALL)
+
+
+def read_action(text: str) -> Action:
+    """`Search[…]`, `Lookup[…]` or `Finish[…]` as an Action. Raises ValueError for anything else."""
+    match = _ACTION.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text[:60]!r} is not an action; write Search[…], Lookup[…] or Finish[…]")
+    try:
+        name = ActionName(match.group(1).capitalize())
+    except ValueError:
+        raise ValueError(f"{match.group(1)[:40]!r} is no action; there are Search, Lookup and Finish") from None
+    argument = fold(match.group(2))
+    if name is ActionName.FINISH and (verdict := read_verdict(argument)):
+        argument = verdict.value
+    return Action(name=name, argument=argument)
+
+
+class Step(_Word):
+    """One Thought, Action and Observation. Only the last step, whose action is Finish, has no observation."""
+
+    thought: Line
+    action: Action
+    observation: Line | None = None
+
+    @model_validator(mode="after")
+    def _observation_unless_finished(self) -> Self:
+        finished = self.action.name is ActionName.FINISH
+        if finished and self.observation is not None:
+            raise ValueError("Finish ends the trajectory; it has no observation")
+        if not finished and not self.observation:
+            raise ValueError(f"{self.action.name} needs an observation")
+        return self
+
+
+class Evidence(_Word):
+    """A sentence that the verdict rests on: page title and the sentence's index on that page, from 0."""
+
+    page: str
+    sentence: int
+
+
+class Trajectory(_Word):
+    """A claim's steps and verdict. The last step, and only the last, is Finish with that verdict."""
+
+    claim: Claim
+    steps: tuple[Step, ...]
+    evidence: tuple[Evidence, ...] = ()
+
+    @model_validator(mode="after")
+    def _finishes_once(self) -> Self:
+        finishes = [step.action.name is ActionName.FINISH for step in self.steps]
+        if not finishes or not finishes[-1] or sum(finishes) != 1:
+            raise ValueError("a trajectory ends with its only Finish")
+        return self
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.steps[-1].action.argument)

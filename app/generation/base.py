@@ -1,0 +1,50 @@
+"""What generation is asked and what it answers: token ids in, token ids out. Knows no prompt format."""
+
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class GenerationRequest(BaseModel):
+    """One continuation. `model` is a digest: an adapter's, or a served base's.
+
+    `logprobs`: how many of the first token's alternatives to tell, from the distribution left after
+    `allowed_token_ids`. `regex` bounds what may be written; `stop` ends it before the string.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    regex: str | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
+
+
+class Generated(BaseModel):
+    """`text` ends before the stop string; `ids` are all the ids that were sampled, those of the stop included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    first_logprobs: dict[int, float] = Field(default_factory=dict)
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+class Generator(Protocol):
+    def generate(self, request: GenerationRequest) -> Generated:
+        """Raises UnavailableError or BusyError (try again) and InvalidError (never will work)."""
+
+    def healthy(self) -> bool:
+        """Whether the server answers now."""
+
+    def close(self) -> None:
+        """Let go of connections."""

@@ -1,0 +1,109 @@
+"""Generation over the OpenAI completions protocol with vLLM's extensions: one client for the embedded engine and vLLM."""
+
+from typing import Any
+
+import httpx
+from pydantic import SecretStr
+
+from app.domain.errors import BusyError, InvalidError, NotFoundError, UnavailableError
+from app.generation.base import Generated, GenerationRequest
+
+TIMEOUT = httpx.Timeout(120.0, connect=3.0)
+
+
+class CompletionsGenerator:
+    """Talks to the server at `url`. Connections are pooled; safe to share between threads."""
+
+    def __init__(self, url: str, secret: SecretStr | None = None, connections: int = 64) -> None:
+        headers = {"Authorization": f"Bearer {secret.get_secret_value()}"} if secret else {}
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT, limits=limits, trust_env=False)
+
+    def generate(self, request: GenerationRequest) -> Generated:
+        try:
+            response = self._client.post("/v1/completions", json=_body(request))
+        except httpx.TransportError as error:
+            raise UnavailableError(
+                f"the inference server does not answer ({type(error).__name__})",
+                code="inference_away",
+                retry_after=2,
+            ) from error
+        _raise_for(response)
+        return _read(response.json())
+
+    def healthy(self) -> bool:
+        try:
+            return self._client.get("/health", timeout=2.0).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _body(request: GenerationRequest) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": request.model,
+        "prompt": list(request.prompt),
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "return_token_ids": True,
+    }
+    if request.seed is not None:
+        body["seed"] = request.seed
+    if request.stop:
+        body["stop"] = list(request.stop)
+    if request.regex is not None:
+        body["structured_outputs"] = {"regex": request.regex}
+    if request.allowed_token_ids is not None:
+        body["allowed_token_ids"] = list(request.allowed_token_ids)
+    if request.logprobs is not None:
+        body |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
+    return body
+
+
+def _raise_for(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    detail = _message(response)
+    after = float(response.headers.get("Retry-After", 2))
+    match response.status_code:
+        case 429:
+            raise BusyError(detail, code="inference_busy", retry_after=after)
+        case 404:
+            raise NotFoundError(detail, code="unknown_model")
+        case 401 | 403:
+            raise UnavailableError("the inference server refuses this API's secret", code="inference_secret")
+        case status if status >= 500:
+            raise UnavailableError(detail, code="inference_away", retry_after=after)
+        case _:
+            raise InvalidError(detail, code="inference_refused")
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the inference server answered {response.status_code}"
+
+
+def _read(answer: dict[str, Any]) -> Generated:
+    choice = answer["choices"][0]
+    usage = answer.get("usage") or {}
+    details = usage.get("prompt_tokens_details") or {}
+    return Generated(
+        ids=tuple(choice["token_ids"]),
+        text=choice["text"],
+        finish_reason=choice["finish_reason"],
+        first_logprobs=_first(choice.get("logprobs")),
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        cached_tokens=details.get("cached_tokens") or 0,
+    )
+
+
+def _first(logprobs: dict[str, Any] | None) -> dict[int, float]:
+    """Token id → log probability, for the first token. Keys come as `token_id:123`."""
+    if not logprobs or not logprobs.get("top_logprobs"):
+        return {}
+    return {int(key.removeprefix("token_id:")): value for key, value in logprobs["top_logprobs"][0].items()}

@@ -1,0 +1,174 @@
+"""The account of an upload while it is read: which rows are kept, and every number of the report.
+
+Memory grows by two digests a kept row (for duplicates) and four bytes a text (for lengths), by nothing else.
+"""
+
+from array import array
+from collections import Counter
+from hashlib import blake2b
+
+from app.domain.claims import Verdict
+from app.domain.datasets import (
+    FINDINGS_LIMIT,
+    FINDINGS_PER_CODE,
+    Columns,
+    DatasetReport,
+    Finding,
+    Lengths,
+    Severity,
+    SourceRow,
+    canonical_line,
+    finding,
+)
+from app.domain.errors import InvalidError
+from app.domain.rows import RowReading, read_row
+from app.domain.trajectories import Trajectory
+from app.ingest.lines import Header, Item
+
+_NAMES_LIMIT = 200
+_TEXTS = ("claim", "thought", "observation", "trajectory")
+
+
+class Account:
+    """Reads items one by one; `report` is the sum so far."""
+
+    def __init__(self, columns: Columns, rows_limit: int) -> None:
+        self.columns = columns
+        self.rows_limit = rows_limit
+        self.names: dict[str, bool] = {}  # every column name seen → whether it is read
+        self.roles: dict[str, str] = {}
+        self.codes: Counter[str] = Counter()
+        self.findings: list[Finding] = []
+        self.read_rows = self.kept = self.repaired = self.warned = self.refused = 0
+        self.labels: Counter[Verdict] = Counter()
+        self.steps: Counter[int] = Counter()
+        self.actions: Counter[str] = Counter()
+        self.lengths = {name: array("I") for name in _TEXTS}
+        self._seen: set[bytes] = set()
+        self._verdicts: dict[bytes, Verdict] = {}
+
+    def read(self, item: Item) -> bytes | None:
+        """The canonical line of a row that is kept. Raises InvalidError `too_many_rows`."""
+        if isinstance(item, Header):
+            self._name(item.line, item.names, item.used)
+            return None
+        self.read_rows += 1
+        if self.read_rows > self.rows_limit:
+            raise InvalidError(
+                f"line {item.line}: a dataset has at most {self.rows_limit:,} rows; send fewer",
+                code="too_many_rows",
+            )
+        if isinstance(item, Finding):
+            self._note((item,))
+            self.refused += 1
+            return None
+        return self._row(item)
+
+    def _row(self, row: SourceRow) -> bytes | None:
+        reading = read_row(row, self.columns)
+        self._name(row.line, tuple(row.fields), self._used(row, reading.source))
+        self._note(reading.findings)
+        if reading.trajectory is None:
+            self.refused += 1
+            return None
+        return self._kept(row.line, reading.trajectory, reading)
+
+    def _kept(self, line: int, trajectory: Trajectory, reading: RowReading) -> bytes | None:
+        parts = [trajectory.claim]
+        for step in trajectory.steps:
+            parts += (step.thought, str(step.action), step.observation or "")
+        claim, whole = _digest(trajectory.claim), _digest("\0".join(parts))
+        if whole in self._seen:
+            self._note((finding(line, "duplicate", "the row repeats an earlier one, which is kept"),))
+            self.warned += 1
+            return None
+        self._seen.add(whole)
+        conflicts = self._conflict(line, claim, trajectory.verdict)
+        severities = {found.severity for found in reading.findings}
+        self.kept += 1
+        self.repaired += Severity.REPAIRED in severities
+        self.warned += conflicts or Severity.WARNED in severities
+        self._measure(trajectory, sum(map(len, parts)))
+        return canonical_line(trajectory)
+
+    def _conflict(self, line: int, claim: bytes, verdict: Verdict) -> bool:
+        first = self._verdicts.setdefault(claim, verdict)
+        if first is verdict:
+            return False
+        message = f"the claim came before as {first.value} and is {verdict.value} here; both are kept"
+        self._note((finding(line, "conflicting_label", message),))
+        return True
+
+    def _measure(self, trajectory: Trajectory, characters: int) -> None:
+        self.labels[trajectory.verdict] += 1
+        self.steps[len(trajectory.steps)] += 1
+        self.lengths["claim"].append(len(trajectory.claim))
+        self.lengths["trajectory"].append(characters)
+        for step in trajectory.steps:
+            self.actions[step.action.name.value] += 1
+            self.lengths["thought"].append(len(step.thought))
+            if step.observation is not None:
+                self.lengths["observation"].append(len(step.observation))
+
+    def _used(self, row: SourceRow, source: str) -> frozenset[str]:
+        evidence = "evidence" if isinstance(row.fields.get("evidence"), list) else ""
+        empty = [name for name in ("evidence", "steps", "messages") if row.fields.get(name, "") is None]
+        own = (self.columns.claim, self.columns.trajectories, self.columns.label)
+        return frozenset((*own, source, evidence, *empty))
+
+    def _name(self, line: int, names: tuple[str, ...], used: frozenset[str]) -> None:
+        """Columns that are seen for the first time; a name that was extra once is said once."""
+        for name in names:
+            if name in self.names or len(self.names) >= _NAMES_LIMIT:
+                continue
+            self.names[name] = name in used
+            if name not in used:
+                message = f"the column {name[:60]!r} is not read"
+                self._note((finding(line, "extra_column", message),))
+        roles = {"claim": self.columns.claim, "label": self.columns.label}
+        for role, name in roles.items():
+            if name in used and name in names:
+                self.roles.setdefault(role, name)
+        for name in (self.columns.trajectories, "steps", "messages"):
+            if name in used and name in names:
+                self.roles.setdefault("trajectories", name)
+
+    def _note(self, findings: tuple[Finding, ...]) -> None:
+        for found in findings:
+            self.codes[found.code] += 1
+            if len(self.findings) < FINDINGS_LIMIT and self.codes[found.code] <= FINDINGS_PER_CODE:
+                self.findings.append(found)
+
+    def report(self, format_name: str) -> DatasetReport:
+        return DatasetReport(
+            format=format_name,
+            columns=self.roles,
+            rows_read=self.read_rows,
+            rows_kept=self.kept,
+            rows_repaired=self.repaired,
+            rows_warned=self.warned,
+            rows_refused=self.refused,
+            codes=dict(sorted(self.codes.items())),
+            labels={verdict: self.labels[verdict] for verdict in Verdict},
+            steps=dict(sorted(self.steps.items())),
+            actions=dict(sorted(self.actions.items())),
+            characters={name: _lengths(values) for name, values in self.lengths.items() if values},
+            findings=tuple(self.findings),
+            findings_left_out=self.codes.total() - len(self.findings),
+        )
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=16).digest()
+
+
+def _lengths(values: "array[int]") -> Lengths:
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Lengths(
+        shortest=ordered[0],
+        median=ordered[last // 2],
+        p95=ordered[last * 95 // 100],
+        longest=ordered[last],
+        total=sum(ordered),
+    )

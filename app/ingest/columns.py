@@ -1,0 +1,71 @@
+"""Which column holds what: the names a file has against the names that are read."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+from app.domain.datasets import Columns
+from app.domain.errors import InvalidError, Problem
+
+_OTHER_WORDS = {
+    "claim": ("statement", "query", "question", "text", "input", "sentence"),
+    "trajectories": ("trajectory", "trace", "traces", "react", "episode", "output", "completion"),
+    "label": ("verdict", "gold", "answer", "gold_label"),
+}
+_SHOWN = 20
+
+
+def read_columns(given: Mapping[str, str] | None) -> Columns:
+    """The columns to read under the names that a user gave. Raises InvalidError `bad_columns`."""
+    known = tuple(Columns.model_fields)
+    for key, name in (given or {}).items():
+        if key not in known:
+            raise InvalidError(
+                f"columns maps {', '.join(known)}; {key[:40]!r} is none of them",
+                code="bad_columns",
+                problems=(Problem(("columns", key), "not a column that is read", f"known: {', '.join(known)}"),),
+            )
+        if not isinstance(name, str) or not name.strip():
+            raise InvalidError(f"columns.{key} is no column's name", code="bad_columns")
+    return Columns(**{key: name.strip() for key, name in (given or {}).items()})
+
+
+def check_header(names: Sequence[str], columns: Columns, shapes: Iterable[str] = ()) -> frozenset[str]:
+    """The names that are read. `shapes`: the other columns in which this format may hold steps.
+
+    Raises InvalidError: `missing_column` with the names found and a did-you-mean, `duplicate_column`.
+    """
+    source = next((name for name in (columns.trajectories, *shapes) if name in names), None)
+    if columns.claim not in names and source != "messages":
+        raise missing_column("claim", columns.claim, names)
+    if source is None:
+        raise missing_column("trajectories", columns.trajectories, names)
+    also = ("evidence",) if shapes else ()
+    used = [name for name in (columns.claim, source, columns.label, *also) if name in names]
+    for name in used:
+        if names.count(name) > 1:
+            raise InvalidError(
+                f"{names.count(name)} columns are called {name[:40]!r}; rename all but one",
+                code="duplicate_column",
+                problems=(Problem(("columns", name), "the name stands more than once in the header"),),
+            )
+    return frozenset(used)
+
+
+def missing_column(role: str, wanted: str, names: Sequence[str]) -> InvalidError:
+    """There is no column `wanted` for `role` (claim, trajectories, label) among `names`."""
+    shown = ", ".join(repr(name[:40]) for name in names[:_SHOWN]) or "none"
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    message = f"there is no column {wanted[:40]!r}; found: {shown}{more}"
+    close = _closest(role, wanted, names)
+    hint = f"did you mean {close[:40]!r}? Map it: columns {{{role!r}: {close[:40]!r}}}" if close else None
+    hint = hint or f"rename the column that holds the {role} to {wanted[:40]!r}, or map it in `columns`"
+    return InvalidError(
+        f"{message}; {hint}", code="missing_column", problems=(Problem(("columns", role), message, hint),)
+    )
+
+
+def _closest(role: str, wanted: str, names: Sequence[str]) -> str | None:
+    by_folded = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(wanted.casefold(), list(by_folded), n=1, cutoff=0.6)
+    known = [word for word in _OTHER_WORDS.get(role, ()) if word in by_folded]
+    return by_folded[(close or known)[0]] if close or known else None

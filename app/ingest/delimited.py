@@ -1,0 +1,156 @@
+"""CSV: the delimiter is seen in the header; a quoted field may span lines.
+
+A record that cannot be read (a quote that is not closed, text behind a closing quote) is refused with
+everything up to the next record that has as many fields as the header: a quote gone astray makes the lines
+behind it unreadable, and one finding that names them says more than one for each.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from app.domain.datasets import Columns, Finding, SourceRow, finding
+from app.domain.errors import InvalidError
+from app.ingest.columns import check_header
+from app.ingest.lines import Header, Item, not_utf8, numbered_lines, too_long
+
+DELIMITERS = (",", ";", "\t")
+
+
+class _TooLongError(Exception):
+    pass
+
+
+def split_header(line: bytes) -> tuple[str, list[str]]:
+    """(delimiter, column names): the delimiter that makes most names of the line; a comma when none does."""
+    text = line.decode(errors="replace").rstrip("\r\n")
+    options = [(delimiter, _names(text, delimiter)) for delimiter in DELIMITERS]
+    return max(options, key=lambda option: len(option[1]))
+
+
+def _names(text: str, delimiter: str) -> list[str]:
+    try:
+        fields = next(csv.reader([text], delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return []
+    return [name.strip() for name in fields]
+
+
+def read_delimited(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
+    """The header, then a row for each record. Raises InvalidError for a header that lacks a column."""
+    csv.field_size_limit(limit)
+    with path.open("rb") as stream:
+        records = _Records(stream, limit)
+        header, delimiter = _read_header(records, columns)
+        yield header
+        yield from _Body(records, header, delimiter).rows()
+
+
+class _Records:
+    """The lines that the csv module asks for, and where the record that it builds began."""
+
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
+        self.lines = numbered_lines(stream, limit)
+        self.limit = limit
+        self.line = 0
+        self.start = 0
+        self.size = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        self.line, raw = next(self.lines)
+        self.start = self.start or self.line
+        self.size += self.limit + 1 if raw is None else len(raw)
+        if raw is None or self.size > self.limit:
+            raise _TooLongError
+        return raw.decode(errors="surrogateescape")
+
+    def begin(self) -> None:
+        self.start = self.size = 0
+
+
+def _read_header(records: _Records, columns: Columns) -> tuple[Header, str]:
+    for number, line in records.lines:
+        records.line = number
+        if line is None:
+            raise InvalidError(
+                f"line {number}: the header has more than {records.limit:,} bytes; is this CSV?",
+                code="line_too_long",
+            )
+        if line.strip():
+            return _header(number, line, columns)
+    raise InvalidError("the file holds only blank lines", code="empty_file")
+
+
+def _header(number: int, line: bytes, columns: Columns) -> tuple[Header, str]:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        raise InvalidError(f"line {number}: the header is not UTF-8; save the file as UTF-8", code="not_utf8") from None
+    delimiter, names = split_header(line)
+    return Header(number, tuple(names), check_header(names, columns)), delimiter
+
+
+class _Body:
+    def __init__(self, records: _Records, header: Header, delimiter: str) -> None:
+        self.records = records
+        self.header = header
+        self.reader = csv.reader(records, delimiter=delimiter, strict=True)
+        self.lost: tuple[int, str, str] | None = None  # where a broken record began, the code, what is wrong
+
+    def rows(self) -> Iterator[SourceRow | Finding]:
+        while True:
+            self.records.begin()
+            try:
+                fields = next(self.reader)
+            except StopIteration:
+                break
+            except _TooLongError:
+                yield from self._over_long()
+            except csv.Error as error:
+                self.lost = self.lost or (self.records.start, "bad_csv", str(error))
+            else:
+                yield from self._record(fields)
+        yield from self._found()
+
+    def _record(self, fields: list[str]) -> Iterator[SourceRow | Finding]:
+        fits = len(fields) == len(self.header.names)
+        if not fields or (self.lost and not fits):
+            return
+        yield from self._found(before=self.records.start)
+        if fits:
+            yield self._row(fields)
+        else:
+            message = f"the row has {len(fields):,} fields, the header {len(self.header.names)}; quote the texts"
+            yield finding(self.records.start, "wrong_fields", message)
+
+    def _row(self, fields: list[str]) -> SourceRow | Finding:
+        start = self.records.start
+        try:
+            "".join(fields).encode()
+        except UnicodeEncodeError:
+            return not_utf8(start)
+        pairs = zip(self.header.names, fields, strict=True)
+        return SourceRow(start, {name: text for name, text in pairs if name in self.header.used})
+
+    def _over_long(self) -> Iterator[Finding]:
+        """One line that is too long, or a record whose open quote swallows line after line."""
+        start, limit = self.records.start, self.records.limit
+        if start == self.records.line:
+            yield from self._found()
+            yield too_long(start, limit)
+        why = f"the record has more than {limit:,} bytes"
+        self.lost = self.lost or (start, "line_too_long", why) if start < self.records.line else None
+
+    def _found(self, before: int | None = None) -> Iterator[Finding]:
+        if self.lost is None:
+            return
+        start, code, why = self.lost
+        last = before - 1 if before else self.records.line
+        self.lost = None
+        what = "a quote is not closed" if "unexpected end" in why else why
+        skipped = f"; lines {start} to {last} are left out" if last > start else ""
+        yield finding(start, code, f"{what}{skipped}; close every quote, and double a quote inside a text")

@@ -1,0 +1,151 @@
+"""Which format a file has: by its content first, then by its name, then by its content type."""
+
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path, PurePath
+
+from app.domain.claims import STEP_MARKER
+from app.domain.datasets import Columns
+from app.domain.errors import InvalidError
+from app.ingest.delimited import read_delimited, split_header
+from app.ingest.json_array import read_json_document
+from app.ingest.json_lines import read_json_lines
+from app.ingest.lines import BOM, Item
+from app.ingest.plain_text import read_text
+
+_HEAD = 1 << 16
+_WAY_OUT = "send CSV, JSONL, JSON or Parquet"
+
+
+class Format(StrEnum):
+    CSV = "csv"
+    JSONL = "jsonl"
+    JSON = "json"
+    PARQUET = "parquet"
+    TEXT = "text"
+
+
+_FOREIGN: tuple[tuple[bytes, str], ...] = (
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"GIF8", "a GIF image"),
+    (b"%PDF", "a PDF"),
+    (b"PK\x03\x04", "a ZIP archive or an Excel workbook"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document"),
+    (b"\x1f\x8b", "gzip data"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard data"),
+    (b"BZh", "bzip2 data"),
+    (b"\xfd7zXZ", "xz data"),
+    (b"7z\xbc\xaf", "a 7-Zip archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"ARROW1", "an Arrow or Feather file"),
+    (b"ORC", "an ORC file"),
+    (b"SQLite format 3", "an SQLite database"),
+    (b"\x7fELF", "a program"),
+)
+_MARKUP = ((b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "an XML document"))
+_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+
+_BY_SUFFIX = {
+    ".csv": Format.CSV,
+    ".tsv": Format.CSV,
+    ".jsonl": Format.JSONL,
+    ".ndjson": Format.JSONL,
+    ".json": Format.JSON,
+    ".txt": Format.TEXT,
+}
+_BY_TYPE = {
+    "text/csv": Format.CSV,
+    "text/tab-separated-values": Format.CSV,
+    "application/jsonl": Format.JSONL,
+    "application/x-ndjson": Format.JSONL,
+    "application/json": Format.JSON,
+}
+
+
+def recognise(path: Path, filename: str, content_type: str | None, columns: Columns) -> Format:
+    """The format of the file at `path`. Raises InvalidError `empty_file`, `unknown_format` or `not_utf8`."""
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    if head.startswith(b"PAR1"):
+        return Format.PARQUET
+    _refuse_foreign(head)
+    text = head.removeprefix(BOM).lstrip()
+    if not text and path.stat().st_size <= _HEAD:
+        raise InvalidError("the file is empty", code="empty_file")
+    suffix = PurePath(filename).suffix.lower()
+    named = _BY_SUFFIX.get(suffix) or _BY_TYPE.get((content_type or "").partition(";")[0].strip().lower())
+    if text.startswith(b"["):
+        return Format.JSON
+    if text.startswith(b"{"):
+        return _json_or_lines(text, named, row_keys(columns))
+    return _without_braces(text, suffix, named, columns)
+
+
+def row_keys(columns: Columns) -> frozenset[str]:
+    """The keys by which an object is seen to be a row."""
+    return frozenset({columns.claim, columns.trajectories, "steps", "messages"})
+
+
+def open_rows(found: Format, path: Path, columns: Columns, limit: int) -> Iterator[Item]:
+    """The rows of the file, none of more than `limit` bytes."""
+    match found:
+        case Format.CSV:
+            return read_delimited(path, columns, limit)
+        case Format.JSONL:
+            return read_json_lines(path, limit)
+        case Format.JSON:
+            return read_json_document(path, limit, row_keys(columns))
+        case Format.TEXT:
+            return read_text(path, columns, limit)
+        case Format.PARQUET:
+            from app.ingest.columnar import (
+                read_parquet,
+            )  # pyarrow takes longer to start than a small CSV to read
+
+            return read_parquet(path, columns, limit)
+
+
+def _refuse_foreign(head: bytes) -> None:
+    lowered = head[:200].removeprefix(BOM).lstrip().lower()
+    markup = next((what for magic, what in _MARKUP if lowered.startswith(magic)), None)
+    what = markup or next((what for magic, what in _FOREIGN if head.startswith(magic)), None)
+    if what:
+        raise InvalidError(f"the file is {what}; {_WAY_OUT}", code="unknown_format")
+    if head.startswith(_WIDE) or (len(head) > 7 and head[:4096].count(0) * 4 > len(head[:4096])):
+        raise InvalidError("the file looks like UTF-16 or UTF-32; save it as UTF-8", code="not_utf8")
+    controls = sum(byte < 32 and byte not in b"\t\n\v\f\r" for byte in head[:4096])
+    if controls * 20 > len(head[:4096]):
+        raise InvalidError(f"the file is binary, in no format known here; {_WAY_OUT}", code="unknown_format")
+
+
+def _json_or_lines(head: bytes, named: Format | None, keys: frozenset[str]) -> Format:
+    """An object on the first line: JSONL if it is whole and a row or not alone, a JSON document otherwise."""
+    line, newline, rest = head.partition(b"\n")
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        return named if named in (Format.JSON, Format.JSONL) else _broken_or_spread(line, newline)
+    if rest.strip() or keys & first.keys() or not any(isinstance(value, list) for value in first.values()):
+        return Format.JSONL
+    return Format.JSON
+
+
+def _broken_or_spread(line: bytes, newline: bytes) -> Format:
+    return Format.JSON if newline and line.strip().endswith((b"{", b"[", b",", b":")) else Format.JSONL
+
+
+def _without_braces(text: bytes, suffix: str, named: Format | None, columns: Columns) -> Format:
+    line = text.partition(b"\n")[0]
+    if columns.trajectories in split_header(line)[1]:
+        return Format.CSV
+    if suffix == ".parquet":
+        raise InvalidError("the file is called .parquet, but it is none; write it again", code="bad_parquet")
+    if named in (Format.CSV, Format.JSONL, Format.TEXT):
+        return named
+    if named is Format.JSON:
+        raise InvalidError("line 1: the file begins with neither [ nor {; it is no JSON", code="bad_json")
+    if STEP_MARKER.search(text.decode(errors="replace")):
+        return Format.TEXT
+    raise InvalidError(f"the file's format is not recognised; {_WAY_OUT}", code="unknown_format")

@@ -1,0 +1,168 @@
+"""A JSON document: an array of rows, an object that holds one array of rows, or one row alone.
+
+The items are cut out of the stream without being read, each with the line where it begins; so memory is
+bounded by one item, depth costs nothing, and one broken item is one refused row. A streaming parser gives
+neither positions nor a way past an invalid byte, which is why none is used.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from app.domain.datasets import SourceRow
+from app.domain.errors import InvalidError
+from app.ingest.json_lines import json_row
+from app.ingest.lines import BOM, Item, too_long
+
+_CHUNK = 1 << 18
+_PLAIN = re.compile(rb'[^"{}\[\],]*+')
+_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+
+
+def read_json_document(path: Path, limit: int, row_keys: frozenset[str]) -> Iterator[Item]:
+    """The rows of the document. An object with one of `row_keys` is a row itself.
+
+    Raises InvalidError `bad_json` when the document ends early or goes on behind its end.
+    """
+    if path.stat().st_size <= limit:
+        alone = json_row(1, path.read_bytes().removeprefix(BOM))
+        if isinstance(alone, SourceRow) and row_keys & alone.fields.keys():
+            yield alone
+            return
+    for line, raw in cut_items(path, limit):
+        yield too_long(line, limit) if raw is None else json_row(line, raw)
+
+
+def cut_items(path: Path, limit: int, chunk: int = _CHUNK) -> Iterator[tuple[int, bytes | None]]:
+    """(line where it begins, bytes) of each item of the array; None for one of more than `limit` bytes."""
+    cutter = _Cutter(limit)
+    with path.open("rb") as stream:
+        if stream.read(len(BOM)) != BOM:
+            stream.seek(0)
+        while piece := stream.read(chunk):
+            yield from cutter.feed(piece)
+    cutter.end()
+
+
+class _Cutter:
+    """Where in a JSON document the stream stands, and the item that is open."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.line = 1
+        self.depth = 0
+        self.home: int | None = None  # the depth at which items stand, while inside their array
+        self.arrays = 0
+        self.closed = False
+        self.in_string = False
+        self.escaped = False
+        self.item_line: int | None = None
+        self.item = bytearray()
+        self.over = False
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes | None]]:
+        at = counted = 0
+        while at < len(chunk):
+            start = at
+            if self.in_string:
+                at = self._through_string(chunk, at)
+                self._take(chunk, start, at)
+                continue
+            if self.item_line is None:
+                at = start = _end(_SPACE, chunk, at)
+                self.line += chunk.count(b"\n", counted, at)
+                counted = at
+                if at == len(chunk):
+                    break
+                self._begin(chunk[at : at + 1])
+            at = _end(_PLAIN, chunk, at)
+            self._take(chunk, start, at)
+            if at < len(chunk):
+                yield from self._mark(chunk, at)
+                at += 1
+        self.line += chunk.count(b"\n", counted)
+
+    def _through_string(self, chunk: bytes, at: int) -> int:
+        """The place behind the string's closing quote, or the chunk's end."""
+        if self.escaped:
+            self.escaped = False
+            at += 1
+        at = _end(_STRING, chunk, at)
+        if at == len(chunk):
+            return at
+        if chunk[at : at + 1] == b'"':
+            self.in_string = False
+        else:
+            self.escaped = True
+        return at + 1
+
+    def _begin(self, character: bytes) -> None:
+        """White space is over and no item is open: an item, or a piece of what surrounds them, begins."""
+        if self.closed or (self.depth == 0 and character not in b"[{"):
+            raise self._broken("text stands where the array or object should begin or have ended")
+        if self.home == self.depth and character not in b",]":
+            self.item_line = self.line
+
+    def _mark(self, chunk: bytes, at: int) -> Iterator[tuple[int, bytes | None]]:
+        character = chunk[at : at + 1]
+        if self.home == self.depth and character in b",]}":
+            yield from self._finish_item(missing=character == b",")
+        elif self.item_line is not None:
+            self._take(chunk, at, at + 1)
+        if character == b'"':
+            self.in_string = True
+        elif character in b"[{":
+            self._open(character)
+        elif character in b"]}":
+            self._close()
+
+    def _open(self, character: bytes) -> None:
+        self.depth += 1
+        if character == b"[" and self.home is None and self.depth <= 2:
+            self.home = self.depth
+            self.arrays += 1
+            if self.arrays > 1:
+                raise InvalidError(
+                    f"line {self.line}: the object holds several arrays; send the array of rows alone",
+                    code="ambiguous_array",
+                )
+
+    def _close(self) -> None:
+        if self.home == self.depth:
+            self.home = None
+        self.depth -= 1
+        self.closed = self.depth == 0
+
+    def _take(self, chunk: bytes, start: int, end: int) -> None:
+        if self.item_line is None or self.over:
+            return
+        self.over = len(self.item) + end - start > self.limit
+        if self.over:
+            self.item.clear()
+        else:
+            self.item += chunk[start:end]
+
+    def _finish_item(self, missing: bool) -> Iterator[tuple[int, bytes | None]]:
+        if self.item_line is not None:
+            yield self.item_line, None if self.over else bytes(self.item)
+        elif missing:
+            yield self.line, b""
+        self.item_line, self.over = None, False
+        self.item.clear()
+
+    def end(self) -> None:
+        if not self.closed:
+            began = f"; the item on line {self.item_line} is not closed" if self.item_line else ""
+            raise self._broken(f"the file ends inside the document{began}")
+
+    def _broken(self, what: str) -> InvalidError:
+        return InvalidError(
+            f"line {self.line}: {what}; send a whole JSON array, or JSONL with one object a line",
+            code="bad_json",
+        )
+
+
+def _end(pattern: re.Pattern[bytes], chunk: bytes, at: int) -> int:
+    match = pattern.match(chunk, at)
+    return match.end() if match else at

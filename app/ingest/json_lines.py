@@ -1,0 +1,35 @@
+"""JSONL, one JSON object a line, and what is said about a JSON row that is none."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from app.domain.datasets import Finding, SourceRow, finding
+from app.ingest.lines import Item, not_utf8, numbered_lines, too_long
+
+
+def read_json_lines(path: Path, limit: int) -> Iterator[Item]:
+    """A row for each line that is not blank."""
+    with path.open("rb") as stream:
+        for number, line in numbered_lines(stream, limit):
+            if line is None:
+                yield too_long(number, limit)
+            elif not line.isspace():
+                yield json_row(number, line)
+
+
+def json_row(line: int, raw: bytes) -> SourceRow | Finding:
+    """The object in `raw`, or why there is none. Deep nesting and huge numbers end here, as findings."""
+    try:
+        value = json.loads(raw.decode())
+    except UnicodeDecodeError:
+        return not_utf8(line)
+    except json.JSONDecodeError as error:
+        return finding(line, "bad_json", f"the row is not JSON: {error.msg} at its character {error.pos + 1:,}")
+    except RecursionError:
+        return finding(line, "bad_json", "the row is nested too deeply; a row is an object of texts and lists")
+    except ValueError:
+        return finding(line, "bad_json", "the row holds a number with too many digits")
+    if not isinstance(value, dict):
+        return finding(line, "not_an_object", 'the row is JSON, but no object; write {"claim": …, …}')
+    return SourceRow(line, value)

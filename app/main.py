@@ -1,0 +1,82 @@
+"""create_app(): the API process."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.staticfiles import StaticFiles
+
+from app.api import adapters, corpora, datasets, errors, health, jobs, models, predict
+from app.api.guard import Guard
+from app.composition import Services, compose
+from app.settings import Settings
+
+DESCRIPTION = """
+Fine-tune a base model on your fact-checking trajectories and serve the adapter.
+
+**The way through:** upload a file with `POST /datasets`, submit a config with `POST /jobs`, poll `GET /jobs/{id}`,
+upload pages to search in with `POST /corpora`, and ask `POST /predict` with a claim.
+
+Wherever something is referenced, its id or its unique name will do. Every error is `application/problem+json`.
+"""
+
+TAGS = [
+    {"name": "datasets", "description": "Trajectories to train on."},
+    {"name": "jobs", "description": "Training, from submit to publish."},
+    {"name": "adapters", "description": "What training published."},
+    {"name": "corpora", "description": "Pages that predictions search."},
+    {"name": "predictions", "description": "Claims, judged."},
+    {"name": "deployment", "description": "What this deployment has, and how it does."},
+]
+
+
+def create_app(services: Services | None = None) -> FastAPI:
+    """The application over `services`; without any, over those of the environment's settings."""
+    served = services or compose(Settings())
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await served.events.close()
+        served.close()
+
+    app = FastAPI(
+        title="Veritune",
+        version=version("veritune"),
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    app.state.services = served
+    errors.install(app)
+    for module in (datasets, jobs, adapters, corpora, predict, models, health):
+        app.include_router(module.router)
+    _serve_docs(app)
+    app.add_middleware(Guard, settings=served.settings)
+    return app
+
+
+def _serve_docs(app: FastAPI) -> None:
+    """Swagger UI from packaged files, so that it works without a network."""
+    app.mount("/static/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="swagger")
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="Veritune",
+            swagger_js_url="/static/swagger/swagger-ui-bundle.js",
+            swagger_css_url="/static/swagger/swagger-ui.css",
+            swagger_favicon_url="/static/swagger/favicon-32x32.png",
+            swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True, "filter": True},
+        )
+
+    @app.get("/", include_in_schema=False)
+    def home() -> RedirectResponse:
+        return RedirectResponse("/docs")

@@ -1,0 +1,24 @@
+"""The doorbell's one verb."""
+
+from typing import Protocol
+
+from app.domain.specs import JobKind
+
+QUEUES: dict[JobKind, str] = {
+    JobKind.TRAIN: "gpu",
+    JobKind.EXPORT: "gpu",
+    JobKind.EVALUATE: "cpu",
+    JobKind.SYNTHESIZE: "cpu",
+    JobKind.DISTILL: "cpu",
+}
+"""Job kind → the queue whose workers run it: `gpu` needs tensors, `cpu` predicts through inference."""
+
+
+def kinds_of(queues: tuple[str, ...]) -> tuple[str, ...]:
+    """The kinds of job that a worker of these queues may take."""
+    return tuple(kind.value for kind, queue in QUEUES.items() if queue in queues)
+
+
+class Doorbell(Protocol):
+    def ring(self, job_id: str, kind: JobKind) -> bool:
+        """Tell workers that a committed job waits. False when nobody could be told: they will find it by polling."""

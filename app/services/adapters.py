@@ -1,0 +1,190 @@
+"""Adapters: published once, listed, downloaded, promoted, put on a host's disk by digest."""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from app.db import Database, Unit
+from app.db.tables import AdapterRow
+from app.domain.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, Manifest, adapter_digest, model_card
+from app.domain.errors import NotFoundError
+from app.domain.identity import new_id
+from app.domain.jobs import JobStatus, Lease
+from app.storage import Blobs
+
+RESOURCE = "adapter"
+DEFAULT = "default"
+S = JobStatus
+
+
+class Adapters:
+    def __init__(self, database: Database, blobs: Blobs, cache: Path) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._directory = cache / "adapters"
+
+    def publish(self, lease: Lease, name: str, directory: Path, manifest: Manifest) -> str | None:
+        """Store a trained adapter and end its job as succeeded, in one transaction.
+
+        Returns the adapter's id; None when the user asked to cancel before the transaction began (the job is
+        cancelled then, and nothing is published).
+        """
+        weights, config = directory / WEIGHTS, (directory / CONFIG).read_bytes()
+        stored = {WEIGHTS: self._blobs.put_file(weights), CONFIG: self._blobs.put_bytes(config)}
+        document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
+        stored[MANIFEST] = self._blobs.put_bytes(document.encode())
+        stored[CARD] = self._blobs.put_bytes(model_card(name, manifest).encode())
+        row = AdapterRow(
+            id=new_id("adp"),
+            name=name,
+            digest=adapter_digest(stored[WEIGHTS].digest, config),
+            kind=manifest.kind,
+            job_id=manifest.job_id,
+            base_model=manifest.base.name,
+            files={file: blob.digest for file, blob in stored.items()},
+            manifest=manifest.model_dump(mode="json"),
+            bytes=sum(blob.size for blob in stored.values()),
+            created_at=datetime.now(UTC),
+        )
+        published = self._commit(lease, row)
+        if published is not None:
+            self.on_disk(row.digest)
+        return published
+
+    def _commit(self, lease: Lease, row: AdapterRow) -> str | None:
+        with self._database.write() as unit:
+            if unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
+                unit.jobs.tell(lease.job_id, "cancelled", "cancelled before it was published", "info", {})
+                return None
+            unit.adapters.add(row)
+            unit.jobs.end(lease, (S.RUNNING, S.PAUSING), S.SUCCEEDED, adapter_id=row.id)
+            told = {"adapter_id": row.id, "digest": row.digest}
+            unit.jobs.tell(lease.job_id, "succeeded", f"published as {row.id}", "info", told)
+            if unit.aliases.target(RESOURCE, DEFAULT) is None:
+                unit.aliases.point(RESOURCE, DEFAULT, row.id)
+        return row.id
+
+    def get(self, reference: str) -> Adapter:
+        with self._database.read() as unit:
+            row = _found(unit, reference)
+            return _view(row, unit.aliases.of(RESOURCE))
+
+    def default(self) -> Adapter | None:
+        """The promoted adapter, if any."""
+        with self._database.read() as unit:
+            target = unit.aliases.target(RESOURCE, DEFAULT)
+            row = unit.adapters.find(target) if target else None
+            return _view(row, unit.aliases.of(RESOURCE)) if row else None
+
+    def page(self, after: str | None, limit: int) -> tuple[list[Adapter], bool]:
+        with self._database.read() as unit:
+            rows, more = unit.adapters.page(after, limit)
+            aliases = unit.aliases.of(RESOURCE)
+        return [_view(row, aliases) for row in rows], more
+
+    def promote(self, reference: str) -> Adapter:
+        """Make this the adapter that predictions use when they name none."""
+        with self._database.write() as unit:
+            unit.aliases.point(RESOURCE, DEFAULT, _found(unit, reference).id)
+        return self.get(reference)
+
+    def delete(self, reference: str) -> None:
+        """Unpublish. Blobs stay while another adapter shares them."""
+        with self._database.write() as unit:
+            row = _found(unit, reference)
+            unit.aliases.drop(RESOURCE, row.id)
+            unit.adapters.remove(row)
+            unit.session.flush()
+            shared = unit.adapters.by_digest(row.digest) is not None
+        if not shared:
+            shutil.rmtree(self._directory / row.digest, ignore_errors=True)
+            for digest in row.files.values():
+                self._blobs.delete(digest)
+
+    def archive(self, reference: str) -> tuple[str, Iterator[bytes]]:
+        """(file name, zip stream) of the adapter's directory, file by file in constant memory."""
+        with self._database.read() as unit:
+            row = _found(unit, reference)
+        return f"{row.name}.zip", self._zip(row)
+
+    def by_digest(self, digest: str) -> AdapterRow:
+        with self._database.read() as unit:
+            row = unit.adapters.by_digest(digest)
+        if row is None:
+            raise NotFoundError(f"no adapter has the digest {digest[:12]}…", code="unknown_adapter")
+        return row
+
+    def on_disk(self, digest: str) -> Path:
+        """The adapter's directory on this host, `<cache>/adapters/<digest>`: made when it is not there."""
+        target = self._directory / digest
+        if target.exists():
+            return target
+        row = self.by_digest(digest)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=self._directory, prefix=".partial-"))
+        for name, blob in row.files.items():
+            self._blobs.fetch(blob, partial / name)
+        try:
+            os.rename(partial, target)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+    def _zip(self, row: AdapterRow) -> Iterator[bytes]:
+        sink = _Forward()
+        with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # weights do not compress
+            for name, blob in sorted(row.files.items()):
+                entry = zipfile.ZipInfo(name, date_time=row.created_at.timetuple()[:6])
+                with archive.open(entry, "w") as file:
+                    for chunk in self._blobs.stream(blob):
+                        file.write(chunk)
+                        yield sink.drain()
+        yield sink.drain()
+
+
+class _Forward(io.RawIOBase):
+    """A write-only stream without seeking: what is written is taken away at once, so zips stream in constant memory."""
+
+    def __init__(self) -> None:
+        self._taken = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
+        self._taken += data
+        return len(data)
+
+    def drain(self) -> bytes:
+        taken, self._taken = bytes(self._taken), bytearray()
+        return taken
+
+
+def _found(unit: Unit, reference: str) -> AdapterRow:
+    row = unit.adapters.find(reference)
+    if row is None:
+        raise NotFoundError(f"there is no adapter {reference!r}; GET /adapters lists them", code="unknown_adapter")
+    return row
+
+
+def _view(row: AdapterRow, aliases: dict[str, list[str]]) -> Adapter:
+    return Adapter.model_validate(
+        {
+            "id": row.id,
+            "name": row.name,
+            "digest": row.digest,
+            "kind": row.kind,
+            "job_id": row.job_id,
+            "base_model": row.base_model,
+            "aliases": tuple(sorted(aliases.get(row.id, []))),
+            "bytes": row.bytes,
+            "manifest": row.manifest,
+            "created_at": row.created_at,
+        }
+    )

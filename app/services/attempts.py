@@ -1,0 +1,209 @@
+"""Jobs as workers see them: lease, heartbeat, record, checkpoint, end. Every write is fenced by the lease's epoch."""
+
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from app.db import Database, Unit
+from app.db.tables import CheckpointRow, JobRow
+from app.domain.attempts import Checkpointed, Metrics
+from app.domain.errors import ConflictError
+from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobStatus, Lease, Progress
+from app.domain.specs import TrainSpec
+from app.services.plans import Plans, Prepared
+from app.storage import Blobs
+
+CHECKPOINTS_KEPT = 2
+S = JobStatus
+
+_SETTLED = {
+    S.CANCELLED: ("cancelled", "cancelled; its worker had gone", "info"),
+    S.PAUSED: ("paused", "paused; its worker had gone", "info"),
+    S.FAILED: ("failed", f"lost {MAX_ATTEMPTS} workers without a new checkpoint", "error"),
+}
+_RELEASED = {
+    S.CANCELLING: (S.CANCELLED, ("cancelled", "cancelled", "info")),
+    S.PAUSING: (S.PAUSED, ("paused", "paused", "info")),
+}
+WORKER_LOST = JobError(
+    code="worker_lost",
+    message=f"{MAX_ATTEMPTS} attempts ended without a word and without a new checkpoint",
+    hint="look at the worker's log: the kernel may have killed it for memory; a smaller batch_size takes less",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """A job in an attempt's hands."""
+
+    lease: Lease
+    job_id: str
+    name: str
+    kind: str
+    spec: TrainSpec
+    attempt: int
+
+
+class Attempts:
+    def __init__(self, database: Database, blobs: Blobs, plans: Plans, lease_seconds: float) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._plans = plans
+        self.lease_seconds = lease_seconds
+
+    def lease(self, kinds: tuple[str, ...], owner: str) -> Leased | None:
+        """The next job this worker may run, now running in its name; None when there is none."""
+        while True:
+            with self._database.write() as unit:
+                row = unit.jobs.lease(kinds, owner, self.lease_seconds)
+                if row is None:
+                    return None
+                lease = Lease(job_id=row.id, epoch=row.epoch, owner=owner)
+                if row.status == S.RUNNING:
+                    told = {"worker": owner, "attempt": row.attempts}
+                    unit.jobs.tell(row.id, "started", f"attempt {row.attempts} began", "info", told)
+                    return _leased(row, lease)
+                _settle(unit, row, lease)
+
+    def renew(self, lease: Lease) -> JobStatus:
+        """The heartbeat: prolongs the lease and tells the job's status, in which a user's wish shows."""
+        with self._database.write() as unit:
+            return unit.jobs.renew(lease, self.lease_seconds)
+
+    def prepare(self, leased: Leased) -> Prepared:
+        """The spec's references, resolved again for this attempt; its encoded rows come from the blob store."""
+        return self._plans.prepare(leased.spec.model_dump(mode="json"))
+
+    def fetch(self, digest: str, path: Path) -> Path:
+        return self._blobs.fetch(digest, path)
+
+    def tell(
+        self, lease: Lease, kind: str, message: str, level: str = "info", data: dict[str, Any] | None = None
+    ) -> None:
+        with self._database.write() as unit:
+            unit.jobs.write(lease, owner=lease.owner)
+            unit.jobs.tell(lease.job_id, kind, message, level, data or {})
+
+    def record(self, lease: Lease, batch: list[Metrics], eta_seconds: float | None) -> None:
+        """Write a batch of metrics and the progress they amount to."""
+        last = batch[-1]
+        loss = next((m.loss for m in reversed(batch) if m.loss is not None), None)
+        progress = Progress(
+            update=last.update,
+            total_updates=last.total_updates,
+            epoch=last.epoch,
+            loss=loss,
+            tokens_per_second=last.tokens_per_second,
+            eta_seconds=eta_seconds,
+        )
+        columns = {"event", "total_updates"}
+        with self._database.write() as unit:
+            unit.jobs.write(lease, progress=progress.model_dump(mode="json"))
+            unit.jobs.put_metrics(lease.job_id, [m.model_dump(mode="json", exclude=columns) for m in batch])
+            for metric in batch:
+                if metric.skipped:
+                    message = f"update {metric.update} skipped: loss or gradients were not finite"
+                    unit.jobs.tell(lease.job_id, "update_skipped", message, "warning", {"update": metric.update})
+
+    def checkpoint(self, lease: Lease, written: Checkpointed) -> None:
+        """Upload a checkpoint and commit its row; older ones than the last two go."""
+        files = {path.name: self._blobs.put_file(path) for path in sorted(written.path.iterdir())}
+        row = CheckpointRow(
+            job_id=lease.job_id,
+            update=written.update,
+            digest=written.digest,
+            files={name: blob.digest for name, blob in files.items()},
+            bytes=sum(blob.size for blob in files.values()),
+            created_at=datetime.now(UTC),
+        )
+        with self._database.write() as unit:
+            unit.jobs.write(lease, strikes=0)
+            unit.jobs.put_checkpoint(row)
+            told = {"update": written.update, "bytes": row.bytes}
+            unit.jobs.tell(lease.job_id, "checkpoint", f"checkpoint at update {written.update}", "info", told)
+            stale = unit.jobs.checkpoints(lease.job_id)[CHECKPOINTS_KEPT:]
+            kept = {d for c in unit.jobs.checkpoints(lease.job_id)[:CHECKPOINTS_KEPT] for d in c.files.values()}
+            lost = {digest for c in stale for digest in c.files.values()} - kept
+            for old in stale:
+                unit.jobs.drop_checkpoint(old)
+        for digest in lost:
+            self._blobs.delete(digest)
+
+    def restore(self, lease: Lease, directory: Path) -> Path | None:
+        """Copy the newest checkpoint under `directory`; None when there is none. A damaged one is passed over."""
+        with self._database.read() as unit:
+            rows = unit.jobs.checkpoints(lease.job_id)
+        for row in rows:
+            target = directory / f"update-{row.update:06d}"
+            try:
+                for name, digest in row.files.items():
+                    self._blobs.fetch(digest, target / name)
+            except Exception as error:  # any damage of the store must not stop an older checkpoint from serving
+                shutil.rmtree(target, ignore_errors=True)
+                told = {"update": row.update, "reason": type(error).__name__}
+                self.tell(lease, "checkpoint_damaged", "a checkpoint could not be read", "warning", told)
+                continue
+            return target
+        return None
+
+    def fail(self, lease: Lease, error: JobError) -> None:
+        """End the job as failed. A job asked to cancel ends as cancelled instead."""
+        with self._database.write() as unit:
+            document = error.model_dump(mode="json")
+            if unit.jobs.end(lease, (S.RUNNING, S.PAUSING), S.FAILED, error=document):
+                unit.jobs.tell(lease.job_id, "failed", error.message, "error", document)
+            elif unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
+                unit.jobs.tell(lease.job_id, "cancelled", "cancelled", "info", {})
+
+    def stopped(self, lease: Lease) -> None:
+        """The child stopped because the user asked: cancelled, or paused behind its checkpoint."""
+        with self._database.write() as unit:
+            if unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
+                unit.jobs.tell(lease.job_id, "cancelled", "cancelled", "info", {})
+            elif unit.jobs.end(lease, (S.PAUSING,), S.PAUSED):
+                unit.jobs.tell(lease.job_id, "paused", "paused behind a checkpoint", "info", {})
+            else:
+                raise ConflictError(f"{lease.job_id} was neither asked to cancel nor to pause", code="wrong_state")
+
+    def release(self, lease: Lease, reason: str, *, strike: bool) -> None:
+        """Let go of a job: back to the queue, or where the user's wish leads.
+
+        `strike`: the attempt was lost, not given up on purpose; too many without a checkpoint fail the job.
+        """
+        with self._database.write() as unit:
+            status = unit.jobs.renew(lease, self.lease_seconds)
+            row = unit.jobs.find(lease.job_id)
+            strikes = (row.strikes if row else 0) + int(strike)
+            if strikes >= MAX_ATTEMPTS:
+                following, told = S.FAILED, _SETTLED[S.FAILED]
+            else:
+                following, told = _RELEASED.get(status, (S.QUEUED, ("requeued", reason, "warning")))
+            error = WORKER_LOST.model_dump(mode="json") if following is S.FAILED else None
+            unit.jobs.end(lease, (status,), following, strikes=strikes, error=error)
+            unit.jobs.tell(lease.job_id, *told, {"reason": reason, "strikes": strikes})
+
+
+def _leased(row: JobRow, lease: Lease) -> Leased:
+    return Leased(
+        lease=lease,
+        job_id=row.id,
+        name=row.name,
+        kind=row.kind,
+        spec=TrainSpec.model_validate(row.spec),
+        attempt=row.attempts,
+    )
+
+
+def _settle(unit: Unit, row: JobRow, lease: Lease) -> None:
+    """Finish what the lease query decided about a job that nobody held."""
+    status = JobStatus(row.status)
+    kind, message, level = _SETTLED[status]
+    values: dict[str, Any] = {"owner": None, "lease_until": None}
+    if status in TERMINAL:
+        values["finished_at"] = datetime.now(UTC)
+    if status is S.FAILED:
+        values["error"] = WORKER_LOST.model_dump(mode="json")
+    unit.jobs.write(lease, **values)
+    unit.jobs.tell(row.id, kind, message, level, {})

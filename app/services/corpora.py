@@ -1,0 +1,189 @@
+"""Corpora: sets of pages, built once into an immutable file, fetched by digest to wherever they are searched."""
+
+import tempfile
+from collections import OrderedDict
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy.exc import IntegrityError
+
+from app.db import Database, Unit
+from app.db.tables import CorpusRow
+from app.domain.corpora import CorpusReport
+from app.domain.errors import ConflictError, InvalidError, NotFoundError, Problem
+from app.domain.identity import new_id
+from app.knowledge import (
+    CorpusFile,
+    CorpusRefused,
+    CorpusUnreadable,
+    Hit,
+    KnowledgeSource,
+    build_corpus,
+    read_lines,
+)
+from app.services.naming import choose_name
+from app.storage import Blobs
+
+RESOURCE = "corpus"
+DEFAULT = "default"
+OPEN_AT_ONCE = 16
+
+
+class Corpus(BaseModel):
+    """A corpus as the API shows it. `digest` is the snapshot that Observations name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    object: Literal["corpus"] = "corpus"
+    name: str
+    digest: str
+    pages: int
+    bytes: int
+    default: bool
+    report: CorpusReport
+    created_at: datetime
+
+
+class Corpora:
+    """The first corpus becomes the default, which a prediction searches when it names none."""
+
+    def __init__(self, database: Database, blobs: Blobs, cache: Path) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._directory = cache / "corpora"
+        self._open: OrderedDict[str, CorpusFile] = OrderedDict()
+        self._lock = Lock()
+
+    def create(self, upload: Path, filename: str, name: str | None) -> tuple[Corpus, bool]:
+        """(the corpus, whether it is new): the same pages give the same corpus again."""
+        with self._database.read() as unit:
+            choose_name(name, filename, lambda taken: unit.corpora.find(taken) is not None, "corpus")
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._directory, prefix=".build-") as directory:
+            built = Path(directory) / "corpus.sqlite"
+            report = _build(upload, built)
+            blob = self._blobs.put_file(built)
+        with self._database.read() as unit:
+            if known := unit.corpora.by_digest(blob.digest):
+                return self._view(unit, known), False
+        return self._add(report, blob.digest, blob.size, filename, name)
+
+    def _add(
+        self, report: CorpusReport, digest: str, size: int, filename: str, name: str | None
+    ) -> tuple[Corpus, bool]:
+        try:
+            with self._database.write() as unit:
+                chosen = choose_name(name, filename, lambda taken: unit.corpora.find(taken) is not None, "corpus")
+                row = CorpusRow(
+                    id=new_id("corp"),
+                    name=chosen,
+                    digest=digest,
+                    bytes=size,
+                    pages=report.pages,
+                    report=report.model_dump(mode="json"),
+                    created_at=datetime.now(UTC),
+                )
+                unit.corpora.add(row)
+                if unit.aliases.target(RESOURCE, DEFAULT) is None:
+                    unit.aliases.point(RESOURCE, DEFAULT, row.id)
+        except IntegrityError:
+            with self._database.read() as unit:
+                known = unit.corpora.by_digest(digest)
+                if known is None:
+                    raise ConflictError("that name was taken meanwhile", code="name_taken") from None
+                return self._view(unit, known), False
+        return self.get(row.id), True
+
+    def get(self, reference: str) -> Corpus:
+        with self._database.read() as unit:
+            return self._view(unit, _found(unit, reference))
+
+    def page(self, after: str | None, limit: int) -> tuple[list[Corpus], bool]:
+        with self._database.read() as unit:
+            rows, more = unit.corpora.page(after, limit)
+            return [self._view(unit, row) for row in rows], more
+
+    def promote(self, reference: str) -> Corpus:
+        """Make this the corpus that predictions search when they name none."""
+        with self._database.write() as unit:
+            unit.aliases.point(RESOURCE, DEFAULT, _found(unit, reference).id)
+        return self.get(reference)
+
+    def delete(self, reference: str) -> None:
+        with self._database.write() as unit:
+            row = _found(unit, reference)
+            unit.aliases.drop(RESOURCE, row.id)
+            unit.corpora.remove(row)
+        with self._lock:
+            self._open.pop(row.digest, None)
+        (self._directory / f"{row.digest}.sqlite").unlink(missing_ok=True)
+        self._blobs.delete(row.digest)
+
+    def find(self, reference: str, query: str, limit: int) -> tuple[Hit, ...]:
+        """Pages by free text, best first."""
+        return self.open(reference)[1].find(query, limit)
+
+    def open(self, reference: str | None) -> tuple[str, KnowledgeSource]:
+        """(id, the source) of a corpus, or of the default one when none is named."""
+        with self._database.read() as unit:
+            wanted = reference or unit.aliases.target(RESOURCE, DEFAULT)
+            if wanted is None:
+                raise InvalidError(
+                    "no corpus is named and there is no default; POST /corpora one (the first becomes the default), "
+                    "or run: veritune corpora fetch wiki-leads",
+                    code="no_corpus",
+                    problems=(Problem(("corpus",), "missing, and no default is set"),),
+                )
+            row = _found(unit, wanted)
+        return row.id, self._file(row)
+
+    def _file(self, row: CorpusRow) -> CorpusFile:
+        with self._lock:
+            if known := self._open.get(row.digest):
+                self._open.move_to_end(row.digest)
+                return known
+            path = self._blobs.fetch(row.digest, self._directory / f"{row.digest}.sqlite")
+            opened = CorpusFile(path, row.id, row.digest)
+            self._open[row.digest] = opened
+            if len(self._open) > OPEN_AT_ONCE:
+                self._open.popitem(last=False)
+            return opened
+
+    def _view(self, unit: Unit, row: CorpusRow) -> Corpus:
+        document: dict[str, Any] = {
+            "id": row.id,
+            "name": row.name,
+            "digest": row.digest,
+            "pages": row.pages,
+            "bytes": row.bytes,
+            "default": unit.aliases.target(RESOURCE, DEFAULT) == row.id,
+            "report": row.report,
+            "created_at": row.created_at,
+        }
+        return Corpus.model_validate(document)
+
+
+def _build(upload: Path, out: Path) -> CorpusReport:
+    try:
+        with upload.open("rb") as stream:
+            return build_corpus(read_lines(stream), out)
+    except CorpusRefused as refused:
+        found = tuple(Problem(("line", f.line), f.message) for f in refused.report.findings[:50])
+        raise InvalidError(
+            f"{refused}; a line is {{title, text}} or {{title, sentences}} as JSON",
+            code="no_page_kept",
+            problems=found,
+        ) from None
+    except CorpusUnreadable as error:
+        raise InvalidError(str(error), code="bad_corpus") from None
+
+
+def _found(unit: Unit, reference: str) -> CorpusRow:
+    row = unit.corpora.find(reference)
+    if row is None:
+        raise NotFoundError(f"there is no corpus {reference!r}; GET /corpora lists them", code="unknown_corpus")
+    return row

@@ -1,0 +1,148 @@
+"""Datasets: an uploaded file becomes a validated, immutable set of trajectories."""
+
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy.exc import IntegrityError
+
+from app.db import Database, Unit
+from app.db.tables import DatasetRow
+from app.domain.datasets import DatasetReport, read_canonical
+from app.domain.errors import ConflictError, NotFoundError
+from app.domain.identity import new_id
+from app.domain.trajectories import Trajectory
+from app.ingest import ingest
+from app.services.naming import choose_name
+from app.storage import Blobs
+
+
+class Dataset(BaseModel):
+    """A dataset as the API shows it. `report` is the account of the upload that made it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    object: Literal["dataset"] = "dataset"
+    name: str
+    digest: str
+    filename: str
+    bytes: int
+    rows: int
+    report: DatasetReport
+    created_at: datetime
+
+
+class Datasets:
+    def __init__(self, database: Database, blobs: Blobs, scratch: Path) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._scratch = scratch
+
+    def scratch_file(self) -> Path:
+        """A private place on this host for an upload on its way in."""
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        handle = tempfile.NamedTemporaryFile(dir=self._scratch, prefix="upload-", delete=False)  # noqa: SIM115
+        handle.close()
+        return Path(handle.name)
+
+    def create(
+        self, upload: Path, filename: str, content_type: str | None, name: str | None, columns: dict[str, str]
+    ) -> tuple[Dataset, bool]:
+        """(the dataset, whether it is new): the same content gives the same dataset again."""
+        with self._database.read() as unit:
+            choose_name(name, filename, lambda taken: unit.datasets.find(taken) is not None, "dataset")
+        with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ingest-") as directory:
+            read = ingest(upload, filename, content_type, Path(directory), columns=columns)
+            with self._database.read() as unit:
+                if known := unit.datasets.by_digest(read.digest):
+                    return _view(known), False
+            size = self._blobs.put_file(read.canonical).size
+        return self._add(read.report, read.digest, size, filename, name)
+
+    def _add(
+        self, report: DatasetReport, digest: str, size: int, filename: str, name: str | None
+    ) -> tuple[Dataset, bool]:
+        try:
+            with self._database.write() as unit:
+                chosen = choose_name(name, filename, lambda taken: unit.datasets.find(taken) is not None, "dataset")
+                row = DatasetRow(
+                    id=new_id("ds"),
+                    name=chosen,
+                    digest=digest,
+                    filename=filename[:255],
+                    bytes=size,
+                    rows=report.rows_kept,
+                    report=report.model_dump(mode="json"),
+                    created_at=datetime.now(UTC),
+                )
+                unit.datasets.add(row)
+        except IntegrityError:  # the same content came in twice at once, and the other was faster
+            with self._database.read() as unit:
+                known = unit.datasets.by_digest(digest)
+            if known is None:
+                raise
+            return _view(known), False
+        return _view(row), True
+
+    def get(self, reference: str) -> Dataset:
+        with self._database.read() as unit:
+            return _view(_found(unit, reference))
+
+    def page(self, after: str | None, limit: int) -> tuple[list[Dataset], bool]:
+        with self._database.read() as unit:
+            rows, more = unit.datasets.page(after, limit)
+        return [_view(row) for row in rows], more
+
+    def preview(self, reference: str, after: int, limit: int) -> tuple[list[Trajectory], bool]:
+        """Rows behind row number `after`, and whether more follow."""
+        with self._database.read() as unit:
+            row = _found(unit, reference)
+        shown: list[Trajectory] = []
+        rest = b""
+        number = 0
+        for chunk in self._blobs.stream(row.digest):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                number += 1
+                if number > after:
+                    shown.append(read_canonical(line))
+                if len(shown) == limit:
+                    return shown, number < row.rows
+        return shown, False
+
+    def delete(self, reference: str) -> None:
+        """Forget a dataset. A conflict while a job that is not finished uses it."""
+        with self._database.write() as unit:
+            row = _found(unit, reference)
+            users = unit.datasets.users(row.id)
+            if users:
+                raise ConflictError(
+                    f"{row.name} is used by {', '.join(users[:5])}; wait for them, or cancel them first",
+                    code="dataset_in_use",
+                )
+            unit.datasets.remove(row)
+        self._blobs.delete(row.digest)
+
+
+def _found(unit: Unit, reference: str) -> DatasetRow:
+    row = unit.datasets.find(reference)
+    if row is None:
+        raise NotFoundError(f"there is no dataset {reference!r}; GET /datasets lists them", code="unknown_dataset")
+    return row
+
+
+def _view(row: DatasetRow) -> Dataset:
+    document: dict[str, Any] = {
+        "id": row.id,
+        "name": row.name,
+        "digest": row.digest,
+        "filename": row.filename,
+        "bytes": row.bytes,
+        "rows": row.rows,
+        "report": row.report,
+        "created_at": row.created_at,
+    }
+    return Dataset.model_validate(document)

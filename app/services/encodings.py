@@ -1,0 +1,210 @@
+"""A dataset's rows as token ids: made once per (dataset, tokenizer, format, policy), kept as a blob.
+
+The plan counts them and the training child reads them, so what was planned is what is trained.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from pydantic import BaseModel, ConfigDict
+
+from app.db import Database
+from app.db.tables import DatasetRow, EncodingRow
+from app.domain.attempts import EncodedRow, EncodedSequence
+from app.domain.datasets import read_canonical
+from app.domain.encoding import Encoded, Encoder
+from app.domain.errors import InvalidError, Problem
+from app.domain.plans import Lengths, RowNote
+from app.domain.specs import TrainSpec
+from app.domain.trajectories import Trajectory
+from app.storage import Blobs
+
+NOTES_LISTED = 100
+REVISION = 1
+"""Raised when the same inputs would give other ids, so that blobs of an older version are not reused."""
+
+
+class EncodingSummary(BaseModel):
+    """What encoding a dataset under one policy gave. `notes` lists at most 100 rows; the counts are exact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    trained: int
+    trimmed: int
+    protected: int
+    dropped: int
+    refused: int
+    branches: int
+    tokens: int
+    labelled_tokens: int
+    longest: int
+    lengths: Lengths
+    notes: tuple[RowNote, ...]
+
+
+class Encodings:
+    """Encodes datasets and remembers the result."""
+
+    def __init__(self, database: Database, blobs: Blobs) -> None:
+        self._database = database
+        self._blobs = blobs
+
+    def of(
+        self,
+        dataset: DatasetRow,
+        spec: TrainSpec,
+        tokenizer: str,
+        limit: int,
+        encoder: Callable[[], Encoder],
+    ) -> tuple[str, EncodingSummary]:
+        """(blob of EncodedRow JSON lines, summary). `tokenizer` is its blob's digest, `limit` in tokens."""
+        key = _key(dataset.digest, spec, tokenizer, limit)
+        with self._database.read() as unit:
+            known = unit.encodings.get(key)
+        if known is not None and self._blobs.exists(known.blob):
+            return known.blob, EncodingSummary.model_validate(known.summary)
+        with tempfile.NamedTemporaryFile(prefix="veritune-rows-") as file:
+            summary = _encode(self._lines(dataset), spec, limit, encoder(), file)
+            file.flush()
+            blob = self._blobs.put_file(Path(file.name)).digest
+        row = EncodingRow(key=key, blob=blob, summary=summary.model_dump(mode="json"))
+        with self._database.write() as unit:
+            unit.encodings.put(row)
+        return blob, summary
+
+    def _lines(self, dataset: DatasetRow) -> Iterator[bytes]:
+        """The canonical JSONL's lines, without holding the whole of it."""
+        rest = b""
+        for chunk in self._blobs.stream(dataset.digest):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+        if rest:
+            yield rest
+
+
+def _key(dataset: str, spec: TrainSpec, tokenizer: str, limit: int) -> str:
+    parts = {
+        "revision": REVISION,
+        "dataset": dataset,
+        "tokenizer": tokenizer,
+        "format": spec.format().model_dump(),
+        "limit": limit,
+        "overlength": spec.preprocessing.overlength,
+        "observations": spec.trainer.train_on_observations,
+        "branch": spec.trainer.verdict_branch,
+        "seed": spec.seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _Tally:
+    """Counts while rows stream by."""
+
+    def __init__(self) -> None:
+        self.rows = self.trimmed = self.protected = self.dropped = self.refused = self.branches = 0
+        self.tokens = self.labelled = self.longest = 0
+        self.lengths: list[int] = []
+        self.notes: list[RowNote] = []
+
+    def note(self, note: RowNote) -> None:
+        if len(self.notes) < NOTES_LISTED:
+            self.notes.append(note)
+
+    def sequence(self, encoded: Encoded) -> EncodedSequence:
+        self.tokens += len(encoded.ids)
+        self.labelled += encoded.labelled
+        self.longest = max(self.longest, len(encoded.ids))
+        return EncodedSequence(ids=encoded.ids, trained=encoded.trained)
+
+
+def _encode(lines: Iterator[bytes], spec: TrainSpec, limit: int, encoder: Encoder, out: IO[bytes]) -> EncodingSummary:
+    tally = _Tally()
+    for number, line in enumerate(lines, start=1):
+        tally.rows += 1
+        trajectory = _fitted(read_canonical(line), number, spec, limit, encoder, tally)
+        if trajectory is None:
+            continue
+        row = _row(trajectory, number, spec, encoder, tally)
+        out.write(row.model_dump_json().encode() + b"\n")
+    return EncodingSummary(
+        rows=tally.rows,
+        trained=len(tally.lengths),
+        trimmed=tally.trimmed,
+        protected=tally.protected,
+        dropped=tally.dropped,
+        refused=tally.refused,
+        branches=tally.branches,
+        tokens=tally.tokens,
+        labelled_tokens=tally.labelled,
+        longest=tally.longest,
+        lengths=Lengths.of(tally.lengths),
+        notes=tuple(tally.notes),
+    )
+
+
+def _fitted(
+    trajectory: Trajectory, line: int, spec: TrainSpec, limit: int, encoder: Encoder, tally: _Tally
+) -> Trajectory | None:
+    """The trajectory as the over-length policy leaves it; None when it is dropped. The ending is never cut."""
+    policy = spec.preprocessing.overlength
+    before = encoder.length(encoder.form.segments(trajectory))
+    if policy == "trim_observations":
+        shorter = encoder.trim_observations(trajectory, limit)
+        after = encoder.length(encoder.form.segments(shorter.trajectory))
+        if after <= limit:
+            if shorter.observations:
+                tally.trimmed += 1
+                tally.protected += shorter.protected
+                action = "protected" if shorter.protected else "trimmed"
+                tally.note(RowNote(line=line, tokens=before, kept_tokens=after, action=action))
+            return shorter.trajectory
+    elif before <= limit:
+        return trajectory
+    elif policy == "refuse":
+        tally.refused += 1
+        tally.note(RowNote(line=line, tokens=before, kept_tokens=0, action="refused"))
+        return None
+    tally.dropped += 1
+    labelled = encoder.encode(encoder.form.segments(trajectory)).labelled
+    tally.note(RowNote(line=line, tokens=before, kept_tokens=0, action="dropped", labelled_tokens_lost=labelled))
+    return None
+
+
+def _row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, tally: _Tally) -> EncodedRow:
+    observations = spec.trainer.train_on_observations
+    whole = encoder.encode(encoder.form.segments(trajectory, train_on_observations=observations))
+    tally.lengths.append(len(whole.ids))
+    sequences = [tally.sequence(whole)]
+    if _has_branch(line, spec):
+        tally.branches += 1
+        sequences.append(tally.sequence(encoder.encode(encoder.form.branch_segments(trajectory))))
+    return EncodedRow(line=line, sequences=tuple(sequences))
+
+
+def _has_branch(line: int, spec: TrainSpec) -> bool:
+    """Whether a row carries the labelled verdict branch: a fixed share, drawn by seed and row."""
+    drawn = hashlib.sha256(f"{spec.seed}:{line}".encode()).digest()
+    return int.from_bytes(drawn[:4]) / 2**32 < spec.trainer.verdict_branch
+
+
+def refuse_overlength(summary: EncodingSummary, limit: int) -> None:
+    """InvalidError when the policy is `refuse` and rows were too long, or when no row is left."""
+    if summary.refused:
+        found = tuple(
+            Problem(("dataset", "rows", n.line), f"{n.tokens} tokens; at most {limit} fit") for n in summary.notes
+        )
+        raise InvalidError(
+            f"{summary.refused} rows are longer than {limit} tokens and preprocessing.overlength is refuse; "
+            "use trim_observations or drop, or raise global_max_sequence_length",
+            code="rows_too_long",
+            problems=found,
+        )
+    if summary.trained == 0:
+        raise InvalidError(
+            f"no row fits {limit} tokens; raise preprocessing.global_max_sequence_length", code="no_row_fits"
+        )

@@ -1,0 +1,69 @@
+"""Following a job's events: one poller a process, fanned out to however many clients listen."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from app.db import Database
+from app.domain.jobs import TERMINAL, Event
+from app.services.jobs import Jobs
+
+PERIOD = 0.25
+PAGE = 500
+
+
+class EventFeed:
+    """Lives on the API's event loop. The database is asked once a period for all followed jobs together."""
+
+    def __init__(self, database: Database, jobs: Jobs) -> None:
+        self._database = database
+        self._jobs = jobs
+        self._followed: dict[str, list[asyncio.Event]] = {}
+        self._poller: asyncio.Task[None] | None = None
+
+    async def follow(self, reference: str, after: int) -> AsyncIterator[Event]:
+        """Events behind number `after` as they come; ends behind the last event of a finished job."""
+        job = await asyncio.to_thread(self._jobs.get, reference)
+        news = asyncio.Event()
+        news.set()
+        self._followed.setdefault(job.id, []).append(news)
+        self._wake()
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                over = (await asyncio.to_thread(self._jobs.get, job.id)).status in TERMINAL
+                more = True
+                while more:
+                    events, more = await asyncio.to_thread(self._jobs.events, job.id, after, PAGE)
+                    for event in events:
+                        after = event.seq
+                        yield event
+                if over:
+                    return
+        finally:
+            self._followed[job.id].remove(news)
+            if not self._followed[job.id]:
+                del self._followed[job.id]
+
+    async def close(self) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+
+    def _wake(self) -> None:
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
+
+    async def _poll(self) -> None:
+        seen: dict[str, int] = {}
+        while self._followed:
+            latest = await asyncio.to_thread(self._latest, list(self._followed))
+            for job_id, seq in latest.items():
+                if seen.get(job_id) != seq:
+                    seen[job_id] = seq
+                    for news in self._followed.get(job_id, ()):
+                        news.set()
+            await asyncio.sleep(PERIOD)
+
+    def _latest(self, job_ids: list[str]) -> dict[str, int]:
+        with self._database.read() as unit:
+            return unit.jobs.latest_events(job_ids)

@@ -1,0 +1,161 @@
+"""Jobs as users see them: submit, list, follow, cancel, pause, resume. What workers do is in `attempts`."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.exc import IntegrityError
+
+from app.db import Database, Unit
+from app.db.tables import JobRow
+from app.domain.errors import ConflictError, NotFoundError
+from app.domain.identity import new_id
+from app.domain.jobs import WISHES, Checkpoint, Event, Job, JobError, JobStatus, Metric, Progress, Wish
+from app.domain.plans import Plan
+from app.domain.specs import JobKind, TrainSpec
+from app.queue import Doorbell
+from app.services.plans import Plans, Prepared
+
+_TOLD = {
+    JobStatus.CANCELLED: "cancelled before it ran",
+    JobStatus.CANCELLING: "asked to cancel",
+    JobStatus.PAUSED: "paused",
+    JobStatus.PAUSING: "asked to pause after a checkpoint",
+    JobStatus.QUEUED: "resumed; waiting for a worker",
+}
+
+
+class Jobs:
+    def __init__(self, database: Database, plans: Plans, doorbell: Doorbell) -> None:
+        self._database = database
+        self._plans = plans
+        self._doorbell = doorbell
+
+    def plan(self, data: Any) -> Plan:
+        """What a job with this config would take. Queues nothing."""
+        return self._plans.prepare(data).plan
+
+    def submit(self, data: Any) -> Job:
+        """Queue a job. The worker is told only after the row is committed."""
+        prepared = self._plans.prepare(data)
+        row = _row(prepared)
+        try:
+            with self._database.write() as unit:
+                unit.jobs.add(row)
+                told = {"total_updates": prepared.schedule.updates, "rows": prepared.summary.trained}
+                unit.jobs.tell(row.id, "queued", "waiting for a worker", "info", told)
+                for warning in prepared.plan.warnings:
+                    unit.jobs.tell(row.id, "plan_warning", warning, "warning", {})
+        except IntegrityError:
+            raise ConflictError(
+                f"there is a job named {row.name!r} already; choose another name or leave it out",
+                code="name_taken",
+            ) from None
+        self._doorbell.ring(row.id, JobKind(row.kind))
+        return self.get(row.id)
+
+    def get(self, reference: str) -> Job:
+        with self._database.read() as unit:
+            return _view(unit, _found(unit, reference))
+
+    def page(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[Job], bool]:
+        with self._database.read() as unit:
+            rows, more = unit.jobs.page(after, limit, status)
+            return [_view(unit, row) for row in rows], more
+
+    def wish(self, reference: str, wish: Wish) -> Job:
+        """Cancel, pause or resume. Asking twice is fine; asking what the state forbids is a conflict."""
+        with self._database.write() as unit:
+            row = _found(unit, reference)
+            status = JobStatus(row.status)
+            following = WISHES[wish].get(status)
+            if following is None:
+                raise ConflictError(
+                    f"{row.id} is {status}; only a job that is {' or '.join(WISHES[wish])} can be asked to {wish}",
+                    code="wrong_state",
+                )
+            if following is not status:
+                unit.jobs.move(row.id, status, following)
+                unit.jobs.tell(row.id, following.value, _TOLD[following], "info", {})
+        if following is JobStatus.QUEUED:
+            self._doorbell.ring(row.id, JobKind(row.kind))
+        return self.get(row.id)
+
+    def events(self, reference: str, after: int, limit: int) -> tuple[list[Event], bool]:
+        """Events behind number `after`, oldest first, and whether more follow."""
+        with self._database.read() as unit:
+            job = _found(unit, reference)
+            rows = unit.jobs.events(job.id, after, limit + 1)
+        found = [
+            Event.model_validate(
+                {
+                    "seq": r.seq,
+                    "at": r.at,
+                    "level": r.level,
+                    "kind": r.kind,
+                    "message": r.message,
+                    "data": r.data,
+                }
+            )
+            for r in rows
+        ]
+        return found[:limit], len(found) > limit
+
+    def metrics(self, reference: str, after: int, limit: int) -> tuple[list[Metric], bool]:
+        """Metrics of the updates behind `after`, oldest first, and whether more follow."""
+        with self._database.read() as unit:
+            job = _found(unit, reference)
+            rows = unit.jobs.metrics(job.id, after, limit + 1)
+        return [Metric.model_validate(values) for values in rows[:limit]], len(rows) > limit
+
+    def checkpoints(self, reference: str) -> list[Checkpoint]:
+        with self._database.read() as unit:
+            job = _found(unit, reference)
+            rows = unit.jobs.checkpoints(job.id)
+        return [
+            Checkpoint(update=row.update, digest=row.digest, created_at=row.created_at, bytes=row.bytes) for row in rows
+        ]
+
+
+def _found(unit: Unit, reference: str) -> JobRow:
+    row = unit.jobs.find(reference)
+    if row is None:
+        raise NotFoundError(f"there is no job {reference!r}; GET /jobs lists them", code="unknown_job")
+    return row
+
+
+def _row(prepared: Prepared) -> JobRow:
+    job_id = new_id("job")
+    spec = prepared.spec
+    frozen = spec.model_copy(update={"base_model": prepared.base.name, "dataset": prepared.dataset.id})
+    return JobRow(
+        id=job_id,
+        kind=spec.kind,
+        name=spec.name or f"{prepared.dataset.name[:60]}-{job_id[-8:]}",
+        status=JobStatus.QUEUED.value,
+        spec=frozen.model_dump(mode="json"),
+        plan=prepared.plan.model_dump(mode="json"),
+        progress=Progress(total_updates=prepared.schedule.updates).model_dump(mode="json"),
+        error=None,
+        dataset_id=prepared.dataset.id,
+        base_model=prepared.base.name,
+        created_at=datetime.now(UTC),
+    )
+
+
+def _view(unit: Unit, row: JobRow) -> Job:
+    return Job(
+        id=row.id,
+        kind=JobKind(row.kind),
+        name=row.name,
+        status=JobStatus(row.status),
+        spec=TrainSpec.model_validate(row.spec),
+        plan=Plan.model_validate(row.plan) if row.plan else None,
+        progress=Progress.model_validate(row.progress) if row.progress else None,
+        queue_position=unit.jobs.queue_position(row),
+        attempts=row.attempts,
+        adapter_id=row.adapter_id,
+        error=JobError.model_validate(row.error) if row.error else None,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+    )

@@ -1,0 +1,276 @@
+"""Predictions: who answers, with what corpus, how many at once, and the answer put together."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import BoundedSemaphore
+from typing import Literal
+
+from app.db import Database
+from app.db.tables import BaseModelRow
+from app.domain.adapters import Adapter
+from app.domain.claims import Verdict, read_verdict
+from app.domain.errors import BusyError, ConflictError, NotFoundError, VerituneError
+from app.domain.identity import new_id
+from app.domain.predictions import (
+    ObservedText,
+    Predicted,
+    PredictedAction,
+    PredictedStep,
+    Prediction,
+    PredictionEvent,
+    PredictRequest,
+    Timings,
+)
+from app.domain.react import ReactFormat, header, parse
+from app.domain.specs import Generation, Quantization
+from app.domain.trajectories import read_action
+from app.generation import Generator
+from app.knowledge.base import Reading
+from app.services.adapters import Adapters
+from app.services.base_models import BaseModels
+from app.services.corpora import Corpora
+from app.services.reasoning import ReactLoop, Trace, written
+from app.services.writing import Pen
+
+BATCH_THREADS = 16
+SAMPLING_TEMPERATURE = 0.7
+UNGROUNDED_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """Who answers: the digest that inference knows, and how that model was trained to be asked."""
+
+    model: str
+    adapter: str | None
+    base: BaseModelRow
+    form: ReactFormat
+    limit: int
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished trajectory."""
+
+    trace: Trace
+    pen: Pen
+
+
+class Predictions:
+    def __init__(
+        self,
+        database: Database,
+        adapters: Adapters,
+        base_models: BaseModels,
+        corpora: Corpora,
+        generator: Generator,
+        slots: int,
+        max_sequence_length: int,
+    ) -> None:
+        self._database = database
+        self._adapters = adapters
+        self._base_models = base_models
+        self._corpora = corpora
+        self._generator = generator
+        self._slots = BoundedSemaphore(slots)
+        self._cap = max_sequence_length
+
+    def predict(self, request: PredictRequest) -> Prediction:
+        """Judge one claim."""
+        with self._slot():
+            return self._drain(request)
+
+    def events(self, request: PredictRequest) -> Iterator[PredictionEvent]:
+        """Judge one claim and tell of it on the way; the first event comes after all checks have passed."""
+        with self._slot():
+            yield from self._run(request)
+
+    def batch(self, requests: Sequence[PredictRequest]) -> list[Prediction | VerituneError]:
+        """Judge many claims, several at a time; one that fails leaves its error in its place."""
+
+        def one(request: PredictRequest) -> Prediction | VerituneError:
+            try:
+                return self._drain(request)
+            except VerituneError as error:
+                return error
+
+        with self._slot(), ThreadPoolExecutor(min(BATCH_THREADS, len(requests))) as pool:
+            return list(pool.map(one, requests))
+
+    def get(self, prediction_id: str) -> Prediction:
+        """A prediction that was stored (`store: true`)."""
+        with self._database.read() as unit:
+            answer = unit.predictions.get(prediction_id)
+        if answer is None:
+            raise NotFoundError(
+                f"there is no stored prediction {prediction_id!r}; ask with store: true",
+                code="unknown_prediction",
+            )
+        return Prediction.model_validate(answer)
+
+    def ready(self) -> bool:
+        return self._generator.healthy()
+
+    @contextmanager
+    def _slot(self) -> Iterator[None]:
+        if not self._slots.acquire(blocking=False):
+            raise BusyError("all prediction slots are taken; try again", code="predictions_busy", retry_after=2)
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    def _drain(self, request: PredictRequest) -> Prediction:
+        for event in self._run(request):
+            if isinstance(event, Predicted):
+                return event.prediction
+        raise AssertionError("the loop ends with a prediction")
+
+    def _run(self, request: PredictRequest) -> Iterator[PredictionEvent]:
+        started = time.monotonic()
+        answerer = self._answerer(request)
+        runs: list[Run] = []
+        if request.mode == "ungrounded":
+            runs.append(self._alone(request, answerer))
+            corpus = None
+        else:
+            corpus, source = self._corpora.open(request.corpus)
+            for sample in range(request.samples):
+                pen = self._pen(answerer, sample if request.samples > 1 else None)
+                loop = ReactLoop(pen, Reading(source), request.claim, request.max_steps, answerer.limit)
+                for event in loop.run():
+                    if sample == 0:
+                        yield event
+                runs.append(Run(loop.trace, pen))
+        prediction = _assemble(request, answerer, runs, corpus, time.monotonic() - started)
+        if request.store:
+            with self._database.write() as unit:
+                unit.predictions.add(prediction.id, prediction.model_dump(mode="json"))
+        yield Predicted(prediction=prediction)
+
+    def _answerer(self, request: PredictRequest) -> Answerer:
+        adapter: Adapter | None
+        if request.adapter is not None:
+            adapter = self._adapters.get(request.adapter)
+        elif "adapter" not in request.model_fields_set and request.base_model is None:
+            adapter = self._adapters.default()
+        else:
+            adapter = None
+        if adapter is None:
+            base = self._base_models.get(request.base_model)
+            digest = self._base_models.served_digest(base, Quantization())
+            context = self._base_models.describe(base).context_length
+            return Answerer(digest, None, base, ReactFormat(), min(self._cap, context), Generation())
+        base = self._base_models.by_digest(adapter.manifest.base.digest)
+        if request.base_model not in (None, base.name):
+            raise ConflictError(
+                f"the adapter {adapter.id} was trained on {base.name}, not on {request.base_model}; leave base_model out",
+                code="adapter_of_another_base",
+            )
+        generation = Generation.model_validate(adapter.manifest.spec["generation"])
+        form = ReactFormat.model_validate(adapter.manifest.format)
+        limit = adapter.manifest.max_sequence_length
+        return Answerer(adapter.digest, adapter.id, base, form, limit, generation)
+
+    def _pen(self, answerer: Answerer, sample: int | None) -> Pen:
+        generation = answerer.generation
+        warm = generation.temperature or (0.0 if sample is None else SAMPLING_TEMPERATURE)
+        room = max(16, answerer.limit // 4)
+        return Pen(
+            generator=self._generator,
+            encoder=self._base_models.encoder(answerer.base, answerer.form),
+            model=answerer.model,
+            temperature=warm,
+            top_p=generation.top_p,
+            max_thought_tokens=min(generation.max_new_tokens, room),
+            seed=sample,
+        )
+
+    def _alone(self, request: PredictRequest, answerer: Answerer) -> Run:
+        """Ungrounded: the model writes the whole trajectory, Observations included."""
+        pen = self._pen(answerer, None)
+        pen.begin(pen.encoder.form.head(request.claim))
+        opening = list(pen.ids)
+        pen.append([header("Thought", 1)])
+        room = answerer.limit - len(pen.ids) - 1
+        text = pen.everything(max(1, min(UNGROUNDED_TOKENS, room)))
+        trace = Trace(steps=_steps(f"Thought 1:{text}"))
+        pen.ids = opening
+        trace.probabilities = pen.verdict_probabilities(1)
+        finish = trace.steps[-1].action if trace.steps else None
+        verdict = read_verdict(finish.argument) if finish and finish.name == "Finish" else None
+        trace.forced = verdict is None
+        trace.verdict = verdict or max(trace.probabilities, key=lambda v: trace.probabilities[v])
+        return Run(trace, pen)
+
+
+def _steps(text: str) -> list[PredictedStep]:
+    """What a model wrote on its own, as far as its first Finish; nothing about it is believed."""
+    steps = []
+    for raw in parse(text)[1]:
+        action = _action(raw.action)
+        seen = ObservedText(text=" ".join(raw.observation.split()), source="model") if raw.observation else None
+        done = action is not None and action.name == "Finish"
+        thought = " ".join((raw.thought or "").split())
+        steps.append(PredictedStep(thought=thought, action=action, observation=None if done else seen))
+        if done:
+            break
+    return steps
+
+
+def _action(text: str | None) -> PredictedAction | None:
+    if text is None:
+        return None
+    line = text.strip().split("\n", 1)[0]
+    try:
+        action = read_action(line)
+    except ValueError:
+        return PredictedAction(name="", argument=line)
+    return PredictedAction(name=action.name, argument=action.argument)
+
+
+def _assemble(
+    request: PredictRequest, answerer: Answerer, runs: list[Run], corpus: str | None, seconds: float
+) -> Prediction:
+    method: Literal["verdict_branch", "vote"] = "vote" if len(runs) > 1 else "verdict_branch"
+    votes = Counter(run.trace.verdict for run in runs)
+    verdict = votes.most_common(1)[0][0]
+    shown = next(run for run in runs if run.trace.verdict is verdict)
+    if method == "vote":
+        probabilities = {v: votes[v] / len(runs) for v in Verdict}
+    else:
+        probabilities = shown.trace.probabilities
+    meter = shown.pen.meter
+    for other in runs:
+        if other is not shown:
+            meter.add(other.pen.meter)
+    grounded = request.mode == "grounded"
+    return Prediction(
+        id=new_id("pred"),
+        claim=request.claim,
+        verdict=verdict,
+        confidence=round(probabilities[verdict], 6),
+        probabilities={v: round(p, 6) for v, p in probabilities.items()},
+        probability_method=method,
+        agrees=probabilities[verdict] >= max(probabilities.values()),
+        grounded=grounded,
+        forced=shown.trace.forced,
+        abstained=grounded and verdict is Verdict.NOT_ENOUGH_INFO and not shown.trace.read_a_page,
+        steps=tuple(shown.trace.steps),
+        evidence=tuple(shown.trace.evidence),
+        text=written(shown.trace),
+        adapter=answerer.adapter,
+        base_model=answerer.base.name,
+        corpus=corpus,
+        usage=meter.usage(),
+        timings=Timings(
+            total=round(seconds, 4),
+            generation=round(meter.seconds, 4),
+            search=round(sum(run.trace.search_seconds for run in runs), 4),
+        ),
+    )

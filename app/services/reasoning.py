@@ -1,0 +1,169 @@
+"""The ReAct loop: the model writes Thoughts and chooses Actions; the server runs them and writes what was seen.
+
+One synchronous generator of typed events; `/predict` drains it and the stream forwards it.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from app.domain.claims import STEP_MARKER, Verdict
+from app.domain.corpora import Observation
+from app.domain.encoding import Encoder
+from app.domain.predictions import (
+    ActionChosen,
+    CitedSentence,
+    Observed,
+    ObservedText,
+    PredictedAction,
+    PredictedStep,
+    ThoughtWritten,
+)
+from app.domain.react import CLOSE, TURN_END, Part, Segment, header
+from app.domain.trajectories import ActionName
+from app.knowledge.base import Reading
+from app.services.writing import Pen
+
+REPEATED = "This action was already taken. Use what has been observed, or finish."
+TURN_RESERVE = 64
+"""Tokens that a turn may need beside its Thought."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one run of the loop came to."""
+
+    steps: list[PredictedStep] = field(default_factory=list)
+    evidence: list[CitedSentence] = field(default_factory=list)
+    probabilities: dict[Verdict, float] = field(default_factory=dict)
+    verdict: Verdict = Verdict.NOT_ENOUGH_INFO
+    forced: bool = False
+    search_seconds: float = 0.0
+
+    @property
+    def read_a_page(self) -> bool:
+        return bool(self.evidence)
+
+
+LoopEvent = ThoughtWritten | ActionChosen | Observed
+
+
+class ReactLoop:
+    """One grounded run. `limit`: the sequence length in tokens that the adapter was trained with."""
+
+    def __init__(self, pen: Pen, reading: Reading, claim: str, max_steps: int, limit: int) -> None:
+        self._pen = pen
+        self._reading = reading
+        self._claim = claim
+        self._max_steps = max_steps
+        self._limit = limit
+        self._spent: set[tuple[ActionName, str]] = set()
+        self._corrected = False
+        self._thought = ""
+        self.trace = Trace()
+
+    def run(self) -> Iterator[LoopEvent]:
+        self._pen.begin(self._pen.encoder.form.head(self._claim))
+        for number in range(1, self._max_steps + 1):
+            before = list(self._pen.ids)
+            yield from self._think(number)
+            kind = self._choose(last=number == self._max_steps)
+            if kind is ActionName.FINISH:
+                yield from self._finish(number, before)
+                return
+            yield from self._act(number, kind)
+
+    def _cramped(self) -> bool:
+        """Whether the context has no room for this turn and another."""
+        room = self._limit - len(self._pen.ids)
+        return room < self._pen.max_thought_tokens + 2 * TURN_RESERVE
+
+    def _think(self, number: int) -> Iterator[LoopEvent]:
+        self._pen.append([header("Thought", number)])
+        self._thought = self._pen.thought()
+        self._pen.append([TURN_END, header("Action", number)])
+        yield ThoughtWritten(step=number, thought=self._thought)
+
+    def _choose(self, *, last: bool) -> ActionName:
+        """The kind of action. Lookup is offered only while a page is open; Finish is forced at an end."""
+        offered = {ActionName.SEARCH, ActionName.FINISH}
+        if self._reading.page is not None:
+            offered.add(ActionName.LOOKUP)
+        chosen, self.trace.forced = self._pen.action(offered, must_finish=last or self._corrected or self._cramped())
+        return chosen
+
+    def _act(self, number: int, kind: ActionName) -> Iterator[LoopEvent]:
+        argument = self._pen.argument()
+        action = PredictedAction(name=kind, argument=argument)
+        yield ActionChosen(step=number, action=action)
+        self._pen.append([CLOSE, TURN_END, header("Observation", number)])
+        seen = self._observe(kind, argument)
+        self._pen.append([Segment(Part.OBSERVATION, f" {seen.text}", trained=False), TURN_END])
+        self.trace.steps.append(PredictedStep(thought=self._thought, action=action, observation=seen))
+        yield Observed(step=number, observation=seen)
+
+    def _observe(self, kind: ActionName, argument: str) -> ObservedText:
+        key = (kind, argument.casefold())
+        if key in self._spent:
+            self._corrected = True
+            return ObservedText(text=REPEATED, source="server")
+        started = time.monotonic()
+        search = kind is ActionName.SEARCH
+        found = self._reading.search(argument) if search else self._reading.lookup(argument)
+        self.trace.search_seconds += time.monotonic() - started
+        if search or not found.sentences:  # the same Lookup again gives the next result, while there is one
+            self._spent.add(key)
+        return self._shown(found)
+
+    def _shown(self, found: Observation) -> ObservedText:
+        """The observation as the model sees it: inside its token budget, by the rule that training used."""
+        encoder: Encoder = self._pen.encoder
+        budget = encoder.observation_budget(len(self._pen.ids), self._limit)
+        page = self._reading.page
+        text, ids = found.text, found.sentences
+        if page is not None and len(ids) > 1:
+            sentences = [page.sentences[i] for i in ids]
+            kept = encoder.trim(sentences, budget)
+            ids = ids[: max(1, kept)]
+            text = " ".join(sentences[:kept]) if kept else encoder.clip(sentences[0], budget)
+        else:
+            text = encoder.shorten(text, budget)
+        if page is not None:
+            self._cite(page.title, page.url, ids, page.sentences)
+        return ObservedText(
+            text=text,
+            page=found.page,
+            sentences=ids,
+            source=found.source,
+            corpus=found.corpus,
+            snapshot=found.snapshot,
+            trimmed=text != found.text,
+        )
+
+    def _cite(self, page: str, url: str | None, ids: tuple[int, ...], sentences: tuple[str, ...]) -> None:
+        known = {(cited.page, cited.sentence_id) for cited in self.trace.evidence}
+        self.trace.evidence += [
+            CitedSentence(page=page, sentence_id=i, text=sentences[i], url=url) for i in ids if (page, i) not in known
+        ]
+
+    def _finish(self, number: int, before: list[int]) -> Iterator[LoopEvent]:
+        """Finish with the model's verdict, and score the three where no Thought had spoken yet."""
+        self.trace.verdict = self._pen.verdict()
+        action = PredictedAction(name=ActionName.FINISH, argument=self.trace.verdict.value)
+        self.trace.steps.append(PredictedStep(thought=self._thought, action=action, observation=None))
+        yield ActionChosen(step=number, action=action)
+        written, self._pen.ids = self._pen.ids, before
+        self.trace.probabilities = self._pen.verdict_probabilities(number)
+        self._pen.ids = written
+
+
+def written(trace: Trace) -> str:
+    """The trajectory in the user's own notation; what a model wrote into it cannot begin a step."""
+    lines = []
+    for number, step in enumerate(trace.steps, start=1):
+        lines.append(f"Thought {number}: {STEP_MARKER.sub('', step.thought)}")
+        if step.action:
+            lines.append(f"Action {number}: {step.action.name}[{step.action.argument}]")
+        if step.observation:
+            lines.append(f"Observation {number}: {step.observation.text}")
+    return "\n".join(lines)

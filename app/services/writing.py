@@ -1,0 +1,172 @@
+"""The model's pen: one growing prompt of token ids, and the few ways in which a model may add to it.
+
+The server appends every fixed atom; the model is asked for a line, a choice or an argument. Ids that it returns are
+kept as they are; a token that holds a stop and something more is replaced by the ids of what stands before the stop.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from app.domain.claims import STEP_MARKER, Verdict
+from app.domain.encoding import Encoder
+from app.domain.predictions import Usage
+from app.domain.react import Part, Segment, action_atom, header
+from app.domain.trajectories import ARGUMENT_LIMIT, ActionName
+from app.generation import Generated, GenerationRequest, Generator
+
+ARGUMENT_PATTERN = rf"[^\[\]\n]{{1,{ARGUMENT_LIMIT}}}\]"
+ARGUMENT_TOKENS = 64
+
+
+@dataclass(slots=True)
+class Meter:
+    """What the calls of one prediction came to."""
+
+    calls: int = 0
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    crossed: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: "Meter") -> None:
+        self.calls += other.calls
+        self.prompt += other.prompt
+        self.cached += other.cached
+        self.completion += other.completion
+        self.crossed += other.crossed
+        self.seconds += other.seconds
+
+    def usage(self) -> Usage:
+        return Usage(
+            calls=self.calls,
+            prompt_tokens=self.prompt,
+            cached_tokens=self.cached,
+            completion_tokens=self.completion,
+            crossed_stops=self.crossed,
+        )
+
+
+@dataclass(slots=True)
+class Pen:
+    """Writes for one model with one format. `ids` is the prompt so far, BOS included."""
+
+    generator: Generator
+    encoder: Encoder
+    model: str
+    temperature: float
+    top_p: float
+    max_thought_tokens: int
+    seed: int | None = None
+    ids: list[int] = field(default_factory=list)
+    meter: Meter = field(default_factory=Meter)
+
+    def begin(self, segments: Sequence[Segment]) -> None:
+        self.ids = list(self.encoder.encode(segments).ids)
+
+    def append(self, segments: Iterable[Segment]) -> None:
+        for segment in segments:
+            self.ids += self.encoder.atom(segment)
+
+    def thought(self) -> str:
+        """Let the model write one Thought. Whatever looks like a step's beginning in it is cut off."""
+        answer = self._ask(max_tokens=self.max_thought_tokens, stop=("\n",))
+        text = answer.text.split("\n", 1)[0]
+        if marker := STEP_MARKER.search(text):
+            text = text[: marker.start()]
+        self.ids += self._ids_of(answer.ids, text.rstrip())
+        return " ".join(text.split())
+
+    def action(self, offered: set[ActionName], *, must_finish: bool) -> tuple[ActionName, bool]:
+        """Let the model choose the kind of action; the chosen atom's own ids are appended.
+
+        Returns (kind, whether Finish was forced on a model that chose otherwise).
+        """
+        kinds = {token: kind for token, kind in self.encoder.action_tokens().items() if kind in offered}
+        answer = self._ask(max_tokens=1, allowed=tuple(kinds))
+        chosen = kinds[answer.ids[0]]
+        forced = must_finish and chosen is not ActionName.FINISH
+        kind = ActionName.FINISH if forced else chosen
+        self.append([action_atom(kind)])
+        return kind, forced
+
+    def argument(self) -> str:
+        """Let the model write an action's argument, up to the closing bracket, which is not appended."""
+        answer = self._ask(max_tokens=ARGUMENT_TOKENS, regex=ARGUMENT_PATTERN)
+        text = answer.text.split("]", 1)[0].replace("[", " ")
+        self.ids += self._ids_of(answer.ids, text)
+        return " ".join(text.split())
+
+    def verdict(self) -> Verdict:
+        """Let the model choose the label behind `Finish[`; the label's own ids are appended."""
+        labels = self.encoder.verdict_tokens()
+        answer = self._ask(max_tokens=1, allowed=tuple(labels))
+        chosen = labels[answer.ids[0]]
+        self.append([Segment(Part.ARGUMENT, chosen.value, trained=True)])
+        return chosen
+
+    def verdict_probabilities(self, step: int) -> dict[Verdict, float]:
+        """p(verdict | claim, Observations): a branch with `Finish[` where no Thought has spoken yet.
+
+        `ids` must end behind the last Observation. One forward; nothing is appended.
+        """
+        labels = self.encoder.verdict_tokens()
+        branch = list(self.ids)
+        for segment in (header("Action", step), action_atom(ActionName.FINISH)):
+            branch += self.encoder.atom(segment)
+        answer = self._ask(max_tokens=1, allowed=tuple(labels), logprobs=len(labels), prompt=branch)
+        weights = {v: math.exp(answer.first_logprobs.get(t, -math.inf)) for t, v in labels.items()}
+        total = sum(weights.values()) or 1.0
+        return {verdict: weights[verdict] / total for verdict in Verdict}
+
+    def everything(self, max_tokens: int) -> str:
+        """Let the model write on its own until it ends (ungrounded mode)."""
+        answer = self._ask(max_tokens=max_tokens)
+        self.ids += answer.ids
+        return answer.text
+
+    def _ask(
+        self,
+        *,
+        max_tokens: int,
+        stop: tuple[str, ...] = (),
+        regex: str | None = None,
+        allowed: tuple[int, ...] | None = None,
+        logprobs: int | None = None,
+        prompt: list[int] | None = None,
+    ) -> Generated:
+        started = time.monotonic()
+        answer = self.generator.generate(
+            GenerationRequest(
+                model=self.model,
+                prompt=tuple(self.ids if prompt is None else prompt),
+                max_tokens=max_tokens,
+                temperature=self.temperature if logprobs is None else 0.0,
+                top_p=self.top_p,
+                seed=self.seed,
+                stop=stop,
+                regex=regex,
+                allowed_token_ids=allowed,
+                logprobs=logprobs,
+            )
+        )
+        self.meter.seconds += time.monotonic() - started
+        self.meter.calls += 1
+        self.meter.prompt += answer.prompt_tokens
+        self.meter.cached += answer.cached_tokens
+        self.meter.completion += len(answer.ids)
+        return answer
+
+    def _ids_of(self, ids: Sequence[int], text: str) -> list[int]:
+        """The sampled ids that spell `text`: trailing ids that go beyond it are dropped, and where one crosses its
+        end, what it had of the text is encoded anew and counted."""
+        kept = list(ids)
+        while kept and not text.startswith(self.encoder.tokens.decode(kept)):
+            kept.pop()
+        rest = text[len(self.encoder.tokens.decode(kept)) :]
+        if rest:
+            self.meter.crossed += 1
+            kept += self.encoder.tokens.encode(rest)
+        return kept

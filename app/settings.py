@@ -1,0 +1,121 @@
+"""The deployment's settings: environment variables (`VERITUNE_*`) → `Settings`. The job's own are in its spec."""
+
+import hashlib
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes, NUL included
+
+
+class Settings(BaseSettings):
+    """Every field is an environment variable in upper case behind `VERITUNE_`."""
+
+    model_config = SettingsConfigDict(env_prefix="VERITUNE_", frozen=True, extra="ignore")
+
+    home: Path = Field(default=Path("~/.veritune"), description="Directory of all embedded state.")
+    cache: Path | None = Field(default=None, description="Weights and downloads; default is `cache` under home.")
+    database_url: str | None = Field(default=None, description="SQLAlchemy URL; default is SQLite under home.")
+    redis_url: str | None = Field(
+        default=None, description="Broker URL; default is a socket that `veritune up` serves."
+    )
+    storage_url: str | None = Field(
+        default=None, description="file://, s3://, gs://, az:// or memory://; default is under home."
+    )
+
+    host: str = Field(default="127.0.0.1", description="Where the API listens.")
+    port: int = Field(default=8000, ge=0, le=65535, description="The API's port.")
+    api_key: SecretStr | None = Field(default=None, description="Bearer key; required off loopback.")
+    api_key_file: Path | None = Field(default=None, description="A file that holds the bearer key.")
+    allowed_hosts: str = Field(
+        default="",
+        description="Further Host header values to accept, comma-separated; the bind host always is.",
+    )
+
+    inference_host: str = Field(default="127.0.0.1", description="Where the inference front listens.")
+    inference_port: int = Field(default=8001, ge=1, le=65535, description="The inference front's port.")
+    inference_url: str | None = Field(
+        default=None, description="An OpenAI-completions server; default is the embedded front."
+    )
+    inference_secret: SecretStr | None = Field(default=None, description="Shared secret of API and inference.")
+
+    default_base_model: str = Field(default="smollm2-135m", description="The base model of a spec without one.")
+    max_upload_bytes: int = Field(default=1 << 30, ge=1, description="Largest upload.")
+    max_json_bytes: int = Field(default=1 << 20, ge=1_024, description="Largest JSON body.")
+    prediction_slots: int = Field(default=32, ge=1, le=1_000, description="Predictions at once; more get 429.")
+    max_sequence_length: int = Field(
+        default=2_048, ge=64, description="Cap on the sequence length a spec gets by default."
+    )
+    lease_seconds: float = Field(
+        default=30.0, gt=0, description="How long an attempt holds its job without a heartbeat."
+    )
+    poll_seconds: float = Field(default=2.0, gt=0, description="How often a worker looks for work without a doorbell.")
+    worker_queues: str = Field(default="gpu,cpu", description="Queues a worker serves, comma-separated.")
+    device_name: str | None = Field(default=None, description="This host's name in GET /devices.")
+    log_format: Literal["text", "json"] = Field(default="text", description="How processes write their logs.")
+
+    @model_validator(mode="after")
+    def _key_off_loopback(self) -> Self:
+        if self.host not in LOOPBACK and self.key is None:
+            raise ValueError(
+                f"host {self.host} is not loopback: set VERITUNE_API_KEY or VERITUNE_API_KEY_FILE to guard it"
+            )
+        return self
+
+    @cached_property
+    def key(self) -> SecretStr | None:
+        """The bearer key, from the variable or the file; None: no key is asked for."""
+        if self.api_key is not None:
+            return self.api_key if self.api_key.get_secret_value() else None
+        if self.api_key_file is None:
+            return None
+        text = self.api_key_file.read_text(encoding="utf-8").strip()
+        if not text:
+            raise ValueError(f"VERITUNE_API_KEY_FILE {self.api_key_file} is empty")
+        return SecretStr(text)
+
+    @cached_property
+    def home_path(self) -> Path:
+        return self.home.expanduser().resolve()
+
+    @cached_property
+    def cache_path(self) -> Path:
+        return self.cache.expanduser().resolve() if self.cache else self.home_path / "cache"
+
+    @cached_property
+    def work_path(self) -> Path:
+        return self.home_path / "work"
+
+    @cached_property
+    def run_path(self) -> Path:
+        """Sockets live here: under home, or in the temporary directory when that path would be too long."""
+        run = self.home_path / "run"
+        if len(str(run / "redis.sock")) <= _LONGEST_SOCKET_PATH:
+            return run
+        name = hashlib.sha256(str(self.home_path).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"veritune-{name}"
+
+    @cached_property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.home_path / 'veritune.db'}"
+
+    @cached_property
+    def broker(self) -> str:
+        return self.redis_url or f"redis+socket://{self.run_path / 'redis.sock'}"
+
+    @cached_property
+    def storage(self) -> str:
+        return self.storage_url or f"file://{self.home_path / 'blobs'}"
+
+    @cached_property
+    def inference(self) -> str:
+        return (self.inference_url or f"http://127.0.0.1:{self.inference_port}").rstrip("/")
+
+    @cached_property
+    def queues(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.worker_queues.split(",") if name.strip())

@@ -1,0 +1,5 @@
+"""A base model's tokenizer blob → how this project encodes and decodes."""
+
+from app.tokenizers.tokenization import load_tokenization
+
+__all__ = ["load_tokenization"]

@@ -1,0 +1,1 @@
+"""Alembic migrations, forward only; each works with the code before it."""

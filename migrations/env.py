@@ -1,0 +1,32 @@
+"""Where Alembic meets the application: its tables and its database URL."""
+
+from alembic import context
+
+from app.db import Database, tables
+from app.db.base import Base, Instant
+from app.settings import Settings
+
+
+def _render(kind: str, item: object, _context: object) -> str | bool:
+    """Own column types are written as what they are in the database, so that a migration outlives their class."""
+    return "sa.Double()" if kind == "type" and isinstance(item, Instant) else False
+
+
+def run() -> None:
+    assert tables.JobRow.metadata is Base.metadata
+    database = Database(context.config.attributes.get("url") or Settings().database)
+    try:
+        with database.engine.connect() as connection:
+            context.configure(
+                connection=connection,
+                target_metadata=Base.metadata,
+                render_as_batch=connection.dialect.name == "sqlite",
+                render_item=_render,
+            )
+            with context.begin_transaction():
+                context.run_migrations()
+    finally:
+        database.close()
+
+
+run()

@@ -1,0 +1,46 @@
+"""The worker's composition root: `celery -A worker.celery worker -Q gpu` or, the same, `veritune worker gpu`.
+
+Celery only carries the doorbell. The slot's own threads find work and report the device, so a broker that is away,
+now or at start-up, stops nothing.
+"""
+
+import os
+import socket
+import threading
+import uuid
+from typing import Any
+
+from celery.signals import worker_init, worker_shutting_down
+
+from app.composition import compose
+from app.logs import configure_logs
+from app.queue.celery import celery_app
+from app.settings import Settings
+from worker.slot import Slot
+from worker.supervisor import Supervisor
+from worker.tasks import register
+
+settings = Settings()
+configure_logs(settings.log_format)
+services = compose(settings)
+host = settings.device_name or socket.gethostname()
+owner = f"{host}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+slot = Slot(
+    services,
+    Supervisor(services, owner, settings.queues),
+    name=f"{host}/{'+'.join(settings.queues)}",
+    queues=settings.queues,
+)
+application = celery_app(settings.broker)
+register(application, slot)
+
+
+@worker_init.connect  # type: ignore[untyped-decorator]
+def _begin(**_signal: Any) -> None:
+    slot.start()
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _leave(**_signal: Any) -> None:
+    # The signal arrives in Celery's signal handler: the wait for the child must not happen there.
+    threading.Thread(target=slot.leave, name="leave").start()

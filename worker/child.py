@@ -1,0 +1,82 @@
+"""A child process that owns the tensors: started in its own group, spoken to by lines, ended for certain."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO
+
+import structlog
+from pydantic import ValidationError
+
+from app.domain.attempts import CHILD_EVENT, ChildEvent, Command
+
+GRACE = 3.0
+"""Seconds between asking a child to stop and killing its group."""
+
+log = structlog.get_logger(__name__)
+
+
+class Child:
+    """`python -m MODULE ORDER`: commands down its stdin, events up its stdout, stderr to ours.
+
+    Its stdin closes with this process, however that ends, and the child leaves when it does.
+    """
+
+    def __init__(self, module: str, order: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, str(order)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._events: SimpleQueue[ChildEvent | None] = SimpleQueue()
+        assert self._process.stdout is not None
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            try:
+                self._events.put(CHILD_EVENT.validate_json(line))
+            except ValidationError:
+                log.warning("child_said_nonsense", line=line[:200].decode(errors="replace"))
+        self._events.put(None)
+
+    def next(self, timeout: float) -> ChildEvent | None:
+        """The next event. Raises queue.Empty after `timeout` seconds; None when there will be no more."""
+        return self._events.get(timeout=timeout)
+
+    def tell(self, command: Command) -> None:
+        """Send a command. A child that is gone hears nothing, which its end will tell."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self._process.stdin.write(command.model_dump_json().encode() + b"\n")
+            self._process.stdin.flush()
+
+    def wait(self) -> int:
+        """Exit status, negative for a signal; call when `next` gave None."""
+        try:
+            return self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            return self.kill()
+
+    def kill(self) -> int:
+        """SIGKILL the whole group, grandchildren included."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        status = self._process.wait()
+        self._reader.join(GRACE)
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                stream.close() if stream else None
+        return status

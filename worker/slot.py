@@ -1,0 +1,65 @@
+"""One slot for one attempt at a time, entered by the doorbell's task and by a thread that polls."""
+
+import threading
+import time
+
+import structlog
+
+from app.composition import Services
+from app.domain.errors import VerituneError
+from worker.device import describe_device
+from worker.supervisor import Supervisor
+
+REPORT_SECONDS = 15.0
+log = structlog.get_logger(__name__)
+
+
+class Slot:
+    def __init__(self, services: Services, supervisor: Supervisor, name: str, queues: tuple[str, ...]) -> None:
+        self._services = services
+        self._supervisor = supervisor
+        self._name = name
+        self._queues = queues
+        self._busy = threading.Lock()
+        self._over = threading.Event()
+
+    def drain(self) -> None:
+        """Run jobs until there is none. When the slot is taken, whoever has it will look again itself."""
+        if not self._busy.acquire(blocking=False):
+            return
+        try:
+            while self._supervisor.work():
+                pass
+        finally:
+            self._busy.release()
+
+    def start(self) -> None:
+        """Poll and report from threads of their own, broker or no broker."""
+        threading.Thread(target=self._poll, name="poll", daemon=True).start()
+        threading.Thread(target=self._report, name="report", daemon=True).start()
+
+    def leave(self) -> None:
+        """Take nothing more and give back what runs; returns when the slot is empty."""
+        self._over.set()
+        self._supervisor.leave()
+        with self._busy:
+            return
+
+    def _poll(self) -> None:
+        while not self._over.wait(self._services.settings.poll_seconds):
+            try:
+                self.drain()
+            except VerituneError as error:
+                log.warning("poll_failed", reason=error.detail)
+            except Exception:
+                log.exception("attempt_broke")
+                time.sleep(1)  # a fault that repeats must not spin
+
+    def _report(self) -> None:
+        while True:
+            try:
+                self._services.devices.report(self._name, describe_device(self._queues))
+            except VerituneError as error:
+                log.warning("device_report_failed", reason=error.detail)
+            if self._over.wait(REPORT_SECONDS):
+                return

@@ -1,0 +1,238 @@
+"""The life of one attempt, for every kind of job: lease, prepare, start the child, watch, publish or let go.
+
+The supervisor is the only writer of rows and blobs and knows no tensors; the child owns those and nothing else.
+"""
+
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from queue import Empty
+
+import structlog
+
+from app.composition import Services
+from app.domain.adapters import Manifest, ManifestBase
+from app.domain.attempts import (
+    BaseOnDisk,
+    Checkpointed,
+    ChildEvent,
+    Command,
+    Failed,
+    Finished,
+    Log,
+    Metrics,
+    Started,
+    TrainOrder,
+)
+from app.domain.errors import LeaseLostError, VerituneError
+from app.domain.jobs import JobError, JobStatus
+from app.queue.base import kinds_of
+from app.services.attempts import Leased
+from app.services.plans import Prepared
+from worker.bases import ensure_base
+from worker.child import GRACE, Child
+from worker.heartbeat import Heartbeat
+
+MODULES = {"train": "worker.training"}
+"""Kind of job → the module whose process does its work."""
+
+FLUSH_SECONDS = 1.0
+PACE_UPDATES = 20
+LEAVE_SECONDS = 45.0
+"""How long a child may take to write its checkpoint when this worker is told to go."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Watch:
+    """What is known of a running child."""
+
+    child: Child
+    batch: list[Metrics] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+    flushed_at: float = field(default_factory=time.monotonic)
+    asked: str | None = None
+    kill_at: float | None = None
+    last: Finished | Failed | None = None
+
+
+class Supervisor:
+    """One slot. `owner` names this incarnation of the process, so that an earlier one is never mistaken for it."""
+
+    def __init__(self, services: Services, owner: str, queues: tuple[str, ...]) -> None:
+        self._services = services
+        self._attempts = services.attempts
+        self._owner = owner
+        self._kinds = tuple(kind for kind in kinds_of(queues) if kind in MODULES)
+        self._leaving = threading.Event()
+
+    def leave(self) -> None:
+        """SIGTERM: checkpoint what runs, put it back into the queue, take nothing more."""
+        self._leaving.set()
+
+    def work(self) -> bool:
+        """Lease the next job that this worker may take, and run it. False when there was none."""
+        if self._leaving.is_set() or not self._kinds:
+            return False
+        leased = self._attempts.lease(self._kinds, self._owner)
+        if leased is None:
+            return False
+        directory = self._services.settings.work_path / leased.job_id / str(leased.lease.epoch)
+        log.info("attempt_began", job=leased.job_id, epoch=leased.lease.epoch)
+        try:
+            with Heartbeat(self._attempts, leased.lease) as heartbeat:
+                self._attempt(leased, directory, heartbeat)
+        except LeaseLostError:
+            log.warning("lease_lost", job=leased.job_id, epoch=leased.lease.epoch)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+        return True
+
+    def _attempt(self, leased: Leased, directory: Path, heartbeat: Heartbeat) -> None:
+        try:
+            prepared = self._attempts.prepare(leased)
+            order = self._order(leased, prepared, directory)
+        except LeaseLostError:
+            raise
+        except VerituneError as error:
+            hint = error.problems[0].hint if error.problems else None
+            self._attempts.fail(leased.lease, JobError(code=error.code, message=error.detail, hint=hint))
+            return
+        path = directory / "order.json"
+        path.write_text(order.model_dump_json(), encoding="utf-8")
+        watch = _Watch(Child(MODULES[leased.kind], path))
+        try:
+            self._watch(leased, watch, heartbeat)
+            self._conclude(leased, prepared, watch)
+        finally:
+            watch.child.kill()
+
+    def _order(self, leased: Leased, prepared: Prepared, directory: Path) -> TrainOrder:
+        directory.mkdir(parents=True, exist_ok=True)
+        described = self._services.base_models.describe(prepared.base)
+        base = ensure_base(described, self._services.settings.cache_path)
+        rows = self._attempts.fetch(prepared.rows, directory / "rows.jsonl")
+        resume = self._attempts.restore(leased.lease, directory / "restored")
+        return TrainOrder(
+            job_id=leased.job_id,
+            epoch=leased.lease.epoch,
+            base=BaseOnDisk(
+                path=base,
+                digest=described.digest,
+                name=described.name,
+                revision=described.revision,
+                fp16=described.fp16,
+            ),
+            rows=rows,
+            pad_id=described.pad_id,
+            directory=directory,
+            resume_from=resume,
+            spec=prepared.spec,
+            schedule=prepared.schedule,
+        )
+
+    def _watch(self, leased: Leased, watch: _Watch, heartbeat: Heartbeat) -> None:
+        """Until the child's output ends: write what it tells, and pass the user's wishes on."""
+        while True:
+            if heartbeat.lost.is_set():
+                watch.child.kill()
+                raise LeaseLostError(f"{leased.job_id} was taken over")
+            self._pass_on(watch, heartbeat.status)
+            try:
+                event = watch.child.next(timeout=0.2)
+            except Empty:
+                self._flush(leased, watch, soon=False)
+                continue
+            if event is None:
+                self._flush(leased, watch, soon=True)
+                return
+            self._hear(leased, watch, event)
+
+    def _pass_on(self, watch: _Watch, status: JobStatus) -> None:
+        wish: str | None = None
+        if status is JobStatus.CANCELLING:
+            wish, patience = "stop", GRACE
+        elif status is JobStatus.PAUSING or self._leaving.is_set():
+            wish, patience = "pause", LEAVE_SECONDS
+        if wish is not None and wish != watch.asked:
+            watch.asked, watch.kill_at = wish, time.monotonic() + patience
+            watch.child.tell(Command.model_validate({"command": wish}))
+        if watch.kill_at is not None and time.monotonic() > watch.kill_at:
+            watch.kill_at = None
+            watch.child.kill()
+
+    def _hear(self, leased: Leased, watch: _Watch, event: ChildEvent) -> None:
+        match event:
+            case Metrics():
+                watch.batch.append(event)
+                watch.recent = [*watch.recent[1 - PACE_UPDATES :], event.seconds]
+                self._flush(leased, watch, soon=False)
+            case Checkpointed():
+                self._flush(leased, watch, soon=True)
+                self._attempts.checkpoint(leased.lease, event)
+            case Started():
+                what = f"{event.precision} on {event.device}, {event.trainable_parameters:,} trainable parameters"
+                data = event.model_dump(exclude={"event"})
+                self._attempts.tell(leased.lease, "training", what, data=data)
+            case Log():
+                self._attempts.tell(leased.lease, "log", event.message, event.level, dict(event.data))
+            case Finished() | Failed():
+                watch.last = event
+
+    def _flush(self, leased: Leased, watch: _Watch, *, soon: bool) -> None:
+        now = time.monotonic()
+        if not watch.batch or (not soon and now - watch.flushed_at < FLUSH_SECONDS):
+            return
+        last = watch.batch[-1]
+        pace = sum(watch.recent) / len(watch.recent)
+        self._attempts.record(leased.lease, watch.batch, round(pace * (last.total_updates - last.update), 1))
+        watch.batch, watch.flushed_at = [], now
+
+    def _conclude(self, leased: Leased, prepared: Prepared, watch: _Watch) -> None:
+        status = watch.child.wait()
+        match watch.last:
+            case Finished(outcome="succeeded", adapter=Path() as adapter):
+                manifest = self._manifest(leased, prepared, watch.last)
+                self._services.adapters.publish(leased.lease, leased.name, adapter, manifest)
+                log.info("attempt_published", job=leased.job_id)
+            case Failed() as failed:
+                error = JobError(code=failed.code, message=failed.message, hint=failed.hint)
+                self._attempts.fail(leased.lease, error)
+            case Finished():
+                self._attempts.release(leased.lease, "stopped behind a checkpoint", strike=False)
+            case _ if watch.asked is not None:
+                self._attempts.release(leased.lease, "stopped without a checkpoint", strike=False)
+            case _:
+                ending = f"signal {-status}" if status < 0 else f"exit status {status}"
+                self._attempts.release(leased.lease, f"the training process died ({ending})", strike=True)
+
+    def _manifest(self, leased: Leased, prepared: Prepared, finished: Finished) -> Manifest:
+        spec = prepared.spec
+        plain = getattr(spec.adapter, "type", None) == "lora" and not getattr(spec.adapter, "use_dora", False)
+        return Manifest(
+            job_id=leased.job_id,
+            kind="full" if spec.adapter is None else "peft",
+            base=ManifestBase(
+                name=prepared.base.name,
+                revision=self._services.base_models.describe(prepared.base).revision,
+                digest=prepared.base.digest,
+            ),
+            quantization=spec.quantization.model_dump() if spec.quantization else None,
+            spec=spec.model_dump(mode="json"),
+            dataset_digest=prepared.dataset.digest,
+            dataset_rows=prepared.summary.trained,
+            protected_share=prepared.plan.protected_share,
+            format=spec.format().model_dump(),
+            max_sequence_length=prepared.limit,
+            seed=spec.seed,
+            metrics=finished.metrics,
+            packages=finished.packages,
+            code_revision=version("veritune"),
+            servable_by=("veritune", "vllm") if plain else ("veritune",),
+            created_at=datetime.now(UTC),
+        )
