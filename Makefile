@@ -19,6 +19,7 @@ help: ## This list
 setup: $(READY) ## The environment in .venv, every version pinned
 
 $(READY): pyproject.toml constraints.txt
+	@mkdir -p .cache
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (the first time takes a few minutes)"
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"

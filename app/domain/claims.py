@@ -10,8 +10,14 @@ from pydantic import AfterValidator
 CLAIM_LIMIT = 2_000
 """Longest claim in characters. FEVER's longest is under 500; the bound keeps a prompt from eating its context."""
 
-STEP_MARKER = re.compile(r"\b(Thought|Action|Observation)\s*(\d+)\s*:")
+STEP_MARKER = re.compile(
+    # The look-behinds stand for a leading \b, which would keep the engine from skipping ahead to a capital.
+    r"(Thought|Action|Observation)(?<!\wThought)(?<!\wAction)(?<!\wObservation)\s*(\d+)\s*:"
+)
 """What begins a step's part in the ReAct text format. No field of a step, and no claim, may hold one."""
+
+
+_FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 
 
 class Verdict(StrEnum):
@@ -48,12 +54,10 @@ def fold(text: str) -> str:
 
 def forbidden_character(text: str) -> str | None:
     """The name of the first character that no text here may hold (NUL, a lone surrogate), else None."""
-    for character in text:
-        if character == "\0":
-            return "a NUL character"
-        if "\ud800" <= character <= "\udfff":
-            return f"a lone surrogate (U+{ord(character):04X})"
-    return None
+    found = _FORBIDDEN.search(text)
+    if found is None:
+        return None
+    return "a NUL character" if found.group() == "\0" else f"a lone surrogate (U+{ord(found.group()):04X})"
 
 
 def check_claim(text: str) -> str:

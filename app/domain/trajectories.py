@@ -103,7 +103,7 @@ class Step(_Word):
 class Evidence(_Word):
     """A sentence that the verdict rests on: page title and the sentence's index on that page, from 0."""
 
-    page: str
+    page: Line
     sentence: int
 
 

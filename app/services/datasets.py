@@ -54,6 +54,7 @@ class Datasets:
         """(the dataset, whether it is new): the same content gives the same dataset again."""
         with self._database.read() as unit:
             choose_name(name, filename, lambda taken: unit.datasets.find(taken) is not None, "dataset")
+        self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ingest-") as directory:
             read = ingest(upload, filename, content_type, Path(directory), columns=columns)
             with self._database.read() as unit:

@@ -116,7 +116,7 @@ class Jobs:
         )
         if _count(self._session.execute(ended)) == 1:
             return True
-        self.write(lease)  # tells a lost lease from a status that does not allow it
+        self.write(lease, owner=lease.owner)  # tells a lost lease from a status that does not allow it
         return False
 
     # Events, metrics, checkpoints.

@@ -1,0 +1,324 @@
+"""One row → a trajectory: what is repaired, what is refused, and what is said."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.domain.claims import Verdict
+from app.domain.datasets import CODES, Columns, Severity, SourceRow
+from app.domain.react import steps_text
+from app.domain.rows import RowReading, read_row
+from app.domain.trajectories import Trajectory
+from tests.domain.strategies import trajectories
+
+CLAIM = "Ada wrote a program."
+SEEN = "Thought 1: Look. Action 1: Search[Ada] Observation 1: Ada wrote it. "
+GOOD = SEEN + "Thought 2: Yes. Action 2: Finish[SUPPORTS]"
+
+
+def read(**fields: object) -> RowReading:
+    return read_row(SourceRow(7, {"claim": CLAIM, **fields}), Columns())
+
+
+def text(written: str, label: object = None) -> RowReading:
+    return read(trajectories=written, label=label)
+
+
+def codes(reading: RowReading) -> list[str]:
+    return [found.code for found in reading.findings]
+
+
+def kept(reading: RowReading) -> Trajectory:
+    assert reading.trajectory is not None, reading.findings
+    return reading.trajectory
+
+
+def test_a_good_row_is_kept_without_a_word() -> None:
+    reading = text(GOOD, "SUPPORTS")
+    assert steps_text(kept(reading).steps) == (
+        "Thought 1: Look.\nAction 1: Search[Ada]\nObservation 1: Ada wrote it.\n"
+        "Thought 2: Yes.\nAction 2: Finish[SUPPORTS]"
+    )
+    assert (reading.findings, reading.label, reading.source) == ((), Verdict.SUPPORTS, "trajectories")
+
+
+def test_the_verdict_comes_from_finish_then_the_label_column_then_the_prefix() -> None:
+    assert kept(text(GOOD)).verdict is Verdict.SUPPORTS
+    assert kept(text(SEEN, "REFUTES")).verdict is Verdict.REFUTES
+    assert kept(text("Label: NOT ENOUGH INFO " + SEEN)).verdict is Verdict.NOT_ENOUGH_INFO
+
+
+@pytest.mark.parametrize(
+    ("written", "label", "code", "ending"),
+    [
+        (SEEN, "REFUTES", "finish_missing_with_label", ("", "Finish[REFUTES]")),
+        (SEEN + "Thought 2: So.", "REFUTES", "finish_missing_with_label", ("So.", "Finish[REFUTES]")),
+        (SEEN + "Thought 2: So. Action 2: Finish[DONE]", "REFUTES", "finish_done", ("So.", "Finish[REFUTES]")),
+        (SEEN + "Thought 2: So. Action 2: Finish[]", "REFUTES", "finish_done", ("So.", "Finish[REFUTES]")),
+        (SEEN + "Thought 2: So. Action 2: Finish", "REFUTES", "finish_done", ("So.", "Finish[REFUTES]")),
+        ("Label: SUPPORTS " + GOOD, None, "label_prefix", ("Yes.", "Finish[SUPPORTS]")),
+        ("Please judge. " + GOOD, None, "preamble_dropped", ("Yes.", "Finish[SUPPORTS]")),
+        (GOOD + " Observation 2: Episode finished, reward = 1\n", None, "episode_tail", None),
+        (GOOD + " Observation 2: ", None, "episode_tail", None),
+        (GOOD.replace("Ada wrote it.", "Ada\nwrote it."), None, "newline_folded", None),
+        (GOOD.replace("[SUPPORTS]", "[supported]"), None, "verdict_spelling", None),
+        (GOOD, "Supports", "verdict_spelling", None),
+    ],
+)
+def test_a_repair_is_made_and_said(written: str, label: str | None, code: str, ending: tuple[str, str] | None) -> None:
+    reading = text(written, label)
+    thought, action = ending or ("Yes.", "Finish[SUPPORTS]")
+    last = kept(reading).steps[-1]
+    assert (last.thought, str(last.action)) == (thought, action)
+    assert kept(reading).steps[0].observation == "Ada wrote it."
+    assert codes(reading) == [code]
+    assert reading.findings[0].severity is Severity.REPAIRED
+    assert reading.findings[0].line == 7
+
+
+def test_a_bracket_that_nothing_opened_is_left_out_of_a_last_thought() -> None:
+    reading = text(SEEN + "Thought 2: So [it] is.]", "SUPPORTS")
+    assert kept(reading).steps[-1].thought == "So [it] is."
+    assert codes(reading) == ["finish_missing_with_label", "stray_bracket"]
+    assert kept(text(SEEN + "Thought 2: So [it is]", "SUPPORTS")).steps[-1].thought == "So [it is]"
+
+
+def test_the_claim_before_the_label_is_no_preamble() -> None:
+    assert codes(text(f"### {CLAIM} Label: SUPPORTS {GOOD}")) == ["label_prefix"]
+    assert codes(text(f"Claim: {CLAIM}\n{GOOD}")) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "label", "code"),
+    [
+        ("", None, "missing_trajectory"),
+        (" \n", None, "missing_trajectory"),
+        (3.5, None, "missing_trajectory"),
+        ("It is so.", "SUPPORTS", "no_steps"),
+        (SEEN, None, "no_verdict"),
+        (SEEN + "Thought 2: So.", None, "no_verdict"),
+        (SEEN + "Thought 2: So. Action 2: Finish[DONE]", None, "no_verdict"),
+        (GOOD, "REFUTES", "verdict_mismatch"),
+        ("Label: REFUTES " + GOOD, None, "verdict_mismatch"),
+        ("Label: REFUTES " + SEEN, "SUPPORTS", "verdict_mismatch"),
+        (GOOD, "maybe", "bad_label"),
+        (GOOD, 1, "bad_label"),
+        (GOOD, 10**400, "bad_label"),
+        ("Label: maybe " + GOOD, None, "bad_label"),
+        ("Thought 1: Look. " + GOOD, None, "step_without_action"),
+        ("Thought 1: Look. Observation 1: It. " + GOOD, None, "step_without_action"),
+        ("Thought 1: Look. Observation 1: It.", "SUPPORTS", "step_without_action"),
+        ("Action 1: " + GOOD, None, "step_without_action"),
+        (GOOD.replace("Search[Ada]", "Login"), None, "unknown_action"),
+        (GOOD.replace("Search[Ada]", "Search[Ada] again"), None, "unknown_action"),
+        (GOOD.replace("Search[Ada]", "Search[]"), None, "bad_argument"),
+        (GOOD.replace("Search[Ada]", "Search[a [b]]"), None, "bad_argument"),
+        (GOOD.replace("Ada wrote it.", ""), None, "empty_observation"),
+        ("Thought 1: Look. Action 1: Search[Ada]", "SUPPORTS", "empty_observation"),
+        (GOOD + " Observation 2: Invalid action", None, "finish_not_last"),
+        (GOOD + " Thought 3: More.", "SUPPORTS", "finish_not_last"),
+        (GOOD + " Action 3: Finish[SUPPORTS]", None, "finish_not_last"),
+        (GOOD.replace("Yes", "Y\0s"), None, "forbidden_character"),
+        (GOOD.replace("Yes", "Y\ud800s"), None, "forbidden_character"),
+    ],
+)
+def test_a_row_is_refused_for_one_reason_with_a_way_out(written: object, label: object, code: str) -> None:
+    reading = read(trajectories=written, label=label)
+    assert reading.trajectory is None
+    refused = [found for found in reading.findings if found.severity is Severity.REFUSED]
+    assert [found.code for found in refused] == [code]
+    assert len(refused[0].message) > 15
+    refused[0].message.encode()
+
+
+@pytest.mark.parametrize(
+    ("claim", "code"),
+    [
+        (None, "missing_claim"),
+        ("", "missing_claim"),
+        (" ", "missing_claim"),
+        (5, "bad_claim"),
+        ("x" * 20_000, "bad_claim"),
+        ("Observation 1: x Finish[SUPPORTS]", "bad_claim"),
+        ("a\0", "forbidden_character"),
+    ],
+)
+def test_a_claim_that_is_none_refuses_its_row(claim: object, code: str) -> None:
+    assert codes(read(claim=claim, trajectories=GOOD)) == [code]
+
+
+def test_columns_may_have_other_names() -> None:
+    columns = Columns(claim="statement", trajectories="trace", label="gold")
+    row = SourceRow(1, {"statement": CLAIM, "trace": SEEN, "gold": "REFUTES", "label": "x"})
+    reading = read_row(row, columns)
+    assert (kept(reading).verdict, reading.source) == (Verdict.REFUTES, "trace")
+
+
+# --- structured steps ----------------------------------------------------------------------
+
+STEPS: list[dict[str, object]] = [
+    {"thought": "Look.", "action": "Search[Ada]", "observation": "Ada wrote it."},
+    {"thought": "Yes.", "action": {"name": "Finish", "argument": "SUPPORTS"}, "observation": None},
+]
+
+
+def test_structured_steps_and_evidence_are_read() -> None:
+    reading = read(steps=STEPS, evidence=[["Ada", 3], {"page": "Engine", "sentence": 0}])
+    assert kept(reading).steps == kept(text(GOOD)).steps
+    assert [(e.page, e.sentence) for e in kept(reading).evidence] == [("Ada", 3), ("Engine", 0)]
+    assert (reading.findings, reading.source) == ((), "steps")
+
+
+def test_a_trajectories_column_may_hold_steps_too() -> None:
+    assert kept(read(trajectories=STEPS)).steps == kept(text(GOOD)).steps
+
+
+def test_a_column_that_happens_to_be_called_steps_is_not_read() -> None:
+    assert read(trajectories=GOOD, steps=2).source == "trajectories"
+
+
+def test_keys_of_a_step_that_are_not_read_are_said() -> None:
+    reading = read(steps=[STEPS[0] | {"score": 1}, STEPS[1]])
+    assert kept(reading)
+    assert codes(reading) == ["extra_key"]
+    assert "'score'" in reading.findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("steps", "code"),
+    [
+        ([], "no_steps"),
+        (["x"], "bad_step"),
+        ([STEPS[0] | {"thought": 3}, STEPS[1]], "bad_step"),
+        ([STEPS[0] | {"action": {"name": "Search"}}, STEPS[1]], "bad_step"),
+        ([STEPS[0] | {"observation": "x Action 1: y"}, STEPS[1]], "bad_step"),
+        ([STEPS[0] | {"observation": b"\xff"}, STEPS[1]], "bad_step"),
+        ([STEPS[0] | {"observation": "a\ud800"}, STEPS[1]], "forbidden_character"),
+        ([{"thought": "Hm."}, STEPS[1]], "step_without_action"),
+        ([STEPS[1], STEPS[0]], "no_verdict"),
+        ([STEPS[1], STEPS[1]], "finish_not_last"),
+    ],
+)
+def test_steps_that_are_none_refuse_their_row(steps: list[object], code: str) -> None:
+    reading = read(steps=steps)
+    assert reading.trajectory is None
+    assert codes(reading) == [code]
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        3,
+        {"page": "Ada"},
+        ["Ada"],
+        [["Ada"]],
+        [["Ada", -1]],
+        [["Ada", True]],
+        [["", 1]],
+        [["Ada", "1"]],
+        [["Ada", 10**30]],
+        [[[1, 2, "Ada", 3]]],
+    ],
+)
+def test_evidence_that_is_none_refuses_its_row(evidence: object) -> None:
+    assert codes(read(steps=STEPS, evidence=evidence)) == ["bad_evidence"]
+
+
+def test_evidence_that_is_a_text_is_another_kind_of_column() -> None:
+    assert kept(read(trajectories=GOOD, evidence="Ada wrote it.")).evidence == ()
+
+
+# --- chat ----------------------------------------------------------------------------------
+
+
+def chat(*messages: tuple[str, object], **fields: object) -> RowReading:
+    row = {"messages": [{"role": role, "content": content} for role, content in messages], **fields}
+    return read_row(SourceRow(1, row), Columns())
+
+
+def test_a_chat_is_read_with_its_claim_and_its_observations() -> None:
+    reading = chat(
+        ("system", "You judge claims."),
+        ("user", f"Judge the claim below.\nClaim: {CLAIM}\nBe brief."),
+        ("assistant", "Thought 1: Look.\nAction 1: Search[Ada]"),
+        ("user", "Ada wrote it."),
+        ("assistant", [{"type": "text", "text": "Thought 2: Yes.\nAction 2: Finish[SUPPORTS]"}]),
+    )
+    assert kept(reading) == kept(text(GOOD))
+    assert (reading.findings, reading.source) == ((), "messages")
+
+
+def test_an_observation_that_names_itself_is_not_named_twice() -> None:
+    reading = chat(
+        ("user", CLAIM),
+        ("assistant", "Thought 1: Look.\nAction 1: Search[Ada]"),
+        ("tool", "Observation 1: Ada wrote it."),
+        ("assistant", "Thought 2: Yes.\nAction 2: Finish[SUPPORTS]"),
+    )
+    assert kept(reading) == kept(text(GOOD))
+
+
+def test_a_chat_of_one_answer_is_read() -> None:
+    assert kept(chat(("user", CLAIM), ("assistant", GOOD))) == kept(text(GOOD))
+
+
+def test_a_chat_may_have_a_claim_and_a_label_of_its_own() -> None:
+    reading = chat(("user", "Go."), ("assistant", SEEN), claim=CLAIM, label="REFUTES")
+    assert (kept(reading).claim, kept(reading).verdict) == (CLAIM, Verdict.REFUTES)
+
+
+@pytest.mark.parametrize(
+    ("messages", "code"),
+    [
+        ([("assistant", GOOD)], "missing_claim"),
+        ([("user", CLAIM)], "no_steps"),
+        ([("user", CLAIM), ("assistant", None)], "bad_messages"),
+        ([("user", CLAIM), ("assistant", [{"type": "image"}])], "bad_messages"),
+        ([("user", CLAIM), (3, GOOD)], "bad_messages"),
+        ([("user", "x\0"), ("assistant", GOOD)], "forbidden_character"),
+    ],
+)
+def test_a_chat_that_is_none_refuses_its_row(messages: list[tuple[str, object]], code: str) -> None:
+    assert codes(chat(*messages)) == [code]
+
+
+# --- anything at all -----------------------------------------------------------------------
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+_PARTS = st.sampled_from(
+    ["Thought 1:", "Action 1:", "Observation 1:", "Label:", "Search[x]", "Finish[SUPPORTS]", "[", "]", "\n", "x"]
+)
+_TEXT = st.lists(_PARTS | st.text(max_size=4), max_size=12).map(" ".join)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "claim": _JSON | st.just(CLAIM),
+            "trajectories": _TEXT | _JSON | st.just(GOOD),
+            "label": st.sampled_from(["SUPPORTS", "", None]) | _JSON,
+            "steps": _JSON | st.lists(st.dictionaries(st.sampled_from(["thought", "action"]), _TEXT), max_size=2),
+            "messages": _JSON,
+            "evidence": _JSON,
+        },
+    )
+)
+def test_no_row_whatever_raises_and_a_lost_row_says_why(fields: dict[str, object]) -> None:
+    reading = read_row(SourceRow(1, fields), Columns())
+    refused = [found for found in reading.findings if found.severity is Severity.REFUSED]
+    assert len(refused) == (reading.trajectory is None)
+    for found in reading.findings:
+        assert CODES[found.code] is found.severity
+        found.message.encode()
+
+
+@given(trajectories(), st.sampled_from([" ", "\n", "\r\n", "\n\n  "]))
+def test_white_space_between_steps_makes_no_difference(trajectory: Trajectory, gap: str) -> None:
+    written = gap.join(steps_text(trajectory.steps).split("\n"))
+    reading = read_row(SourceRow(1, {"claim": trajectory.claim, "trajectories": written}), Columns())
+    assert kept(reading).steps == trajectory.steps

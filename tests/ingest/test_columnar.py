@@ -1,0 +1,93 @@
+"""Parquet: texts, nested steps, binary columns, and files that are not whole."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from app.domain.datasets import DatasetReport
+from app.domain.errors import InvalidError
+from app.domain.trajectories import Trajectory
+from tests.ingest.files import STEPS, found, read, row
+
+
+def parquet(table: Any) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    return bytes(sink.getvalue())
+
+
+def rows(folder: Path, *rows: dict[str, object], row_bytes: int = 1 << 20) -> tuple[DatasetReport, list[Trajectory]]:
+    return read(folder, parquet(pyarrow.Table.from_pylist(list(rows))), "upload", row_bytes=row_bytes)
+
+
+def test_rows_are_read_and_numbered_from_one(tmp_path: Path) -> None:
+    many = [row(number) for number in range(1, 200)]
+    report, kept = rows(tmp_path, *many, row(200, trajectories="nothing"))
+    assert (report.format, report.rows_kept) == ("parquet", 199)
+    assert found(report) == [(200, "no_steps")]
+    assert kept[150].claim == "Ada wrote program 151."
+
+
+def test_nested_steps_and_evidence_are_read(tmp_path: Path) -> None:
+    steps = [
+        {"thought": "Look.", "action": "Search[Ada]", "observation": "It."},
+        {"thought": "", "action": "Finish[SUPPORTS]", "observation": None},
+    ]
+    evidence = [{"page": "Ada", "sentence": 3}]
+    report, kept = rows(tmp_path, {"claim": "One.", "steps": steps, "evidence": evidence, "other": [{"a": [1]}]})
+    assert str(kept[0].steps[0].action) == "Search[Ada]"
+    assert kept[0].evidence[0].sentence == 3
+    assert report.columns["trajectories"] == "steps"
+    assert report.codes == {"extra_column": 1}
+
+
+def test_a_chat_is_read_without_a_claim_column(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "One."}, {"role": "assistant", "content": STEPS}]
+    assert rows(tmp_path, {"messages": messages})[1][0].claim == "One."
+
+
+def test_texts_stored_as_bytes_are_texts(tmp_path: Path) -> None:
+    report, kept = rows(
+        tmp_path,
+        {"claim": b"One.", "trajectories": STEPS.encode()},
+        {"claim": b"caf\xe9", "trajectories": STEPS.encode()},
+    )
+    assert kept[0].claim == "One."
+    assert found(report) == [(2, "bad_utf8")]
+
+
+def test_columns_of_other_types_refuse_their_rows(tmp_path: Path) -> None:
+    report, _ = rows(tmp_path, row(1, label="SUPPORTS"))
+    assert report.rows_kept == 1
+    with pytest.raises(InvalidError, match="bad_label: 2") as caught:
+        rows(tmp_path, row(1, label=2**62), row(2, label=1))
+    assert caught.value.code == "no_rows_kept"
+
+
+def test_a_row_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    report, _ = rows(tmp_path, row(1), row(2, claim="x" * 5_000), row_bytes=2_000)
+    assert found(report) == [(2, "line_too_long")]
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidError, match="did you mean 'Trajectories'") as caught:
+        rows(tmp_path, {"claim": "One.", "Trajectories": STEPS})
+    assert caught.value.code == "missing_column"
+
+
+@pytest.mark.parametrize("keep", [4, 100, -1, -9])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    content = parquet(pyarrow.Table.from_pylist([row(number) for number in range(50)]))
+    with pytest.raises(InvalidError, match="is it whole") as caught:
+        read(tmp_path, content[:keep])
+    assert caught.value.code == "bad_parquet"
+
+
+def test_a_file_with_a_broken_page_is_refused_whole(tmp_path: Path) -> None:
+    content = bytearray(parquet(pyarrow.Table.from_pylist([row(number) for number in range(500)])))
+    content[4:400] = bytes(396)
+    with pytest.raises(InvalidError, match="Parquet file cannot be read"):
+        read(tmp_path, bytes(content))
