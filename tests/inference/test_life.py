@@ -1,0 +1,173 @@
+"""The two processes' lives: full queues, dead engines, lost clients, and that nothing outlives the front."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from worker.inference.front import FrontSettings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def small(shelf: Shelf) -> Iterator[Server]:
+    """A front that takes two answers at a time, guarded by a secret."""
+    settings = FrontSettings(engine=ENGINE, max_in_flight=2, secret=SecretStr("s3cret"))
+    with serving(shelf.table(), settings) as running:
+        running.client.headers["Authorization"] = "Bearer s3cret"
+        yield running
+
+
+@contextlib.contextmanager
+def stopped(server: Server) -> Iterator[int]:
+    """The engine stands still inside; its process id."""
+    pid = server.front.link.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ask_in_background(server: Server, pool: ThreadPoolExecutor, count: int) -> list[Future[httpx.Response]]:
+    """Requests that are in flight when this returns."""
+    before = server.front.link.in_flight
+    futures = [pool.submit(server.ask, prompt=[9, 9 + i], max_tokens=20) for i in range(count)]
+    server.wait_until(lambda: server.front.link.in_flight == before + count)
+    return futures
+
+
+def test_before_the_engine_is_ready_everybody_is_told_to_wait(small: Server) -> None:
+    early = [small.client.get("/health"), small.ask()]
+
+    assert [response.status_code for response in early] == [503, 503]
+    assert all(int(response.headers["Retry-After"]) >= 1 for response in early)
+    assert early[1].json()["error"]["type"] == "ServiceUnavailableError"
+    small.wait_until_ready()
+
+
+def test_the_secret_guards_the_api_only(small: Server) -> None:
+    small.wait_until_ready()
+    for header in ("Bearer wrong", "s3cret", ""):
+        assert small.client.get("/v1/models", headers={"Authorization": header}).status_code == 401
+        assert small.client.post("/v1/completions", headers={"Authorization": header}).status_code == 401
+
+    assert small.client.get("/v1/models").status_code == 200
+    assert httpx.get(f"{small.client.base_url}/health").status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_back(small: Server) -> None:
+    small.wait_until_ready()
+    with ThreadPoolExecutor(2) as pool, stopped(small):
+        waiting = ask_in_background(small, pool, 2)
+
+        refused = small.ask()
+
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.json()["error"]["type"] == "RateLimitError"
+        os.kill(small.front.link.pid, signal.SIGCONT)
+        assert [future.result().status_code for future in waiting] == [200, 200]
+    assert small.ask().status_code == 200
+
+
+def test_a_killed_engine_fails_its_requests_and_comes_back(small: Server) -> None:
+    small.wait_until_ready()
+    before = small.ids(model="one")
+    with ThreadPoolExecutor(2) as pool, stopped(small) as pid:
+        waiting = ask_in_background(small, pool, 2)
+        os.kill(pid, signal.SIGKILL)
+        answers = [future.result() for future in waiting]
+
+    assert [answer.status_code for answer in answers] == [503, 503]
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
+    small.wait_until_ready()
+    assert small.front.link.pid != pid
+    assert small.ids(model="one") == before
+
+
+def test_a_lost_client_frees_its_slot(small: Server) -> None:
+    small.wait_until_ready()
+    (before,) = small.settled("vllm:generation_tokens_total")
+    body = {"model": "base", "prompt": [5, 6], "max_tokens": 500, "ignore_eos": True}
+
+    with small.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        next(response.iter_lines())
+    with stopped(small), pytest.raises(httpx.ReadTimeout):
+        small.client.post("/v1/completions", json=body, timeout=0.3)
+    small.wait_until(lambda: small.front.link.in_flight == 0)
+
+    (after,) = small.settled("vllm:generation_tokens_total")
+    assert small.metric("vllm:num_requests_running") == 0
+    assert after - before < 900  # of the 1,000 that were asked for
+
+
+def test_the_engine_ends_when_the_front_is_killed() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    front = subprocess.Popen([sys.executable, "-c", FRONT, str(port)], cwd=ROOT)
+    try:
+        engine = engine_of(front.pid, port)
+        front.kill()
+        front.wait()
+        assert_ends(engine)
+    finally:
+        front.kill()
+        front.wait()
+
+
+def test_the_engine_ends_with_the_server(shelf: Shelf) -> None:
+    with serving(shelf.table(), FrontSettings(engine=ENGINE)) as running:
+        running.wait_until(lambda: running.front.link.pid is not None)
+        engine = running.front.link.pid
+
+    assert not alive(engine)
+
+
+FRONT = """
+import sys, uvicorn
+from worker.inference.front import StaticResolver, create_front
+uvicorn.run(create_front(StaticResolver({})), port=int(sys.argv[1]), log_level="warning")
+"""
+
+
+def engine_of(front: int, port: int) -> int:
+    """The engine's process id, once it is ready."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                children = Path(f"/proc/{front}/task/{front}/children").read_text().split()
+                return int(children[0])
+        time.sleep(0.1)
+    raise AssertionError("the engine was not ready in time")
+
+
+def assert_ends(pid: int) -> None:
+    """Fail unless the process ends within seconds."""
+    deadline = time.monotonic() + 10
+    while alive(pid):
+        assert time.monotonic() < deadline, f"engine {pid} outlived its front"
+        time.sleep(0.05)

@@ -1,0 +1,152 @@
+"""Bases and adapters as they are loaded: what is refused, what is dropped, and the function that is served."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests.inference.conftest import NF4, PROMPT, Shelf
+from worker.inference.adapters import Models
+from worker.inference.bases import Base, ModelError
+from worker.inference.wire import EngineSettings
+
+SETTINGS = EngineSettings(device="cpu", dtype="float32", max_adapters=1, max_bases=1, max_rank=8)
+
+
+def logits(base: Base) -> torch.Tensor:
+    """What a base says of the usual prompt, with whatever adapter is active."""
+    with torch.inference_mode():
+        said: torch.Tensor = base.model(input_ids=torch.tensor([PROMPT])).logits
+    return said
+
+
+def spoilt(shelf: Shelf, folder: Path, config: dict[str, Any] | None = None) -> Path:
+    """A copy of the first adapter, its config changed."""
+    copy = Path(shutil.copytree(shelf.one, folder / "copy"))
+    path = copy / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
+    return copy
+
+
+def refusal(shelf: Shelf, adapter: Path) -> str:
+    """Why an adapter is refused; the base must be left as it was, and take a good adapter after it."""
+    models = Models(SETTINGS)
+    before = logits(models.activate(shelf.served("base"), []))
+    with pytest.raises(ModelError) as caught:
+        models.activate(shelf.served("bad", adapter), [])
+    assert torch.equal(logits(models.activate(shelf.served("base"), [])), before)
+    assert not torch.equal(logits(models.activate(shelf.served("one", shelf.one), [])), before)
+    assert str(adapter) not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nf4_is_served_as_the_function_that_training_sees(shelf: Shelf) -> None:
+    untyped: Any = BitsAndBytesConfig
+    config = untyped(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    stock = AutoModelForCausalLM.from_pretrained(shelf.base, dtype=torch.float32, quantization_config=config).train()
+    trained_on = stock(input_ids=torch.tensor([PROMPT])).logits.detach()
+
+    models = Models(SETTINGS)
+    served = models.activate(shelf.served("nf4", base_digest="nf4", quantization=NF4), [])
+
+    assert any(isinstance(module, Linear4bit) for module in stock.modules())
+    assert not any(isinstance(module, Linear4bit) for module in served.model.modules())
+    torch.testing.assert_close(logits(served), trained_on, rtol=1e-4, atol=1e-4)
+    plain = Models(SETTINGS).activate(shelf.served("base"), [])
+    assert (logits(plain) - trained_on).abs().max() > 0.1  # quantisation is not nothing here
+
+
+def test_one_adapter_at_a_time_and_none_for_the_base(shelf: Shelf) -> None:
+    models = Models(SETTINGS)
+    base = logits(models.activate(shelf.served("base"), []))
+    one = logits(models.activate(shelf.served("one", shelf.one), []))
+    two = logits(models.activate(shelf.served("two", shelf.two), []))
+
+    assert models.adapters == 1  # the least recently used one went
+    assert torch.equal(logits(models.activate(shelf.served("base"), [])), base)
+    assert torch.equal(logits(models.activate(shelf.served("one", shelf.one), [])), one)
+    assert not torch.equal(one, two)
+
+
+def test_what_is_in_use_is_never_dropped(shelf: Shelf) -> None:
+    models = Models(SETTINGS)
+    one, two = shelf.served("one", shelf.one), shelf.served("two", shelf.two)
+    models.activate(one, [])
+
+    models.activate(two, [one])
+    assert models.adapters == 2
+
+    models.activate(shelf.served("other", base_digest="other"), [one])
+    assert models.bases == 2
+    models.activate(shelf.served("third", base_digest="third"), [])
+    assert models.bases == 1
+
+
+def test_an_adapter_with_nan_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    adapter = spoilt(shelf, tmp_path)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+    assert "NaN" in refusal(shelf, adapter)
+
+
+def test_a_torn_adapter_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    adapter = spoilt(shelf, tmp_path)
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+    assert "adapter_model.safetensors" in refusal(shelf, adapter)
+
+
+def test_an_adapter_with_a_missing_layer_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    adapter = spoilt(shelf, tmp_path)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights.pop(next(key for key in weights if "lora_B" in key))
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+    assert "missing" in refusal(shelf, adapter)
+
+
+def test_an_adapter_of_another_base_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    adapter = spoilt(shelf, tmp_path)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    wider = {key: torch.cat([tensor, tensor], dim=1) for key, tensor in weights.items() if "lora_A" in key}
+    save_file({**weights, **wider}, adapter / "adapter_model.safetensors")
+
+    assert "does not fit" in refusal(shelf, adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"peft_type": "IA3"}, "type IA3"),
+        ({"r": 9}, "rank 9"),
+        ({"init_lora_weights": "pissa_niter_4"}, "convert"),
+        ({"target_modules": ["nothing"]}, "does not fit"),
+        ({"target_modules": 7}, "a"),
+    ],
+)
+def test_an_adapter_that_cannot_be_served_says_why(
+    shelf: Shelf, tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(shelf, spoilt(shelf, tmp_path, config))
+
+
+def test_a_missing_base_is_refused_without_its_path(shelf: Shelf, tmp_path: Path) -> None:
+    gone = shelf.served("base").model_copy(update={"base_path": str(tmp_path / "gone")})
+
+    with pytest.raises(ModelError, match="base model base cannot be loaded") as caught:
+        Models(SETTINGS).activate(gone, [])
+    assert "gone" not in str(caught.value)

@@ -1,0 +1,204 @@
+"""What the front says, in the words of vLLM's completions protocol, and how it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.inference.conftest import PROMPT, Server
+
+
+def events(text: str) -> list[str]:
+    """The data of each server-sent event."""
+    return [block.removeprefix("data: ") for block in text.split("\n\n") if block]
+
+
+def test_an_answer_has_the_shape_of_vllm(server: Server) -> None:
+    answer = server.ask(max_tokens=5).json()
+
+    assert answer["id"].startswith("cmpl-")
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == "base"
+    (choice,) = answer["choices"]
+    assert choice["index"] == 0
+    assert choice["prompt_token_ids"] == PROMPT
+    assert len(choice["token_ids"]) == 5
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+    assert answer["usage"]["prompt_tokens"] == 6
+    assert answer["usage"]["completion_tokens"] == 5
+    assert answer["usage"]["total_tokens"] == 11
+    assert "cached_tokens" in answer["usage"]["prompt_tokens_details"]
+
+
+def test_ids_are_returned_only_on_request(server: Server) -> None:
+    choice = server.choice(return_token_ids=False)
+
+    assert choice["token_ids"] is None
+    assert choice["prompt_token_ids"] is None
+
+
+def test_text_is_encoded_by_the_engine(server: Server) -> None:
+    choice = server.choice(prompt="Claim: The Danube")
+
+    again = server.choice(prompt=choice["prompt_token_ids"])
+    assert again["token_ids"] == choice["token_ids"]
+
+
+def test_several_prompts_give_one_choice_each_in_order(server: Server) -> None:
+    prompts = [[70, 90], [110, 130, 150]]
+
+    answer = server.ask(prompt=prompts).json()
+
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == prompts
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["usage"]["prompt_tokens"] == 5
+    assert answer["choices"][1]["token_ids"] == server.ids(prompt=prompts[1])
+
+
+def test_a_stream_carries_the_same_answer_in_pieces(server: Server) -> None:
+    whole = server.choice(max_tokens=12, logprobs=1)
+    response = server.ask(max_tokens=12, logprobs=1, stream=True, stream_options={"include_usage": True})
+
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage, done = events(response.text)
+    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    assert done == "[DONE]"
+    assert json.loads(usage)["choices"] == []
+    assert json.loads(usage)["usage"]["completion_tokens"] == 12
+    assert len(choices) > 3
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    assert [token for choice in choices for token in choice["token_ids"]] == whole["token_ids"]
+    assert choices[0]["prompt_token_ids"] == PROMPT
+    assert choices[1]["prompt_token_ids"] is None
+    assert [choice["finish_reason"] for choice in choices[-2:]] == [None, "length"]
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 12
+
+
+def test_a_stream_holds_back_what_a_stop_string_may_still_cut(server: Server) -> None:
+    text = server.choice(max_tokens=12)["text"]
+    stop = text[4:9]
+
+    response = server.ask(max_tokens=12, stop=stop, stream=True)
+
+    *chunks, _ = events(response.text)
+    assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == text[: text.index(stop)]
+
+
+def test_allowed_tokens_share_all_probability(server: Server) -> None:
+    choice = server.choice(max_tokens=1, allowed_token_ids=[50, 60, 70], logprobs=3, return_tokens_as_token_ids=True)
+
+    (top,) = choice["logprobs"]["top_logprobs"]
+    assert set(top) == {"token_id:50", "token_id:60", "token_id:70"}
+    assert sum(math.exp(value) for value in top.values()) == pytest.approx(1, abs=1e-5)
+    (chosen,) = choice["token_ids"]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{chosen}"]
+    assert choice["logprobs"]["token_logprobs"] == [max(top.values())]
+
+
+def test_scoring_is_one_forward_and_no_decode_step(server: Server) -> None:
+    steps, prefills = server.settled("veritune:decode_steps_total", "veritune:prefills_total")
+
+    server.ask(prompt=[33, 44, 55], max_tokens=1, allowed_token_ids=[50, 60, 70], logprobs=3)
+
+    assert server.settled("veritune:decode_steps_total", "veritune:prefills_total") == [steps, prefills + 1]
+
+
+def test_logprobs_follow_the_legacy_layout(server: Server) -> None:
+    logprobs = server.choice(max_tokens=4, logprobs=2)["logprobs"]
+
+    assert [len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [4] * 4
+    assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
+    for chosen, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
+        assert chosen == max(top.values())
+
+
+def test_models_lists_what_was_asked_for(server: Server) -> None:
+    server.ask(model="one")
+
+    cards = {card["id"]: card for card in server.client.get("/v1/models").json()["data"]}
+    assert cards["one"]["parent"] == "base"
+    assert cards["one"]["max_model_len"] == 512
+
+
+def test_metrics_have_the_names_of_vllm(server: Server) -> None:
+    server.ask()
+
+    text = server.client.get("/metrics").text
+    for name in ("num_requests_running", "num_requests_waiting", "prompt_tokens_total", "prefix_cache_hits_total"):
+        assert f"vllm:{name} " in text
+    assert 'vllm:request_success_total{finished_reason="length"}' in text
+
+
+BAD = {
+    "no prompt": ({"prompt": None}, 400, "prompt"),
+    "empty ids": ({"prompt": []}, 400, "empty"),
+    "empty text": ({"prompt": ""}, 400, "empty"),
+    "one of two empty": ({"prompt": [[1], []]}, 400, "empty"),
+    "negative id": ({"prompt": [-1]}, 400, "prompt"),
+    "id outside the vocabulary": ({"prompt": [400]}, 400, "399"),
+    "allowed id outside": ({"allowed_token_ids": [5, 4000]}, 400, "4000"),
+    "prompt too long": ({"prompt": [5] * 600}, 400, "512"),
+    "no tokens": ({"max_tokens": 0}, 400, "max_tokens"),
+    "more minimum than maximum": ({"min_tokens": 9, "max_tokens": 3}, 400, "min_tokens"),
+    "negative temperature": ({"temperature": -1}, 400, "temperature"),
+    "too many logprobs": ({"logprobs": 21}, 400, "logprobs"),
+    "empty stop": ({"stop": ""}, 400, "stop"),
+    "unknown field": ({"best_of": 2}, 400, "best_of"),
+    "two answers": ({"n": 2}, 400, "n"),
+    "echo": ({"echo": True}, 400, "echo"),
+    "stream options alone": ({"stream_options": {"include_usage": True}}, 400, "stream"),
+    "unknown model": ({"model": "nobody"}, 404, "nobody"),
+    "invalid regex": ({"structured_outputs": {"regex": "(a"}}, 400, "unclosed"),
+    "lookahead": ({"structured_outputs": {"regex": "(?=a)b"}}, 400, "look-around"),
+    "enormous regex": ({"structured_outputs": {"regex": "a" * 5_000}}, 400, "4096"),
+    "two grammars": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, 400, "exactly one"),
+    "no choice": ({"structured_outputs": {"choice": []}}, 400, "choice"),
+    "no schema": ({"structured_outputs": {"json": "{"}}, 400, "json"),
+    "nothing left to say": ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [50]}, 400, "no token"),
+}
+
+
+@pytest.mark.parametrize(("body", "status", "words"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_named(server: Server, body: dict[str, Any], status: int, words: str) -> None:
+    response = server.ask(**body)
+
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert error["code"] == status
+    assert error["type"] == ("NotFoundError" if status == 404 else "BadRequestError")
+
+
+def test_a_long_prompt_is_refused_with_both_numbers(server: Server) -> None:
+    message = server.ask(prompt=[5] * 510, max_tokens=3).json()["error"]["message"]
+
+    assert "512" in message
+    assert "510" in message
+
+
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff", b"[" * 100_000, b'{"prompt": "\\ud800"}'])
+def test_a_body_that_is_no_request_is_refused(server: Server, body: bytes) -> None:
+    response = server.client.post("/v1/completions", content=body)
+
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "BadRequestError"
+
+
+def test_an_enormous_body_is_refused_unread(server: Server) -> None:
+    response = server.client.post("/v1/completions", content=b"x" * (9 * 1024**2))
+
+    assert response.status_code == 413
+
+
+def test_unknown_routes_speak_the_same_way(server: Server) -> None:
+    assert server.client.get("/v1/nothing").json()["error"]["code"] == 404
+    assert server.client.get("/v1/completions").status_code == 405
+
+
+def test_the_front_loads_no_torch() -> None:
+    code = "import sys, worker.inference.front; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

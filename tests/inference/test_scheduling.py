@@ -1,0 +1,209 @@
+"""Turns and slots, the prefix cache and the text of an answer, without processes."""
+
+import torch
+from tokenizers import Tokenizer
+
+from tests.inference.conftest import Shelf
+from worker.inference.adapters import Models
+from worker.inference.kv import Snapshot
+from worker.inference.prefix_cache import PrefixCache
+from worker.inference.protocol import Sampling, ServedModel
+from worker.inference.scheduler import Scheduler
+from worker.inference.text import AnswerText, Detokenizer
+from worker.inference.wire import EngineSettings, Failed, Finished, Generate, ToFront
+
+
+class Desk:
+    """A scheduler and all that it said."""
+
+    def __init__(self, **settings: int) -> None:
+        given = EngineSettings.model_validate({"device": "cpu", "dtype": "float32", **settings})
+        self.said: list[ToFront] = []
+        self.scheduler = Scheduler(Models(given), given, self.said.append)
+
+    def ask(self, request_id: str, model: ServedModel, tokens: int = 6, prompt: int = 4) -> None:
+        """Queue a request."""
+        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)
+        self.scheduler.add(Generate(id=request_id, model=model, prompt=list(range(3, 3 + prompt)), sampling=sampling))
+
+    def run(self) -> None:
+        """Work until nothing is left."""
+        while self.scheduler.busy:
+            self.scheduler.turn()
+
+    @property
+    def finished(self) -> list[str]:
+        """Who was answered, in order."""
+        return [message.id for message in self.said if isinstance(message, Finished)]
+
+
+def test_a_crowd_at_one_adapter_does_not_starve_another(shelf: Shelf) -> None:
+    desk = Desk(max_batch=2, slice_steps=4)
+    for i in range(12):
+        desk.ask(f"crowd{i}", shelf.served("one", shelf.one))
+    for _ in range(5):
+        desk.scheduler.turn()
+    desk.ask("single", shelf.served("two", shelf.two))
+
+    desk.run()
+
+    assert len(desk.finished) == 13
+    assert desk.finished.index("single") <= 4
+
+
+def test_long_answers_of_one_adapter_let_others_through(shelf: Shelf) -> None:
+    desk = Desk(max_batch=4, slice_steps=4)
+    desk.ask("long", shelf.served("one", shelf.one), tokens=200)
+    desk.scheduler.turn()
+    desk.ask("short", shelf.served("two", shelf.two), tokens=3)
+
+    desk.run()
+
+    assert desk.finished == ["short", "long"]
+
+
+def test_sequences_of_one_model_share_their_decode_steps(shelf: Shelf) -> None:
+    desk = Desk()
+    for i in range(8):
+        desk.ask(f"r{i}", shelf.served("base"), tokens=10, prompt=4 + i)
+
+    desk.run()
+
+    assert desk.scheduler.stats.decode_steps == 9
+    assert desk.scheduler.stats.generation_tokens == 80
+
+
+def test_a_batch_never_exceeds_its_slots(shelf: Shelf) -> None:
+    desk = Desk(max_batch=3)
+    for i in range(7):
+        desk.ask(f"r{i}", shelf.served("one", shelf.one) if i % 2 else shelf.served("base"))
+
+    running = []
+    while desk.scheduler.busy:
+        desk.scheduler.turn()
+        running.append(desk.scheduler.stats.running)
+
+    assert max(running) == 3
+    assert len(desk.finished) == 7
+
+
+def test_the_store_of_keys_and_values_keeps_to_its_budget(shelf: Shelf) -> None:
+    desk = Desk(kv_bytes=2 * 256 * 512)  # two rows of 256 positions; a position takes 512 bytes here
+    for i in range(5):
+        desk.ask(f"r{i}", shelf.served("base"))
+
+    running = []
+    while desk.scheduler.busy:
+        desk.scheduler.turn()
+        running.append(desk.scheduler.stats.running)
+
+    assert max(running) == 2
+    assert len(desk.finished) == 5
+
+
+def test_a_cancelled_request_is_gone_at_once(shelf: Shelf) -> None:
+    desk = Desk(max_batch=2)
+    for i in range(3):
+        desk.ask(f"r{i}", shelf.served("base"), tokens=30)
+    for _ in range(4):
+        desk.scheduler.turn()
+
+    desk.scheduler.cancel("r0")
+    desk.scheduler.cancel("r2")
+    desk.scheduler.cancel("never heard of")
+    assert (desk.scheduler.stats.running, desk.scheduler.stats.waiting) == (1, 0)
+    desk.run()
+
+    assert desk.finished == ["r1"]
+
+
+def test_a_bad_model_fails_its_own_requests_only(shelf: Shelf) -> None:
+    desk = Desk()
+    desk.ask("bad", shelf.served("bad", shelf.base))  # a folder that holds no adapter
+    desk.ask("good", shelf.served("base"))
+
+    desk.run()
+
+    assert desk.finished == ["good"]
+    (failed,) = [message for message in desk.said if isinstance(message, Failed)]
+    assert (failed.id, failed.status, failed.param) == ("bad", 422, "model")
+
+
+def snapshot(tokens: int) -> Snapshot:
+    """16 bytes a token."""
+    return [(torch.zeros(1, tokens, 2), torch.zeros(1, tokens, 2))]
+
+
+def test_the_longest_common_prefix_of_the_same_model_is_found() -> None:
+    cache = PrefixCache(budget=10_000)
+    cache.keep("m", list(range(20)), snapshot(20))
+    cache.keep("m", [*range(10), *range(50, 70)], snapshot(30))
+    cache.keep("n", list(range(40)), snapshot(40))
+
+    found = cache.find("m", [*range(15), 99])
+
+    assert found is not None
+    assert found.length == 15
+    assert cache.find("m", [99]) is None
+    assert cache.find("other", list(range(20))) is None
+
+
+def test_a_sequence_replaces_the_one_it_extends() -> None:
+    cache = PrefixCache(budget=10_000)
+    cache.keep("m", list(range(20)), snapshot(20))
+    cache.keep("m", list(range(35)), snapshot(35))
+
+    assert cache.size == 35 * 16
+    assert not cache.worth_keeping("m", list(range(38)))
+    assert cache.worth_keeping("m", list(range(60)))
+
+
+def test_the_budget_drops_the_least_recently_used() -> None:
+    cache = PrefixCache(budget=50 * 16)
+    cache.keep("m", [1] * 20, snapshot(20))
+    cache.keep("m", [2] * 20, snapshot(20))
+    cache.find("m", [1] * 5)
+    cache.keep("m", [3] * 20, snapshot(20))
+
+    assert cache.size == 40 * 16
+    assert cache.find("m", [2] * 20) is None
+    assert cache.find("m", [1] * 20) is not None
+
+
+def test_a_character_appears_with_its_last_byte(shelf: Shelf) -> None:
+    tokenizer = Tokenizer.from_file(str(shelf.base / "tokenizer.json"))
+    ids = tokenizer.encode("né €!").ids
+    detokenizer = Detokenizer(tokenizer, tokenizer.encode("The ").ids, skip_special=True)
+
+    pieces = [detokenizer.push(token) for token in ids]
+
+    assert "".join(pieces) == "né €!"
+    assert "" in pieces
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_never_become_a_character_are_shown_in_the_end(shelf: Shelf) -> None:
+    tokenizer = Tokenizer.from_file(str(shelf.base / "tokenizer.json"))
+    broken = tokenizer.encode("é").ids[0]
+    detokenizer = Detokenizer(tokenizer, [], skip_special=True)
+
+    assert "\ufffd" in "".join(detokenizer.push(broken) for _ in range(8))
+
+
+def test_a_stop_string_is_found_across_pieces_and_never_sent() -> None:
+    text = AnswerText(["STOP"], keep_stop=False)
+    sent = ""
+    for piece in ("one S", "TO", "ne ST", "OP two"):
+        text.add(piece)
+        sent += text.take(final=False)
+
+    assert text.stop == "STOP"
+    assert sent + text.take(final=True) == "one STOne "
+
+
+def test_the_earliest_stop_string_wins() -> None:
+    text = AnswerText(["cd", "b"], keep_stop=True)
+    text.add("abcd")
+
+    assert text.stop == "b"
+    assert text.take(final=True) == "ab"

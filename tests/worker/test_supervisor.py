@@ -1,0 +1,287 @@
+"""The supervisor with real training children on the tiny model, over a real database."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+from app.composition import Services, compose
+from app.domain.adapters import adapter_digest
+from app.domain.jobs import Job, JobStatus, Wish
+from tests.conftest import dataset_jsonl
+from worker.supervisor import Supervisor
+
+pytestmark = pytest.mark.slow
+TRAINER = {"train_steps": 6, "effective_batch_size": 2, "learning_rate": 1e-2, "steps_per_checkpoint": 2}
+LONG = TRAINER | {"train_steps": 2_000, "steps_per_checkpoint": 10}
+
+
+@pytest.fixture
+def submit(services: Services, tmp_path: Path) -> Callable[..., Job]:
+    def one(**trainer: object) -> Job:
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(dataset_jsonl(8))
+        dataset = services.datasets.create(path, "rows.jsonl", None, None, {})[0]
+        return services.jobs.submit({"dataset": dataset.id, "adapter": {"type": "lora", "r": 4}, "trainer": trainer})
+
+    return one
+
+
+@pytest.fixture
+def supervisor(services: Services) -> Supervisor:
+    return Supervisor(services, "worker-1", ("gpu",))
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[[Supervisor], threading.Thread]]:
+    """Run a supervisor's `work` in a thread, which is over when the test is."""
+    threads: list[tuple[Supervisor, threading.Thread]] = []
+
+    def start(chosen: Supervisor) -> threading.Thread:
+        thread = threading.Thread(target=chosen.work)
+        thread.start()
+        threads.append((chosen, thread))
+        return thread
+
+    yield start
+    for chosen, thread in threads:
+        chosen.leave()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def until(check: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def updates(services: Services, job: Job) -> int:
+    progress = services.jobs.get(job.id).progress
+    return progress.update if progress else 0
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "worker.training" in p.cmdline()]
+
+
+def kinds(services: Services, job: Job) -> list[str]:
+    return [event.kind for event in services.jobs.events(job.id, 0, 1_000)[0]]
+
+
+def test_a_job_runs_to_a_published_adapter(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = submit(**TRAINER)
+
+    assert supervisor.work()
+
+    done = services.jobs.get(job.id)
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    rows, _ = services.jobs.metrics(job.id, 0, 100)
+    assert [row.update for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1].loss is not None
+    assert rows[0].loss is not None
+    assert rows[-1].loss < rows[0].loss
+    assert [event.seq for event in services.jobs.events(job.id, 0, 100)[0]] == list(range(1, len(kinds(services, job)) + 1))
+    assert {"queued", "started", "training", "checkpoint", "succeeded"} <= set(kinds(services, job))
+
+    adapter = services.adapters.get(str(done.adapter_id))
+    assert adapter.aliases == ("default",)
+    assert adapter.manifest.dataset_rows == 8
+    assert adapter.manifest.base.name == "tiny"
+    _name, stream = services.adapters.archive(adapter.id)
+    with zipfile.ZipFile(BytesIO(b"".join(stream))) as archive:
+        assert sorted(archive.namelist()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "manifest.json",
+        ]
+        assert json.loads(archive.read("manifest.json"))["job_id"] == job.id
+        weights = tmp_path / "adapter_model.safetensors"
+        weights.write_bytes(archive.read("adapter_model.safetensors"))
+        config = archive.read("adapter_config.json")
+    with safe_open(weights, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118  not a dict
+            assert tensors.get_tensor(key).abs().max() > 0, key
+    assert adapter.digest == adapter_digest(services.blobs.put_file(weights).digest, config)
+    assert not list(services.settings.work_path.glob("job_*/*"))
+
+
+def test_the_same_job_twice_gives_the_same_adapter(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job]
+) -> None:
+    jobs = [submit(**TRAINER), submit(**TRAINER)]
+    while supervisor.work():
+        pass
+    first, second = (services.adapters.get(str(services.jobs.get(job.id).adapter_id)) for job in jobs)
+    assert first.digest == second.digest
+    assert first.id != second.id
+
+
+def test_two_supervisors_on_one_row_one_trains(
+    services: Services, submit: Callable[..., Job], background: Callable[[Supervisor], threading.Thread]
+) -> None:
+    job = submit(**TRAINER)
+    threads = [background(Supervisor(services, f"worker-{n}", ("gpu",))) for n in (1, 2)]
+    for thread in threads:
+        thread.join(120)
+    assert services.jobs.get(job.id).attempts == 1
+    assert kinds(services, job).count("succeeded") == 1
+
+
+def test_cancel_stops_the_child_within_seconds(
+    services: Services,
+    supervisor: Supervisor,
+    submit: Callable[..., Job],
+    background: Callable[[Supervisor], threading.Thread],
+) -> None:
+    job = submit(**LONG)
+    thread = background(supervisor)
+    until(lambda: updates(services, job) > 0)
+    services.jobs.wish(job.id, Wish.CANCEL)
+    thread.join(20)
+    assert services.jobs.get(job.id).status is JobStatus.CANCELLED
+    assert children() == []
+    assert services.adapters.page(None, 10) == ([], False)
+
+
+def test_pause_writes_a_checkpoint_and_resume_goes_on_from_it(
+    services: Services,
+    supervisor: Supervisor,
+    submit: Callable[..., Job],
+    background: Callable[[Supervisor], threading.Thread],
+) -> None:
+    whole = submit(**(TRAINER | {"train_steps": 40}))
+    assert supervisor.work()
+    job = submit(**(TRAINER | {"train_steps": 40}))
+    thread = background(supervisor)
+    until(lambda: updates(services, job) > 0)
+    services.jobs.wish(job.id, Wish.PAUSE)
+    thread.join(30)
+    paused = services.jobs.get(job.id)
+    assert paused.status in (JobStatus.PAUSED, JobStatus.SUCCEEDED)
+    if paused.status is JobStatus.PAUSED:
+        assert services.jobs.checkpoints(job.id)[0].update > 0
+        services.jobs.wish(job.id, Wish.RESUME)
+        assert supervisor.work()
+        log = [event.message for event in services.jobs.events(job.id, 0, 1_000)[0]]
+        assert any(line.startswith("resumed from update") for line in log)
+    one, other = (services.adapters.get(str(services.jobs.get(j.id).adapter_id)) for j in (whole, job))
+    assert one.digest == other.digest
+
+
+def test_a_killed_child_is_run_again_from_its_checkpoint(
+    services: Services,
+    supervisor: Supervisor,
+    submit: Callable[..., Job],
+    background: Callable[[Supervisor], threading.Thread],
+) -> None:
+    job = submit(**(LONG | {"train_steps": 60}))
+    thread = background(supervisor)
+    until(lambda: len(services.jobs.checkpoints(job.id)) > 0)
+    for child in children():
+        os.kill(child.pid, signal.SIGKILL)
+    thread.join(30)
+    assert services.jobs.get(job.id).status in (JobStatus.QUEUED, JobStatus.SUCCEEDED)
+    supervisor.work()
+    assert services.jobs.get(job.id).status is JobStatus.SUCCEEDED
+    if services.jobs.get(job.id).attempts == 2:
+        requeued = next(e for e in services.jobs.events(job.id, 0, 1_000)[0] if e.kind == "requeued")
+        assert "signal 9" in requeued.data["reason"]
+
+
+def test_a_leaving_supervisor_gives_its_job_back_without_a_strike(
+    services: Services,
+    supervisor: Supervisor,
+    submit: Callable[..., Job],
+    background: Callable[[Supervisor], threading.Thread],
+) -> None:
+    job = submit(**LONG)
+    thread = background(supervisor)
+    until(lambda: updates(services, job) > 0)
+    supervisor.leave()
+    thread.join(30)
+    back = services.jobs.get(job.id)
+    assert back.status is JobStatus.QUEUED
+    assert len(services.jobs.checkpoints(job.id)) > 0
+    assert next(e for e in services.jobs.events(job.id, 0, 1_000)[0] if e.kind == "requeued").data["strikes"] == 0
+
+
+def test_a_job_whose_blob_is_lost_fails_with_a_reason(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job]
+) -> None:
+    job = submit(**TRAINER)
+    rows = services.plans.prepare(job.spec.model_dump(mode="json")).rows
+    services.blobs.delete(rows)
+    services.blobs.delete(services.datasets.get(job.spec.dataset).digest)
+    assert supervisor.work()
+    failed = services.jobs.get(job.id)
+    assert failed.status is JobStatus.FAILED
+    assert failed.error is not None
+    assert failed.error.code == "blob_lost"
+
+
+def test_target_modules_that_match_nothing_fail_with_the_childs_reason(
+    services: Services, supervisor: Supervisor, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(dataset_jsonl())
+    dataset = services.datasets.create(path, "rows.jsonl", None, None, {})[0]
+    adapter = {"type": "lora", "target_modules": ["nowhere_proj"]}
+    job = services.jobs.submit({"dataset": dataset.id, "adapter": adapter})
+    assert supervisor.work()
+    failed = services.jobs.get(job.id)
+    assert failed.error is not None
+    assert failed.error.code == "target_modules"
+    assert failed.error.hint
+
+
+def test_an_owner_stopped_past_its_lease_changes_nothing_and_publishes_nothing(
+    services: Services, submit: Callable[..., Job], tmp_path: Path
+) -> None:
+    """The whole owner, child included, is held by SIGSTOP past its lease, and let go when an heir has finished."""
+    hasty = services.settings.model_copy(update={"lease_seconds": 1.0})
+    job = submit(**(TRAINER | {"train_steps": 30}))
+    owner = _start_owner(hasty.model_dump(mode="json", exclude_none=True), tmp_path)
+    until(lambda: updates(services, job) > 0)
+    group = [psutil.Process(owner), *psutil.Process(owner).children(recursive=True)]
+    for process in group:
+        process.suspend()
+    time.sleep(1.5)
+    heir = Supervisor(compose(hasty), "heir", ("gpu",))
+    assert heir.work()
+    before = services.jobs.get(job.id), services.jobs.events(job.id, 0, 1_000), services.adapters.page(None, 10)
+    assert before[0].status is JobStatus.SUCCEEDED
+    for process in group:
+        process.resume()
+    _pid, status = os.waitpid(owner, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    after = services.jobs.get(job.id), services.jobs.events(job.id, 0, 1_000), services.adapters.page(None, 10)
+    assert after == before
+    assert len(after[2][0]) == 1
+
+
+def _start_owner(settings: dict[str, object], tmp_path: Path) -> int:
+    """A process that runs one attempt and ends; its pid."""
+    code = (
+        "import json, sys\n"
+        "from app.composition import compose\nfrom app.settings import Settings\n"
+        "from worker.supervisor import Supervisor\n"
+        "Supervisor(compose(Settings(**json.load(open(sys.argv[1])))), 'owner', ('gpu',)).work()\n"
+    )
+    document = tmp_path / "settings.json"
+    document.write_text(json.dumps(settings))
+    return os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-c", code, str(document)])

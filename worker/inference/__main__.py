@@ -1,0 +1,27 @@
+"""`python -m worker.inference`: the front over what this deployment has published; it starts the engine itself."""
+
+import uvicorn
+
+from app.composition import compose
+from app.logs import configure_logs
+from app.settings import Settings
+from worker.inference.front import FrontSettings, create_front
+from worker.inference.resolver import PublishedResolver
+
+
+def main() -> None:
+    settings = Settings()
+    configure_logs(settings.log_format)
+    services = compose(settings)
+    front = create_front(PublishedResolver(services), FrontSettings(secret=settings.inference_secret))
+    uvicorn.run(
+        front,
+        host=settings.inference_host,
+        port=settings.inference_port,
+        log_level="warning",
+        access_log=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Which model answers: bases and the LoRA adapters over them, loaded on demand and dropped by LRU.
+
+One base holds all its adapters; at any moment one of them, or none, is active. Knows no requests.
+"""
+
+import gc
+import hashlib
+import json
+import warnings
+from collections import OrderedDict
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from worker.inference.bases import Base, ModelError, compute_device, compute_dtype, load_base
+from worker.inference.protocol import ServedModel
+from worker.inference.wire import EngineSettings
+
+# Their initialisers change the base's own weights, which all other adapters share.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
+
+
+UNKNOWN = ""  # adding or removing an adapter may change which ones PEFT has switched on
+
+
+class AdaptedBase:
+    """A base and its loaded adapters, least recently used first."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.peft: PeftModel | None = None
+        self.active: str | None = None
+        self.loaded: OrderedDict[str, str] = OrderedDict()
+
+    def activate(self, digest: str | None) -> None:
+        """Make the next forward answer as this adapter, or as the base for None."""
+        if digest is not None:
+            self.loaded.move_to_end(digest)
+        if self.peft is None or digest == self.active:
+            return
+        tuner: Any = self.peft.base_model
+        if digest is None:
+            tuner.disable_adapter_layers()
+        else:
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(self.loaded[digest], inference_mode=True)
+        self.active = digest
+
+    def load(self, digest: str, directory: Path, max_rank: int) -> None:
+        """Add an adapter from its PEFT directory. A bad one raises ModelError and leaves nothing behind."""
+        config = _read_config(digest, directory, max_rank)
+        weights = _read_weights(digest, directory)
+        name = "a" + hashlib.sha256(digest.encode()).hexdigest()[:24]  # PEFT allows no dots in names
+        try:
+            self._inject(name, config)
+            self._fill(name, weights)
+        except Exception as error:
+            self._forget(name)
+            raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
+        finally:
+            self.active = UNKNOWN
+        self.loaded[digest] = name
+
+    def drop(self, digest: str) -> None:
+        """Forget an adapter and give its memory back."""
+        self._forget(self.loaded.pop(digest))
+        self.active = UNKNOWN
+
+    def _inject(self, name: str, config: LoraConfig) -> None:
+        if self.peft is None:
+            with warnings.catch_warnings():
+                # PEFT asks transformers for a property by its old name
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+                self.peft = PeftModel(self.base.model, config, name, autocast_adapter_dtype=False)
+        else:
+            self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
+        self.peft.eval()  # freshly injected modules start in training mode, with dropout
+
+    def _fill(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+        assert self.peft is not None
+        result: Any = set_peft_model_state_dict(self.peft, weights, adapter_name=name)
+        missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
+        if missing or result.unexpected_keys:
+            surplus = len(result.unexpected_keys)
+            raise ModelError(f"{len(missing)} of its weights are missing, {surplus} are not in the base")
+        dtype = self.base.model.dtype
+        for key, parameter in self.peft.named_parameters():
+            if f".{name}." in key or key.endswith(f".{name}"):
+                parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(False)
+
+    def _forget(self, name: str) -> None:
+        if self.peft is not None and name in self.peft.peft_config:
+            self.peft.delete_adapter(name)
+        if self.peft is not None and not self.peft.peft_config:
+            # A wrapper without adapters cannot take new ones: unwrap, and wrap again on the next load.
+            tuner: Any = self.peft.base_model
+            tuner.unload()
+            self.peft = None
+
+
+class Models:
+    """All that is loaded. Not for several threads: the engine's model thread owns it."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self.device = compute_device(settings)
+        self.dtype = compute_dtype(settings, self.device)
+        self._bases: OrderedDict[str, AdaptedBase] = OrderedDict()
+
+    @property
+    def bases(self) -> int:
+        """How many bases are loaded."""
+        return len(self._bases)
+
+    @property
+    def adapters(self) -> int:
+        """How many adapters are loaded, over all bases."""
+        return sum(len(adapted.loaded) for adapted in self._bases.values())
+
+    def activate(self, served: ServedModel, in_use: Collection[ServedModel]) -> Base:
+        """Make `served` the model of the next forward, loading what is absent.
+
+        What `in_use` names is never dropped to make room. Raises ModelError.
+        """
+        adapted = self._adapted(served, in_use)
+        if served.adapter_path is None:
+            adapted.activate(None)
+            return adapted.base
+        if served.digest not in adapted.loaded:
+            self._make_room(adapted, {model.digest for model in in_use})
+            adapted.load(served.digest, Path(served.adapter_path), self._settings.max_rank)
+        adapted.activate(served.digest)
+        return adapted.base
+
+    def _adapted(self, served: ServedModel, in_use: Collection[ServedModel]) -> AdaptedBase:
+        if served.base_digest not in self._bases:
+            self._drop_bases({model.base_digest for model in in_use})
+            base = load_base(served, self.device, self.dtype)
+            self._bases[served.base_digest] = AdaptedBase(base)
+        self._bases.move_to_end(served.base_digest)
+        return self._bases[served.base_digest]
+
+    def _drop_bases(self, kept: set[str]) -> None:
+        idle = [digest for digest in self._bases if digest not in kept]
+        for digest in idle[: max(0, len(self._bases) - self._settings.max_bases + 1)]:
+            del self._bases[digest]
+            gc.collect()  # modules and their PEFT wrapper refer to each other
+
+    def _make_room(self, adapted: AdaptedBase, kept: set[str]) -> None:
+        idle = [digest for digest in adapted.loaded if digest not in kept]
+        for digest in idle[: max(0, len(adapted.loaded) - self._settings.max_adapters + 1)]:
+            adapted.drop(digest)
+
+
+def _read_config(digest: str, directory: Path, max_rank: int) -> LoraConfig:
+    try:
+        raw: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
+        kind = raw.get("peft_type")
+        config: Any = LoraConfig.from_pretrained(str(directory)) if kind == "LORA" else None
+    except Exception as error:
+        raise ModelError(f"adapter {digest} has no readable adapter_config.json") from error
+    if config is None:
+        raise ModelError(f"adapter {digest} is of type {kind}; this engine serves LORA")
+    initialiser = config.init_lora_weights
+    if isinstance(initialiser, str) and initialiser.lower().startswith(CHANGES_THE_BASE):
+        raise ModelError(f"adapter {digest} was initialised by {initialiser}: convert it to plain LoRA first")
+    rank = max([config.r, *config.rank_pattern.values()])
+    if rank > max_rank:
+        raise ModelError(f"adapter {digest} has rank {rank}; at most {max_rank} is served")
+    config.inference_mode = True
+    checked: LoraConfig = config
+    return checked
+
+
+def _read_weights(digest: str, directory: Path) -> dict[str, torch.Tensor]:
+    try:
+        weights = load_file(directory / "adapter_model.safetensors")
+    except Exception as error:
+        raise ModelError(f"adapter {digest} has no readable adapter_model.safetensors") from error
+    if bad := [key for key, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]:
+        raise ModelError(f"adapter {digest} holds NaN or infinite weights, first in {bad[0]}")
+    return weights
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(text.strip() for text in lines)[:300]

@@ -1,0 +1,152 @@
+"""A base model in memory: its weights as the function it is served as, its tokenizer, its limits.
+
+On a CPU a quantised base is served by its dequantised weights: the same function, faster. Knows no adapters
+and no requests.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from worker.inference.protocol import ServedModel
+from worker.inference.wire import EngineSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+
+
+class ModelError(Exception):
+    """A served model cannot be used as it is; the message says why, without paths."""
+
+
+class Quantization(BaseModel):
+    """How the weights of the linear layers are stored. `double` quantises the block scales too."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    bits: int
+    type: str = "nf4"
+    double: bool = True
+
+
+@dataclass(frozen=True)
+class Base:
+    """One served base. `vocabulary` is the width of the logits; `eos_ids` end an answer."""
+
+    digest: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    tokenizer_digest: str
+    eos_ids: tuple[int, ...]
+    vocabulary: int
+    context: int
+    layers: int
+
+
+def compute_device(settings: EngineSettings) -> torch.device:
+    """The device to serve on: what was asked for, else CUDA where there is one."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
+    """The precision by capability: bf16 where products run in it, else fp16 on CUDA and fp32 on a CPU."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def load_base(served: ServedModel, device: torch.device, dtype: torch.dtype) -> Base:
+    """Read a base from its directory. Raises ModelError when it cannot be served."""
+    directory = Path(served.base_path)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        model = _load_weights(directory, config, served.quantization, device, dtype)
+        text = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(text)
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = f"base model {served.base_digest} cannot be loaded: {type(error).__name__}"
+        raise ModelError(reason) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return Base(
+        digest=served.base_digest,
+        model=model,
+        tokenizer=tokenizer,
+        tokenizer_digest=hashlib.sha256(text.encode()).hexdigest(),
+        eos_ids=_eos_ids(model),
+        vocabulary=int(config.get_text_config().vocab_size),
+        context=_context(config.get_text_config(), served.base_digest),
+        layers=int(config.get_text_config().num_hidden_layers),
+    )
+
+
+def _load_weights(
+    directory: Path,
+    config: Any,
+    quantization: dict[str, Any] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    quantized = quantization is not None
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        device_map={"": device} if device.type == "cuda" else None,
+        quantization_config=_bitsandbytes(Quantization.model_validate(quantization), dtype) if quantized else None,
+    )
+    if quantized and device.type == "cpu":
+        # Before the first forward: in eval mode bitsandbytes repacks CPU weights, and then they no longer
+        # dequantise to the values that training saw.
+        model = model.dequantize(dtype=dtype)
+    model.eval()
+    loaded: PreTrainedModel = model.requires_grad_(False)
+    return loaded
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization.bits != 4:
+        raise ModelError(f"a {quantization.bits}-bit base is not served yet; 4-bit and unquantised ones are")
+    untyped: Any = BitsAndBytesConfig
+    config: BitsAndBytesConfig = untyped(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return config
+
+
+def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    found: list[int] = []
+    for source in (generation, model.config.get_text_config()):
+        value: int | Sequence[int] | None = getattr(source, "eos_token_id", None)
+        found += [] if value is None else [value] if isinstance(value, int) else list(value)
+    return tuple(dict.fromkeys(found))
+
+
+def _context(config: Any, digest: str) -> int:
+    """The longest sequence for which one causal mask is right in every layer."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= ATTENTION_KINDS:
+        raise ModelError(f"base model {digest} has layers without a key-value cache; it cannot be served")
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
+    return min((int(limit) for limit in limits if limit), default=2**31)

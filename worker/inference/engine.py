@@ -1,0 +1,111 @@
+"""The engine: a process that owns the models, and speaks JSON lines with the front on stdin and stdout.
+
+It lives as long as its stdin: when that closes, however the front died, a watcher thread ends the process.
+Run it as `python -m worker.inference.engine`. Knows no HTTP and nothing of the application.
+"""
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from typing import Any, BinaryIO
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from worker.inference.adapters import Models
+from worker.inference.scheduler import Scheduler
+from worker.inference.wire import (
+    Cancel,
+    Configure,
+    EngineSettings,
+    Generate,
+    Ready,
+    Stats,
+    ToEngine,
+    ToFront,
+    line,
+    to_engine,
+)
+
+STATS_EVERY = 0.2  # seconds, while busy; and at once when work runs out
+
+Inbox = queue.SimpleQueue[ToEngine]
+
+
+class Mouth:
+    """The way out: one JSON line a message. What libraries print goes to stderr instead."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(self, message: ToFront) -> None:
+        """Send one message."""
+        self._out.write(line(message))
+        self._out.flush()
+
+
+def listen(source: BinaryIO, inbox: Inbox) -> None:
+    """Pass the front's lines on; end the process when there are no more."""
+    try:
+        for raw in source:
+            inbox.put(to_engine(raw))
+    finally:
+        os._exit(0)  # not sys.exit: the model thread may be deep in a forward
+
+
+def serve(inbox: Inbox, scheduler: Scheduler, mouth: Mouth) -> None:
+    """Work for ever: take messages in between turns, and report what happened."""
+    told, at = Stats(), 0.0
+    while True:
+        take_in(inbox, scheduler)
+        if scheduler.busy:
+            scheduler.turn()
+        if not scheduler.busy or time.monotonic() - at > STATS_EVERY:
+            stats, at = scheduler.stats, time.monotonic()
+            if stats != told:
+                mouth.say(stats)
+                told = stats
+
+
+def take_in(inbox: Inbox, scheduler: Scheduler) -> None:
+    """Hand over every message that is there; wait for one when there is nothing else to do."""
+    while not scheduler.busy or not inbox.empty():
+        message = inbox.get()
+        if isinstance(message, Generate):
+            scheduler.add(message)
+        elif isinstance(message, Cancel):
+            scheduler.cancel(message.id)
+            if not scheduler.busy:
+                return
+
+
+def configure(inbox: Inbox) -> EngineSettings:
+    """The front's first message."""
+    first = inbox.get()
+    if not isinstance(first, Configure):
+        raise SystemExit("the first line must be a configure message")
+    if first.settings.threads:
+        torch.set_num_threads(first.settings.threads)
+    return first.settings
+
+
+def main() -> None:
+    """The process: listen, load nothing yet, say ready, serve."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="engine: %(levelname)s %(message)s")
+    untyped: Any = transformers_logging
+    untyped.disable_progress_bar()
+    mouth, inbox = Mouth(), Inbox()
+    threading.Thread(target=listen, args=(sys.stdin.buffer, inbox), name="listener", daemon=True).start()
+    settings = configure(inbox)
+    models = Models(settings)
+    dtype = str(models.dtype).removeprefix("torch.")
+    mouth.say(Ready(pid=os.getpid(), device=str(models.device), dtype=dtype))
+    serve(inbox, Scheduler(models, settings, mouth.say), mouth)
+
+
+if __name__ == "__main__":
+    main()

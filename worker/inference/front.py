@@ -1,0 +1,254 @@
+"""The front: the completions protocol over HTTP, in front of one engine process.
+
+It bounds the queue, turns digests into models, says 503 while the engine is away and 429 when too many wait.
+It loads no torch and knows no tensors.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import math
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import Field, SecretStr, ValidationError
+from starlette.exceptions import HTTPException
+
+from worker.inference.exchange import Exchange, Refused
+from worker.inference.link import EngineAway, EngineLink
+from worker.inference.metrics import Metrics
+from worker.inference.protocol import CompletionRequest, Frozen, ServedModel
+from worker.inference.wire import EngineSettings
+
+REMEMBERED = 4_096  # digests whose model is not asked for again
+
+
+class UnknownModel(Exception):
+    """No adapter and no served base has this digest."""
+
+
+class Resolver(Protocol):
+    """Turns a digest into what the engine loads. Called in a thread; answers are remembered."""
+
+    def resolve(self, digest: str) -> ServedModel:
+        """The model, or UnknownModel."""
+        ...
+
+
+class StaticResolver:
+    """A fixed table of models: for one machine without an application, and for tests."""
+
+    def __init__(self, models: dict[str, ServedModel]) -> None:
+        self._models = models
+
+    def resolve(self, digest: str) -> ServedModel:
+        """The model, or UnknownModel."""
+        if digest not in self._models:
+            raise UnknownModel(digest)
+        return self._models[digest]
+
+
+class FrontSettings(Frozen):
+    """What a front is told. `secret` guards `/v1`; `max_in_flight` counts answers, decoding and waiting."""
+
+    secret: SecretStr | None = None
+    max_in_flight: int = Field(256, ge=1)
+    max_body: int = Field(8 * 1024**2, ge=1)
+    engine: EngineSettings = EngineSettings()
+
+
+class Front:
+    """The state behind the routes: one engine, the models it was asked for, the numbers."""
+
+    def __init__(self, resolver: Resolver, settings: FrontSettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.link = EngineLink(settings.engine, self.metrics.take)
+        self.resolved: OrderedDict[str, ServedModel] = OrderedDict()
+        self._resolver = resolver
+        self._typical_seconds = 1.0
+
+    def authorize(self, request: Request) -> None:
+        """Raise Refused unless the request carries the secret, where there is one."""
+        if self.settings.secret is None:
+            return
+        expected = f"Bearer {self.settings.secret.get_secret_value()}".encode()
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(given, expected):
+            raise Refused(401, "the bearer secret is missing or wrong")
+
+    async def complete(self, request: Request) -> Response:
+        """Answer one completions request."""
+        body = _parse(await self._body(request))
+        self._check_room(len(body.prompts()))
+        served = await self._resolve(body.model)
+        exchange = Exchange(self.link, self.metrics, body, served)
+        try:
+            exchange.open()
+            if body.stream:
+                return await self._stream(exchange)
+            return await self._whole(exchange, request)
+        except Refused as refused:
+            if refused.param == "model":
+                self.resolved.pop(body.model, None)  # it may have been published anew, or be gone
+            raise self._with_hint(refused) from None
+        except EngineAway as away:
+            raise Refused(503, str(away), retry_after=away.retry_after) from None
+
+    async def _whole(self, exchange: Exchange, request: Request) -> Response:
+        answer = asyncio.ensure_future(exchange.whole())
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                return Response(status_code=499)  # nobody reads it
+            completion = answer.result()
+            self._typical_seconds += 0.2 * (exchange.seconds - self._typical_seconds)
+            return Response(completion.model_dump_json(), media_type="application/json")
+        finally:
+            answer.cancel()
+            gone.cancel()
+            exchange.close()
+
+    async def _stream(self, exchange: Exchange) -> Response:
+        events = exchange.events()
+        try:
+            first = await anext(events)  # so that a refusal still has a status of its own
+        except BaseException:
+            exchange.close()
+            raise
+        return StreamingResponse(_chain(first, events, exchange), media_type="text/event-stream")
+
+    async def _resolve(self, digest: str) -> ServedModel:
+        if digest not in self.resolved:
+            try:
+                self.resolved[digest] = await asyncio.to_thread(self._resolver.resolve, digest)
+            except UnknownModel:
+                raise Refused(404, f"The model `{digest}` does not exist.", "model") from None
+            if len(self.resolved) > REMEMBERED:
+                self.resolved.popitem(last=False)
+        return self.resolved[digest]
+
+    async def _body(self, request: Request) -> bytes:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self.settings.max_body:
+                raise Refused(413, f"the request is larger than {self.settings.max_body} bytes")
+        return bytes(body)
+
+    def _check_room(self, wanted: int) -> None:
+        if not self.link.ready:
+            raise Refused(503, str(EngineAway(0)), retry_after=self.link.retry_after)
+        if self.link.in_flight + wanted > self.settings.max_in_flight:
+            rounds = self.link.in_flight / self.settings.engine.max_batch
+            wait = max(1, math.ceil(self._typical_seconds * rounds))
+            raise Refused(429, f"{self.link.in_flight} requests are in flight already", retry_after=wait)
+
+    def _with_hint(self, refused: Refused) -> Refused:
+        if refused.status == 503 and refused.retry_after is None:
+            refused.retry_after = self.link.retry_after
+        return refused
+
+
+def create_front(resolver: Resolver, settings: FrontSettings | None = None) -> FastAPI:
+    """The inference service; its lifespan starts the engine and ends it."""
+    front = Front(resolver, settings or FrontSettings())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(front.link.run())
+        yield
+        await front.link.stop()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    app = FastAPI(title="Veritune inference", lifespan=lifespan, openapi_url=None)
+    app.state.front = front
+    _add_errors(app, front)
+    _add_routes(app, front)
+    return app
+
+
+def _add_routes(app: FastAPI, front: Front) -> None:
+    guarded = [Depends(front.authorize)]
+
+    @app.post("/v1/completions", dependencies=guarded)
+    async def completions(request: Request) -> Response:
+        return await front.complete(request)
+
+    @app.get("/v1/models", dependencies=guarded)
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_card(model) for model in front.resolved.values()]})
+
+    @app.get("/health")
+    async def health() -> Response:
+        if front.link.ready:
+            return Response(status_code=200)
+        raise Refused(503, "the inference engine is not ready", retry_after=front.link.retry_after)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        front.metrics.engine_up.set(front.link.ready)
+        front.metrics.engine_starts.set(front.link.starts)
+        return Response(front.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_errors(app: FastAPI, front: Front) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        front.metrics.refused.labels(str(error.status)).inc()
+        return _error(error)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _error(Refused(error.status_code, str(error.detail)), error.headers)
+
+
+def _error(error: Refused, headers: Mapping[str, str] | None = None) -> Response:
+    waiting = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse(error.body(), error.status, {**(headers or {}), **waiting})
+
+
+def _card(model: ServedModel) -> dict[str, object]:
+    return {
+        "id": model.digest,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "veritune",
+        "root": model.digest,
+        "parent": model.base_digest if model.adapter_path else None,
+        "max_model_len": model.max_model_len,
+    }
+
+
+def _parse(body: bytes) -> CompletionRequest:
+    try:
+        return CompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        param = str(first["loc"][0]) if first["loc"] else None
+        message = first["msg"].removeprefix("Value error, ")
+        raise Refused(400, f"{place}: {message}" if place else message, param) from None
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes], exchange: Exchange) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        exchange.close()

@@ -1,0 +1,209 @@
+"""The front's hold on its engine: start it, restart it with back-off, pass lines both ways, end it.
+
+An answer's messages go to the listener that was given with the request. Knows no HTTP and no torch.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+import worker
+from worker.inference.wire import (
+    Cancel,
+    Configure,
+    EngineSettings,
+    Failed,
+    Finished,
+    Generate,
+    Ready,
+    Stats,
+    ToEngine,
+    ToFront,
+    line,
+    to_front,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_LINE = 64 * 1024**2
+START_SECONDS = 10.0  # about what an engine takes to be ready; refined by the last start
+FIRST_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
+GRACE = 5.0  # seconds an engine has to end by itself once its stdin is closed
+
+Listener = Callable[[ToFront], None]
+
+
+class EngineAway(Exception):
+    """No engine is ready; `retry_after` is in seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the inference engine is starting; try again soon")
+        self.retry_after = retry_after
+
+
+class EngineLink:
+    """One engine at a time, over and over, until stopped. Lives on one event loop."""
+
+    def __init__(self, settings: EngineSettings, on_stats: Callable[[Stats], None]) -> None:
+        self._settings = settings
+        self._on_stats = on_stats
+        self._listeners: dict[str, Listener] = {}
+        self._process: Process | None = None
+        self._ready = self._stopping = False
+        self._expected_at = time.monotonic() + START_SECONDS
+        self._start_seconds = START_SECONDS
+        self.starts = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._ready
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id, while there is one."""
+        return self._process.pid if self._process else None
+
+    @property
+    def in_flight(self) -> int:
+        """How many answers are awaited."""
+        return len(self._listeners)
+
+    @property
+    def retry_after(self) -> int:
+        """Whole seconds until an engine should be ready."""
+        return max(1, math.ceil(self._expected_at - time.monotonic()))
+
+    def submit(self, request: Generate, listener: Listener) -> None:
+        """Ask for an answer; `listener` gets its messages, the last one Finished or Failed.
+
+        Raises EngineAway. An engine that dies on the way is a Failed with status 503.
+        """
+        if not self._ready:
+            raise EngineAway(self.retry_after)
+        self._listeners[request.id] = listener
+        self._tell(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop working on an answer; unknown and finished ones are fine."""
+        if self._listeners.pop(request_id, None) is not None:
+            self._tell(Cancel(id=request_id))
+
+    async def run(self) -> None:
+        """Keep an engine alive until `stop`."""
+        failures = 0
+        while not self._stopping:
+            began = time.monotonic()
+            try:
+                await self._one_life()
+            except OSError as error:
+                log.error("the engine could not be started: %s", error)
+            if self._stopping:
+                return
+            failures = 0 if time.monotonic() - began > HEALTHY_AFTER else failures + 1
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** max(0, failures - 1))
+            log.warning("the engine ended; starting another in %.1f s", pause)
+            self._expected_at = time.monotonic() + pause + self._start_seconds
+            await asyncio.sleep(pause)
+
+    async def stop(self) -> None:
+        """End the engine: close its stdin, then kill what is left of its group."""
+        self._stopping = True
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        process.stdin.close()
+        try:  # one that is still starting does not listen yet, and holds nothing
+            await asyncio.wait_for(process.wait(), GRACE if self._ready else 0)
+        except TimeoutError:
+            _kill_group(process.pid)
+
+    async def _one_life(self) -> None:
+        began = time.monotonic()
+        self._expected_at = began + self._start_seconds
+        process = await _start_process()
+        self._process = process
+        self.starts += 1
+        try:
+            self._tell(Configure(settings=self._settings))
+            assert process.stdout is not None
+            while raw := await process.stdout.readline():
+                self._take(raw, began)
+        except ValueError:
+            log.exception("the engine said what cannot be read")
+        finally:
+            self._ready = False
+            _kill_group(process.pid)
+            await process.wait()
+            self._process = None
+            self._on_stats(Stats())
+            self._fail_all()
+
+    def _take(self, raw: bytes, began: float) -> None:
+        try:
+            message = to_front(raw)
+        except ValidationError:
+            log.error("the engine said what is no message: %r", raw[:200])
+            return
+        if isinstance(message, Ready):
+            self._ready = True
+            self._start_seconds = time.monotonic() - began
+            log.info("engine %d is ready on %s in %s", message.pid, message.device, message.dtype)
+        elif isinstance(message, Stats):
+            self._on_stats(message)
+        else:
+            ends = isinstance(message, Finished | Failed)
+            listener = self._listeners.pop(message.id, None) if ends else self._listeners.get(message.id)
+            if listener is not None:
+                listener(message)
+
+    def _fail_all(self) -> None:
+        listeners, self._listeners = self._listeners, {}
+        for request_id, listener in listeners.items():
+            listener(Failed(id=request_id, status=503, message="the inference engine died; try again soon"))
+
+    def _tell(self, message: ToEngine) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # its end is noticed on stdout
+                self._process.stdin.write(line(message))
+
+
+async def _start_process() -> Process:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([_root(), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Threads that spin while they wait make a step a hundred times slower where training shares the cores.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "worker.inference.engine",
+        stdin=PIPE,
+        stdout=PIPE,
+        limit=MAX_LINE,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def _root() -> str:
+    """The folder from which `worker` is imported here, so that the engine imports the same one."""
+    return str(Path(worker.__path__[0]).resolve().parent)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)

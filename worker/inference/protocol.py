@@ -1,0 +1,202 @@
+"""The words of inference outwards: the OpenAI completions protocol, and the model that a digest stands for.
+
+Names and shapes are those of vLLM's `/v1/completions`, so one client serves both. Knows no HTTP, no tensors
+and no processes; the words between front and engine are in `wire`.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_LOGPROBS = 20
+MAX_PROMPTS = 64
+MAX_REGEX = 4_096
+MAX_CHOICES = 1_000
+MAX_GRAMMAR = 65_536
+MAX_STOPS = 32
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=1_024)]
+Finish = Literal["stop", "length"]
+
+
+class Frozen(BaseModel):
+    """A value: immutable, and nothing in it goes unread."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServedModel(Frozen):
+    """What a digest stands for: a base model on disk, how it is quantised, and perhaps an adapter over it.
+
+    `quantization` is None or `{"bits": 4, "type": "nf4" | "fp4", "double": bool}`; paths are directories of
+    this machine; `max_model_len` counts prompt and answer tokens together.
+    """
+
+    digest: str
+    base_digest: str
+    base_path: str
+    quantization: dict[str, Any] | None = None
+    adapter_path: str | None = None
+    max_model_len: int = Field(gt=0)
+
+
+class StructuredOutputs(Frozen):
+    """A grammar the answer must follow: exactly one of a regular expression, choices, or a JSON schema."""
+
+    regex: str | None = Field(None, min_length=1, max_length=MAX_REGEX)
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    json_schema: str | dict[str, Any] | None = Field(None, alias="json")
+
+    @model_validator(mode="after")
+    def _one_bounded_grammar(self) -> "StructuredOutputs":
+        kinds = [self.regex, self.choice, self.json_schema]
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ValueError("give exactly one of 'regex', 'choice' and 'json'")
+        size = len(self.text())
+        if size > MAX_GRAMMAR:
+            raise ValueError(f"the grammar has {size} characters; at most {MAX_GRAMMAR} are accepted")
+        return self
+
+    @property
+    def kind(self) -> Literal["regex", "choice", "json"]:
+        """Which of the three was given."""
+        if self.regex is not None:
+            return "regex"
+        return "choice" if self.choice is not None else "json"
+
+    def text(self) -> str:
+        """The grammar as one string; equal grammars give equal strings."""
+        given = self.regex or self.choice or self.json_schema
+        return given if isinstance(given, str) else json.dumps(given, sort_keys=True)
+
+
+class Sampling(Frozen):
+    """How the answer is chosen and when it ends. Defaults are OpenAI's: temperature 1, 16 tokens."""
+
+    max_tokens: int = Field(16, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: list[Stop] = Field(default=[], max_length=MAX_STOPS)
+    stop_token_ids: list[TokenId] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
+    structured_outputs: StructuredOutputs | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _min_within_max(self) -> "Sampling":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
+        return self
+
+
+class StreamOptions(Frozen):
+    """What a stream carries besides the answer."""
+
+    include_usage: bool = False
+
+
+Prompt = str | list[TokenId]
+
+
+class CompletionRequest(Sampling):
+    """The body of `POST /v1/completions`. `model` is a digest; `n` is 1 and `echo` false."""
+
+    model: str = Field(min_length=1, max_length=256)
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    n: Literal[1] = 1
+    echo: Literal[False] = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _prompts_and_stream(self) -> "CompletionRequest":
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options is only defined when stream is true")
+        prompts = self.prompts()
+        if not prompts or not all(prompts):
+            raise ValueError("prompt is empty")
+        if len(prompts) > MAX_PROMPTS:
+            raise ValueError(f"{len(prompts)} prompts in one request; at most {MAX_PROMPTS} are accepted")
+        return self
+
+    def prompts(self) -> list[Prompt]:
+        """One item for each answer wanted."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return (
+            [[int(item) for item in self.prompt if isinstance(item, int)]]
+            if (not self.prompt or isinstance(self.prompt[0], int))
+            else [item for item in self.prompt if not isinstance(item, int)]
+        )
+
+    def sampling(self) -> Sampling:
+        """The part of the request that the engine reads."""
+        return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields})
+
+
+class CompletionLogProbs(BaseModel):
+    """Log-probabilities of the distribution that was sampled from, in OpenAI's legacy layout."""
+
+    text_offset: list[int] = []
+    token_logprobs: list[float] = []
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, float]] = []
+
+
+class Choice(BaseModel):
+    """One answer, or one piece of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogProbs | None = None
+    finish_reason: Finish | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class PromptTokensDetails(BaseModel):
+    """How many prompt tokens came out of the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Token counts over all answers of a request."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Completion(BaseModel):
+    """The answer of `/v1/completions`; in a stream, one event of it (`usage` then only in the last)."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None

@@ -1,0 +1,67 @@
+"""Digest → what the engine loads, from what the application has published. Asked on demand; nobody pushes."""
+
+from typing import Any
+
+from app.composition import Services
+from app.domain.errors import NotFoundError
+from app.domain.specs import Quantization
+from worker.bases import ensure_base
+from worker.inference.front import UnknownModel
+from worker.inference.protocol import ServedModel
+
+SERVED: tuple[Quantization | None, ...] = (
+    Quantization(),
+    None,
+    Quantization(double_quant=False),
+    Quantization(quant_type="fp4"),
+    Quantization(quant_type="fp4", double_quant=False),
+)
+"""The quantisations at which a base may be asked for."""
+
+
+class PublishedResolver:
+    """Looks an adapter up by its digest, then the served bases; files are brought to this host as needed."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def resolve(self, digest: str) -> ServedModel:
+        """Raises UnknownModel."""
+        return self._adapter(digest) or self._base(digest)
+
+    def _adapter(self, digest: str) -> ServedModel | None:
+        try:
+            row = self._services.adapters.by_digest(digest)
+        except NotFoundError:
+            return None
+        manifest = row.manifest
+        held = manifest["quantization"]
+        quantization = Quantization.model_validate(held) if held else None
+        directory = self._services.adapters.on_disk(digest)
+        return self._served(digest, manifest["base"]["digest"], quantization, str(directory))
+
+    def _base(self, digest: str) -> ServedModel:
+        for view in self._services.base_models.all():
+            row = self._services.base_models.get(view.name)
+            for quantization in SERVED:
+                if self._services.base_models.served_digest(row, quantization) == digest:
+                    return self._served(digest, row.digest, quantization, None)
+        raise UnknownModel(digest)
+
+    def _served(self, digest: str, base: str, quantization: Quantization | None, adapter: str | None) -> ServedModel:
+        row = self._services.base_models.by_digest(base)
+        described = self._services.base_models.describe(row)
+        return ServedModel(
+            digest=digest,
+            base_digest=self._services.base_models.served_digest(row, quantization),
+            base_path=str(ensure_base(described, self._services.settings.cache_path)),
+            quantization=_engine_words(quantization),
+            adapter_path=adapter,
+            max_model_len=described.context_length,
+        )
+
+
+def _engine_words(quantization: Quantization | None) -> dict[str, Any] | None:
+    if quantization is None:
+        return None
+    return {"bits": quantization.bits, "type": quantization.quant_type, "double": quantization.double_quant}

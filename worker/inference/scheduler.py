@@ -1,0 +1,217 @@
+"""Who decodes next: requests grouped by served model, joining and leaving between decode steps.
+
+One model is active at a time, so each group decodes together and groups take turns; slots are shared between
+groups, so nobody starves. Knows no processes and no HTTP.
+"""
+
+import logging
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+
+from worker.inference.adapters import Models
+from worker.inference.bases import Base, ModelError
+from worker.inference.constraints import Grammars
+from worker.inference.kv import KeyValues
+from worker.inference.prefix_cache import PrefixCache
+from worker.inference.protocol import ServedModel
+from worker.inference.sequence import RequestError, Sequence
+from worker.inference.wire import EngineSettings, Failed, Generate, Stats, ToFront
+
+log = logging.getLogger(__name__)
+
+
+class Group:
+    """The requests of one served model. `live` sequences and the rows of `store` are in the same order."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
+        self.key = (served.digest, served.base_digest)
+        self.waiting: deque[Generate] = deque()
+        self.live: list[Sequence] = []
+        self.store: KeyValues | None = None
+        self.steps = 0
+
+
+class Scheduler:
+    """Owns the models and the caches. Call `turn` while `busy`; everything else is cheap."""
+
+    def __init__(self, models: Models, settings: EngineSettings, send: Callable[[ToFront], None]) -> None:
+        self._models = models
+        self._settings = settings
+        self._send = send
+        self._groups: OrderedDict[tuple[str, str], Group] = OrderedDict()
+        self._grammars = Grammars(settings.max_grammars)
+        self._prefixes = PrefixCache(settings.prefix_cache_bytes)
+        self._position_bytes: dict[str, int] = {}
+        self._counts: defaultdict[str, int] = defaultdict(int)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn would do anything."""
+        return bool(self._groups)
+
+    @property
+    def stats(self) -> Stats:
+        """Gauges now, and counters since the start."""
+        return Stats(
+            running=self._running,
+            waiting=sum(len(group.waiting) for group in self._groups.values()),
+            adapters=self._models.adapters,
+            bases=self._models.bases,
+            prefix_cache_bytes=self._prefixes.size,
+            **self._counts,
+        )
+
+    def add(self, request: Generate) -> None:
+        """Queue a request behind those of the same served model."""
+        key = (request.model.digest, request.model.base_digest)
+        group = self._groups.setdefault(key, Group(request.model))
+        group.waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, wherever it is; its slot is free at once."""
+        for group in list(self._groups.values()):
+            group.waiting = deque(request for request in group.waiting if request.id != request_id)
+            for row, sequence in enumerate(group.live):
+                if sequence.id == request_id:
+                    self._leave(group, row)
+                    break
+            self._dismiss_if_idle(group)
+
+    def turn(self) -> None:
+        """One unit of work: admit one request (its prefill) or decode one step of a group."""
+        group = next(self._runnable())
+        group.steps += 1
+        try:
+            base = self._models.activate(group.served, [one.served for one in self._in_use()])
+            if self._may_admit(group):
+                self._admit(group, base)
+            else:
+                self._decode(group, base)
+        except ModelError as error:
+            self._fail_group(group, 422, str(error), "model")
+        except Exception as error:
+            log.exception("a turn of %s failed", group.served.digest)
+            self._fail_group(group, 500, f"the engine failed on this batch: {type(error).__name__}")
+        self._pass_on(group)
+
+    @property
+    def _running(self) -> int:
+        return sum(len(group.live) for group in self._groups.values())
+
+    def _runnable(self) -> Iterator[Group]:
+        return (group for group in self._groups.values() if group.live or self._may_admit(group))
+
+    def _in_use(self) -> list[Group]:
+        return [group for group in self._groups.values() if group.live]
+
+    def _pass_on(self, group: Group) -> None:
+        self._dismiss_if_idle(group)
+        if group.key in self._groups and group.steps >= self._settings.slice_steps:
+            group.steps = 0
+            self._groups.move_to_end(group.key)
+
+    def _dismiss_if_idle(self, group: Group) -> None:
+        if not group.live and not group.waiting:
+            self._groups.pop(group.key, None)
+
+    def _may_admit(self, group: Group) -> bool:
+        if not group.waiting or self._running >= self._settings.max_batch:
+            return False
+        others_wait = any(other.waiting for other in self._groups.values() if other is not group)
+        share = max(1, self._settings.max_batch // len(self._groups))
+        if others_wait and len(group.live) >= share:
+            return False
+        return self._running == 0 or self._fits(group)
+
+    def _fits(self, group: Group) -> bool:
+        """Whether the stores stay within their budget when the group's next request joins."""
+        request = group.waiting[0]
+        store = group.store or KeyValues(0)
+        rows, capacity = store.sizes_with(len(group.live) + 1, len(request.prompt) + request.sampling.max_tokens)
+        wanted = rows * capacity * self._position_bytes.get(group.served.base_digest, 0)
+        others = sum(
+            other.store.rows * other.store.capacity * self._position_bytes[other.served.base_digest]
+            for other in self._groups.values()
+            if other is not group and other.store is not None
+        )
+        return wanted + others <= self._settings.kv_bytes
+
+    def _admit(self, group: Group, base: Base) -> None:
+        request = group.waiting.popleft()
+        try:
+            sequence = Sequence(request, base, self._grammars)
+            self._prefill(group, base, sequence)
+        except RequestError as error:
+            self._fail(request.id, error.status, error.message, error.param)
+        except Exception as error:
+            log.exception("the prefill of a request to %s failed", group.served.digest)
+            self._fail(request.id, 500, f"the engine failed on this request: {type(error).__name__}")
+
+    def _prefill(self, group: Group, base: Base, sequence: Sequence) -> None:
+        group.store = group.store or KeyValues(base.layers)
+        row, ids = len(group.live), sequence.prompt
+        group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
+        match = self._prefixes.find(group.key, ids)
+        if match:
+            sequence.cached = min(match.length, len(ids) - 1)  # the last token must be read for its logits
+            group.store.restore(row, match.snapshot, sequence.cached)
+        logits = group.store.prefill(base.model, row, ids, sequence.cached)
+        sequence.length = len(ids)
+        self._position_bytes[group.served.base_digest] = group.store.position_bytes
+        self._count(prefills=1, prompt_tokens=len(ids), prefix_queries=len(ids), prefix_hits=sequence.cached)
+        sequence.advance(logits)
+        group.live.append(sequence)
+        self._count(generation_tokens=1)
+        self._report(group, row)
+
+    def _decode(self, group: Group, base: Base) -> None:
+        assert group.store is not None
+        tokens = [sequence.tokens[-1] for sequence in group.live]
+        logits = group.store.decode(base.model, tokens, [sequence.length for sequence in group.live])
+        self._count(decode_steps=1, generation_tokens=len(tokens))
+        for row in reversed(range(len(tokens))):  # backwards: whoever leaves is replaced by one already seen
+            sequence = group.live[row]
+            sequence.length += 1
+            try:
+                sequence.advance(logits[row])
+            except RequestError as error:
+                self._fail(sequence.id, error.status, error.message, error.param)
+                self._leave(group, row)
+            else:
+                self._report(group, row)
+
+    def _report(self, group: Group, row: int) -> None:
+        sequence = group.live[row]
+        if sequence.finish is not None:
+            self._send(sequence.finished())
+            self._remember(group, row)
+            self._leave(group, row)
+        elif sequence.stream:
+            self._send(sequence.piece())
+
+    def _remember(self, group: Group, row: int) -> None:
+        sequence = group.live[row]
+        read = sequence.tokens[: sequence.length]
+        if group.store is not None and self._prefixes.worth_keeping(group.key, read):
+            self._prefixes.keep(group.key, read, group.store.snapshot(row, len(read)))
+
+    def _leave(self, group: Group, row: int) -> None:
+        last = group.live.pop()
+        if row < len(group.live):
+            assert group.store is not None
+            group.store.move(len(group.live), row, last.length)
+            group.live[row] = last
+
+    def _fail_group(self, group: Group, status: int, message: str, param: str | None = None) -> None:
+        for request_id in [*(s.id for s in group.live), *(request.id for request in group.waiting)]:
+            self._fail(request_id, status, message, param)
+        group.live.clear()
+        group.waiting.clear()
+
+    def _fail(self, request_id: str, status: int, message: str, param: str | None = None) -> None:
+        self._send(Failed(id=request_id, status=status, message=message, param=param))
+
+    def _count(self, **more: int) -> None:
+        for name, value in more.items():
+            self._counts[name] += value

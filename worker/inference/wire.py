@@ -1,0 +1,153 @@
+"""The words between the front and its engine: one JSON line a message, on the engine's stdin and stdout.
+
+Knows no pipes: `link` and `engine` hold the two ends.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from worker.inference.protocol import Finish, Frozen, Prompt, Sampling, ServedModel
+
+
+class TopToken(Frozen):
+    """One candidate at one position: its id, natural log-probability and text."""
+
+    id: int
+    logprob: float
+    text: str
+
+
+class TokenLogprobs(Frozen):
+    """One position of the answer: the chosen token and the candidates, most probable first."""
+
+    chosen: TopToken
+    top: list[TopToken]
+
+
+class EngineSettings(Frozen):
+    """What the front tells a fresh engine. Bytes are bytes; counts are sequences, adapters and bases."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    max_batch: int = Field(16, ge=1, le=256)
+    slice_steps: int = Field(16, ge=1)
+    kv_bytes: int = Field(2 * 1024**3, ge=1)
+    prefix_cache_bytes: int = Field(512 * 1024**2, ge=0)
+    max_adapters: int = Field(64, ge=1)
+    max_bases: int = Field(2, ge=1)
+    max_rank: int = Field(256, ge=1)
+    max_grammars: int = Field(256, ge=1)
+
+
+class Configure(Frozen):
+    """Front to engine, once and first."""
+
+    op: Literal["configure"] = "configure"
+    settings: EngineSettings
+
+
+class Generate(Frozen):
+    """Front to engine: one answer is wanted. With `stream`, pieces are sent as they come."""
+
+    op: Literal["generate"] = "generate"
+    id: str
+    model: ServedModel
+    prompt: Prompt
+    sampling: Sampling
+    stream: bool = False
+
+
+class Cancel(Frozen):
+    """Front to engine: nobody waits for this answer any more."""
+
+    op: Literal["cancel"] = "cancel"
+    id: str
+
+
+class Ready(Frozen):
+    """Engine to front, once: requests may come."""
+
+    event: Literal["ready"] = "ready"
+    pid: int
+    device: str
+    dtype: str
+
+
+class Piece(Frozen):
+    """Engine to front: tokens of a streamed answer since the last piece, and the text that is settled.
+
+    The first piece carries the prompt's ids, later ones an empty list.
+    """
+
+    event: Literal["piece"] = "piece"
+    id: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_token_ids: list[int]
+
+
+class Finished(Frozen):
+    """Engine to front: the rest of the answer (all of it, unless pieces were sent) and why it ended."""
+
+    event: Literal["finished"] = "finished"
+    id: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: Finish
+    stop_reason: int | str | None = None
+    prompt_token_ids: list[int]
+    cached_tokens: int
+    completion_tokens: int
+
+
+class Failed(Frozen):
+    """Engine to front: this request has no answer. `status` is the HTTP status that says so."""
+
+    event: Literal["failed"] = "failed"
+    id: str
+    status: int
+    message: str
+    param: str | None = None
+
+
+class Stats(Frozen):
+    """Engine to front: gauges, and counters since the engine started."""
+
+    event: Literal["stats"] = "stats"
+    running: int = 0
+    waiting: int = 0
+    adapters: int = 0
+    bases: int = 0
+    prefix_cache_bytes: int = 0
+    prefills: int = 0
+    decode_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+ToEngine = Configure | Generate | Cancel
+ToFront = Ready | Piece | Finished | Failed | Stats
+
+_TO_ENGINE: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="op")])
+_TO_FRONT: TypeAdapter[ToFront] = TypeAdapter(Annotated[ToFront, Field(discriminator="event")])
+
+
+def line(message: ToEngine | ToFront) -> bytes:
+    """A message as one line of JSON."""
+    return message.model_dump_json(by_alias=True, exclude_defaults=False).encode() + b"\n"
+
+
+def to_engine(raw: bytes) -> ToEngine:
+    """Read a line that the front wrote. Raises pydantic's ValidationError."""
+    return _TO_ENGINE.validate_json(raw)
+
+
+def to_front(raw: bytes) -> ToFront:
+    """Read a line that the engine wrote. Raises pydantic's ValidationError."""
+    return _TO_FRONT.validate_json(raw)

@@ -1,0 +1,113 @@
+"""`python -m worker.models fetch | add | ensure`: one JSON line on stdout, progress on stderr.
+
+The line is a `BaseModelDescription`, or `{"error": {code, message, hint}}` with exit status 1.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from app.domain.base_models import (
+    CATALOGUE,
+    MODEL_SOURCE,
+    BaseModelDescription,
+    DirectorySource,
+    HubSource,
+    ModelSource,
+)
+from app.domain.specs import Name
+from worker.models.errors import ModelError
+from worker.models.store import ModelStore
+
+
+def main(arguments: list[str] | None = None) -> int:
+    asked = _parser().parse_args(arguments)
+    out = sys.stdout
+    try:
+        # A library that prints must not break the one line that the caller reads.
+        with contextlib.redirect_stdout(sys.stderr):
+            described = _run(asked)
+    except Exception as raised:
+        error = raised if isinstance(raised, ModelError) else _unexpected(raised)
+        told = {"code": error.code, "message": error.message, "hint": error.hint}
+        print(json.dumps({"error": told}, ensure_ascii=False), file=out)
+        return 1
+    print(described.model_dump_json(), file=out)
+    return 0
+
+
+def _unexpected(raised: Exception) -> ModelError:
+    traceback.print_exception(raised)
+    return ModelError("unexpected", f"{type(raised).__name__}: {raised}", "see the log for where it happened")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m worker.models", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    fetch = verbs.add_parser("fetch", help="a model of the catalogue")
+    fetch.add_argument("name")
+    add = verbs.add_parser("add", help="a directory, or ORG/NAME@REVISION of the Hugging Face hub")
+    add.add_argument("name")
+    add.add_argument("source")
+    ensure = verbs.add_parser("ensure", help="a model that is known by its digest")
+    ensure.add_argument("source", help="its source, as JSON")
+    ensure.add_argument("--name", required=True)
+    ensure.add_argument("--digest", required=True)
+    for verb in (fetch, add, ensure):
+        verb.add_argument("--cache", type=Path, required=True)
+    return parser
+
+
+def _run(asked: argparse.Namespace) -> BaseModelDescription:
+    store = ModelStore(asked.cache)
+    try:
+        TypeAdapter(Name).validate_python(asked.name)
+        if asked.verb == "fetch":
+            return store.obtain(asked.name, _catalogued(asked.name))
+        if asked.verb == "add":
+            return store.obtain(asked.name, _source(asked.source))
+        return store.ensure(asked.name, MODEL_SOURCE.validate_json(asked.source), asked.digest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ModelError(
+            "bad_request", f"{place}: {first['msg']}", "a name is letters, digits, dot, dash and underscore"
+        ) from error
+    except OSError as error:
+        raise ModelError(
+            "cache_unusable",
+            f"{asked.cache}: {error.strerror or error}",
+            "check its free space and permissions",
+        ) from error
+
+
+def _catalogued(name: str) -> ModelSource:
+    if name not in CATALOGUE:
+        raise ModelError(
+            "unknown_model",
+            f"{name!r} is not in the catalogue",
+            f"known: {', '.join(sorted(CATALOGUE))}; add others from a directory or from the hub",
+        )
+    return CATALOGUE[name]
+
+
+def _source(text: str) -> ModelSource:
+    if Path(text).is_dir():
+        return DirectorySource(path=Path(text).resolve())
+    repository, at, revision = text.partition("@")
+    if at and revision and repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
+        return HubSource(repository=repository, revision=revision)
+    raise ModelError(
+        "bad_source",
+        f"{text!r} is neither a directory here nor ORG/NAME@REVISION",
+        "name an existing directory, or a hub repository with the revision to pin, such as ORG/NAME@main",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

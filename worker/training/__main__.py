@@ -1,0 +1,63 @@
+"""`python -m worker.training ORDER.json`: one attempt at one training job.
+
+Exit status 0: finished, paused or stopped; 1: failed, as the last event says; 3: the supervisor is gone.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from app.domain.attempts import Failed, TrainOrder
+from worker.training.channel import Channel
+from worker.training.errors import TrainingError
+
+
+def main(path: Path) -> int:
+    channel = Channel.open()
+    try:
+        order = TrainOrder.model_validate_json(path.read_bytes())
+        from worker.training.recipe import (
+            train,
+        )  # torch takes seconds to import; the channel listens meanwhile
+
+        train(order, channel)
+    except Exception as error:
+        traceback.print_exc()
+        channel.tell(_failed(error))
+        return 1
+    return 0
+
+
+def _failed(error: Exception) -> Failed:
+    if isinstance(error, TrainingError):
+        return Failed(code=error.code, message=error.message, hint=error.hint)
+    if _is_out_of_memory(error):
+        return Failed(
+            code="out_of_memory",
+            message="the device's memory does not suffice for this job",
+            hint="set trainer.batch_size to 1, trainer.enable_gradient_checkpointing to true, "
+            "or a smaller global_max_sequence_length",
+        )
+    if isinstance(error, OSError) and not isinstance(error, ValidationError):
+        return Failed(
+            code="disk",
+            message=f"a file could not be read or written: {error.strerror or error}",
+            hint="check the free space and the permissions of the work directory",
+        )
+    return Failed(
+        code="unexpected",
+        message=f"training stopped at {type(error).__name__}: {error}",
+        hint="this is a fault of the trainer; its log has the place",
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

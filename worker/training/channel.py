@@ -1,0 +1,60 @@
+"""The line to the supervisor: events up stdout, commands down stdin. It knows nothing of training.
+
+Nothing but events may reach the supervisor's pipe, so stdout is moved away before any library is imported, and
+what they print goes to stderr. When stdin ends, the supervisor is dead and so is this process.
+"""
+
+import os
+import sys
+import threading
+from collections import deque
+from typing import BinaryIO
+
+from pydantic import ValidationError
+
+from app.domain.attempts import ChildEvent, Command, Log
+
+SUPERVISOR_DEAD = 3
+"""The exit status when stdin ended or stdout broke."""
+
+
+class Channel:
+    """Events out, commands in; commands wait here until the recipe asks for them."""
+
+    def __init__(self, out: BinaryIO, commands: BinaryIO) -> None:
+        self._out = out
+        self._in = commands
+        self._lock = threading.Lock()
+        self._waiting: deque[Command] = deque()
+
+    @classmethod
+    def open(cls) -> "Channel":
+        """The channel over this process's stdin and stdout; from now on a `print` goes to stderr."""
+        sys.stdout.flush()
+        out = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        channel = cls(out, sys.stdin.buffer)
+        threading.Thread(target=channel._watch, name="commands", daemon=True).start()
+        return channel
+
+    def tell(self, event: ChildEvent) -> None:
+        """Send one event as one line."""
+        line = event.model_dump_json().encode() + b"\n"
+        try:
+            with self._lock:
+                self._out.write(line)
+                self._out.flush()
+        except BrokenPipeError:
+            os._exit(SUPERVISOR_DEAD)
+
+    def next_command(self) -> Command | None:
+        """The oldest command not yet asked for, or None."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def _watch(self) -> None:
+        for line in self._in:
+            try:
+                self._waiting.append(Command.model_validate_json(line))
+            except ValidationError:
+                self.tell(Log(level="warning", message=f"a command was not understood: {line[:200]!r}"))
+        os._exit(SUPERVISOR_DEAD)

@@ -1,0 +1,144 @@
+"""Resumable state on disk: atomic, hashed, free of pickle. It knows no recipe, only named tensors and JSON.
+
+A checkpoint is a directory `update-000030` that appears by rename once its files are on the disk. Its
+manifest lists every file's digest; the manifest's own digest names the checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+KEPT = 2
+MANIFEST = "manifest.json"
+
+
+class TornCheckpointError(Exception):
+    """The directory is not a complete checkpoint, or not the one that was written."""
+
+
+class Progress(BaseModel):
+    """How far a job is, over all its attempts. `applied` updates changed the weights; others were skipped."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    update: int = 0
+    applied: int = 0
+    skipped_in_a_row: int = 0
+    tokens: int = 0
+    labelled_tokens: int = 0
+    padded_tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identity: str
+    progress: Progress
+    scaler: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """All of a run's state. `identity` names the work that it belongs to: another order's state does not fit."""
+
+    identity: str
+    progress: Progress
+    weights: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    generators: Mapping[str, torch.Tensor]
+    scaler: Mapping[str, float]
+
+
+def write_checkpoint(parent: Path, saved: Saved) -> tuple[Path, str]:
+    """(the new checkpoint's directory under `parent`, its digest). The one before stays, older ones go."""
+    final = parent / f"update-{saved.progress.update:06}"
+    partial = parent / f"{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(dict(saved.weights), partial / "weights.safetensors")
+    save_file(dict(saved.optimizer), partial / "optimizer.safetensors")
+    save_file(dict(saved.generators), partial / "generators.safetensors")
+    state = _State(identity=saved.identity, progress=saved.progress, scaler=dict(saved.scaler))
+    (partial / "state.json").write_text(state.model_dump_json(indent=2), encoding="utf-8")
+    files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+    manifest = json.dumps({"files": files, "update": saved.progress.update}, indent=2, sort_keys=True)
+    (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _flush(parent)
+    for old in checkpoints_in(parent)[KEPT:]:
+        shutil.rmtree(old)
+    return final, hashlib.sha256(manifest.encode()).hexdigest()
+
+
+def checkpoints_in(parent: Path) -> list[Path]:
+    """The checkpoint directories under `parent`, newest first, complete or not."""
+    return sorted((p for p in parent.glob("update-*") if p.name[7:].isdigit()), reverse=True)
+
+
+def verify(directory: Path) -> str:
+    """The digest of a complete checkpoint. Raises TornCheckpointError, saying what is wrong."""
+    try:
+        manifest = (directory / MANIFEST).read_bytes()
+        files: dict[str, str] = json.loads(manifest)["files"]
+        wrong = [name for name, digest in files.items() if _sha256(directory / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TornCheckpointError(f"{directory.name}: {type(error).__name__} while it was checked") from error
+    if wrong:
+        raise TornCheckpointError(f"{directory.name}: {', '.join(wrong)} was changed or cut off")
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
+    """(`directory`, or the newest complete checkpoint beside and before it, or None; what was torn on the way)."""
+    torn: list[str] = []
+    older = [path for path in checkpoints_in(directory.parent) if path.name < directory.name]
+    for candidate in (directory, *older):
+        try:
+            verify(candidate)
+            return candidate, torn
+        except TornCheckpointError as error:
+            torn.append(str(error))
+    return None, torn
+
+
+def read_checkpoint(directory: Path) -> Saved:
+    """The state in `directory`, verified. Raises TornCheckpointError."""
+    verify(directory)
+    try:
+        state = _State.model_validate_json((directory / "state.json").read_bytes())
+    except ValidationError as error:
+        raise TornCheckpointError(f"{directory.name}: another version wrote it") from error
+    return Saved(
+        identity=state.identity,
+        progress=state.progress,
+        weights=load_file(directory / "weights.safetensors"),
+        optimizer=load_file(directory / "optimizer.safetensors"),
+        generators=load_file(directory / "generators.safetensors"),
+        scaler=state.scaler,
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,69 @@
+"""Master weights: what is learned, in float32, beside the copy that computes. It knows no model.
+
+All trainable parameters lie in one flat buffer for each purpose, so that the cast to the compute copy, the sum
+of gradients, their norm and the optimizer's update are one operation each and not one for every layer.
+"""
+
+import torch
+from torch import nn
+
+
+class MasterWeights:
+    """Takes over `parameters`: their data become views of the compute copy, their gradients of one buffer.
+
+    `flat`: the float32 masters, a parameter for an optimizer; `flat.grad` holds the sum of gradients.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], compute: torch.dtype) -> None:
+        self._parameters = parameters
+        self.flat = nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters.values()]))
+        self.flat.grad = torch.zeros_like(self.flat)
+        self._copy = torch.empty_like(self.flat, dtype=compute, requires_grad=False)
+        self._fresh = torch.zeros_like(self._copy)
+        for name, (start, end) in self._places().items():
+            parameter = parameters[name]
+            shape = parameter.shape
+            parameter.data = self._copy[start:end].view(shape)
+            parameter.grad = self._fresh[start:end].view(shape)
+        self.refresh()
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The float32 sum of this update's gradients."""
+        assert self.flat.grad is not None
+        return self.flat.grad
+
+    def refresh(self) -> None:
+        """Cast the masters to the compute copy: once an update."""
+        self._copy.copy_(self.flat.detach())
+
+    def collect(self) -> None:
+        """Add the gradients of one micro-batch to the sum: in float32, since many small terms meet here."""
+        self.gradient.add_(self._fresh)
+        self._fresh.zero_()
+
+    def reset(self) -> None:
+        """Forget the gradients of this update."""
+        self.gradient.zero_()
+        self._fresh.zero_()
+
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """The masters under their parameters' names, as copies."""
+        return {
+            name: self.flat.detach()[start:end].view(self._parameters[name].shape).clone()
+            for name, (start, end) in self._places().items()
+        }
+
+    def load(self, values: dict[str, torch.Tensor]) -> None:
+        """Set the masters from what `by_name` gave. Raises KeyError when a parameter is missing."""
+        for name, (start, end) in self._places().items():
+            self.flat.data[start:end].copy_(values[name].flatten())
+        self.refresh()
+
+    def _places(self) -> dict[str, tuple[int, int]]:
+        places: dict[str, tuple[int, int]] = {}
+        start = 0
+        for name, parameter in self._parameters.items():
+            places[name] = (start, start + parameter.numel())
+            start += parameter.numel()
+        return places

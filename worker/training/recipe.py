@@ -1,0 +1,184 @@
+"""The training recipe: a straight line from a work order to an adapter.
+
+It knows the order, the channel and the tensors between them; jobs, rows in a database and blobs are the
+supervisor's.
+"""
+
+import math
+import os
+import resource
+import time
+from importlib.metadata import version
+
+import torch
+
+from app.domain.attempts import Checkpointed, Finished, Log, Metrics, Started, TrainOrder
+from worker.training.adapter import write_adapter
+from worker.training.batches import Batch, batches_of_update, read_rows
+from worker.training.channel import Channel
+from worker.training.checkpoints import newest_sound, read_checkpoint, write_checkpoint
+from worker.training.errors import TrainingError
+from worker.training.loss import backward_loss
+from worker.training.model import Trainee, load_trainee
+from worker.training.precision import precision_here
+from worker.training.rates import learning_rate
+from worker.training.state import RunState
+
+SKIPS_IN_A_ROW = 5
+"""This many updates in a row without a finite loss and gradient end the job."""
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+def train(order: TrainOrder, channel: Channel) -> None:
+    """Run `order` to its end, telling `channel`. Raises TrainingError; out-of-memory errors pass through."""
+    spec, schedule = order.spec, order.schedule
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision_here(device, order.base.fp16)
+    if threads := os.environ.get("VERITUNE_THREADS"):
+        torch.set_num_threads(int(threads))
+
+    torch.manual_seed(spec.seed)
+    trainee = load_trainee(order.base.path, spec, precision, device, lambda text: channel.tell(Log(message=text)))
+    rows = read_rows(order.rows, trainee.vocab_size)
+    torch.manual_seed(spec.seed)
+    state = RunState(order, trainee, precision, device)
+    _resume(order, state, channel)
+    progress, masters = state.progress, state.masters
+    channel.tell(
+        Started(
+            precision=precision.name,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            trainable_parameters=masters.flat.numel(),
+            total_parameters=trainee.peft.get_nb_trainable_parameters()[1],
+            resumed_from_update=progress.update,
+        )
+    )
+
+    for update in range(progress.update + 1, schedule.updates + 1):
+        while command := channel.next_command():
+            if command.command != "stop":
+                _checkpoint(order, state, channel)
+            if command.command != "checkpoint":
+                outcome = "paused" if command.command == "pause" else "stopped"
+                channel.tell(Finished(outcome=outcome, packages=_packages(), metrics=_totals(state)))
+                return
+
+        began = time.perf_counter()
+        batches = batches_of_update(rows, update, schedule, spec.seed, order.pad_id)
+        tokens = sum(batch.tokens for batch in batches)
+        labelled = sum(batch.labelled for batch in batches)
+        rate = learning_rate(progress.applied, schedule, spec.trainer)
+
+        loss = _backward(trainee, state, batches, labelled)
+        norm = _gradient_norm(state)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if skipped:
+            progress.skipped_in_a_row += 1
+        else:
+            _step(state, rate, norm, spec.trainer.gradient_clipping.clipglobalnorm)
+            progress.applied += 1
+            progress.skipped_in_a_row = 0
+        state.scaler.update()
+        masters.reset()
+
+        seconds = time.perf_counter() - began
+        progress.update = update
+        progress.tokens += tokens
+        progress.labelled_tokens += labelled
+        progress.padded_tokens += sum(batch.padded for batch in batches)
+        progress.seconds += seconds
+        progress.loss = progress.loss if skipped else loss
+        channel.tell(
+            Metrics(
+                update=update,
+                total_updates=schedule.updates,
+                epoch=update / schedule.updates_per_epoch,
+                loss=loss if math.isfinite(loss) else None,
+                learning_rate=rate,
+                grad_norm=norm if math.isfinite(norm) else None,
+                tokens=tokens,
+                labelled_tokens=labelled,
+                tokens_per_second=tokens / seconds,
+                skipped=skipped,
+                seconds=seconds,
+            )
+        )
+        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise TrainingError(
+                "not_finite",
+                f"{SKIPS_IN_A_ROW} updates in a row had a loss or gradients that are not finite",
+                "lower trainer.learning_rate, or check the dataset for rows of another kind than the rest",
+            )
+        if update % schedule.checkpoint_every == 0:
+            _checkpoint(order, state, channel)
+
+    adapter = write_adapter(trainee.peft, masters, order.base, order.directory)
+    channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=_packages(), metrics=_totals(state)))
+
+
+def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
+    if order.resume_from is None:
+        return
+    found, torn = newest_sound(order.resume_from)
+    for reason in torn:
+        channel.tell(Log(level="warning", message=f"a checkpoint was skipped, because it is torn: {reason}"))
+    if found is None:
+        channel.tell(Log(level="warning", message="no sound checkpoint is left; starting from the beginning"))
+        return
+    state.restore(read_checkpoint(found))
+    channel.tell(Log(message=f"resumed from update {state.progress.update}"))
+
+
+def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> float:
+    """The update's mean loss; its gradients are added up in the masters."""
+    weight = state.scaler.get_scale() / labelled
+    total = torch.zeros((), device=state.device)
+    for batch in batches:
+        there = batch.to(state.device)
+        hidden = trainee.hidden(there.ids)
+        total += backward_loss(hidden, trainee.head, there.predictors, there.targets, weight)
+        state.masters.collect()
+    return total.item() / labelled
+
+
+def _gradient_norm(state: RunState) -> float:
+    if state.scaler.is_enabled():
+        state.scaler.unscale_(state.optimizer)
+    return float(state.masters.gradient.norm())
+
+
+def _step(state: RunState, rate: float, norm: float, limit: float | None) -> None:
+    if limit is not None and norm > limit:
+        state.masters.gradient.mul_(limit / norm)
+    state.optimizer.param_groups[0]["lr"] = rate
+    state.scaler.step(state.optimizer)
+    state.masters.refresh()
+
+
+def _checkpoint(order: TrainOrder, state: RunState, channel: Channel) -> None:
+    path, digest = write_checkpoint(order.directory / "checkpoints", state.saved())
+    channel.tell(Checkpointed(update=state.progress.update, path=path, digest=digest))
+
+
+def _packages() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def _totals(state: RunState) -> dict[str, float]:
+    """Figures of the whole job, over all its attempts, but for the memory: bytes at this attempt's peak."""
+    progress = state.progress
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if state.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(state.device)
+    totals: dict[str, float] = {
+        "updates": progress.update,
+        "skipped_updates": progress.update - progress.applied,
+        "tokens": progress.tokens,
+        "labelled_tokens": progress.labelled_tokens,
+        "padding_share": 1 - progress.tokens / max(1, progress.padded_tokens),
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / max(1e-9, progress.seconds),
+        "peak_memory_bytes": peak,
+    }
+    return totals if progress.loss is None else totals | {"loss": progress.loss}

@@ -1,0 +1,82 @@
+"""A run's mutable state in one place: masters, optimizer, loss scale, generators, progress."""
+
+import hashlib
+
+import torch
+
+from app.domain.attempts import TrainOrder
+from app.domain.specs import Trainer
+from worker.training.checkpoints import Progress, Saved
+from worker.training.errors import TrainingError
+from worker.training.masters import MasterWeights
+from worker.training.model import Trainee
+from worker.training.precision import INITIAL_SCALE, Precision
+
+
+class RunState:
+    """Everything that an update changes."""
+
+    def __init__(self, order: TrainOrder, trainee: Trainee, precision: Precision, device: torch.device) -> None:
+        self.identity = identity(order)
+        self.device = device
+        self.progress = Progress()
+        self.masters = MasterWeights(trainee.parameters(), precision.compute)
+        self.optimizer = _optimizer(order.spec.trainer, self.masters)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=precision.scaled)
+
+    def saved(self) -> Saved:
+        moments = self.optimizer.state[self.masters.flat]
+        return Saved(
+            identity=self.identity,
+            progress=self.progress,
+            weights=self.masters.by_name(),
+            optimizer={key: moment.detach().clone() for key, moment in moments.items()},
+            generators=_generators(self.device),
+            scaler=self.scaler.state_dict(),
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """Take over `saved`. Raises TrainingError when it belongs to other work."""
+        if saved.identity != self.identity:
+            raise TrainingError(
+                "checkpoint_mismatch",
+                "the checkpoint belongs to another spec, base model or set of rows",
+                "submit the job again; it starts from the beginning",
+            )
+        self.progress = saved.progress.model_copy()
+        self.masters.load(dict(saved.weights))
+        moments = {key: tensor.to(self.device) if tensor.ndim else tensor for key, tensor in saved.optimizer.items()}
+        if moments:
+            self.optimizer.state[self.masters.flat] = moments
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(dict(saved.scaler))
+        torch.set_rng_state(saved.generators["cpu"])
+        if self.device.type == "cuda" and "cuda" in saved.generators:
+            torch.cuda.set_rng_state(saved.generators["cuda"], self.device)
+
+
+def identity(order: TrainOrder) -> str:
+    """What a checkpoint must have in common with the order that resumes it: spec, schedule, base and rows."""
+    digest = hashlib.sha256()
+    for part in (order.spec.model_dump_json(), order.schedule.model_dump_json(), order.base.digest):
+        digest.update(part.encode() + b"\0")
+    digest.update(order.rows.read_bytes())
+    return digest.hexdigest()
+
+
+def _optimizer(trainer: Trainer, masters: MasterWeights) -> torch.optim.AdamW:
+    asked = trainer.optimizer
+    return torch.optim.AdamW(
+        [masters.flat],
+        lr=trainer.learning_rate,
+        betas=asked.betas,
+        eps=asked.eps,
+        weight_decay=asked.weight_decay,
+    )
+
+
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
