@@ -1,4 +1,4 @@
-"""The tables. Documents that are only ever read whole (specs, reports, manifests) are JSON; what is searched is a column."""
+"""The tables. Documents that are read whole (specs, reports, manifests) are JSON; what is searched is a column."""
 
 from datetime import datetime
 from typing import Any

@@ -176,27 +176,30 @@ class Encoder:
         return self.length([*self.form.prompt(claim, before), *opened, *waiting])
 
     def _keep(self, observation: str, budget: int, quotations: Sequence[str]) -> tuple[str, bool]:
-        kept = self.shorten(observation, budget)
-        lost = [q for q in quotations if q in observation and q not in kept]
-        if kept == observation or not lost:
-            return kept, False
+        """(what stays of the observation, whether it was kept around a quotation that the blind rule would lose)."""
+        blind = self.shorten(observation, budget)
+        lost = [q for q in quotations if q in observation and q not in blind]
+        if not lost:
+            return blind, False
         sentences = split_sentences(observation)
-        home = next((i for i, s in enumerate(sentences) if lost[0] in s), None)
-        if home is None:
-            return kept, False
-        first = last = home
-        while True:
-            wider = [(first - 1, last), (first, last + 1)]
-            fitting = [
-                (a, b)
-                for a, b in wider
-                if a >= 0 and b < len(sentences) and self.trim([" ".join(sentences[a : b + 1])], budget)
-            ]
-            if not fitting:
-                break
-            first, last = fitting[0]
-        window = " ".join(sentences[first : last + 1])
-        return (window if self.trim([window], budget) else self.clip(window, budget)), True
+        homes = [i for q in lost for i, sentence in enumerate(sentences) if q in sentence]
+        spans = [(min(homes), max(homes)), (homes[0], homes[0])] if homes else []
+        for first, last in spans:
+            if self._fits(sentences, first, last, budget):
+                return self._widened(sentences, first, last, budget), True
+        return blind, False
+
+    def _fits(self, sentences: Sequence[str], first: int, last: int, budget: int) -> bool:
+        inside = 0 <= first <= last < len(sentences)
+        return inside and self.trim([" ".join(sentences[first : last + 1])], budget) == 1
+
+    def _widened(self, sentences: Sequence[str], first: int, last: int, budget: int) -> str:
+        """The sentences from `first` to `last` and as many around them as fit, those before them first."""
+        while self._fits(sentences, first - 1, last, budget):
+            first -= 1
+        while self._fits(sentences, first, last + 1, budget):
+            last += 1
+        return " ".join(sentences[first : last + 1])
 
 
 def _quotations(later: Sequence[Step]) -> list[str]:

@@ -37,7 +37,7 @@ class PredictedAction(_Word):
 
 
 class ObservedText(_Word):
-    """What the model was shown. `source` says who wrote it: a corpus, the server (a correction), or the model itself."""
+    """What the model was shown. `source`: a corpus, the server (a correction), or the model itself."""
 
     text: str
     page: str | None = None

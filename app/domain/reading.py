@@ -91,7 +91,7 @@ def _fields_at(model: type[BaseModel], loc: Loc) -> set[str]:
     """The keys that are known at a place. Tags of unions and positions in lists stand in `loc` too."""
     here: list[Any] = [model]
     for part in loc:
-        models = [m for m in _models(here)]
+        models = _models(here)
         tagged = [m for m in models if _tag(m) == part]
         here = tagged or [m.model_fields[str(part)].annotation for m in models if str(part) in m.model_fields] or models
     return {name for m in _models(here) for name in m.model_fields}

@@ -1,4 +1,4 @@
-"""Generation over the OpenAI completions protocol with vLLM's extensions: one client for the embedded engine and vLLM."""
+"""Generation over OpenAI's completions protocol with vLLM's extensions: one client for our engine and for vLLM."""
 
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Generator as Generating
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ class Predictions:
         with self._slot():
             return self._drain(request)
 
-    def events(self, request: PredictRequest) -> Iterator[PredictionEvent]:
+    def events(self, request: PredictRequest) -> Generating[PredictionEvent]:
         """Judge one claim and tell of it on the way; the first event comes after all checks have passed."""
         with self._slot():
             yield from self._run(request)
@@ -169,7 +170,7 @@ class Predictions:
         base = self._base_models.by_digest(adapter.manifest.base.digest)
         if request.base_model not in (None, base.name):
             raise ConflictError(
-                f"the adapter {adapter.id} was trained on {base.name}, not on {request.base_model}; leave base_model out",
+                f"the adapter {adapter.id} was trained on {base.name}; leave base_model {request.base_model} out",
                 code="adapter_of_another_base",
             )
         generation = Generation.model_validate(adapter.manifest.spec["generation"])
@@ -241,10 +242,8 @@ def _assemble(
     votes = Counter(run.trace.verdict for run in runs)
     verdict = votes.most_common(1)[0][0]
     shown = next(run for run in runs if run.trace.verdict is verdict)
-    if method == "vote":
-        probabilities = {v: votes[v] / len(runs) for v in Verdict}
-    else:
-        probabilities = shown.trace.probabilities
+    voted = {v: votes[v] / len(runs) for v in Verdict}
+    probabilities = voted if method == "vote" else shown.trace.probabilities
     meter = shown.pen.meter
     for other in runs:
         if other is not shown:

@@ -160,9 +160,9 @@ class Pen:
         return answer
 
     def _ids_of(self, ids: Sequence[int], text: str) -> list[int]:
-        """The sampled ids that spell `text`: trailing ids that go beyond it are dropped, and where one crosses its
-        end, what it had of the text is encoded anew and counted."""
-        kept = list(ids)
+        """The sampled ids that spell `text`: trailing ids that go beyond it are dropped (an end of sequence too), and
+        where one crosses its end, what it had of the text is encoded anew and counted."""
+        kept = [token for token in ids if token != self.encoder.tokens.eos_id]
         while kept and not text.startswith(self.encoder.tokens.decode(kept)):
             kept.pop()
         rest = text[len(self.encoder.tokens.decode(kept)) :]

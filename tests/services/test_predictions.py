@@ -115,7 +115,9 @@ def test_the_probabilities_are_scored_before_the_last_thought(ask: Callable[[Scr
     prediction = served.predictions.predict(PredictRequest(claim=CLAIM))
     scoring = requests_of(served)[-1]
     text = served.base_models.tokenization(served.base_models.get(None)).decode(scoring.prompt)
-    assert text.endswith("Observation 1: The Rhine carries trade. The river flows into the North Sea.\nAction 2: Finish[")
+    assert text.endswith(
+        "Observation 1: The Rhine carries trade. The river flows into the North Sea.\nAction 2: Finish["
+    )
     assert (scoring.max_tokens, scoring.logprobs, len(scoring.allowed_token_ids or ())) == (1, 3, 3)
     assert sum(prediction.probabilities.values()) == pytest.approx(1)
 
@@ -204,7 +206,8 @@ def test_votes_over_samples(ask: Callable[[Script], Services]) -> None:
 
 def test_ungrounded_is_marked_and_its_observations_are_the_models(ask: Callable[[Script], Services]) -> None:
     def script(prompt: str, request: GenerationRequest) -> str:
-        return " I know.\nAction 1: Search[Rhine]\nObservation 1: It ends in Paris.\nThought 2: So.\nAction 2: Finish[REFUTES]"
+        first = " I know.\nAction 1: Search[Rhine]\nObservation 1: It ends in Paris."
+        return f"{first}\nThought 2: So.\nAction 2: Finish[REFUTES]"
 
     prediction = ask(script).predictions.predict(PredictRequest(claim=CLAIM, mode="ungrounded"))
     assert not prediction.grounded

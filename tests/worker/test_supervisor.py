@@ -94,7 +94,9 @@ def test_a_job_runs_to_a_published_adapter(
     assert rows[-1].loss is not None
     assert rows[0].loss is not None
     assert rows[-1].loss < rows[0].loss
-    assert [event.seq for event in services.jobs.events(job.id, 0, 100)[0]] == list(range(1, len(kinds(services, job)) + 1))
+    assert [event.seq for event in services.jobs.events(job.id, 0, 100)[0]] == list(
+        range(1, len(kinds(services, job)) + 1)
+    )
     assert {"queued", "started", "training", "checkpoint", "succeeded"} <= set(kinds(services, job))
 
     adapter = services.adapters.get(str(done.adapter_id))

@@ -138,7 +138,7 @@ class Jobs:
     def latest_events(self, job_ids: Sequence[str]) -> dict[str, int]:
         """Job id → its newest event's number, for those of the jobs that exist."""
         wanted = select(JobRow.id, JobRow.event_seq).where(JobRow.id.in_(job_ids))
-        return {job_id: seq for job_id, seq in self._session.execute(wanted)}
+        return {row.id: row.event_seq for row in self._session.execute(wanted)}
 
     def put_metrics(self, job_id: str, rows: Sequence[dict[str, Any]]) -> None:
         """Write a batch. An update that a resumed attempt repeats replaces the earlier one."""

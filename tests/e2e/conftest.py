@@ -1,0 +1,135 @@
+"""A whole embedded deployment, started as a user starts it: `veritune up` over the real small base model."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+
+MODEL_CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
+READY_SECONDS = 180
+SECRET = "a secret of this test"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Deployment:
+    """A running `veritune up`."""
+
+    process: "subprocess.Popen[bytes]"
+    client: httpx.Client
+    home: Path
+    log: Path
+    inference_url: str
+
+    def get(self, path: str) -> Any:
+        response = self.client.get(path)
+        assert response.is_success, response.text
+        return response.json()
+
+    def post(self, path: str, **arguments: Any) -> Any:
+        response = self.client.post(path, **arguments)
+        assert response.is_success, response.text
+        return response.json()
+
+    def wait_for_job(self, job_id: str, seconds: float = 600) -> Any:
+        until = time.monotonic() + seconds
+        while True:
+            job = self.get(f"/jobs/{job_id}")
+            if job["status"] in ("succeeded", "failed", "cancelled"):
+                return job
+            assert time.monotonic() < until, f"{job['status']} {job['progress']}\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.3)
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def find(self, *words: str) -> psutil.Process:
+        """The one process whose command line ends in these words."""
+        found = [p for p in self.processes() if tuple(p.cmdline()[-len(words) :]) == words]
+        assert found, [p.cmdline() for p in self.processes()]
+        return found[0]
+
+
+def start(home: Path, **environment: str) -> Deployment:
+    """Start it and wait until it is ready. The caller stops it with `stop`."""
+    port, inference_port = free_port(), free_port()
+    own = {
+        "VERITUNE_HOME": str(home),
+        "VERITUNE_CACHE": str(MODEL_CACHE),
+        "VERITUNE_PORT": str(port),
+        "VERITUNE_INFERENCE_PORT": str(inference_port),
+        "VERITUNE_INFERENCE_SECRET": SECRET,
+        "VERITUNE_POLL_SECONDS": "0.5",
+        "VERITUNE_LEASE_SECONDS": "10",
+    }
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "up.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "up"],
+            env=os.environ | own | environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+        )
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False)
+    deployment = Deployment(process, client, home, log, f"http://127.0.0.1:{inference_port}")
+    try:
+        _until_ready(deployment)
+    except BaseException:
+        stop(deployment)
+        raise
+    return deployment
+
+
+def _until_ready(deployment: Deployment) -> None:
+    until = time.monotonic() + READY_SECONDS
+    while True:
+        assert deployment.process.poll() is None, deployment.log.read_text()[-3000:]
+        assert time.monotonic() < until, deployment.log.read_text()[-3000:]
+        try:
+            if deployment.client.get("/health/ready").is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+
+
+def stop(deployment: Deployment) -> list[psutil.Process]:
+    """SIGTERM; returns whoever of its processes is left, grandchildren included."""
+    if deployment.process.poll() is not None:
+        return []
+    family = deployment.processes()
+    deployment.process.send_signal(signal.SIGTERM)
+    try:
+        deployment.process.wait(90)
+    finally:
+        deployment.client.close()
+        _gone, left = psutil.wait_procs(family, timeout=5)
+        for process in left:
+            process.kill()
+    return left
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    running = start(tmp_path_factory.mktemp("up") / "home")
+    yield running
+    assert stop(running) == []

@@ -1,0 +1,58 @@
+"""`veritune up` as an operator sees it: what it refuses, and that nothing of it stays behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+from tests.e2e.conftest import MODEL_CACHE, start
+
+pytestmark = pytest.mark.slow
+
+
+def run(home: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    own = {"VERITUNE_HOME": str(home), "VERITUNE_CACHE": str(MODEL_CACHE)}
+    command = [sys.executable, "-m", "app.cli", *words]
+    return subprocess.run(
+        command, env=os.environ | own | environment, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120
+    )
+
+
+def test_off_loopback_it_asks_for_a_key(tmp_path: Path) -> None:
+    refused = run(tmp_path, "up", VERITUNE_HOST="0.0.0.0")
+    assert refused.returncode == 1
+    assert "VERITUNE_API_KEY" in refused.stderr
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused = run(tmp_path, "up", VERITUNE_PORT=str(port))
+    assert refused.returncode == 1
+    assert str(port) in refused.stderr
+    assert "VERITUNE_PORT" in refused.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_stops_everything_and_a_second_up_is_refused(tmp_path: Path, number: signal.Signals) -> None:
+    running = start(tmp_path / "home")
+    family = running.processes()
+    assert len(family) >= 6
+    second = run(tmp_path / "home", "up")
+    assert second.returncode == 1
+    assert "is up already" in second.stderr
+
+    running.process.send_signal(number)
+
+    assert running.process.wait(90) == 0
+    running.client.close()
+    _gone, left = psutil.wait_procs(family, timeout=5)
+    assert left == []
