@@ -1,0 +1,46 @@
+"""Blobs: the same promises from a directory and from memory."""
+
+from pathlib import Path
+
+import pytest
+
+from app.domain.errors import NotFoundError
+from app.storage import Blobs, open_blobs
+
+
+@pytest.fixture(params=["file", "memory"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+    return open_blobs(f"file://{tmp_path / 'blobs'}" if request.param == "file" else "memory:///")
+
+
+def test_what_is_put_comes_back_by_its_digest(blobs: Blobs, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"some bytes" * 300_000)
+    stored = blobs.put_file(source)
+    assert stored.size == 3_000_000
+    assert blobs.put_bytes(source.read_bytes()) == stored
+    assert blobs.get_bytes(stored.digest) == source.read_bytes()
+    assert blobs.fetch(stored.digest, tmp_path / "deep" / "copy").read_bytes() == source.read_bytes()
+
+
+def test_an_empty_blob_is_a_blob(blobs: Blobs) -> None:
+    assert blobs.get_bytes(blobs.put_bytes(b"").digest) == b""
+
+
+def test_a_lost_blob_is_said_so_and_leaves_no_file(blobs: Blobs, tmp_path: Path) -> None:
+    digest = blobs.put_bytes(b"x").digest
+    blobs.delete(digest)
+    blobs.delete(digest)
+    assert not blobs.exists(digest)
+    with pytest.raises(NotFoundError, match="are gone"):
+        blobs.fetch(digest, tmp_path / "here" / "copy")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_damaged_blob_is_not_handed_out(tmp_path: Path) -> None:
+    blobs = open_blobs(f"file://{tmp_path / 'blobs'}")
+    digest = blobs.put_bytes(b"right").digest
+    (tmp_path / "blobs" / "sha256" / digest[:2] / digest).write_bytes(b"wrong")
+    with pytest.raises(NotFoundError, match="damaged"):
+        blobs.fetch(digest, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
