@@ -1,6 +1,7 @@
 """The deployment's settings: environment variables (`VERITUNE_*`) → `Settings`. The job's own are in its spec."""
 
 import hashlib
+import socket
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,9 @@ class Settings(BaseSettings):
     inference_port: int = Field(default=8001, ge=1, le=65535, description="The inference front's port.")
     inference_url: str | None = Field(
         default=None, description="An OpenAI-completions server; default is the embedded front."
+    )
+    inference_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Number format of the engine; auto follows the device."
     )
     inference_secret: SecretStr | None = Field(default=None, description="Shared secret of API and inference.")
 
@@ -119,3 +123,12 @@ class Settings(BaseSettings):
     @cached_property
     def queues(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.worker_queues.split(",") if name.strip())
+
+    @cached_property
+    def host_name(self) -> str:
+        return self.device_name or socket.gethostname()
+
+    @cached_property
+    def worker_name(self) -> str:
+        """What this host's worker of these queues is called in GET /devices."""
+        return f"{self.host_name}/{'+'.join(self.queues)}"

@@ -5,7 +5,6 @@ now or at start-up, stops nothing.
 """
 
 import os
-import socket
 import threading
 import uuid
 from typing import Any
@@ -23,12 +22,11 @@ from worker.tasks import register
 settings = Settings()
 configure_logs(settings.log_format)
 services = compose(settings)
-host = settings.device_name or socket.gethostname()
-owner = f"{host}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+owner = f"{settings.host_name}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 slot = Slot(
     services,
     Supervisor(services, owner, settings.queues),
-    name=f"{host}/{'+'.join(settings.queues)}",
+    name=settings.worker_name,
     queues=settings.queues,
 )
 application = celery_app(settings.broker)

@@ -70,6 +70,21 @@ def api_command() -> None:
     )
 
 
+@application.command("worker-health")
+def worker_health_command() -> None:
+    """Whether the worker of this host and these queues reports to the database; status 1 when it does not."""
+    services = compose(_settings())
+    name = services.settings.worker_name
+    try:
+        alive = any(device.name == name and device.online for device in services.devices.all())
+    except VerituneError as error:
+        raise _ended(error.detail) from None
+    finally:
+        services.close()
+    if not alive:
+        raise _ended(f"the worker {name} has not reported of late")
+
+
 @application.command("migrate")
 def migrate_command() -> None:
     """Bring the database's tables to this version."""

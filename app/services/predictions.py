@@ -39,7 +39,7 @@ from app.services.writing import Pen
 
 BATCH_THREADS = 16
 SAMPLING_TEMPERATURE = 0.7
-UNGROUNDED_TOKENS = 512
+UNGROUNDED_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,15 @@ from app.logs import configure_logs
 from app.settings import Settings
 from worker.inference.front import FrontSettings, create_front
 from worker.inference.resolver import PublishedResolver
+from worker.inference.wire import EngineSettings
 
 
 def main() -> None:
     settings = Settings()
     configure_logs(settings.log_format)
     services = compose(settings)
-    front = create_front(PublishedResolver(services), FrontSettings(secret=settings.inference_secret))
+    told = FrontSettings(secret=settings.inference_secret, engine=EngineSettings(dtype=settings.inference_dtype))
+    front = create_front(PublishedResolver(services), told)
     uvicorn.run(
         front,
         host=settings.inference_host,

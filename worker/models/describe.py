@@ -37,6 +37,7 @@ def describe(
     Raises ModelError when something needed is missing, broken or not allowed.
     """
     config = checked_config(directory)
+    special = _special_ids(directory, config)
     weights = weight_files(directory)
     hashes = {file: sha256_of(directory / file) for file in (*NAMED_BY_DIGEST, *weights)}
     digest = canonical_digest(sorted(hashes.items()))
@@ -55,7 +56,7 @@ def describe(
         vocab_size=config["vocab_size"],
         context_length=config["max_position_embeddings"],
         dtype=dtype,
-        **_special_ids(directory, config),
+        **special,
         fp16=fp16_safety(config["model_type"], config["hidden_size"]),
         licence=licence,
         files=hashes,
@@ -90,9 +91,7 @@ def checked_config(directory: Path) -> dict[str, Any]:
 def weight_files(directory: Path) -> list[str]:
     """Names of the safetensors files that make up the model: those of the index, else the single file."""
     index = directory / "model.safetensors.index.json"
-    names = (
-        sorted(set(_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
-    )
+    names = sorted(set(_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
     missing = [name for name in names if "/" in name or not (directory / name).is_file()]
     if missing or not names:
         raise ModelError(
@@ -133,9 +132,7 @@ def _check_architecture(config: dict[str, Any]) -> None:
 
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     sizes = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
-    known = (
-        isinstance(model_type, str) and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) in architectures[:1]
-    )
+    known = isinstance(model_type, str) and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) in architectures[:1]
     if not known or not all(isinstance(config.get(size), int) for size in sizes):
         raise ModelError(
             "unsupported_architecture",
@@ -154,15 +151,11 @@ def _tensors(files: list[Path]) -> tuple[int, str]:
                     piece = tensors.get_slice(key)
                     counts[piece.get_dtype()] += math.prod(piece.get_shape())
         except SafetensorError as error:
-            raise ModelError(
-                "broken_file", f"{path.name} is not a safetensors file", "fetch it again"
-            ) from error
+            raise ModelError("broken_file", f"{path.name} is not a safetensors file", "fetch it again") from error
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     most = counts.most_common(1)[0][0] if counts else "empty"
     if most not in names:
-        raise ModelError(
-            "unsupported_dtype", f"the weights are {most}", "use bfloat16, float16 or float32 weights"
-        )
+        raise ModelError("unsupported_dtype", f"the weights are {most}", "use bfloat16, float16 or float32 weights")
     return counts.total(), names[most]
 
 

@@ -59,14 +59,10 @@ class ModelStore:
         directory = self.models / digest
         try:
             found = BaseModelDescription.model_validate_json((directory / DESCRIPTION).read_bytes())
-            sizes = [
-                (directory / file).stat().st_size for file in found.files if file.endswith(".safetensors")
-            ]
+            sizes = [(directory / file).stat().st_size for file in found.files if file.endswith(".safetensors")]
         except (OSError, ValueError):
             return None
-        return (
-            found.model_copy(update={"name": name, "path": directory}) if sum(sizes) == found.bytes else None
-        )
+        return found.model_copy(update={"name": name, "path": directory}) if sum(sizes) == found.bytes else None
 
     def _remembered(self, key: str, name: str) -> BaseModelDescription | None:
         try:
@@ -112,9 +108,7 @@ class ModelStore:
         if self._present(described.digest, described.name):
             return
         final = self.models / described.digest
-        (files / DESCRIPTION).write_text(
-            described.model_copy(update={"path": final}).model_dump_json(indent=2)
-        )
+        (files / DESCRIPTION).write_text(described.model_copy(update={"path": final}).model_dump_json(indent=2))
         for path in files.iterdir():
             path.chmod(0o644)  # save_pretrained leaves weights that only their writer can read
             _flush(path)

@@ -33,7 +33,8 @@ class Channel:
         sys.stdout.flush()
         out = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
-        channel = cls(out, sys.stdin.buffer)
+        # Unbuffered: Python cannot shut down while a thread waits inside a buffered stdin.
+        channel = cls(out, os.fdopen(0, "rb", buffering=0, closefd=False))
         threading.Thread(target=channel._watch, name="commands", daemon=True).start()
         return channel
 

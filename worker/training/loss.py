@@ -18,7 +18,7 @@ def backward_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
     predictors: torch.Tensor,
     targets: torch.Tensor,
-    weight: float,
+    weight: float | torch.Tensor,
     chunk: int = CHUNK,
 ) -> torch.Tensor:
     """Backpropagate `weight` × the summed loss through `head` and `hidden`; return the sum, unweighted.

@@ -132,7 +132,7 @@ def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
 
 def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> float:
     """The update's mean loss; its gradients are added up in the masters."""
-    weight = state.scaler.get_scale() / labelled
+    weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
     total = torch.zeros((), device=state.device)
     for batch in batches:
         there = batch.to(state.device)

@@ -1,0 +1,110 @@
+"""Which rows an update takes and how they share micro-batches."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.domain.attempts import EncodedRow, EncodedSequence
+from app.domain.plans import Schedule
+from tests.training.conftest import make_rows
+from worker.training.batches import batches_of_update, collate, labels, micro_batches, read_rows, rows_of_update
+from worker.training.errors import TrainingError
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+
+
+def schedule(rows: int, per_update: int) -> Schedule:
+    per_epoch = -(-rows // per_update)
+    return Schedule(
+        rows=rows,
+        updates=3 * per_epoch,
+        updates_per_epoch=per_epoch,
+        rows_per_update=per_update,
+        max_rows=None,
+        max_tokens=128,
+        warmup_updates=0,
+        checkpoint_every=10,
+    )
+
+
+@given(rows=st.integers(1, 90), per_update=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
+def test_each_epoch_takes_every_row_once(rows: int, per_update: int, seed: int) -> None:
+    plan = schedule(rows, min(rows, per_update))
+    for epoch in range(3):
+        first = epoch * plan.updates_per_epoch + 1
+        updates = range(first, first + plan.updates_per_epoch)
+        taken = [row for update in updates for row in rows_of_update(update, plan, seed)]
+        assert sorted(taken) == list(range(rows))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    plan = schedule(40, 40)
+    orders = [tuple(rows_of_update(update, plan, seed)) for update in (1, 2) for seed in (1, 2)]
+    assert len(set(orders)) == 4
+    assert rows_of_update(2, plan, 1) == rows_of_update(2, plan, 1)
+
+
+@given(lengths=LENGTHS, max_rows=st.none() | st.integers(1, 9), max_tokens=st.integers(1, 1_000))
+def test_micro_batches_hold_everything_within_the_bounds(
+    lengths: list[int], max_rows: int | None, max_tokens: int
+) -> None:
+    groups = micro_batches(lengths, max_rows, max_tokens)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        longest = max(lengths[index] for index in group)
+        assert len(group) == 1 or len(group) * longest <= max_tokens
+        assert max_rows is None or len(group) <= max_rows
+
+
+@given(lengths=LENGTHS, max_tokens=st.integers(300, 2_000))
+def test_neighbours_in_length_share_a_batch(lengths: list[int], max_tokens: int) -> None:
+    groups = [[lengths[index] for index in group] for group in micro_batches(lengths, None, max_tokens)]
+    assert [length for group in groups for length in group] == sorted(lengths, reverse=True)
+
+
+def test_a_collated_batch_predicts_each_labelled_token_from_the_one_before() -> None:
+    short = EncodedSequence(ids=(10, 11, 12), trained=((0, 2),))
+    long = EncodedSequence(ids=(20, 21, 22, 23, 24), trained=((1, 2), (4, 5)))
+    batch = collate([short, long], pad_id=9)
+    assert batch.ids.tolist() == [[10, 11, 12, 9, 9], [20, 21, 22, 23, 24]]
+    assert batch.targets.tolist() == [11, 21, 24]
+    assert batch.ids.flatten()[batch.predictors].tolist() == [10, 20, 23]
+    assert (batch.tokens, batch.labelled, batch.padded) == (8, 3, 10)
+
+
+def test_the_first_token_of_a_sequence_is_never_a_label() -> None:
+    assert labels(EncodedSequence(ids=(1, 2, 3), trained=((0, 3),))) == [1, 2]
+
+
+@given(update=st.integers(1, 9))
+def test_an_update_holds_all_the_sequences_of_its_rows(update: int) -> None:
+    rows = make_rows(10)
+    plan = schedule(10, 4)
+    batches = batches_of_update(rows, update, plan, 7, pad_id=2)
+    chosen = [sequence for index in rows_of_update(update, plan, 7) for sequence in rows[index].sequences]
+    assert sum(batch.tokens for batch in batches) == sum(len(s.ids) for s in chosen)
+    assert sum(batch.labelled for batch in batches) == sum(len(labels(s)) for s in chosen)
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        (EncodedRow(line=3, sequences=(EncodedSequence(ids=(1, 400), trained=((1, 2),)),)), "vocabulary_mismatch"),
+        (EncodedRow(line=3, sequences=(EncodedSequence(ids=(1,), trained=((0, 1),)),)), "no_labelled_tokens"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_on_is_named(tmp_path: Path, row: EncodedRow, code: str) -> None:
+    (tmp_path / "rows").write_text(row.model_dump_json() + "\n")
+    with pytest.raises(TrainingError, match="line 3") as refused:
+        read_rows(tmp_path / "rows", vocab_size=400)
+    assert refused.value.code == code
+
+
+@pytest.mark.parametrize(("text", "code"), [("", "no_rows"), ("{", "bad_rows")])
+def test_rows_that_are_no_rows_are_refused(tmp_path: Path, text: str, code: str) -> None:
+    (tmp_path / "rows").write_text(text)
+    with pytest.raises(TrainingError) as refused:
+        read_rows(tmp_path / "rows", vocab_size=400)
+    assert refused.value.code == code

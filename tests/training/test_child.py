@@ -1,0 +1,120 @@
+"""A real training child: what it says, what it obeys, and that a resumed run equals an uninterrupted one."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.domain.attempts import CHILD_EVENT, EncodedRow, EncodedSequence, TrainOrder
+from tests.training.conftest import ROOT, Child, OrderFactory
+from worker.training.checkpoints import checkpoints_in, verify
+
+Start = Callable[[TrainOrder], Child]
+
+DROPOUT = {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}}
+LONG = 5_000
+
+
+def adapter_bytes(order: TrainOrder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (order.directory / "adapter").iterdir()}
+
+
+def test_a_run_from_order_to_adapter(make_order: OrderFactory, start: Start) -> None:
+    order = make_order(updates=9, every=4)
+    child = start(order)
+    last, status = child.finish()
+    events = [CHILD_EVENT.validate_python(event) for event in child.seen]
+    assert (status, last["event"], last["outcome"]) == (0, "finished", "succeeded"), child.errors()
+    kinds = [event.event for event in events]
+    assert kinds[: kinds.index("started")].count("log") >= 2
+    metrics = child.metrics()
+    assert [m["update"] for m in metrics] == list(range(1, 10))
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    assert metrics[2]["epoch"] == pytest.approx(1)
+    assert all(m["tokens_per_second"] > 0 and not m["skipped"] for m in metrics)
+    total = sum(m["tokens"] for m in metrics)
+    assert last["metrics"]["tokens"] == total
+    assert 0 <= last["metrics"]["padding_share"] < 0.5
+    assert last["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    written = [event for event in child.seen if event["event"] == "checkpoint"]
+    assert [event["update"] for event in written] == [4, 8]
+    assert verify(Path(written[-1]["path"])) == written[-1]["digest"]
+
+
+def test_resumed_runs_equal_an_uninterrupted_one_to_the_bit(make_order: OrderFactory, start: Start) -> None:
+    whole, pausing, dying = (make_order(DROPOUT, updates=40, every=4, name=n) for n in ("whole", "a", "b"))
+    reference, paused, killed = start(whole), start(pausing), start(dying)
+
+    paused.until("metrics", update=3)
+    paused.command("checkpoint", "pause")
+    last, status = paused.finish()
+    assert (status, last["event"], last["outcome"], last["adapter"]) == (0, "finished", "paused", None)
+    asked = next(event for event in reversed(paused.seen) if event["event"] == "checkpoint")
+    assert asked["update"] == paused.metrics()[-1]["update"] < 40
+
+    killed.until("checkpoint", update=8)
+    killed.process.send_signal(signal.SIGKILL)
+    killed.process.wait(30)
+    newest, older = checkpoints_in(dying.directory / "checkpoints")[:2]
+    (newest / "optimizer.safetensors").write_bytes(b"torn")
+
+    after_pause = make_order(DROPOUT, updates=40, every=4, name="c", resume_from=Path(asked["path"]))
+    after_kill = make_order(DROPOUT, updates=40, every=4, name="d", resume_from=newest)
+    one, other = start(after_pause), start(after_kill)
+    assert one.until("started")["resumed_from_update"] == asked["update"]
+    assert other.until("started")["resumed_from_update"] == int(older.name.removeprefix("update-"))
+    assert any(event["event"] == "log" and "torn" in event["message"] for event in other.seen)
+    for child in (one, other, reference):
+        assert child.finish()[0]["outcome"] == "succeeded", child.errors()
+    assert adapter_bytes(after_pause) == adapter_bytes(whole)
+    assert adapter_bytes(after_kill) == adapter_bytes(whole)
+    losses = [m["loss"] for m in reference.metrics()]
+    assert [m["loss"] for m in paused.metrics() + one.metrics()] == losses
+
+
+def test_a_stop_leaves_no_checkpoint_and_nonsense_is_warned_about(make_order: OrderFactory, start: Start) -> None:
+    order = make_order(updates=LONG)
+    child = start(order)
+    child.until("metrics")
+    child.command("dance", "stop")
+    last, status = child.finish()
+    assert (status, last["outcome"], last["adapter"]) == (0, "stopped", None)
+    assert any(e["event"] == "log" and e["level"] == "warning" and "dance" in e["message"] for e in child.seen)
+    assert not (order.directory / "checkpoints").exists()
+    assert not (order.directory / "adapter").exists()
+
+
+def test_the_end_of_stdin_ends_the_child(make_order: OrderFactory, start: Start) -> None:
+    child = start(make_order(updates=LONG))
+    child.until("metrics")
+    assert child.process.stdin is not None
+    child.process.stdin.close()
+    assert child.process.wait(10) == 3
+
+
+def test_a_bad_end_is_one_event_in_words(make_order: OrderFactory, start: Start) -> None:
+    rows = [EncodedRow(line=7, sequences=(EncodedSequence(ids=(5, 4_000), trained=((1, 2),)),))]
+    child = start(make_order(rows=rows))
+    last, status = child.finish()
+    assert (status, last["event"], last["code"]) == (1, "failed", "vocabulary_mismatch")
+    assert "line 7" in last["message"]
+    assert "Traceback" not in json.dumps(child.seen)
+    assert "Traceback" in child.errors()
+
+
+def test_an_order_that_cannot_be_read_fails_in_words(tmp_path: Path) -> None:
+    (tmp_path / "order.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "worker.training", str(tmp_path / "order.json")],
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode in (1, 3)  # its stdin ends at once, which may be seen first
