@@ -11,10 +11,10 @@ export VERITUNE_CACHE ?= $(CURDIR)/.cache/veritune
 export VERITUNE_HOME ?= $(CURDIR)/.cache/home
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo up test check format chaos bench model clean
+.PHONY: help setup demo up test check format acceptance chaos bench model clean
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
 
 setup: $(READY) ## The environment in .venv, every version pinned
 
@@ -48,6 +48,9 @@ check: $(READY) ## Lint, types and import rules
 format: $(READY) ## Put the code in shape
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --fix --quiet .
+
+acceptance: model ## The user's whole CSV and configuration, one epoch, through HTTP
+	@VERITUNE_E2E_ROWS=270 $(BIN)/python -m pytest -q tests/e2e/test_main_job.py
 
 chaos: model ## Kill every process while jobs run and claims are judged
 	@$(BIN)/python -m pytest -q -m chaos

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from app.domain.base_models import BaseModelDescription
 from app.domain.errors import UnavailableError
@@ -19,7 +20,7 @@ def ensure_base(described: BaseModelDescription, cache: Path) -> Path:
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
     answer = _last_line(done.stdout)
     if done.returncode != 0 or "path" not in answer:
-        error = answer.get("error") or {"message": f"exit status {done.returncode}", "hint": None}
+        error = answer.get("error") or {"message": f"exit status {done.returncode}"}
         raise UnavailableError(
             f"the weights of {described.name} cannot be had on this host: {error['message']}",
             code="base_missing",
@@ -27,7 +28,7 @@ def ensure_base(described: BaseModelDescription, cache: Path) -> Path:
     return Path(answer["path"])
 
 
-def _last_line(text: str) -> dict[str, dict[str, str]]:
+def _last_line(text: str) -> dict[str, Any]:
     lines = text.strip().splitlines()
     try:
         answer = json.loads(lines[-1]) if lines else {}

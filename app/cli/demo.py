@@ -56,6 +56,7 @@ def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
         raise DemoError(
             f"{examples} lacks {', '.join(missing)}; run this in the project's directory, or pass --examples"
         )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a service started here is stopped too
     console = Console()
     with _service(settings, console, keep=keep) as client:
         corpus = _upload(client, "/corpora", examples / "corpus.jsonl", "demo")
@@ -147,7 +148,8 @@ def _upload(client: httpx.Client, route: str, path: Path, name: str) -> dict[str
 
 
 def _train(client: httpx.Client, console: Console) -> dict[str, Any]:
-    job = _ok(client.post("/jobs", json=SPEC))
+    first = client.get("/jobs/demo").status_code == httpx.codes.NOT_FOUND
+    job = _ok(client.post("/jobs", json=SPEC | ({"name": "demo"} if first else {})))
     plan = job["plan"]
     console.print(
         f"[bold]2[/] training {plan['base_model']} in 4 bits on {plan['rows_trained']} trajectories, "

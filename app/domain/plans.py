@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 from app.domain.specs import TrainSpec
 
-TOKENS_PER_MICRO_BATCH = {"cpu": 2_048, "gpu": 4_096}
-"""Padded tokens of one micro-batch under `batch_size: auto`. On a CPU more brings no speed, only memory; 4,096 tokens
-of a 7B model with checkpointing fit a 16 GB card."""
+TOKENS_PER_MICRO_BATCH = {"cpu": 768, "gpu": 4_096}
+"""Padded tokens of one micro-batch under `batch_size: auto`. On a CPU more brings padding and no speed; 4,096 tokens of
+a 7B model with checkpointing fit a 16 GB card."""
 
 
 class _Word(BaseModel):

@@ -78,6 +78,7 @@ def start(home: Path, **environment: str) -> Deployment:
         "VERITUNE_INFERENCE_SECRET": SECRET,
         "VERITUNE_POLL_SECONDS": "0.5",
         "VERITUNE_LEASE_SECONDS": "10",
+        "VERITUNE_INFERENCE_DTYPE": "float32",  # so that its logits can be compared to the last digits
     }
     home.mkdir(parents=True, exist_ok=True)
     log = home / "up.log"

@@ -19,7 +19,7 @@ quantised = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
 base = AutoModelForCausalLM.from_pretrained(asked["base"], quantization_config=quantised, dtype=torch.bfloat16)
-base = base.dequantize().eval()
+base = base.dequantize().float().eval()
 prompt = torch.tensor([asked["prompt"]])
 
 

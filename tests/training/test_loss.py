@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy
 from app.domain.attempts import EncodedSequence
 from app.domain.specs import TrainSpec
 from tests.training.conftest import make_rows
+from worker.precision import FP32
 from worker.training.batches import Batch, collate, micro_batches
 from worker.training.loss import backward_loss
 from worker.training.model import Trainee, load_trainee
-from worker.training.precision import FP32
 
 
 def trainee(base: Path, **trainer: object) -> Trainee:

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
+from worker.precision import BF16, FP32, Precision
 from worker.training import model as room
 from worker.training.errors import TrainingError
 from worker.training.masters import MasterWeights
 from worker.training.model import Trainee, load_trainee
-from worker.training.precision import BF16, FP32, Precision
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 

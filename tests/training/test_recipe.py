@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from app.domain.attempts import TrainOrder
 from tests.tiny import make_tiny_model
 from tests.training.conftest import OrderFactory, make_rows
+from worker.precision import BF16, FP16, Precision
 from worker.training import recipe
 from worker.training.channel import Channel
 from worker.training.errors import TrainingError
-from worker.training.precision import BF16, FP16, Precision
 
 
 def run(order: TrainOrder) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
+from worker.precision import precision_here
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
@@ -58,13 +59,10 @@ def compute_device(settings: EngineSettings) -> torch.device:
 
 
 def compute_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
-    """The precision by capability: bf16 where products run in it, else fp16 on CUDA and fp32 on a CPU."""
+    """The number format asked for, or the one that training computes in on this hardware."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return precision_here(device, "unknown").compute
 
 
 def load_base(served: ServedModel, device: torch.device, dtype: torch.dtype) -> Base:
@@ -102,20 +100,21 @@ def _load_weights(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     quantized = quantization is not None
+    dequantise = quantized and device.type == "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
-        dtype=dtype,
+        dtype="auto" if dequantise else dtype,
         attn_implementation="sdpa",
         use_safetensors=True,
         local_files_only=True,
         device_map={"": device} if device.type == "cuda" else None,
         quantization_config=_bitsandbytes(Quantization.model_validate(quantization), dtype) if quantized else None,
     )
-    if quantized and device.type == "cpu":
+    if dequantise:
         # Before the first forward: in eval mode bitsandbytes repacks CPU weights, and then they no longer
-        # dequantise to the values that training saw.
-        model = model.dequantize(dtype=dtype)
+        # dequantise to the values that training saw, which are rounded to the stored dtype first.
+        model = model.dequantize(dtype=model.dtype).to(dtype)
     model.eval()
     loaded: PreTrainedModel = model.requires_grad_(False)
     return loaded

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils import logging as transformers_logging
 
 from app.domain.specs import LoraAdapter, Quantization, TrainSpec
+from worker.precision import Precision
 from worker.training.errors import TrainingError
-from worker.training.precision import Precision
 
 DENSE_LIMIT = 2**30
 """On a CPU, a base of at most this many bytes on disk is kept dequantised after it was quantised."""

@@ -13,6 +13,7 @@ from importlib.metadata import version
 import torch
 
 from app.domain.attempts import Checkpointed, Finished, Log, Metrics, Started, TrainOrder
+from worker.precision import Fp16UnsafeError, Precision, precision_here
 from worker.training.adapter import write_adapter
 from worker.training.batches import Batch, batches_of_update, read_rows
 from worker.training.channel import Channel
@@ -20,7 +21,6 @@ from worker.training.checkpoints import newest_sound, read_checkpoint, write_che
 from worker.training.errors import TrainingError
 from worker.training.loss import backward_loss
 from worker.training.model import Trainee, load_trainee
-from worker.training.precision import precision_here
 from worker.training.rates import learning_rate
 from worker.training.state import RunState
 
@@ -34,7 +34,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
     """Run `order` to its end, telling `channel`. Raises TrainingError; out-of-memory errors pass through."""
     spec, schedule = order.spec, order.schedule
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = precision_here(device, order.base.fp16)
+    precision = _precision(device, order)
     if threads := os.environ.get("VERITUNE_THREADS"):
         torch.set_num_threads(int(threads))
 
@@ -115,6 +115,14 @@ def train(order: TrainOrder, channel: Channel) -> None:
 
     adapter = write_adapter(trainee.peft, masters, order.base, order.directory)
     channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=_packages(), metrics=_totals(state)))
+
+
+def _precision(device: torch.device, order: TrainOrder) -> Precision:
+    try:
+        return precision_here(device, order.base.fp16)
+    except Fp16UnsafeError as error:
+        way_out = "use a GPU of compute capability 8.0 or higher, or another base model"
+        raise TrainingError("fp16_unsafe", str(error), way_out) from None
 
 
 def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:

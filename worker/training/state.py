@@ -6,11 +6,11 @@ import torch
 
 from app.domain.attempts import TrainOrder
 from app.domain.specs import Trainer
+from worker.precision import INITIAL_SCALE, Precision
 from worker.training.checkpoints import Progress, Saved
 from worker.training.errors import TrainingError
 from worker.training.masters import MasterWeights
 from worker.training.model import Trainee
-from worker.training.precision import INITIAL_SCALE, Precision
 
 
 class RunState:

@@ -1,4 +1,4 @@
-"""Which number format computes here: a pure policy from what the hardware can do. It touches no device.
+"""Which number format computes here, for training and for serving: a pure policy from what the hardware can do.
 
 `is_bf16_supported()` is not asked: it says yes on a T4, which only emulates.
 """
@@ -9,7 +9,10 @@ from typing import Literal
 
 import torch
 
-from worker.training.errors import TrainingError
+
+class Fp16UnsafeError(Exception):
+    """Only float16 is left on this GPU, and the base model overflows in it."""
+
 
 INITIAL_SCALE = 2.0**12
 """Where the loss scale starts under float16. The usual 2^16 overflows the first updates of a 7B model."""
@@ -51,7 +54,7 @@ def precision_for(
 ) -> Precision:
     """The precision for a CUDA capability, or for `cpu` when there is none.
 
-    Raises TrainingError when only float16 is left and the base model overflows in it.
+    Raises Fp16UnsafeError when only float16 is left and the base model overflows in it.
     """
     if capability is None:
         return BF16 if cpu.fast_bf16 else FP32
@@ -60,11 +63,7 @@ def precision_for(
     if capability < (7, 0):
         return FP32
     if fp16 == "unsafe":
-        raise TrainingError(
-            "fp16_unsafe",
-            "this base model overflows in float16, and this GPU has nothing wider that is fast",
-            "use a GPU of compute capability 8.0 or higher, or another base model",
-        )
+        raise Fp16UnsafeError("this base model overflows in float16, and this GPU has nothing wider that is fast")
     return FP16
 
 
