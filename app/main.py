@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
@@ -11,6 +12,7 @@ from fastapi.staticfiles import StaticFiles
 
 from app.api import adapters, corpora, datasets, errors, health, jobs, models, predict
 from app.api.guard import Guard
+from app.api.schema import DocumentedApp
 from app.composition import Services, compose
 from app.settings import Settings
 
@@ -32,6 +34,16 @@ TAGS = [
     {"name": "deployment", "description": "What this deployment has, and how it does."},
 ]
 
+THREADS_BESIDE = 16
+"""Threads that serve requests while every prediction slot is taken."""
+
+SWAGGER = {
+    "tryItOutEnabled": True,
+    "displayRequestDuration": True,
+    "filter": True,
+    "validatorUrl": None,  # its default sends the address of this page to a third party
+}
+
 
 def create_app(services: Services | None = None) -> FastAPI:
     """The application over `services`; without any, over those of the environment's settings."""
@@ -39,11 +51,14 @@ def create_app(services: Services | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        threads = current_default_thread_limiter()
+        threads.total_tokens = max(threads.total_tokens, served.settings.prediction_slots + THREADS_BESIDE)
         yield
         await served.events.close()
         served.close()
 
-    app = FastAPI(
+    app = DocumentedApp(
+        keyed=served.settings.key is not None,
         title="Veritune",
         version=version("veritune"),
         description=DESCRIPTION,
@@ -74,7 +89,7 @@ def _serve_docs(app: FastAPI) -> None:
             swagger_js_url="/static/swagger/swagger-ui-bundle.js",
             swagger_css_url="/static/swagger/swagger-ui.css",
             swagger_favicon_url="/static/swagger/favicon-32x32.png",
-            swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True, "filter": True},
+            swagger_ui_parameters=SWAGGER,
         )
 
     @app.get("/", include_in_schema=False)

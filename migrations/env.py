@@ -1,13 +1,19 @@
 """Where Alembic meets the application: its tables and its database URL."""
 
+from typing import Literal
+
 from alembic import context
+from sqlalchemy import text
 
 from app.db import Database, tables
 from app.db.base import Base, Instant
 from app.settings import Settings
 
+ONE_AT_A_TIME = 7_041_776
+"""The key of the lock that keeps two processes from migrating one Postgres at once."""
 
-def _render(kind: str, item: object, _context: object) -> str | bool:
+
+def _render(kind: str, item: object, _context: object) -> str | Literal[False]:
     """Own column types are written as what they are in the database, so that a migration outlives their class."""
     return "sa.Double()" if kind == "type" and isinstance(item, Instant) else False
 
@@ -24,6 +30,8 @@ def run() -> None:
                 render_item=_render,
             )
             with context.begin_transaction():
+                if connection.dialect.name == "postgresql":  # SQLite lets one writer in at a time anyway
+                    connection.execute(text(f"SELECT pg_advisory_xact_lock({ONE_AT_A_TIME})"))
                 context.run_migrations()
     finally:
         database.close()

@@ -20,6 +20,8 @@ from tests.tiny import make_tiny_model
 hypothesis_settings.register_profile("veritune", deadline=None)
 hypothesis_settings.load_profile("veritune")
 
+pytest_plugins = ["tests.postgres"]
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -69,10 +71,17 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_cache: Path) -> Settings:
+def database_url() -> str | None:
+    """Where the deployment keeps its rows; None is SQLite under its home. A directory of tests may say otherwise."""
+    return None
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_cache: Path, database_url: str | None) -> Settings:
     return Settings(
         home=tmp_path / "home",
         cache=tiny_cache,
+        database_url=database_url,
         default_base_model="tiny",
         poll_seconds=0.1,
         lease_seconds=5.0,

@@ -1,12 +1,17 @@
 """/adapters"""
 
+from typing import Annotated
+
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from app.api.dependencies import After, Limit, Page, ServicesDep, problems
+from app.api.dependencies import After, Limit, Page, ServicesDep, named, problems
 from app.domain.adapters import Adapter
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+Named = Annotated[str, named("adapter")]
+_ZIP = {"application/zip": {"schema": {"type": "string", "format": "binary"}}}
 
 
 @router.get("", summary="List adapters")
@@ -17,7 +22,8 @@ def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Pa
 
 
 @router.get("/{adapter}", summary="An adapter and its manifest", responses=problems(404))
-def read(services: ServicesDep, adapter: str) -> Adapter:
+def read(services: ServicesDep, adapter: Named) -> Adapter:
+    """What it is, and everything needed to make it again. `aliases` holds `default` when it is the promoted one."""
     return services.adapters.get(adapter)
 
 
@@ -25,9 +31,9 @@ def read(services: ServicesDep, adapter: str) -> Adapter:
     "/{adapter}/download",
     summary="Download an adapter",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/zip": {}}}, **problems(404)},
+    responses={200: {"content": _ZIP, "description": "The archive"}, **problems(404)},
 )
-def download(services: ServicesDep, adapter: str) -> StreamingResponse:
+def download(services: ServicesDep, adapter: Named) -> StreamingResponse:
     """A zip of a PEFT directory: safetensors, adapter_config.json, manifest.json and the model card."""
     name, content = services.adapters.archive(adapter)
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
@@ -35,11 +41,12 @@ def download(services: ServicesDep, adapter: str) -> StreamingResponse:
 
 
 @router.post("/{adapter}/promote", summary="Make this the default adapter", responses=problems(404))
-def promote(services: ServicesDep, adapter: str) -> Adapter:
+def promote(services: ServicesDep, adapter: Named) -> Adapter:
     """Predictions that name no adapter use it from now on."""
     return services.adapters.promote(adapter)
 
 
 @router.delete("/{adapter}", status_code=204, summary="Delete an adapter", responses=problems(404))
-def delete(services: ServicesDep, adapter: str) -> None:
+def delete(services: ServicesDep, adapter: Named) -> None:
+    """Unpublish it. The job that made it stays."""
     services.adapters.delete(adapter)

@@ -4,18 +4,26 @@ from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 
-from app.api.dependencies import After, Limit, Page, ServicesDep, on_disk, problems
+from app.api.dependencies import After, Limit, Page, ServicesDep, form_of, named, on_disk, problems
+from app.api.routing import TypedRoute
 from app.knowledge import Hit
 from app.services.corpora import Corpus
 
-router = APIRouter(prefix="/corpora", tags=["corpora"])
+router = APIRouter(prefix="/corpora", tags=["corpora"], route_class=TypedRoute)
+
+Named = Annotated[str, named("corpus")]
+Words = Annotated[
+    str,
+    Query(min_length=1, max_length=1_000, description="Any words.", openapi_examples={"river": {"value": "river"}}),
+]
 
 
 @router.post(
     "",
     status_code=201,
     summary="Upload a corpus",
-    responses={200: {"description": "These pages were here already"}, **problems(400, 409, 413, 415)},
+    responses={200: {"model": Corpus, "description": "These pages were here already"}, **problems(409)},
+    dependencies=[form_of("file", "name")],
 )
 def upload(
     services: ServicesDep,
@@ -32,31 +40,35 @@ def upload(
 
 @router.get("", summary="List corpora")
 def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Corpus]:
+    """Newest first."""
     data, more = services.corpora.page(after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.get("/{corpus}", summary="A corpus and the account of its upload", responses=problems(404))
-def read(services: ServicesDep, corpus: str) -> Corpus:
+def read(services: ServicesDep, corpus: Named) -> Corpus:
+    """`digest` names the snapshot; predictions quote it with every Observation."""
     return services.corpora.get(corpus)
 
 
 @router.get("/{corpus}/search", summary="Search a corpus by free text", responses=problems(404))
 def search(
     services: ServicesDep,
-    corpus: str,
-    q: Annotated[str, Query(min_length=1, max_length=1_000, examples=["river"], description="Any words.")],
-    limit: Annotated[int, Query(ge=1, le=50)] = 10,
+    corpus: Named,
+    q: Words,
+    limit: Annotated[int, Query(ge=1, le=50, description="Most pages to give.")] = 10,
 ) -> Page[Hit]:
     """Pages by BM25, best first, each with the sentence that has most of the words."""
     return Page(data=list(services.corpora.find(corpus, q, limit)), has_more=False)
 
 
 @router.post("/{corpus}/promote", summary="Make this the default corpus", responses=problems(404))
-def promote(services: ServicesDep, corpus: str) -> Corpus:
+def promote(services: ServicesDep, corpus: Named) -> Corpus:
+    """Predictions that name no corpus search this one from now on."""
     return services.corpora.promote(corpus)
 
 
 @router.delete("/{corpus}", status_code=204, summary="Delete a corpus", responses=problems(404))
-def delete(services: ServicesDep, corpus: str) -> None:
+def delete(services: ServicesDep, corpus: Named) -> None:
+    """Predictions that were made with it keep the text that they quote."""
     services.corpora.delete(corpus)

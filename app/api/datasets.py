@@ -4,20 +4,23 @@ from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 
-from app.api.dependencies import After, Limit, Page, ServicesDep, on_disk, problems
+from app.api.dependencies import After, Limit, Page, ServicesDep, form_of, named, on_disk, problems
+from app.api.routing import TypedRoute
 from app.domain.trajectories import Trajectory
 from app.services.datasets import Dataset
 
-router = APIRouter(prefix="/datasets", tags=["datasets"])
+router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=TypedRoute)
 
-Column = Annotated[str | None, Form(max_length=200)]
+Named = Annotated[str, named("dataset")]
+Column = Annotated[str | None, Form(max_length=200, description="The file's own name for this column.")]
 
 
 @router.post(
     "",
     status_code=201,
     summary="Upload a dataset",
-    responses={200: {"description": "This content was here already"}, **problems(400, 409, 413, 415)},
+    responses={200: {"model": Dataset, "description": "This content was here already"}, **problems(409)},
+    dependencies=[form_of("file", "name", "claim_column", "trajectories_column", "label_column")],
 )
 def upload(
     services: ServicesDep,
@@ -49,22 +52,24 @@ def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Pa
 
 
 @router.get("/{dataset}", summary="A dataset and the account of its upload", responses=problems(404))
-def read(services: ServicesDep, dataset: str) -> Dataset:
+def read(services: ServicesDep, dataset: Named) -> Dataset:
+    """Counts, label balance, lengths, and every finding with its line (the first two hundred; counts are exact)."""
     return services.datasets.get(dataset)
 
 
 @router.get("/{dataset}/preview", summary="Rows of a dataset, as they were understood", responses=problems(404))
 def preview(
     services: ServicesDep,
-    dataset: str,
-    after: Annotated[int, Query(ge=0, le=2**31, description="Row number of the last row seen.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=100)] = 5,
+    dataset: Named,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Row number of the last row seen.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=100, description="Most rows to give.")] = 5,
 ) -> Page[Trajectory]:
+    """Steps, verdict and evidence of the rows that were kept, in the file's order."""
     data, more = services.datasets.preview(dataset, after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.delete("/{dataset}", status_code=204, summary="Delete a dataset", responses=problems(404, 409))
-def delete(services: ServicesDep, dataset: str) -> None:
+def delete(services: ServicesDep, dataset: Named) -> None:
     """Refused (409) while a job that is not finished uses it."""
     services.datasets.delete(dataset)

@@ -1,18 +1,23 @@
 """What routes share: the services, paging, uploads, the idempotency key, pages of answers."""
 
+import pathlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from fastapi import Depends, Header, Query, Request, UploadFile
+from fastapi import Depends, Header, Path, Query, Request, UploadFile
 from pydantic import BaseModel, ConfigDict
+from starlette.datastructures import UploadFile as StarletteUpload
 
-from app.api.errors import ProblemDocument
+from app.api.errors import problem_response
 from app.composition import Services
+from app.domain.claims import forbidden_character
+from app.domain.errors import InvalidError, Problem
+from app.domain.reading import did_you_mean
 
 Item = TypeVar("Item")
+FILE = "file"
 
 
 class Page(BaseModel, Generic[Item]):
@@ -35,36 +40,89 @@ async def raw_body(request: Request) -> bytes:
 
 ServicesDep = Annotated[Services, Depends(services)]
 RawBody = Annotated[bytes, Depends(raw_body)]
-After = Annotated[str | None, Query(max_length=100, description="Id of the last item of the page before.")]
+After = Annotated[
+    str | None,
+    Query(
+        min_length=1,
+        max_length=100,
+        description="Id of the last item of the page before. It need not exist any more.",
+    ),
+]
 Limit = Annotated[int, Query(ge=1, le=100, description="Items on a page.")]
-Reference = Annotated[str, "An id or a name."]
+Seq = Annotated[int, Query(ge=0, le=2**31 - 1, description="Number of the last one seen.")]
 IdempotencyKey = Annotated[
     str | None,
-    Header(alias="Idempotency-Key", description="The same key and body give the first answer again."),
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="The same key and body give the first answer again, for a day. A stream takes no notice of it.",
+    ),
 ]
 
 
+def named(what: str) -> Any:
+    """A path parameter that refers to a resource by id or name."""
+    return Path(
+        min_length=1,
+        max_length=200,
+        description=f"Id or name of the {what}.",
+        openapi_examples={"demo": {"value": "demo", "summary": f"the {what} that `make demo` makes"}},
+    )
+
+
+_WORDS = {
+    404: "Not found",
+    409: "The present state forbids it",
+    429: "Busy; try again after `Retry-After` seconds",
+    503: "A part is away; try again after `Retry-After` seconds",
+}
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses for the errors that a route may give, beside 422."""
-    words = {
-        400: "Cut off",
-        404: "Not found",
-        409: "The present state forbids it",
-        413: "Too large",
-        415: "Wrong content type",
-        429: "Busy",
-        503: "A part is away",
-    }
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}
-    return {status: {"description": words[status], "model": ProblemDocument, "content": content} for status in statuses}
+    """OpenAPI responses for the errors that a route may give beside those that every route may."""
+    return {status: problem_response(_WORDS[status]) for status in statuses}
+
+
+def form_of(*known: str) -> Any:
+    """A dependency that refuses form fields which are unknown, sent twice, or hold what no text here may hold."""
+
+    async def check(request: Request) -> None:
+        seen: set[str] = set()
+        for name, value in (await request.form()).multi_items():
+            found = _wrong_field(name, value, known, seen)
+            if found is not None:
+                raise InvalidError(f"{found.loc[0]}: {found.message}", code="bad_form", problems=(found,))
+            seen.add(name)
+
+    return Depends(check)
+
+
+def _wrong_field(name: str, value: "str | StarletteUpload", known: tuple[str, ...], seen: set[str]) -> Problem | None:
+    text = value if isinstance(value, str) else value.filename or ""
+    if bad := forbidden_character(name) or forbidden_character(text):
+        return Problem((name,), f"the field holds {bad}", "remove it and send again")
+    if name not in known:
+        return Problem((name,), "there is no such field", did_you_mean(name, known))
+    if name in seen:
+        return Problem((name,), "the field stands more than once", "send it once")
+    if name == FILE and isinstance(value, str):
+        return Problem((name,), "the field holds text where a file is expected", "with curl: -F file=@PATH")
+    return None
 
 
 @contextmanager
-def on_disk(file: UploadFile, target: Path) -> Iterator[Path]:
-    """The upload as a file of its own for as long as the block lasts, copied in constant memory."""
+def on_disk(file: UploadFile, target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The upload as a file of its own for as long as the block lasts, copied in constant memory.
+
+    What the block finds wrong without saying where is wrong with the file.
+    """
     try:
         with target.open("wb") as out:
             shutil.copyfileobj(file.file, out, 1 << 20)
         yield target
+    except InvalidError as error:
+        error.problems = error.problems or (Problem((FILE,), error.detail),)
+        raise
     finally:
         target.unlink(missing_ok=True)

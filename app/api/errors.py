@@ -1,5 +1,7 @@
 """Errors → `application/problem+json` (RFC 9457). Never a stack trace, never an HTML page."""
 
+import traceback
+from dataclasses import replace
 from http import HTTPStatus
 from math import ceil
 from typing import Any
@@ -8,7 +10,8 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -22,8 +25,12 @@ from app.domain.errors import (
     UnavailableError,
     VerituneError,
 )
+from app.domain.reading import problems_of
 
 MEDIA_TYPE = "application/problem+json"
+MOST_PROBLEMS = 100
+LONGEST_TEXT = 1_000
+LONGEST_PLACE = 100
 log = structlog.get_logger(__name__)
 
 STATUS: tuple[tuple[type[VerituneError], int], ...] = (
@@ -65,16 +72,40 @@ def status_of(error: VerituneError) -> int:
 
 
 def problem(instance: str, status: int, code: str, detail: str, found: tuple[Problem, ...] = ()) -> dict[str, Any]:
-    """The document, as JSON types."""
+    """The document, as JSON types. What a user sent and gets back here is cut to a readable length."""
     return {
         "type": f"urn:veritune:problem:{code}",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
-        "instance": instance,
+        "detail": _shown(detail),
+        "instance": _shown(instance),
         "code": code,
-        "errors": [{"loc": list(p.loc), "message": p.message, "hint": p.hint} for p in found[:100]],
+        "errors": [_entry(one) for one in found[:MOST_PROBLEMS]],
     }
+
+
+def _entry(found: Problem) -> dict[str, Any]:
+    place = [part if isinstance(part, int) else _shown(part, LONGEST_PLACE) for part in found.loc]
+    hint = None if found.hint is None else _shown(found.hint)
+    return {"loc": place, "message": _shown(found.message), "hint": hint}
+
+
+def _shown(text: str, most: int = LONGEST_TEXT) -> str:
+    """`text` without what cannot be encoded (a lone surrogate in a given value must not break the answer), cut."""
+    plain = text.encode("utf-8", "replace").decode()
+    return plain if len(plain) <= most else f"{plain[: most - 1]}…"
+
+
+def unexpected(error: Exception, instance: str) -> dict[str, Any]:
+    """Log an error that is our own, and say no more about it than that. The trace holds no values of variables."""
+    log.error("unexpected_error", path=instance, exception="".join(traceback.format_exception(error)))
+    return problem(instance, 500, "internal_error", "something went wrong on our side; the log has the details")
+
+
+def problem_response(description: str) -> dict[str, Any]:
+    """An OpenAPI response that holds a problem."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}
+    return {"description": description, "content": content}
 
 
 def document_of(error: VerituneError, instance: str) -> dict[str, Any]:
@@ -90,35 +121,49 @@ def response_of(error: VerituneError, instance: str) -> JSONResponse:
     return _answer(document_of(error, instance), headers)
 
 
-def _plain(text: str) -> str:
-    """`text` without what cannot be encoded: a lone surrogate in a given value must not break the answer."""
-    return text.encode("utf-8", "replace").decode()
-
-
 async def _on_veritune(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, VerituneError)
     return response_of(error, request.url.path)
 
 
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError | ValidationError)
+    """Places inside the body stand as they are; others begin with path, query or header."""
+    assert isinstance(error, RequestValidationError)
+    body = dict(error.body) if isinstance(error.body, FormData) else error.body
+    sent = {"body": body, "query": dict(request.query_params), "path": request.path_params, "header": {}}
     found = tuple(
-        Problem(tuple(item["loc"]), _plain(str(item["msg"]).removeprefix("Value error, "))) for item in error.errors()
+        replace(one, loc=one.loc[1:]) if one.loc[0] == "body" else one
+        for one in problems_of(error.errors(), sent, _body_model(request))
     )
     first = found[0]
-    place = ".".join(str(part) for part in first.loc)
-    detail = _plain(f"{place}: {first.message}")
-    return _answer(problem(request.url.path, 422, "invalid_request", detail, found))
+    place = ".".join(str(part) for part in first.loc) or "the body"
+    hint = f"; {first.hint}" if first.hint else ""
+    return _answer(problem(request.url.path, 422, "invalid_request", f"{place}: {first.message}{hint}", found))
+
+
+def _body_model(request: Request) -> type[BaseModel] | None:
+    """What the route reads its body as, when that is a model."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = getattr(getattr(field, "field_info", None), "annotation", None)
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     words = {404: "there is no such route; GET /docs lists them", 405: "this route does not take that method"}
-    codes = {404: "no_route", 405: "wrong_method", 401: "unauthorized", 413: "too_large"}
+    codes = {400: "bad_body", 404: "no_route", 405: "wrong_method", 413: "too_large", 415: "unsupported_media_type"}
     status = error.status_code
     detail = words.get(status, str(error.detail))
     document = problem(request.url.path, status, codes.get(status, "http_error"), detail)
-    return _answer(document, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    return _answer(document, headers | _allowed(request) if status == 405 else headers)
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """The Allow header over all routes of this path; each of them knows only its own method."""
+    path = getattr(request.scope.get("route"), "path", "")
+    operations = request.app.openapi()["paths"].get(path, {})
+    return {"Allow": ", ".join(sorted(operations)).upper()} if operations else {}
 
 
 async def _on_disconnect(request: Request, _error: Exception) -> JSONResponse:
@@ -126,9 +171,7 @@ async def _on_disconnect(request: Request, _error: Exception) -> JSONResponse:
 
 
 async def _on_anything(request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected_error", path=request.url.path, exc_info=error)
-    detail = "something went wrong on our side; the log has the details"
-    return _answer(problem(request.url.path, 500, "internal_error", detail))
+    return _answer(unexpected(error, request.url.path))
 
 
 def install(app: FastAPI) -> None:

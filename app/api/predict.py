@@ -1,19 +1,21 @@
 """/predict: the ReAct loop, whole or streamed."""
 
+import json
 from collections.abc import Iterator
 from itertools import chain
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Response
+from fastapi import APIRouter, Body, Path, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.dependencies import IdempotencyKey, RawBody, ServicesDep, problems
-from app.api.errors import ProblemDocument, document_of
+from app.api.errors import ProblemDocument, document_of, unexpected
+from app.api.routing import TypedRoute
 from app.domain.errors import InvalidError, VerituneError
 from app.domain.predictions import Prediction, PredictionEvent, PredictRequest
 
-router = APIRouter(tags=["predictions"])
+router = APIRouter(tags=["predictions"], route_class=TypedRoute)
 
 MOST_CLAIMS = 1_000
 
@@ -22,6 +24,17 @@ _ASK = {
     "the base model": {"value": {"claim": "The Danube flows into the Black Sea.", "adapter": None}},
     "step by step": {"value": {"claim": "The Danube flows into the Black Sea.", "stream": True}},
 }
+_ASK_MANY = {
+    "two claims": {
+        "value": {
+            "requests": [
+                {"claim": "The Danube flows into the Black Sea."},
+                {"claim": "The Danube flows into the North Sea.", "adapter": None},
+            ]
+        }
+    }
+}
+_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 class BatchRequest(BaseModel):
@@ -44,7 +57,7 @@ class BatchAnswer(BaseModel):
     "/predict",
     summary="Judge a claim",
     response_model=Prediction,
-    responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 409, 415, 429, 503)},
+    responses={200: {"content": _STREAM, "description": "The prediction"}, **problems(404, 409, 429, 503)},
 )
 def predict(
     services: ServicesDep,
@@ -74,27 +87,46 @@ def _stream(told: Iterator[PredictionEvent]) -> Iterator[str]:
         for event in told:
             yield f"event: {event.event}\ndata: {event.model_dump_json()}\n\n"
     except VerituneError as error:
-        document = ProblemDocument.model_validate(document_of(error, "/predict"))
-        yield f"event: error\ndata: {document.model_dump_json()}\n\n"
+        yield _error_event(document_of(error, "/predict"))
+    except Exception as error:  # the status is sent already; the stream itself must say that it failed
+        yield _error_event(unexpected(error, "/predict"))
 
 
-@router.post("/predict/batch", summary="Judge many claims", responses=problems(404, 409, 415, 429, 503))
-def batch(services: ServicesDep, ask: BatchRequest) -> BatchAnswer:
+def _error_event(document: dict[str, Any]) -> str:
+    return f"event: error\ndata: {json.dumps(document)}\n\n"
+
+
+@router.post(
+    "/predict/batch", summary="Judge many claims", response_model=BatchAnswer, responses=problems(404, 409, 429, 503)
+)
+def batch(
+    services: ServicesDep,
+    ask: Annotated[BatchRequest, Body(openapi_examples=_ASK_MANY)],
+    body: RawBody,
+    key: IdempotencyKey = None,
+) -> Response:
     """Several run at a time. One that cannot be judged leaves a problem in its place."""
     if any(request.stream for request in ask.requests):
         raise InvalidError("a batch is not streamed; leave stream out", code="batch_not_streamed")
-    answers = services.predictions.batch(ask.requests)
-    return BatchAnswer(
-        data=[
-            answer
-            if isinstance(answer, Prediction)
-            else ProblemDocument.model_validate(document_of(answer, "/predict/batch"))
-            for answer in answers
-        ]
-    )
+
+    def work() -> tuple[int, dict[str, Any]]:
+        answers = services.predictions.batch(ask.requests)
+        return 200, BatchAnswer(data=[_told(answer) for answer in answers]).model_dump(mode="json")
+
+    status, answer = services.idempotency.once("POST /predict/batch", key, body, work)
+    return JSONResponse(answer, status)
+
+
+def _told(answer: Prediction | VerituneError) -> Prediction | ProblemDocument:
+    if isinstance(answer, Prediction):
+        return answer
+    return ProblemDocument.model_validate(document_of(answer, "/predict/batch"))
 
 
 @router.get("/predictions/{prediction}", summary="A stored prediction", responses=problems(404))
-def read(services: ServicesDep, prediction: str) -> Prediction:
+def read(
+    services: ServicesDep,
+    prediction: Annotated[str, Path(min_length=1, max_length=200, description="Id of the prediction.")],
+) -> Prediction:
     """Stored when asked with `store: true`."""
     return services.predictions.get(prediction)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
 from app.db.repositories.adapters import Adapters
@@ -19,7 +19,8 @@ from app.db.repositories.jobs import Jobs
 from app.db.repositories.keys import IdempotencyKeys
 from app.db.repositories.predictions import Predictions
 from app.db.repositories.resources import Aliases, BaseModels, Corpora, Datasets, Devices, Encodings
-from app.domain.errors import UnavailableError
+from app.db.repositories.rows import WRITES
+from app.domain.errors import InvalidError, UnavailableError
 
 POOL = 48
 """Connections; at least as many as the threads that serve requests, so that no thread waits for another's."""
@@ -91,13 +92,17 @@ class Database:
 
     @contextmanager
     def _session(self, *, write: bool) -> Iterator[Session]:
-        engine = self.engine.execution_options(veritune_write=write)
+        engine = self.engine.execution_options(**{WRITES: write})
         with Session(engine, expire_on_commit=False) as session:
             try:
                 yield session
             except OperationalError as error:
                 raise UnavailableError(
                     "the database does not answer; try again", code="database_away", retry_after=2
+                ) from error
+            except DataError as error:
+                raise InvalidError(
+                    "a text or a number here is one that the database cannot hold", code="bad_value"
                 ) from error
 
     def close(self) -> None:
@@ -127,5 +132,5 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    write = connection.get_execution_options().get("veritune_write", True)
+    write = connection.get_execution_options().get(WRITES, True)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -2,13 +2,15 @@
 
 import difflib
 import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from app.domain.claims import forbidden_character
 from app.domain.errors import InvalidError, Loc, NotYetSupportedError, Problem
-from app.domain.specs import JobKind, TrainSpec, not_yet_supported
+from app.domain.specs import SPEC_CODES, JobKind, TrainSpec, not_yet_supported
 
 _LUDWIG_DIFFERS = {
     ("quantization", "bnb_4bit_compute_dtype"): "the compute type follows the device; leave it out",
@@ -17,6 +19,11 @@ _LUDWIG_DIFFERS = {
     ("trainer", "max_batch_size"): "batch_size auto is bounded by tokens; leave it out",
     ("preprocessing", "sample_ratio"): "upload the rows that you want; every row is used",
 }
+
+MOST_PROBLEMS = 100
+"""Findings that are put into words: a document of a mebibyte can hold a hundred thousand unknown keys."""
+
+LONGEST_WORD = 60
 
 
 def read_spec(data: Any) -> TrainSpec:
@@ -30,8 +37,10 @@ def read_spec(data: Any) -> TrainSpec:
     try:
         spec = TrainSpec.model_validate(data)
     except ValidationError as error:
-        found = problems(error, TrainSpec)
-        raise InvalidError(_headline(found), code="invalid_spec", problems=found) from None
+        items = error.errors(include_url=False)
+        found = problems_of(items, data, TrainSpec)
+        code = next((item["type"] for item in items if item["type"] in SPEC_CODES), "invalid_spec")
+        raise InvalidError(_headline(found), code=code, problems=found) from None
     if missing := not_yet_supported(spec):
         found = tuple(
             Problem(place, f"{what} is understood, but this version does not run it yet") for place, what in missing
@@ -45,38 +54,89 @@ def _other_kind(kind: Any) -> InvalidError:
     if kind in known:
         message = f"jobs of kind {kind} are not run by this version; train is"
         return NotYetSupportedError(message, problems=(Problem(("kind",), message),))
-    problem = Problem(("kind",), f"{str(kind)[:60]!r} is no kind of job", _did_you_mean(str(kind), known))
+    problem = Problem(("kind",), f"{str(kind)[:LONGEST_WORD]!r} is no kind of job", did_you_mean(str(kind), known))
     return InvalidError(_headline((problem,)), code="invalid_spec", problems=(problem,))
 
 
-def problems(error: ValidationError, model: type[BaseModel] | None = None) -> tuple[Problem, ...]:
-    """pydantic's findings in this project's words; with `model`, unknown keys get a did-you-mean."""
-    return tuple(_problem(dict(item), model) for item in error.errors(include_url=False))
+def problems_of(
+    items: Sequence[Mapping[str, Any]], data: Any, model: type[BaseModel] | None = None
+) -> tuple[Problem, ...]:
+    """pydantic's findings about `data` in this project's words, one for each place, at most `MOST_PROBLEMS`.
+
+    With `model`, which `data` was read as, unknown keys get a did-you-mean.
+    """
+    found: dict[Loc, Problem] = {}
+    for item in items[:MOST_PROBLEMS]:
+        problem = _problem(item, data, model)
+        known = found.get(problem.loc)
+        found[problem.loc] = replace(known, message=f"{known.message}; or {problem.message}") if known else problem
+    return tuple(found.values())
 
 
-def _problem(item: dict[str, Any], model: type[BaseModel] | None) -> Problem:
+def _problem(item: Mapping[str, Any], data: Any, model: type[BaseModel] | None) -> Problem:
     loc: Loc = tuple(item["loc"])
-    if item["type"] != "extra_forbidden":
-        return Problem(loc, _sentence(item))
-    known = list(_fields_at(model, loc[:-1])) if model else []
-    ours = _LUDWIG_DIFFERS.get((str(loc[-2]) if len(loc) > 1 else "", str(loc[-1])))
-    hint = ours or _did_you_mean(str(loc[-1]), known)
-    return Problem(loc, f"there is no key {str(loc[-1])[:60]!r} here", hint)
+    context = item.get("ctx", {})
+    place = _place(loc, data) + tuple(context.get("place", ()))
+    match item["type"]:
+        case "extra_forbidden":
+            return _unknown_key(loc, place, model)
+        case "union_tag_invalid":
+            expected = context["expected_tags"]
+            known = [tag.strip(" '") for tag in expected.split(",")]
+            message = f"{str(context['tag'])[:LONGEST_WORD]!r} is none of {expected}"
+            return Problem((*place, "type"), message, did_you_mean(str(context["tag"]), known))
+        case "union_tag_not_found":
+            return Problem((*place, "type"), "the type is missing")
+        case _:
+            return Problem(place, _sentence(item))
 
 
-def _sentence(item: dict[str, Any]) -> str:
+def _unknown_key(loc: Loc, place: Loc, model: type[BaseModel] | None) -> Problem:
+    word = str(loc[-1])
+    message = f"there is no key {word[:LONGEST_WORD]!r} here"
+    ours = _LUDWIG_DIFFERS.get((str(place[-2]) if len(place) > 1 else "", word))
+    if ours or model is None:
+        return Problem(place, message, ours)
+    known = sorted(_fields_at(model, loc[:-1]))
+    close = _closest(word, known) or _closest(word, _nested(model))
+    return Problem(place, message, f"did you mean {close!r}?" if close else f"known here: {', '.join(known)}")
+
+
+def _place(loc: Loc, data: Any) -> Loc:
+    """`loc` as a path into `data`: without the names of union members that pydantic puts in between."""
+    place: list[str | int] = []
+    for number, part in enumerate(loc):
+        if isinstance(data, dict) and part in data:
+            data = data[str(part)]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif number + 1 < len(loc) or not isinstance(data, dict):
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     given = item.get("input")
     if isinstance(given, str | int | float | bool) and item["type"] not in ("missing", "value_error"):
-        return f"{message} (given: {str(given)[:60]!r})"
+        return f"{message} (given: {str(given)[:LONGEST_WORD]!r})"
     return message
 
 
-def _did_you_mean(word: str, known: list[str]) -> str | None:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+def did_you_mean(word: str, known: Sequence[str]) -> str | None:
+    """A hint that names the likeliest of `known`, or all of them; None when nothing is known."""
+    close = _closest(word, known)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {close!r}?"
     return f"known here: {', '.join(sorted(known))}" if known else None
+
+
+def _closest(word: str, known: Sequence[str]) -> str | None:
+    """The name, or the last part of a dotted name, that `word` was probably meant to be."""
+    names = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    close = difflib.get_close_matches(word[:LONGEST_WORD], names, n=1, cutoff=0.6)
+    return names[close[0]] if close else None
 
 
 def _headline(found: tuple[Problem, ...]) -> str:
@@ -95,6 +155,15 @@ def _fields_at(model: type[BaseModel], loc: Loc) -> set[str]:
         tagged = [m for m in models if _tag(m) == part]
         here = tagged or [m.model_fields[str(part)].annotation for m in models if str(part) in m.model_fields] or models
     return {name for m in _models(here) for name in m.model_fields}
+
+
+def _nested(model: type[BaseModel]) -> list[str]:
+    """Dotted names of the keys below the top one, such as `trainer.epochs`."""
+    names = []
+    for field, info in model.model_fields.items():
+        for inner in _models([info.annotation]):
+            names += [f"{field}.{name}" for name in (*inner.model_fields, *_nested(inner))]
+    return names
 
 
 def _models(annotations: list[Any]) -> list[type[BaseModel]]:

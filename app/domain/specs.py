@@ -4,11 +4,13 @@ The whole vocabulary is parsed here. What this version cannot run yet is named b
 submit; which adapter goes with which quantisation is one table, `PAIRINGS`.
 """
 
+import json
 import math
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
 
 from app.domain.claims import fold, forbidden_character
 from app.domain.react import DEFAULT_TEMPLATE, PLACEHOLDER, ReactFormat
@@ -20,6 +22,15 @@ class JobKind(StrEnum):
     EVALUATE = "evaluate"
     SYNTHESIZE = "synthesize"
     DISTILL = "distill"
+
+
+SPEC_CODES = frozenset({"base_would_change"})
+"""Codes of their own, for what the vocabulary allows and this combination forbids."""
+
+
+def _disagree(message: str, *place: str, code: str = "disagreement") -> PydanticCustomError:
+    """What a validator of several fields raises: the message, and the place of the field to change."""
+    return PydanticCustomError(code, "{message}", {"message": message, "place": place})
 
 
 class _Spec(BaseModel):
@@ -187,14 +198,16 @@ class Trainer(_Spec):
     def _batches_agree(self) -> Self:
         batch, steps, effective = self.batch_size, self.gradient_accumulation_steps, self.effective_batch_size
         if batch != "auto" and steps and effective and batch * steps != effective:
-            raise ValueError(
+            raise _disagree(
                 f"batch_size {batch} × gradient_accumulation_steps {steps} = {batch * steps}, but "
-                f"effective_batch_size says {effective}; leave one of the three out"
+                f"effective_batch_size says {effective}; leave one of the three out",
+                "effective_batch_size",
             )
         if batch == "auto" and steps:
-            raise ValueError(
+            raise _disagree(
                 "gradient_accumulation_steps needs a batch_size that is a number; with batch_size auto, say "
-                "effective_batch_size instead"
+                "effective_batch_size instead",
+                "gradient_accumulation_steps",
             )
         return self
 
@@ -225,6 +238,16 @@ class Backend(_Spec):
 METADATA_LIMIT = 16_384
 
 
+def _bounded(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    size = len(json.dumps(metadata, ensure_ascii=False, separators=(",", ":")))
+    if size > METADATA_LIMIT:
+        raise ValueError(f"metadata has {size:,} characters as JSON; at most {METADATA_LIMIT:,} are kept")
+    return metadata
+
+
+Metadata = Annotated[dict[str, JsonValue], AfterValidator(_bounded)]
+
+
 class TrainSpec(_Spec):
     """A training job. Only `dataset` is required; every default runs."""
 
@@ -244,23 +267,27 @@ class TrainSpec(_Spec):
     generation: Generation = Generation()
     backend: Backend = Backend()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         inner, outer = self.preprocessing.global_max_sequence_length, self.global_max_sequence_length
         if inner and outer and inner != outer:
-            raise ValueError(
-                f"global_max_sequence_length is {outer} at the top and {inner} under preprocessing; keep one"
+            raise _disagree(
+                f"global_max_sequence_length is {outer} at the top and {inner} under preprocessing; keep one",
+                "global_max_sequence_length",
             )
         pairing = PAIRINGS[adapter_word(self.adapter)][quantization_word(self.quantization)]
         if pairing is not None:
-            raise ValueError(pairing)
+            raise _disagree(pairing, "quantization")
         initialiser = getattr(self.adapter, "init_lora_weights", True)
         if initialiser in ("pissa", "olora") and self.quantization is not None:
-            raise ValueError(
-                f"base_would_change: init_lora_weights {initialiser} rewrites the base's weights, which a quantised "
-                "base cannot take; set quantization to null or leave init_lora_weights out"
+            raise _disagree(
+                f"init_lora_weights {initialiser} rewrites the base's weights, which a quantised base cannot take; "
+                "set quantization to null or leave init_lora_weights out",
+                "adapter",
+                "init_lora_weights",
+                code="base_would_change",
             )
         return self
 

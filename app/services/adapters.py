@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sqlalchemy import select
+
 from app.db import Database, Unit
 from app.db.tables import AdapterRow
 from app.domain.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, Manifest, adapter_digest, model_card
@@ -95,22 +97,26 @@ class Adapters:
         return self.get(reference)
 
     def delete(self, reference: str) -> None:
-        """Unpublish. Blobs stay while another adapter shares them."""
+        """Unpublish. Blobs stay while another adapter shares them: adapter_config.json is often the same."""
         with self._database.write() as unit:
             row = _found(unit, reference)
             unit.aliases.drop(RESOURCE, row.id)
             unit.adapters.remove(row)
             unit.session.flush()
             shared = unit.adapters.by_digest(row.digest) is not None
+            needed = {blob for files in unit.session.scalars(select(AdapterRow.files)) for blob in files.values()}
         if not shared:
             shutil.rmtree(self._directory / row.digest, ignore_errors=True)
-            for digest in row.files.values():
-                self._blobs.delete(digest)
+        for digest in set(row.files.values()) - needed:
+            self._blobs.delete(digest)
 
     def archive(self, reference: str) -> tuple[str, Iterator[bytes]]:
         """(file name, zip stream) of the adapter's directory, file by file in constant memory."""
         with self._database.read() as unit:
             row = _found(unit, reference)
+        for name, digest in row.files.items():  # before the first byte: a stream that breaks off looks like a zip
+            if not self._blobs.exists(digest):
+                raise NotFoundError(f"the stored bytes of {name} are gone", code="blob_lost")
         return f"{row.name}.zip", self._zip(row)
 
     def by_digest(self, digest: str) -> AdapterRow:

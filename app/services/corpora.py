@@ -24,8 +24,9 @@ from app.knowledge import (
     build_corpus,
     read_lines,
 )
-from app.services.naming import choose_name
+from app.services.naming import check_name, choose_name, shown_filename
 from app.storage import Blobs
+from app.storage.blobs import hash_file
 
 RESOURCE = "corpus"
 DEFAULT = "default"
@@ -59,28 +60,29 @@ class Corpora:
         self._lock = Lock()
 
     def create(self, upload: Path, filename: str, name: str | None) -> tuple[Corpus, bool]:
-        """(the corpus, whether it is new): the same pages give the same corpus again."""
-        with self._database.read() as unit:
-            choose_name(name, filename, lambda taken: unit.corpora.find(taken) is not None, "corpus")
+        """(the corpus, whether it is new): the same pages give the same corpus again, by whatever name."""
+        check_name(name)
+        filename = shown_filename(filename)
         self._directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._directory, prefix=".build-") as directory:
             built = Path(directory) / "corpus.sqlite"
             report = _build(upload, built)
-            blob = self._blobs.put_file(built)
-        with self._database.read() as unit:
-            if known := unit.corpora.by_digest(blob.digest):
-                return self._view(unit, known), False
-        return self._add(report, blob.digest, blob.size, filename, name)
+            digest, size = hash_file(built)
+            with self._database.read() as unit:
+                if known := unit.corpora.by_digest(digest):
+                    return self._view(unit, known), False
+                _choose(unit, name, filename)  # refused before the pages are stored
+            self._blobs.put_file(built)
+        return self._add(report, digest, size, filename, name)
 
     def _add(
         self, report: CorpusReport, digest: str, size: int, filename: str, name: str | None
     ) -> tuple[Corpus, bool]:
         try:
             with self._database.write() as unit:
-                chosen = choose_name(name, filename, lambda taken: unit.corpora.find(taken) is not None, "corpus")
                 row = CorpusRow(
                     id=new_id("corp"),
-                    name=chosen,
+                    name=_choose(unit, name, filename),
                     digest=digest,
                     bytes=size,
                     pages=report.pages,
@@ -90,11 +92,11 @@ class Corpora:
                 unit.corpora.add(row)
                 if unit.aliases.target(RESOURCE, DEFAULT) is None:
                     unit.aliases.point(RESOURCE, DEFAULT, row.id)
-        except IntegrityError:
+        except IntegrityError:  # the same pages, or the same name, came in twice at once
             with self._database.read() as unit:
                 known = unit.corpora.by_digest(digest)
                 if known is None:
-                    raise ConflictError("that name was taken meanwhile", code="name_taken") from None
+                    raise ConflictError("that name was taken meanwhile; try again", code="name_taken") from None
                 return self._view(unit, known), False
         return self.get(row.id), True
 
@@ -173,13 +175,19 @@ def _build(upload: Path, out: Path) -> CorpusReport:
             return build_corpus(read_lines(stream), out)
     except CorpusRefused as refused:
         found = tuple(Problem(("line", f.line), f.message) for f in refused.report.findings[:50])
+        counted = ", ".join(f"{code}: {count:,}" for code, count in refused.report.counts.items())
+        why = f" ({counted})" if counted else ""
         raise InvalidError(
-            f"{refused}; a line is {{title, text}} or {{title, sentences}} as JSON",
+            f"{refused}{why}; a line is {{title, text}} or {{title, sentences}} as JSON",
             code="no_page_kept",
             problems=found,
         ) from None
     except CorpusUnreadable as error:
         raise InvalidError(str(error), code="bad_corpus") from None
+
+
+def _choose(unit: Unit, name: str | None, filename: str) -> str:
+    return choose_name(name, filename, lambda taken: unit.corpora.find(taken) is not None, "corpus")
 
 
 def _found(unit: Unit, reference: str) -> CorpusRow:

@@ -15,7 +15,7 @@ from app.domain.errors import ConflictError, NotFoundError
 from app.domain.identity import new_id
 from app.domain.trajectories import Trajectory
 from app.ingest import ingest
-from app.services.naming import choose_name
+from app.services.naming import check_name, choose_name, shown_filename
 from app.storage import Blobs
 
 
@@ -51,15 +51,16 @@ class Datasets:
     def create(
         self, upload: Path, filename: str, content_type: str | None, name: str | None, columns: dict[str, str]
     ) -> tuple[Dataset, bool]:
-        """(the dataset, whether it is new): the same content gives the same dataset again."""
-        with self._database.read() as unit:
-            choose_name(name, filename, lambda taken: unit.datasets.find(taken) is not None, "dataset")
+        """(the dataset, whether it is new): the same content gives the same dataset again, by whatever name."""
+        check_name(name)
+        filename = shown_filename(filename)
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ingest-") as directory:
             read = ingest(upload, filename, content_type, Path(directory), columns=columns)
             with self._database.read() as unit:
                 if known := unit.datasets.by_digest(read.digest):
                     return _view(known), False
+                _choose(unit, name, filename)  # refused before the content is stored
             size = self._blobs.put_file(read.canonical).size
         return self._add(read.report, read.digest, size, filename, name)
 
@@ -68,23 +69,22 @@ class Datasets:
     ) -> tuple[Dataset, bool]:
         try:
             with self._database.write() as unit:
-                chosen = choose_name(name, filename, lambda taken: unit.datasets.find(taken) is not None, "dataset")
                 row = DatasetRow(
                     id=new_id("ds"),
-                    name=chosen,
+                    name=_choose(unit, name, filename),
                     digest=digest,
-                    filename=filename[:255],
+                    filename=filename,
                     bytes=size,
                     rows=report.rows_kept,
                     report=report.model_dump(mode="json"),
                     created_at=datetime.now(UTC),
                 )
                 unit.datasets.add(row)
-        except IntegrityError:  # the same content came in twice at once, and the other was faster
+        except IntegrityError:  # the same content, or the same name, came in twice at once
             with self._database.read() as unit:
                 known = unit.datasets.by_digest(digest)
             if known is None:
-                raise
+                raise ConflictError("that name was taken meanwhile; try again", code="name_taken") from None
             return _view(known), False
         return _view(row), True
 
@@ -126,6 +126,10 @@ class Datasets:
                 )
             unit.datasets.remove(row)
         self._blobs.delete(row.digest)
+
+
+def _choose(unit: Unit, name: str | None, filename: str) -> str:
+    return choose_name(name, filename, lambda taken: unit.datasets.find(taken) is not None, "dataset")
 
 
 def _found(unit: Unit, reference: str) -> DatasetRow:

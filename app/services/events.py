@@ -4,11 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from app.db import Database
+from app.domain.errors import UnavailableError
 from app.domain.jobs import TERMINAL, Event
 from app.services.jobs import Jobs
 
 PERIOD = 0.25
 PAGE = 500
+QUIET = 15.0
+"""Seconds after which a listener is told that nothing happened: proxies close what is silent for long."""
 
 
 class EventFeed:
@@ -20,8 +23,11 @@ class EventFeed:
         self._followed: dict[str, list[asyncio.Event]] = {}
         self._poller: asyncio.Task[None] | None = None
 
-    async def follow(self, reference: str, after: int) -> AsyncIterator[Event]:
-        """Events behind number `after` as they come; ends behind the last event of a finished job."""
+    async def follow(self, reference: str, after: int) -> AsyncIterator[Event | None]:
+        """Events behind number `after` as they come; ends behind the last event of a finished job.
+
+        None stands for a while in which nothing happened: listeners may tell their clients that they are still there.
+        """
         job = await asyncio.to_thread(self._jobs.get, reference)
         news = asyncio.Event()
         news.set()
@@ -29,7 +35,9 @@ class EventFeed:
         self._wake()
         try:
             while True:
-                await news.wait()
+                if not await _within(news, QUIET):
+                    yield None
+                    self._wake()
                 news.clear()
                 over = (await asyncio.to_thread(self._jobs.get, job.id)).status in TERMINAL
                 more = True
@@ -56,7 +64,10 @@ class EventFeed:
     async def _poll(self) -> None:
         seen: dict[str, int] = {}
         while self._followed:
-            latest = await asyncio.to_thread(self._latest, list(self._followed))
+            try:
+                latest = await asyncio.to_thread(self._latest, list(self._followed))
+            except UnavailableError:  # the database is away for a moment; listeners stay
+                latest = {}
             for job_id, seq in latest.items():
                 if seen.get(job_id) != seq:
                     seen[job_id] = seq
@@ -67,3 +78,13 @@ class EventFeed:
     def _latest(self, job_ids: list[str]) -> dict[str, int]:
         with self._database.read() as unit:
             return unit.jobs.latest_events(job_ids)
+
+
+async def _within(news: asyncio.Event, seconds: float) -> bool:
+    """Whether there was news within so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            await news.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,25 +1,36 @@
-"""Names for what was uploaded without one."""
+"""Names for what was uploaded, and the name of the file it came in."""
 
 import re
 from collections.abc import Callable
-from pathlib import PurePath
 
-from app.domain.errors import ConflictError, InvalidError
+from app.domain.claims import fold
+from app.domain.errors import ConflictError, InvalidError, Problem
 from app.domain.specs import NAME_PATTERN
+
+LONGEST_FILENAME = 255
+
+
+def check_name(asked: str | None) -> None:
+    """InvalidError for a name that cannot be one."""
+    if asked is None or re.fullmatch(NAME_PATTERN, asked):
+        return
+    message = "a name has 1 to 100 letters, digits, dots, dashes or underscores and begins with a letter or digit"
+    raise InvalidError(f"name: {message}", code="bad_name", problems=(Problem(("name",), message),))
+
+
+def shown_filename(given: str) -> str:
+    """The last component of the name that a client gave, printable and not too long; nothing is opened by it."""
+    last = re.split(r"[/\\]", given)[-1]
+    return fold("".join(c for c in last if c.isprintable()))[:LONGEST_FILENAME] or "upload"
 
 
 def choose_name(asked: str | None, filename: str, taken: Callable[[str], bool], what: str) -> str:
-    """The name asked for, checked; or one made from the file's, with a number behind it where that is taken."""
+    """The name asked for; or one made from the file's, with a number behind it where that is taken."""
     if asked is not None:
-        if not re.fullmatch(NAME_PATTERN, asked):
-            raise InvalidError(
-                "a name has 1 to 100 letters, digits, dots, dashes or underscores and begins with a letter or digit",
-                code="bad_name",
-            )
         if taken(asked):
-            raise ConflictError(f"there is a {what} named {asked!r} already", code="name_taken")
+            raise ConflictError(f"there is a {what} named {asked!r} already; choose another name", code="name_taken")
         return asked
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(filename).stem).strip("-._")[:80] or what
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", filename.rsplit(".", 1)[0]).strip("-._")[:80] or what
     number = 1
     name = stem
     while taken(name):

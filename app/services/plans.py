@@ -79,7 +79,7 @@ class Plans:
         if asked is not None and asked > context:
             message = f"{asked} tokens are more than {base.name}'s context of {context}"
             raise InvalidError(
-                message,
+                f"preprocessing.global_max_sequence_length: {message}",
                 code="invalid_spec",
                 problems=(Problem(("preprocessing", "global_max_sequence_length"), message),),
             )

@@ -1,6 +1,7 @@
 """The grounded loop over a real corpus file, with a scripted model: who writes what, and when the server steps in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -36,19 +37,22 @@ def plan(*turns: tuple[str, str]) -> Script:
 
 
 @pytest.fixture
-def ask(services: Services, tmp_path: Path, tiny_cache: Path) -> Callable[[Script], Services]:
+def ask(services: Services, tmp_path: Path, tiny_cache: Path) -> Iterator[Callable[[Script], Services]]:
     """The deployment with a scripted model behind it, and a corpus of two pages."""
     path = tmp_path / "pages.jsonl"
     path.write_bytes(corpus_jsonl())
     services.corpora.create(path, "pages.jsonl", "pages")
     tokens = services.base_models.tokenization(services.base_models.get(None))
+    opened = ExitStack()
 
     def with_script(script: Script) -> Services:
         generator = ScriptedGenerator(tokens, script)
-        return compose(services.settings, doorbell=MemoryDoorbell(), generator=generator)
+        served = compose(services.settings, doorbell=MemoryDoorbell(), generator=generator)
+        return opened.enter_context(closing(served))
 
     assert BaseModelDescription.model_validate_json((tiny_cache / "tiny.json").read_text()).name == "tiny"
-    return with_script
+    with opened:
+        yield with_script
 
 
 def requests_of(served: Services) -> list[GenerationRequest]:
@@ -185,8 +189,8 @@ def test_a_long_observation_is_trimmed_to_whole_sentences(services: Services, tm
     tokens = services.base_models.tokenization(services.base_models.get(None))
     script = plan(("Look.", "Search[Long]"), ("Done.", "Finish[REFUTES]"))
     narrow = services.settings.model_copy(update={"max_sequence_length": 400})
-    served = compose(narrow, generator=ScriptedGenerator(tokens, script))
-    seen = served.predictions.predict(PredictRequest(claim="The river is long.")).steps[0].observation
+    with closing(compose(narrow, generator=ScriptedGenerator(tokens, script))) as served:
+        seen = served.predictions.predict(PredictRequest(claim="The river is long.")).steps[0].observation
     assert seen is not None
     assert seen.trimmed
     assert 1 <= len(seen.sentences) < 5
@@ -255,7 +259,7 @@ def test_a_token_that_crosses_the_stop_is_replaced_and_counted(services: Service
                 return answer.model_copy(update={"ids": (*tokens.encode(" Look it"), tokens.eos_id)})
             return answer
 
-    served = compose(services.settings, generator=Crossing(tokens, STRAIGHT))
-    prediction = served.predictions.predict(PredictRequest(claim=CLAIM))
+    with closing(compose(services.settings, generator=Crossing(tokens, STRAIGHT))) as served:
+        prediction = served.predictions.predict(PredictRequest(claim=CLAIM))
     assert prediction.usage.crossed_stops == 2
     assert prediction.steps[0].thought == "Look it up."

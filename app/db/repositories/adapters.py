@@ -4,6 +4,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from app.db.repositories.paging import newest
+from app.db.repositories.rows import first
 from app.db.tables import AdapterRow
 
 
@@ -18,7 +19,7 @@ class Adapters:
     def find(self, reference: str) -> AdapterRow | None:
         """By id or by name."""
         wanted = select(AdapterRow).where(or_(AdapterRow.id == reference, AdapterRow.name == reference))
-        return self._session.scalars(wanted).first()
+        return first(self._session, wanted)
 
     def by_digest(self, digest: str) -> AdapterRow | None:
         """The newest of the adapters with these weights."""

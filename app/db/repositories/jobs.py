@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from app.db.base import clock
 from app.db.repositories.paging import newest
+from app.db.repositories.rows import first, put
 from app.db.tables import CheckpointRow, EventRow, JobRow, MetricRow
 from app.domain.errors import LeaseLostError
 from app.domain.jobs import LEASED, MAX_ATTEMPTS, JobStatus, Lease
@@ -33,7 +34,7 @@ class Jobs:
     def find(self, reference: str) -> JobRow | None:
         """By id or by name."""
         wanted = select(JobRow).where(or_(JobRow.id == reference, JobRow.name == reference))
-        return self._session.scalars(wanted.execution_options(populate_existing=True)).first()
+        return first(self._session, wanted)
 
     def page(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[JobRow], bool]:
         conditions = [] if status is None else [JobRow.status == status.value]
@@ -107,6 +108,7 @@ class Jobs:
 
     def end(self, lease: Lease, from_states: Sequence[JobStatus], to: JobStatus, **values: Any) -> bool:
         """Leave the job in `to` and let go of it, if its status is one of `from_states`. Whether it was."""
+        self.write(lease, owner=lease.owner)  # raises for a lost lease, and holds the row: no wish lands from here on
         finished = datetime.now(UTC) if to in (S.SUCCEEDED, S.FAILED, S.CANCELLED) else None
         states = [state.value for state in from_states]
         ended = (
@@ -114,10 +116,7 @@ class Jobs:
             .where(*_fence(lease), JobRow.status.in_(states))
             .values(status=to.value, owner=None, lease_until=None, finished_at=finished, **values)
         )
-        if _count(self._session.execute(ended)) == 1:
-            return True
-        self.write(lease, owner=lease.owner)  # tells a lost lease from a status that does not allow it
-        return False
+        return _count(self._session.execute(ended)) == 1
 
     # Events, metrics, checkpoints.
 
@@ -143,7 +142,7 @@ class Jobs:
     def put_metrics(self, job_id: str, rows: Sequence[dict[str, Any]]) -> None:
         """Write a batch. An update that a resumed attempt repeats replaces the earlier one."""
         for values in rows:
-            self._session.merge(MetricRow(job_id=job_id, update=values["update"], values=values))
+            put(self._session, MetricRow(job_id=job_id, update=values["update"], values=values))
 
     def metrics(self, job_id: str, after: int, limit: int) -> list[dict[str, Any]]:
         wanted = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.update > after)
@@ -151,7 +150,7 @@ class Jobs:
         return [row.values for row in rows]
 
     def put_checkpoint(self, row: CheckpointRow) -> None:
-        self._session.merge(row)
+        put(self._session, row)
 
     def checkpoints(self, job_id: str) -> list[CheckpointRow]:
         """Newest first."""

@@ -7,6 +7,7 @@ from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
 from app.db.repositories.paging import newest
+from app.db.repositories.rows import first, put
 from app.db.tables import AliasRow, BaseModelRow, CorpusRow, DatasetRow, DeviceRow, EncodingRow, JobRow
 from app.domain.jobs import TERMINAL
 
@@ -22,7 +23,7 @@ class Datasets:
     def find(self, reference: str) -> DatasetRow | None:
         """By id or by name."""
         wanted = select(DatasetRow).where(or_(DatasetRow.id == reference, DatasetRow.name == reference))
-        return self._session.scalars(wanted).first()
+        return first(self._session, wanted)
 
     def by_digest(self, digest: str) -> DatasetRow | None:
         return self._session.scalars(select(DatasetRow).where(DatasetRow.digest == digest)).first()
@@ -53,7 +54,7 @@ class Corpora:
 
     def find(self, reference: str) -> CorpusRow | None:
         wanted = select(CorpusRow).where(or_(CorpusRow.id == reference, CorpusRow.name == reference))
-        return self._session.scalars(wanted).first()
+        return first(self._session, wanted)
 
     def by_digest(self, digest: str) -> CorpusRow | None:
         return self._session.scalars(select(CorpusRow).where(CorpusRow.digest == digest)).first()
@@ -70,7 +71,7 @@ class BaseModels:
         self._session = session
 
     def put(self, row: BaseModelRow) -> None:
-        self._session.merge(row)
+        put(self._session, row)
 
     def get(self, name: str) -> BaseModelRow | None:
         return self._session.get(BaseModelRow, name)
@@ -87,7 +88,7 @@ class Devices:
         self._session = session
 
     def put(self, name: str, description: dict[str, Any]) -> None:
-        self._session.merge(DeviceRow(name=name, description=description, last_seen=datetime.now(UTC)))
+        put(self._session, DeviceRow(name=name, description=description, last_seen=datetime.now(UTC)))
 
     def all(self) -> list[DeviceRow]:
         return list(self._session.scalars(select(DeviceRow).order_by(DeviceRow.name)))
@@ -100,7 +101,7 @@ class Aliases:
         self._session = session
 
     def point(self, resource: str, name: str, target: str) -> None:
-        self._session.merge(AliasRow(resource=resource, name=name, target=target))
+        put(self._session, AliasRow(resource=resource, name=name, target=target))
 
     def target(self, resource: str, name: str) -> str | None:
         row = self._session.get(AliasRow, (resource, name))
@@ -126,4 +127,4 @@ class Encodings:
         return self._session.get(EncodingRow, key)
 
     def put(self, row: EncodingRow) -> None:
-        self._session.merge(row)
+        put(self._session, row)

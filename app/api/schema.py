@@ -1,0 +1,61 @@
+"""The OpenAPI document: what FastAPI derives from the routes, with the errors that every route may answer."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from app.api.errors import problem_response
+
+_COMMON = {
+    "400": "The request is cut off, malformed, or for a Host that is not served here",
+    "default": "Any other error",
+}
+_WITH_BODY = {"413": "The body is larger than this deployment's limit", "415": "The content type is not read here"}
+_PROBES = "/health/"
+
+
+def operation_id(route: APIRoute) -> str:
+    """`jobs_submit`: the tag and the function's name, which generated clients call their methods by."""
+    return "_".join([*map(str, route.tags), route.name])
+
+
+class DocumentedApp(FastAPI):
+    """`keyed`: whether requests need a bearer key."""
+
+    def __init__(self, *, keyed: bool, **arguments: Any) -> None:
+        super().__init__(generate_unique_id_function=operation_id, **arguments)
+        self._keyed = keyed
+
+    def openapi(self) -> dict[str, Any]:
+        known = self.openapi_schema
+        document = super().openapi()
+        if known is None:
+            _complete(document, keyed=self._keyed)
+        return document
+
+
+def _complete(document: dict[str, Any], *, keyed: bool) -> None:
+    components = document["components"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(unused, None)
+    if keyed:
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"bearer": []}]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _document_errors(operation, keyed=keyed and not path.startswith(_PROBES))
+            if keyed and path.startswith(_PROBES):
+                operation["security"] = []
+
+
+def _document_errors(operation: dict[str, Any], *, keyed: bool) -> None:
+    responses = operation["responses"]
+    wanted = dict(_COMMON)
+    if keyed:
+        wanted["401"] = "The bearer key is missing or wrong"
+    if "requestBody" in operation:
+        wanted |= _WITH_BODY
+    if "requestBody" in operation or operation.get("parameters"):
+        wanted["422"] = "The input is not understood; `errors` names each place"
+    responses |= {status: problem_response(words) for status, words in wanted.items()}
