@@ -17,7 +17,12 @@ _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes, NUL included
 class Settings(BaseSettings):
     """Every field is an environment variable in upper case behind `VERITUNE_`."""
 
-    model_config = SettingsConfigDict(env_prefix="VERITUNE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="VERITUNE_",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # an error about one field would show the others, the key among them
+    )
 
     home: Path = Field(default=Path("~/.veritune"), description="Directory of all embedded state.")
     cache: Path | None = Field(default=None, description="Weights and downloads; default is `cache` under home.")
@@ -65,7 +70,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _key_off_loopback(self) -> Self:
-        if self.host not in LOOPBACK and self.key is None:
+        if self.key is None and self.host not in LOOPBACK:
             raise ValueError(
                 f"host {self.host} is not loopback: set VERITUNE_API_KEY or VERITUNE_API_KEY_FILE to guard it"
             )
@@ -73,15 +78,13 @@ class Settings(BaseSettings):
 
     @cached_property
     def key(self) -> SecretStr | None:
-        """The bearer key, from the variable or the file; None: no key is asked for."""
-        if self.api_key is not None:
-            return self.api_key if self.api_key.get_secret_value() else None
-        if self.api_key_file is None:
-            return None
-        text = self.api_key_file.read_text(encoding="utf-8").strip()
-        if not text:
-            raise ValueError(f"VERITUNE_API_KEY_FILE {self.api_key_file} is empty")
-        return SecretStr(text)
+        """The bearer key, from the variable or, where that is empty, the file; None: no key is asked for."""
+        text = self.api_key.get_secret_value().strip() if self.api_key else ""
+        if not text and self.api_key_file:
+            text = _key_of(self.api_key_file)
+        if not (text.isascii() and text.isprintable()):
+            raise ValueError("VERITUNE_API_KEY holds characters that no HTTP header can carry; use printable ASCII")
+        return SecretStr(text) if text else None
 
     @cached_property
     def home_path(self) -> Path:
@@ -132,3 +135,13 @@ class Settings(BaseSettings):
     def worker_name(self) -> str:
         """What this host's worker of these queues is called in GET /devices."""
         return f"{self.host_name}/{'+'.join(self.queues)}"
+
+
+def _key_of(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"VERITUNE_API_KEY_FILE {path} cannot be read: {error}") from None
+    if not text:
+        raise ValueError(f"VERITUNE_API_KEY_FILE {path} is empty")
+    return text

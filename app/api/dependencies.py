@@ -84,6 +84,16 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: problem_response(_WORDS[status]) for status in statuses}
 
 
+def event_stream(data: dict[str, Any], event: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """OpenAPI content of a stream: the schema of one server-sent event, whose data is JSON of the schema `data`."""
+    fields = {
+        "event": {"type": "string", **event},
+        "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
+        **more,
+    }
+    return {"text/event-stream": {"schema": {"type": "object", "required": list(fields), "properties": fields}}}
+
+
 def form_of(*known: str) -> Any:
     """A dependency that refuses form fields which are unknown, sent twice, or hold what no text here may hold."""
 

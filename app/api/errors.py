@@ -56,7 +56,28 @@ class ProblemError(BaseModel):
 class ProblemDocument(BaseModel):
     """What every error looks like. `code` is stable; `detail` is for people."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:veritune:problem:invalid_spec",
+                    "title": "Unprocessable Entity",
+                    "status": 422,
+                    "detail": "trainer.epoch: there is no key 'epoch' here; did you mean 'epochs'?",
+                    "instance": "/jobs",
+                    "code": "invalid_spec",
+                    "errors": [
+                        {
+                            "loc": ["trainer", "epoch"],
+                            "message": "there is no key 'epoch' here",
+                            "hint": "did you mean 'epochs'?",
+                        }
+                    ],
+                }
+            ]
+        },
+    )
 
     type: str
     title: str

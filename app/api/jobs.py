@@ -9,7 +9,18 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import WithJsonSchema
 
-from app.api.dependencies import After, IdempotencyKey, Limit, Page, RawBody, Seq, ServicesDep, named, problems
+from app.api.dependencies import (
+    After,
+    IdempotencyKey,
+    Limit,
+    Page,
+    RawBody,
+    Seq,
+    ServicesDep,
+    event_stream,
+    named,
+    problems,
+)
 from app.api.routing import TypedRoute
 from app.composition import Services
 from app.domain.jobs import TERMINAL, Checkpoint, Event, Job, JobStatus, Metric, Wish
@@ -29,6 +40,11 @@ LastEventId = Annotated[
     int | None,
     Header(alias="Last-Event-ID", ge=0, le=2**31 - 1, description="In a stream, goes before `after`."),
 ]
+_EVENTS = event_stream(
+    {"$ref": "#/components/schemas/Event"},
+    {"description": "The event's kind"},
+    id={"type": "string", "description": "The event's seq, to come back with as Last-Event-ID"},
+)
 KEEP_ALIVE = ": still here\n\n"
 
 
@@ -94,7 +110,7 @@ def resume(services: ServicesDep, job: Named) -> Job:
     summary="A job's events: a page, or a stream",
     response_model=Page[Event],
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events, oldest first"},
+        200: {"content": _EVENTS, "description": "Events, oldest first"},
         204: {"description": "Stream only: the job is over and every event has been seen; do not come back"},
         **problems(404),
     },

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Path, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.dependencies import IdempotencyKey, RawBody, ServicesDep, problems
+from app.api.dependencies import IdempotencyKey, RawBody, ServicesDep, event_stream, problems
 from app.api.errors import ProblemDocument, document_of, unexpected
 from app.api.routing import TypedRoute
 from app.domain.errors import InvalidError, VerituneError
@@ -34,7 +34,12 @@ _ASK_MANY = {
         }
     }
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_TOLD = {
+    "description": "{event, step, thought}, {event, step, action}, {event, step, observation}, {event, prediction} "
+    "last; or in its place an error, which is a ProblemDocument",
+    "type": "object",
+}
+_STREAM = event_stream(_TOLD, {"enum": ["thought", "action", "observation", "prediction", "error"]})
 
 
 class BatchRequest(BaseModel):

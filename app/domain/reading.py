@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,11 +66,17 @@ def problems_of(
     With `model`, which `data` was read as, unknown keys get a did-you-mean.
     """
     found: dict[Loc, Problem] = {}
-    for item in items[:MOST_PROBLEMS]:
+    for item in filter(_says_something(items[:MOST_PROBLEMS]), items[:MOST_PROBLEMS]):
         problem = _problem(item, data, model)
         known = found.get(problem.loc)
         found[problem.loc] = replace(known, message=f"{known.message}; or {problem.message}") if known else problem
     return tuple(found.values())
+
+
+def _says_something(items: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], bool]:
+    """Not so "too short" of a list whose members were all refused: it tells of the members left after that."""
+    inside = {tuple(item["loc"][:end]) for item in items for end in range(len(item["loc"]))}
+    return lambda item: item["type"] != "too_short" or tuple(item["loc"]) not in inside
 
 
 def _problem(item: Mapping[str, Any], data: Any, model: type[BaseModel] | None) -> Problem:

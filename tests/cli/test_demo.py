@@ -1,5 +1,7 @@
 """The demo's figures."""
 
+from typing import Any
+
 import pytest
 
 from app.cli.demo import valid_action_rate, wilson
@@ -16,5 +18,5 @@ def test_the_wilson_interval(successes: int, trials: int, low: float, high: floa
 def test_the_share_of_valid_actions_counts_steps_without_any() -> None:
     search = {"action": {"name": "Search", "argument": "x"}}
     odd = {"action": {"name": "", "argument": "Look at [it"}}
-    answers = [{"steps": [search, odd]}, {"steps": []}, {"steps": [{"action": None}]}]
+    answers: list[dict[str, Any]] = [{"steps": [search, odd]}, {"steps": []}, {"steps": [{"action": None}]}]
     assert valid_action_rate(answers) == pytest.approx(1 / 4)

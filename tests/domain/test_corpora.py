@@ -82,9 +82,7 @@ class TestEscapeSteps:
         assert escaped.endswith(", Finish[SUPPORTS]")
         assert "\n" not in escaped
 
-    @pytest.mark.parametrize(
-        "text", ["Transaction 5: paid", "Action: now", "a Thought 1, kept", "In 1999: a film"]
-    )
+    @pytest.mark.parametrize("text", ["Transaction 5: paid", "Action: now", "a Thought 1, kept", "In 1999: a film"])
     def test_other_colons_stay(self, text: str) -> None:
         assert escape_steps(text) == text
 

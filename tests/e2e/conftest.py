@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import httpx
 import psutil
 import pytest
 
+from app.cli.broker import server_program
 from tests.conftest import ROOT
+from tests.postgres import postgres_server
 
 MODEL_CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
 READY_SECONDS = 180
@@ -129,8 +132,27 @@ def stop(deployment: Deployment) -> list[psutil.Process]:
     return left
 
 
-@pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    running = start(tmp_path_factory.mktemp("up") / "home")
-    yield running
-    assert stop(running) == []
+@contextmanager
+def redis_server() -> Iterator[str]:
+    """A real server of its own on a loopback port; its URL."""
+    port = free_port()
+    command = [server_program(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module", params=["embedded", "scaled"])
+def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """The embedded default; and the same with two settings changed: Postgres, and a Redis of its own."""
+    with ExitStack() as stack:
+        changed: dict[str, str] = {}
+        if request.param == "scaled":
+            changed["VERITUNE_DATABASE_URL"] = stack.enter_context(postgres_server()).url
+            changed["VERITUNE_REDIS_URL"] = stack.enter_context(redis_server())
+        running = start(tmp_path_factory.mktemp("up") / "home", **changed)
+        yield running
+        assert stop(running) == []

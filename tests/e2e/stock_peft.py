@@ -6,19 +6,21 @@ is served on the function it was trained on, so the base is quantised to NF4 and
 
 import json
 import sys
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 asked = json.load(sys.stdin)
-quantised = BitsAndBytesConfig(
+untyped: Any = BitsAndBytesConfig
+quantised = untyped(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
-base = AutoModelForCausalLM.from_pretrained(asked["base"], quantization_config=quantised, dtype=torch.bfloat16)
+base: Any = AutoModelForCausalLM.from_pretrained(asked["base"], quantization_config=quantised, dtype=torch.bfloat16)
 base = base.dequantize().float().eval()
 prompt = torch.tensor([asked["prompt"]])
 

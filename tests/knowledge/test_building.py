@@ -37,9 +37,7 @@ def sentences(path: Path, title: str) -> tuple[str, ...]:
 
 
 class TestRealPages:
-    @pytest.mark.parametrize(
-        ("name", "pages", "count"), [("wiki_leads", 10_033, 36_307), ("fever_pages", 623, 2_138)]
-    )
+    @pytest.mark.parametrize(("name", "pages", "count"), [("wiki_leads", 10_033, 36_307), ("fever_pages", 623, 2_138)])
     def test_every_page_is_kept(self, tmp_path: Path, name: str, pages: int, count: int) -> None:
         with (DATA / f"{name}.jsonl").open("rb") as file:
             report = build_corpus(read_lines(file), tmp_path / "real.corpus")

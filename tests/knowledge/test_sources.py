@@ -105,9 +105,7 @@ class TestOpeningPages:
 class TestSimilarTitles:
     def test_at_most_five_best_first_with_titles_above_text(self, source: Source) -> None:
         others = [Page(title=f"Quay {n}", sentences=("The heron nests here.",)) for n in range(9)]
-        similar = (
-            source(*others, Page(title="Grey heron", sentences=("A bird.",))).search("heron bird").similar
-        )
+        similar = source(*others, Page(title="Grey heron", sentences=("A bird.",))).search("heron bird").similar
         assert len(similar) == 5
         assert similar[0] == "Grey heron"
 
@@ -256,9 +254,7 @@ def test_pages_that_pretend_to_have_steps_are_defused(source: Source) -> None:
         "It ends. Thought 2, I know it. Action 2, Finish[SUPPORTS] He had a Thought 3, is a number."
     )
     assert reading.lookup("know").page == "Observation 1, Trap"
-    assert reading.search("Action 9: x").text.startswith(
-        "Could not find Action 9, x. Similar: [Observation 1,"
-    )
+    assert reading.search("Action 9: x").text.startswith("Could not find Action 9, x. Similar: [Observation 1,")
 
 
 def test_many_threads_get_the_answers_that_one_gets(source: Source) -> None:
@@ -272,9 +268,7 @@ def test_both_kinds_agree_on_real_pages(tmp_path: Path) -> None:
     data = Path(__file__).parents[2] / ".." / "shared" / "data"
     lines = (data / "fever_pages.jsonl").read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
-    claims = [
-        json.loads(line)["claim"] for line in (data / "fever_claims.jsonl").read_bytes().splitlines()[:200]
-    ]
+    claims = [json.loads(line)["claim"] for line in (data / "fever_claims.jsonl").read_bytes().splitlines()[:200]]
     build_corpus(lines, tmp_path / "fever.corpus")
     file = CorpusFile(tmp_path / "fever.corpus", "corp_1")
     memory = MemoryKnowledge(Page.model_validate(record) for record in records)

@@ -1,6 +1,7 @@
 """Jobs as users and workers see them: the state machine, the lease and the fence, over a real database."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_a_zombie_changes_no_row(services: Services, hasty: Attempts, job: Job, 
     directory.mkdir()
     (directory / "manifest.json").write_text("{}")
 
-    writes = [
+    writes: list[Callable[[], object]] = [
         lambda: hasty.renew(zombie),
         lambda: hasty.tell(zombie, "log", "still here"),
         lambda: hasty.record(zombie, [metrics(1)], 1.0),

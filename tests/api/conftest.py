@@ -1,0 +1,269 @@
+"""The HTTP door over a whole deployment in this process, with a scripted model where the GPU side would be."""
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from sqlalchemy import func, select
+from starlette.testclient import TestClient
+
+from app.composition import Services, compose
+from app.db.base import Base
+from app.db.migrating import migrate
+from app.domain.adapters import CONFIG, WEIGHTS, Manifest, ManifestBase
+from app.domain.attempts import Metrics
+from app.domain.base_models import BaseModelDescription
+from app.domain.jobs import Lease
+from app.domain.react import ReactFormat
+from app.generation import GenerationRequest, ScriptedGenerator
+from app.main import create_app
+from app.queue import MemoryDoorbell
+from app.settings import Settings
+from tests.conftest import corpus_jsonl, dataset_jsonl
+
+HOST = "http://127.0.0.1"
+MEMBERS = {"type", "title", "status", "detail", "instance", "code", "errors"}
+RHINE = "The Rhine flows into the North Sea."
+
+
+def reads_the_page(prompt: str, request: GenerationRequest) -> str:
+    """A model that searches the page which the claim names, and then finishes."""
+    named = re.search(r"Claim: The (\w+)", prompt)
+    page = named.group(1) if named else "Nothing"
+    number = prompt.count("Thought ")
+    if prompt.endswith(f"Thought {number}:"):
+        return f" I look up {page}.\n" if number == 1 else " The page tells enough.\n"
+    if prompt.endswith(":"):
+        return " Search[" if number == 1 else " Finish["
+    return f"{page}]" if number == 1 else "SUPPORTS]"
+
+
+@pytest.fixture
+def served(services: Services, doorbell: MemoryDoorbell) -> Iterator[Services]:
+    """The deployment with the scripted model."""
+    tokens = services.base_models.tokenization(services.base_models.get(None))
+    generator = ScriptedGenerator(tokens, reads_the_page)
+    composed = compose(services.settings, doorbell=doorbell, generator=generator)
+    yield composed
+    composed.close()
+
+
+@pytest.fixture
+def client(served: Services) -> Iterator[TestClient]:
+    """A client that sees an unexpected error as the 500 it would be."""
+    with TestClient(create_app(served), base_url=HOST, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def refusing(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Iterator[tuple[TestClient, Services]]:
+    """A deployment with a dataset named `rows`. It stores no more than that, because all it ever gets is refused."""
+    home = tmp_path_factory.mktemp("door") / "home"
+    settings = Settings(home=home, cache=tiny_cache, default_base_model="tiny")
+    migrate(settings.database)
+    composed = compose(settings, doorbell=MemoryDoorbell())
+    composed.base_models.register(BaseModelDescription.model_validate_json((tiny_cache / "tiny.json").read_text()))
+    with TestClient(create_app(composed), base_url=HOST, raise_server_exceptions=False) as client:
+        assert post_file(client, "/datasets", dataset_jsonl(), name="rows").status_code == 201
+        assert client.post("/jobs/plan", json={"dataset": "rows"}).status_code == 200  # keeps the encoded rows
+        yield client, composed
+
+
+@pytest.fixture
+def door(refusing: tuple[TestClient, Services]) -> Iterator[TestClient]:
+    """A client whose requests must leave nothing behind."""
+    client, composed = refusing
+    with nothing_left(composed):
+        yield client
+
+
+@contextmanager
+def listening(services: Services) -> Iterator[httpx.Client]:
+    """A client of a real server on a free port of this host."""
+    config = uvicorn.Config(create_app(services), log_level="critical", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        try:
+            until(lambda: server.started)
+            with httpx.Client(base_url=url, timeout=20, trust_env=False) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def server(served: Services) -> Iterator[httpx.Client]:
+    with listening(served) as client:
+        yield client
+
+
+def until(check: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+Answer = httpx.Response | Any
+
+
+def problem(response: Answer, status: int, code: str | None = None) -> dict[str, Any]:
+    """The problem document of a refusal, checked to be one: RFC 9457's members, the code, no trace, no HTML."""
+    assert response.status_code == status, response.text[:500]
+    assert response.headers["content-type"] == "application/problem+json"
+    document: dict[str, Any] = response.json()
+    assert set(document) == MEMBERS
+    assert document["status"] == status
+    assert document["type"] == f"urn:veritune:problem:{document['code']}"
+    assert document["title"]
+    assert document["detail"]
+    assert document["instance"].startswith("/")
+    assert "Traceback" not in response.text
+    for error in document["errors"]:
+        assert set(error) == {"loc", "message", "hint"}
+        assert error["message"]
+    if code is not None:
+        assert document["code"] == code, document
+    return document
+
+
+def places(document: dict[str, Any]) -> list[str]:
+    """Where the input is wrong, dotted."""
+    return [".".join(map(str, error["loc"])) for error in document["errors"]]
+
+
+def traces(services: Services) -> dict[str, int]:
+    """What is stored: rows by table, blobs, files of uploads on their way in."""
+    with services.database.read() as unit:
+        found = {
+            table.name: int(unit.session.scalar(select(func.count()).select_from(table)) or 0)
+            for table in Base.metadata.sorted_tables
+        }
+    home = services.settings.home_path
+    for folder in ("blobs", "work"):
+        found[folder] = sum(path.is_file() for path in (home / folder).rglob("*"))
+    corpora = services.settings.cache_path / "corpora"
+    found["builds"] = sum(1 for _ in corpora.glob(".build-*"))
+    return found
+
+
+@contextmanager
+def nothing_left(services: Services) -> Iterator[None]:
+    """Whatever happens inside stores nothing."""
+    before = traces(services)
+    yield
+    assert traces(services) == before
+
+
+def post_file(client: Any, route: str, content: bytes, filename: str = "rows.jsonl", **fields: str) -> Any:
+    return client.post(route, files={"file": (filename, content)}, data=fields)
+
+
+def walk(client: Any, route: str, limit: int, key: str = "id") -> list[Any]:
+    """The `key` of every item of a list, page by page."""
+    found: list[Any] = []
+    params: dict[str, Any] = {"limit": limit}
+    while True:
+        page = client.get(route, params=params).json()
+        assert len(page["data"]) <= limit
+        found += [item[key] for item in page["data"]]
+        if not page["has_more"]:
+            return found
+        params["after"] = found[-1]
+
+
+@pytest.fixture
+def dataset(client: TestClient) -> str:
+    """The id of a small dataset named `rows`."""
+    made = post_file(client, "/datasets", dataset_jsonl(), name="rows")
+    assert made.status_code == 201, made.text
+    return str(made.json()["id"])
+
+
+@pytest.fixture
+def corpus(client: TestClient) -> str:
+    """The id of a corpus of two pages, which is the default."""
+    made = post_file(client, "/corpora", corpus_jsonl(), "pages.jsonl", name="pages")
+    assert made.status_code == 201, made.text
+    return str(made.json()["id"])
+
+
+@pytest.fixture
+def job(client: TestClient, dataset: str) -> str:
+    """The id of a waiting job."""
+    made = client.post("/jobs", json={"dataset": dataset})
+    assert made.status_code == 201, made.text
+    return str(made.json()["id"])
+
+
+def lease(services: Services) -> Lease:
+    """Take the next job as a worker would."""
+    taken = services.attempts.lease(("train",), "worker")
+    assert taken is not None
+    return taken.lease
+
+
+def metric(update: int, loss: float | None = 1.5) -> Metrics:
+    return Metrics(
+        update=update,
+        total_updates=25,
+        epoch=update / 10,
+        loss=loss,
+        learning_rate=1e-4,
+        grad_norm=0.5,
+        tokens=10,
+        labelled_tokens=4,
+        tokens_per_second=100.0,
+        seconds=0.1,
+    )
+
+
+def make_adapter(services: Services, lease: Lease, directory: Path, name: str) -> str:
+    """Publish an adapter for a leased job, as the supervisor does at its end; returns its id."""
+    job = services.jobs.get(lease.job_id)
+    base = services.base_models.get(job.spec.base_model)
+    directory.mkdir(parents=True)
+    (directory / WEIGHTS).write_bytes(b"weights of " + name.encode())
+    (directory / CONFIG).write_text('{"peft_type": "LORA", "r": 16}')
+    manifest = Manifest(
+        job_id=lease.job_id,
+        kind="peft",
+        base=ManifestBase(name=base.name, revision="1", digest=base.digest),
+        quantization={"bits": 4},
+        spec=job.spec.model_dump(mode="json"),
+        dataset_digest="0" * 64,
+        dataset_rows=4,
+        protected_share=0.0,
+        format=ReactFormat().model_dump(mode="json"),
+        max_sequence_length=512,
+        seed=42,
+        metrics={"loss": 1.0},
+        packages={},
+        code_revision="test",
+        servable_by=("veritune",),
+        created_at=datetime.now(UTC),
+    )
+    published = services.adapters.publish(lease, name, directory, manifest)
+    assert published is not None
+    return published
+
+
+@pytest.fixture
+def adapter(client: TestClient, served: Services, job: str, tmp_path: Path) -> str:
+    """The id of an adapter that the job published; it is the default."""
+    return make_adapter(served, lease(served), tmp_path / "adapter", "first")

@@ -1,0 +1,70 @@
+"""/adapters: listed, read, downloaded, promoted, deleted."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.composition import Services
+from tests.api.conftest import lease, make_adapter, nothing_left, problem, traces, walk
+
+
+def test_an_adapter_and_its_manifest(client: TestClient, adapter: str, job: str) -> None:
+    seen = client.get(f"/adapters/{adapter}").json()
+    assert (seen["name"], seen["job_id"], seen["aliases"], seen["base_model"]) == ("first", job, ["default"], "tiny")
+    assert seen["manifest"]["dataset_rows"] == 4
+    assert client.get("/adapters/first").json() == seen
+    assert client.get("/adapters").json() == {"data": [seen], "has_more": False}
+
+
+def test_the_archive_holds_the_directory(client: TestClient, adapter: str) -> None:
+    response = client.get("/adapters/first/download")
+    assert response.headers["content-type"] == "application/zip"
+    assert response.headers["content-disposition"] == 'attachment; filename="first.zip"'
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+        assert archive.testzip() is None
+        assert sorted(archive.namelist()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "manifest.json",
+        ]
+        assert archive.read("adapter_model.safetensors") == b"weights of first"
+        assert json.loads(archive.read("manifest.json"))["seed"] == 42
+
+
+def test_promote_delete_and_page(
+    client: TestClient, served: Services, adapter: str, dataset: str, tmp_path: Path
+) -> None:
+    made = [adapter]
+    for number in range(4):
+        client.post("/jobs", json={"dataset": dataset, "name": f"job-{number}"})
+        made.append(make_adapter(served, lease(served), tmp_path / str(number), f"job-{number}"))
+    assert walk(client, "/adapters", 2) == made[::-1]
+    assert client.post("/adapters/job-2/promote").json()["aliases"] == ["default"]
+    assert client.get(f"/adapters/{adapter}").json()["aliases"] == []
+    before = traces(served)
+    assert client.delete("/adapters/job-2").status_code == 204
+    after = traces(served)
+    assert (after["adapters"], after["aliases"]) == (before["adapters"] - 1, 0)
+    assert after["blobs"] == before["blobs"] - 3
+    problem(client.get("/adapters/job-2"), 404, "unknown_adapter")
+    with zipfile.ZipFile(io.BytesIO(client.get("/adapters/job-3/download").content)) as archive:
+        assert archive.read("adapter_config.json")  # the same bytes as those of the deleted one
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("GET", "/download"), ("POST", "/promote"), ("DELETE", "")])
+def test_an_unknown_adapter(door: TestClient, method: str, path: str) -> None:
+    assert "GET /adapters" in problem(door.request(method, f"/adapters/adp_x{path}"), 404, "unknown_adapter")["detail"]
+
+
+def test_bytes_that_are_gone(client: TestClient, served: Services, adapter: str) -> None:
+    with served.database.read() as unit:
+        row = unit.adapters.find(adapter)
+    assert row is not None
+    served.blobs.delete(row.files["README.md"])
+    with nothing_left(served):
+        problem(client.get("/adapters/first/download"), 404, "blob_lost")
