@@ -76,7 +76,7 @@ class Settings(BaseSettings):
             )
         return self
 
-    @cached_property
+    @property
     def key(self) -> SecretStr | None:
         """The bearer key, from the variable or, where that is empty, the file; None: no key is asked for."""
         text = self.api_key.get_secret_value().strip() if self.api_key else ""

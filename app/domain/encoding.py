@@ -178,12 +178,15 @@ class Encoder:
     def _keep(self, observation: str, budget: int, quotations: Sequence[str]) -> tuple[str, bool]:
         """(what stays of the observation, whether it was kept around a quotation that the blind rule would lose)."""
         blind = self.shorten(observation, budget)
-        lost = [q for q in quotations if q in observation and q not in blind]
+        quoted = [q for q in quotations if q in observation]
+        lost = [q for q in quoted if q not in blind]
         if not lost:
             return blind, False
         sentences = split_sentences(observation)
-        homes = [i for q in lost for i, sentence in enumerate(sentences) if q in sentence]
-        spans = [(min(homes), max(homes)), (homes[0], homes[0])] if homes else []
+        every = [i for q in quoted for i, sentence in enumerate(sentences) if q in sentence]
+        missed = [i for q in lost for i, sentence in enumerate(sentences) if q in sentence]
+        # All that is quoted where that fits; else the first quotation that would go, for something has to.
+        spans = [(min(every), max(every)), (missed[0], missed[0])] if missed else []
         for first, last in spans:
             if self._fits(sentences, first, last, budget):
                 return self._widened(sentences, first, last, budget), True

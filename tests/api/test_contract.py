@@ -33,7 +33,7 @@ CHECKS = [
     checks.status_code_conformance,
     checks.unsupported_method,
 ]
-EXAMPLES = int(os.environ.get("VERITUNE_TEST_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("VERITUNE_TEST_EXAMPLES", "5"))
 """Requests for each route; a long run takes more."""
 
 CPU = DeviceDescription(type="cpu", model="a cpu", bytes=1 << 33, cores=2, queues=("gpu", "cpu"))

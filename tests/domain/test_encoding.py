@@ -280,6 +280,9 @@ def test_a_protected_row_keeps_a_sentence_that_is_quoted(trajectory: Trajectory,
         if '"' not in following:
             continue
         quoted = following.split('"')[1].strip(" .,")
+        said = [s.thought.split('"')[1].strip(" .,") for s in trajectory.steps[number + 1 :] if '"' in s.thought]
+        if len({quotation for quotation in said if quotation in (step.observation or "")}) > 1:
+            continue  # two sentences far apart cannot both stay in one run of sentences
         budget = _budget(coder, trimmed.trajectory, number, limit)
         if quoted in kept or len(coder.tokens.encode(f" {quoted}.")) > budget:
             continue
