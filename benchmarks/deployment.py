@@ -108,7 +108,7 @@ class Deployment:
         self.marks.setdefault(name, round(time.perf_counter() - self._began, 2))
 
     def _until_ready(self) -> None:
-        parts = {"base model", "trainer", "inference"}
+        parts = {"base_model", "trainer", "inference"}
         while True:
             if self.process.poll() is not None or time.perf_counter() - self._began > START_SECONDS:
                 raise BenchmarkError(f"veritune up did not become ready:\n{self.tail()}")
@@ -118,7 +118,7 @@ class Deployment:
                 time.sleep(ASK_SECONDS)
                 continue
             self._mark("api answers")
-            missing = set(answer.json()["missing"])
+            missing = {found["loc"][0] for found in answer.json().get("errors", ())}
             for part in parts - missing:
                 self._mark(f"{part} usable")
             if not missing:

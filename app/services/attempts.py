@@ -124,10 +124,10 @@ class Attempts:
             told = {"update": written.update, "bytes": row.bytes}
             unit.jobs.tell(lease.job_id, "checkpoint", f"checkpoint at update {written.update}", "info", told)
             stale = unit.jobs.checkpoints(lease.job_id)[CHECKPOINTS_KEPT:]
-            kept = {d for c in unit.jobs.checkpoints(lease.job_id)[:CHECKPOINTS_KEPT] for d in c.files.values()}
-            lost = {digest for c in stale for digest in c.files.values()} - kept
             for old in stale:
                 unit.jobs.drop_checkpoint(old)
+            unit.session.flush()
+            lost = {blob for old in stale for blob in old.files.values()} - unit.jobs.checkpoint_blobs()
         for digest in lost:
             self._blobs.delete(digest)
 

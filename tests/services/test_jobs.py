@@ -189,6 +189,25 @@ def test_only_the_last_two_checkpoints_are_kept_and_the_newest_is_restored(
     assert (restored / "state.json").read_text() == "3"
 
 
+def test_a_checkpoint_that_goes_leaves_the_blobs_that_another_job_shares(
+    services: Services, dataset: str, tmp_path: Path
+) -> None:
+    leases = []
+    for _ in range(2):
+        services.jobs.submit({"dataset": dataset})
+        leases.append(leased(services.attempts).lease)
+    for update in (1, 2, 3):
+        directory = tmp_path / f"update-{update}"
+        directory.mkdir()
+        (directory / "state.json").write_text(str(update))
+        services.attempts.checkpoint(leases[0], Checkpointed(update=update, path=directory, digest="0" * 64))
+        if update == 1:
+            services.attempts.checkpoint(leases[1], Checkpointed(update=update, path=directory, digest="0" * 64))
+    restored = services.attempts.restore(leases[1], tmp_path / "restored")
+    assert restored is not None
+    assert (restored / "state.json").read_text() == "1"
+
+
 def test_a_lost_blob_of_a_checkpoint_falls_back_to_the_one_before(services: Services, job: Job, tmp_path: Path) -> None:
     lease = leased(services.attempts).lease
     for update in (1, 2):

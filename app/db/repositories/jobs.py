@@ -157,6 +157,10 @@ class Jobs:
         wanted = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
         return list(self._session.scalars(wanted.order_by(CheckpointRow.update.desc())))
 
+    def checkpoint_blobs(self) -> set[str]:
+        """The blobs that checkpoints of any job need: identical runs share theirs."""
+        return {blob for files in self._session.scalars(select(CheckpointRow.files)) for blob in files.values()}
+
     def drop_checkpoint(self, row: CheckpointRow) -> None:
         self._session.delete(row)
 
