@@ -134,7 +134,8 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
         ours = medians(polled[setting]["veritune"])
         for peer in sorted(polled[setting].keys() - {"veritune"}):
             theirs = medians(polled[setting][peer])
-            found |= {f"polling {setting} {key} / {peer}": ours[key] / theirs[key] for key in ours}
+            keys = ours.keys() - ({"per_second"} if setting == "training_paced" else set())
+            found |= {f"polling {setting} {key} / {peer}": ours[key] / theirs[key] for key in sorted(keys)}
     return {name: round(value, 3) for name, value in (found | _upload_ratios(figures["uploading"])).items()}
 
 
