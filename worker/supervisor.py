@@ -175,6 +175,7 @@ class Supervisor:
             case Checkpointed():
                 self._flush(leased, watch, soon=True)
                 self._attempts.checkpoint(leased.lease, event)
+                shutil.rmtree(event.path, ignore_errors=True)  # only now: the child may be several checkpoints ahead
             case Started():
                 what = f"{event.precision} on {event.device}, {event.trainable_parameters:,} trainable parameters"
                 data = event.model_dump(exclude={"event"})

@@ -9,7 +9,6 @@ from typing import Any
 from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
 from app.domain.attempts import Checkpointed, Metrics
-from app.domain.errors import ConflictError
 from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobStatus, Lease, Progress
 from app.domain.specs import TrainSpec
 from app.services.plans import Plans, Prepared
@@ -156,16 +155,6 @@ class Attempts:
                 unit.jobs.tell(lease.job_id, "failed", error.message, "error", document)
             elif unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
                 unit.jobs.tell(lease.job_id, "cancelled", "cancelled", "info", {})
-
-    def stopped(self, lease: Lease) -> None:
-        """The child stopped because the user asked: cancelled, or paused behind its checkpoint."""
-        with self._database.write() as unit:
-            if unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
-                unit.jobs.tell(lease.job_id, "cancelled", "cancelled", "info", {})
-            elif unit.jobs.end(lease, (S.PAUSING,), S.PAUSED):
-                unit.jobs.tell(lease.job_id, "paused", "paused behind a checkpoint", "info", {})
-            else:
-                raise ConflictError(f"{lease.job_id} was neither asked to cancel nor to pause", code="wrong_state")
 
     def release(self, lease: Lease, reason: str, *, strike: bool) -> None:
         """Let go of a job: back to the queue, or where the user's wish leads.

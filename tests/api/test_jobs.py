@@ -64,7 +64,7 @@ def test_a_running_job_is_asked(client: TestClient, served: Services, job: str) 
     held = lease(served)
     assert client.post(f"/jobs/{job}/pause").json()["status"] == "pausing"
     assert client.post(f"/jobs/{job}/cancel").json()["status"] == "cancelling"
-    served.attempts.stopped(held)
+    served.attempts.release(held, "stopped", strike=False)
     assert client.get(f"/jobs/{job}").json()["status"] == "cancelled"
 
 

@@ -214,7 +214,7 @@ def test_events_come_as_they_happen_and_a_listener_may_resume(server: httpx.Clie
     for number in range(10):
         served.attempts.tell(held, "note", f"number {number}")
     server.post(f"/jobs/{job}/cancel")
-    served.attempts.stopped(held)
+    served.attempts.release(held, "stopped", strike=False)
     everything = list(range(1, 25))
     assert whole.finish() == everything
     assert cut.heard + resumed.finish() == everything

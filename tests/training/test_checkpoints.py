@@ -39,10 +39,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert torch.equal(found.generators["cpu"], torch.get_rng_state())
 
 
-def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+def test_earlier_ones_stay_until_they_are_stored(tmp_path: Path) -> None:
     for update in (10, 20, 30):
         write_checkpoint(tmp_path, saved(update))
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["update-000030", "update-000020"]
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["update-000030", "update-000020", "update-000010"]
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith("partial")] == []
 
 

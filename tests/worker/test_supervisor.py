@@ -205,6 +205,22 @@ def test_a_killed_child_is_run_again_from_its_checkpoint(
         assert "signal 9" in requeued.data["reason"]
 
 
+def test_a_stored_checkpoint_leaves_the_work_directory(
+    services: Services,
+    supervisor: Supervisor,
+    submit: Callable[..., Job],
+    background: Callable[[Supervisor], threading.Thread],
+) -> None:
+    """The child writes them faster than they are stored: none is lost on the way, and none stays behind."""
+    job = submit(**(LONG | {"train_steps": 60, "steps_per_checkpoint": 1}))
+    thread = background(supervisor)
+    until(lambda: kinds(services, job).count("checkpoint") == 60)
+    left = list(services.settings.work_path.glob(f"{job.id}/*/checkpoints/update-*"))
+    assert len(left) <= 1
+    thread.join(60)
+    assert services.jobs.get(job.id).status is JobStatus.SUCCEEDED
+
+
 def test_a_leaving_supervisor_gives_its_job_back_without_a_strike(
     services: Services,
     supervisor: Supervisor,

@@ -16,7 +16,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
-KEPT = 2
 MANIFEST = "manifest.json"
 
 
@@ -60,7 +59,7 @@ class Saved:
 
 
 def write_checkpoint(parent: Path, saved: Saved) -> tuple[Path, str]:
-    """(the new checkpoint's directory under `parent`, its digest). The one before stays, older ones go."""
+    """(the new checkpoint's directory under `parent`, its digest). Who stores earlier ones removes them."""
     final = parent / f"update-{saved.progress.update:06}"
     partial = parent / f"{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -78,8 +77,6 @@ def write_checkpoint(parent: Path, saved: Saved) -> tuple[Path, str]:
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _flush(parent)
-    for old in checkpoints_in(parent)[KEPT:]:
-        shutil.rmtree(old)
     return final, hashlib.sha256(manifest.encode()).hexdigest()
 
 
