@@ -14,12 +14,10 @@ import structlog
 from pydantic import ValidationError
 
 from app.domain.attempts import CHILD_EVENT, ChildEvent, Command
+from worker.environment import for_tensors
 
 GRACE = 3.0
 """Seconds between asking a child to stop and killing its group."""
-
-# Threads that spin while they wait cost the engine beside them a factor of a hundred when cores are few.
-ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 log = structlog.get_logger(__name__)
 
@@ -36,7 +34,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            env=os.environ | ENVIRONMENT,
+            env=for_tensors(),
         )
         self._events: SimpleQueue[ChildEvent | None] = SimpleQueue()
         assert self._process.stdout is not None

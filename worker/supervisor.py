@@ -129,7 +129,6 @@ class Supervisor:
                 fp16=described.fp16,
             ),
             rows=rows,
-            pad_id=described.pad_id,
             directory=directory,
             resume_from=resume,
             spec=prepared.spec,

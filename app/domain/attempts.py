@@ -39,28 +39,34 @@ class TrainOrder(_Word):
     epoch: int
     base: BaseOnDisk
     rows: Path
-    pad_id: int
     directory: Path
     resume_from: Path | None
     spec: TrainSpec
     schedule: Schedule
 
 
-class EncodedSequence(_Word):
-    """Token ids and the half-open spans of them that carry a loss."""
+class EncodedBranch(_Word):
+    """A continuation that leaves a trajectory behind its first `at` tokens: its own ids, and the half-open spans of
+    those that carry a loss."""
 
+    at: int
     ids: tuple[int, ...]
     trained: tuple[tuple[int, int], ...]
 
 
 class EncodedRow(_Word):
-    """One trajectory as the child reads it: its sequence, and behind it the verdict branch where it has one.
-
-    A batch counts rows; all the sequences of a row belong to the same update.
-    """
+    """One trajectory as the child reads it: token ids, the half-open spans of them that carry a loss, and the verdict
+    branch where it has one. The tokens that both share stand here once."""
 
     line: int
-    sequences: tuple[EncodedSequence, ...]
+    ids: tuple[int, ...]
+    trained: tuple[tuple[int, int], ...]
+    branch: EncodedBranch | None = None
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """The trajectory's ids and behind them the branch's own."""
+        return self.ids if self.branch is None else self.ids + self.branch.ids
 
 
 class Command(_Word):

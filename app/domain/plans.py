@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from app.domain.specs import TrainSpec
 
 TOKENS_PER_MICRO_BATCH = {"cpu": 768, "gpu": 4_096}
-"""Padded tokens of one micro-batch under `batch_size: auto`. On a CPU more brings padding and no speed; 4,096 tokens of
-a 7B model with checkpointing fit a 16 GB card."""
+"""Tokens of one micro-batch under `batch_size: auto`. On a CPU more brings no speed; 4,096 tokens of a 7B model with
+checkpointing fit a 16 GB card."""
 
 
 class _Word(BaseModel):
@@ -49,8 +49,8 @@ class Lengths(_Word):
 class Schedule(_Word):
     """The shape of a training run. `rows_per_update` is the effective batch size, in trajectories.
 
-    A micro-batch holds at most `max_rows` sequences (None: no bound) and at most `max_tokens` padded tokens, except
-    that one sequence longer than that stands alone.
+    A micro-batch holds at most `max_rows` rows (None: no bound) and at most `max_tokens` tokens, except that one row
+    longer than that stands alone.
     """
 
     rows: int

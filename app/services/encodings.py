@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from app.db import Database
 from app.db.tables import DatasetRow, EncodingRow
-from app.domain.attempts import EncodedRow, EncodedSequence
+from app.domain.attempts import EncodedBranch, EncodedRow
 from app.domain.datasets import read_canonical
-from app.domain.encoding import Encoded, Encoder
+from app.domain.encoding import Encoder
 from app.domain.errors import InvalidError, Problem
 from app.domain.plans import Lengths, RowNote
 from app.domain.specs import TrainSpec
@@ -24,7 +24,7 @@ from app.domain.trajectories import Trajectory
 from app.storage import Blobs
 
 NOTES_LISTED = 100
-REVISION = 1
+REVISION = 2
 """Raised when the same inputs would give other ids, so that blobs of an older version are not reused."""
 
 
@@ -115,11 +115,13 @@ class _Tally:
         if len(self.notes) < NOTES_LISTED:
             self.notes.append(note)
 
-    def sequence(self, encoded: Encoded) -> EncodedSequence:
-        self.tokens += len(encoded.ids)
-        self.labelled += encoded.labelled
-        self.longest = max(self.longest, len(encoded.ids))
-        return EncodedSequence(ids=encoded.ids, trained=encoded.trained)
+    def row(self, row: EncodedRow, labelled: int) -> EncodedRow:
+        self.lengths.append(len(row.ids))
+        self.branches += row.branch is not None
+        self.tokens += len(row.all_ids)
+        self.labelled += labelled
+        self.longest = max(self.longest, len(row.all_ids))
+        return row
 
 
 def _encode(lines: Iterator[bytes], spec: TrainSpec, limit: int, encoder: Encoder, out: IO[bytes]) -> EncodingSummary:
@@ -178,12 +180,15 @@ def _fitted(
 def _row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, tally: _Tally) -> EncodedRow:
     observations = spec.trainer.train_on_observations
     whole = encoder.encode(encoder.form.segments(trajectory, train_on_observations=observations))
-    tally.lengths.append(len(whole.ids))
-    sequences = [tally.sequence(whole)]
-    if _has_branch(line, spec):
-        tally.branches += 1
-        sequences.append(tally.sequence(encoder.encode(encoder.form.branch_segments(trajectory))))
-    return EncodedRow(line=line, sequences=tuple(sequences))
+    if not _has_branch(line, spec):
+        return tally.row(EncodedRow(line=line, ids=whole.ids, trained=whole.trained), whole.labelled)
+    branch = encoder.encode(encoder.form.branch_segments(trajectory))
+    at = encoder.length(encoder.form.prompt(trajectory.claim, trajectory.steps[:-1]))
+    trained = tuple((start - at, end - at) for start, end in branch.trained)
+    own = EncodedBranch(at=at, ids=branch.ids[at:], trained=trained)
+    return tally.row(
+        EncodedRow(line=line, ids=whole.ids, trained=whole.trained, branch=own), whole.labelled + branch.labelled
+    )
 
 
 def _has_branch(line: int, spec: TrainSpec) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.domain.attempts import BaseOnDisk, EncodedRow, EncodedSequence, TrainOrder
+from app.domain.attempts import BaseOnDisk, EncodedBranch, EncodedRow, TrainOrder
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 from tests.tiny import VOCABULARY, make_tiny_model
@@ -26,16 +26,25 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_rows(count: int) -> list[EncodedRow]:
-    """Rows of different lengths with two labelled spans each; every third has a second sequence."""
+    """Rows of different lengths with two labelled spans each; every third has a branch of its own."""
     rows = []
     for number in range(count):
         length = 12 + 5 * (number % 7)
         ids = tuple((7 * number + 3 * place) % (VOCABULARY - 10) + 5 for place in range(length))
-        sequences = [EncodedSequence(ids=ids, trained=((2, 5), (length - 4, length)))]
-        if number % 3 == 0:
-            sequences.append(EncodedSequence(ids=ids[: length // 2], trained=((length // 2 - 2, length // 2),)))
-        rows.append(EncodedRow(line=number + 1, sequences=tuple(sequences)))
+        branch = EncodedBranch(at=length // 2, ids=(9, 11, 13, 15), trained=((2, 4),)) if number % 3 == 0 else None
+        rows.append(EncodedRow(line=number + 1, ids=ids, trained=((2, 5), (length - 4, length)), branch=branch))
     return rows
+
+
+def apart(rows: list[EncodedRow]) -> list[EncodedRow]:
+    """The same sequences without sharing: each branch as a row that has its trajectory's beginning in front."""
+    separate = []
+    for row in rows:
+        separate.append(row.model_copy(update={"branch": None}))
+        if (own := row.branch) is not None:
+            trained = tuple((start + own.at, end + own.at) for start, end in own.trained)
+            separate.append(EncodedRow(line=row.line, ids=row.ids[: own.at] + own.ids, trained=trained))
+    return separate
 
 
 @pytest.fixture
@@ -67,7 +76,6 @@ def make_order(tiny_base: Path, tmp_path: Path) -> OrderFactory:
             epoch=1,
             base=BaseOnDisk(path=base, digest="0" * 64, name="tiny", revision="r1"),
             rows=path,
-            pad_id=2,
             directory=directory,
             resume_from=resume_from,
             spec=parsed,

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.attempts import EncodedRow, EncodedSequence
+from app.domain.attempts import EncodedBranch, EncodedRow
 from app.domain.plans import Schedule
 from tests.training.conftest import make_rows
-from worker.training.batches import batches_of_update, collate, labels, micro_batches, read_rows, rows_of_update
+from worker.training.batches import batches_of_update, collate, micro_batches, predictions, read_rows, rows_of_update
 from worker.training.errors import TrainingError
+from worker.training.packing import visible_in_batch
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
@@ -53,46 +55,65 @@ def test_micro_batches_hold_everything_within_the_bounds(
     groups = micro_batches(lengths, max_rows, max_tokens)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
-        longest = max(lengths[index] for index in group)
-        assert len(group) == 1 or len(group) * longest <= max_tokens
+        assert len(group) == 1 or sum(lengths[index] for index in group) <= max_tokens
         assert max_rows is None or len(group) <= max_rows
 
 
 @given(lengths=LENGTHS, max_tokens=st.integers(300, 2_000))
-def test_neighbours_in_length_share_a_batch(lengths: list[int], max_tokens: int) -> None:
-    groups = [[lengths[index] for index in group] for group in micro_batches(lengths, None, max_tokens)]
-    assert [length for group in groups for length in group] == sorted(lengths, reverse=True)
+def test_micro_batches_are_full_and_the_longest_row_comes_first(lengths: list[int], max_tokens: int) -> None:
+    groups = [sum(lengths[index] for index in group) for group in micro_batches(lengths, None, max_tokens)]
+    assert micro_batches(lengths, None, max_tokens)[0][0] == lengths.index(max(lengths))
+    assert sum(total <= max_tokens / 2 for total in groups) <= 1  # two that are half empty would have been one
 
 
-def test_a_collated_batch_predicts_each_labelled_token_from_the_one_before() -> None:
-    short = EncodedSequence(ids=(10, 11, 12), trained=((0, 2),))
-    long = EncodedSequence(ids=(20, 21, 22, 23, 24), trained=((1, 2), (4, 5)))
-    batch = collate([short, long], pad_id=9)
-    assert batch.ids.tolist() == [[10, 11, 12, 9, 9], [20, 21, 22, 23, 24]]
-    assert batch.targets.tolist() == [11, 21, 24]
-    assert batch.ids.flatten()[batch.predictors].tolist() == [10, 20, 23]
-    assert (batch.tokens, batch.labelled, batch.padded) == (8, 3, 10)
+def test_rows_are_packed_with_positions_of_their_own() -> None:
+    short = EncodedRow(line=1, ids=(10, 11, 12), trained=((0, 2),))
+    own = EncodedBranch(at=2, ids=(30, 31), trained=((0, 1), (1, 2)))
+    long = EncodedRow(line=2, ids=(20, 21, 22, 23, 24), trained=((1, 2), (4, 5)), branch=own)
+    batch = collate([short, long])
+    assert batch.ids.tolist() == [10, 11, 12, 20, 21, 22, 23, 24, 30, 31]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 2, 3]
+    assert batch.targets.tolist() == [11, 21, 24, 30, 31]
+    assert batch.ids[batch.predictors].tolist() == [10, 20, 23, 21, 30]
+    assert [(row.tokens.start, row.tokens.stop) for row in batch.rows] == [(0, 3), (3, 10)]
+    assert (batch.tokens, batch.labelled) == (10, 5)
 
 
-def test_the_first_token_of_a_sequence_is_never_a_label() -> None:
-    assert labels(EncodedSequence(ids=(1, 2, 3), trained=((0, 3),))) == [1, 2]
+def test_a_token_sees_its_own_row_up_to_itself_and_a_branch_not_what_it_left() -> None:
+    own = EncodedBranch(at=1, ids=(30, 31), trained=((0, 2),))
+    row = EncodedRow(line=2, ids=(20, 21, 22), trained=(), branch=own)
+    rows = collate([EncodedRow(line=1, ids=(10, 11), trained=()), row]).rows
+    seen = visible_in_batch(rows, torch.device("cpu")).int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 0, 0, 1, 0],
+        [0, 0, 1, 0, 0, 1, 1],
+    ]
+
+
+def test_the_first_token_of_a_row_is_never_a_label() -> None:
+    assert predictions(EncodedRow(line=1, ids=(1, 2, 3), trained=((0, 3),))) == [(0, 2), (1, 3)]
 
 
 @given(update=st.integers(1, 9))
-def test_an_update_holds_all_the_sequences_of_its_rows(update: int) -> None:
+def test_an_update_holds_all_of_its_rows(update: int) -> None:
     rows = make_rows(10)
     plan = schedule(10, 4)
-    batches = batches_of_update(rows, update, plan, 7, pad_id=2)
-    chosen = [sequence for index in rows_of_update(update, plan, 7) for sequence in rows[index].sequences]
-    assert sum(batch.tokens for batch in batches) == sum(len(s.ids) for s in chosen)
-    assert sum(batch.labelled for batch in batches) == sum(len(labels(s)) for s in chosen)
+    batches = batches_of_update(rows, update, plan, 7)
+    chosen = [rows[index] for index in rows_of_update(update, plan, 7)]
+    assert sum(batch.tokens for batch in batches) == sum(len(row.all_ids) for row in chosen)
+    assert sum(batch.labelled for batch in batches) == sum(len(predictions(row)) for row in chosen)
 
 
 @pytest.mark.parametrize(
     ("row", "code"),
     [
-        (EncodedRow(line=3, sequences=(EncodedSequence(ids=(1, 400), trained=((1, 2),)),)), "vocabulary_mismatch"),
-        (EncodedRow(line=3, sequences=(EncodedSequence(ids=(1,), trained=((0, 1),)),)), "no_labelled_tokens"),
+        (EncodedRow(line=3, ids=(1, 400), trained=((1, 2),)), "vocabulary_mismatch"),
+        (EncodedRow(line=3, ids=(1,), trained=((0, 1),)), "no_labelled_tokens"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_named(tmp_path: Path, row: EncodedRow, code: str) -> None:

@@ -8,10 +8,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 
+from app.domain.attempts import EncodedRow
 from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
 from worker.precision import BF16, FP32, Precision
 from worker.training import model as room
+from worker.training.batches import collate
 from worker.training.errors import TrainingError
 from worker.training.masters import MasterWeights
 from worker.training.model import Trainee, load_trainee
@@ -41,12 +43,12 @@ def test_the_kept_weights_are_the_dequantised_nf4_ones(tiny_base: Path, double: 
 def test_a_base_too_large_to_keep_dequantised_computes_the_same(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = torch.arange(40)[None]
-    kept = load(tiny_base).hidden(ids)
+    batch = collate([EncodedRow(line=1, ids=tuple(range(40)), trained=())])
+    kept = load(tiny_base).hidden(batch)
     monkeypatch.setattr(room, "DENSE_LIMIT", 0)
     packed = load(tiny_base)
     assert any(type(module).__name__ == "Linear4bit" for module in packed.peft.modules())
-    torch.testing.assert_close(packed.hidden(ids), kept, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed.hidden(batch), kept, rtol=1e-4, atol=1e-4)
 
 
 def test_without_quantisation_the_weights_are_the_stored_ones(tiny_base: Path) -> None:

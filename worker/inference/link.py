@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 import worker
+from worker.environment import for_tensors
 from worker.inference.wire import (
     Cancel,
     Configure,
@@ -180,12 +181,9 @@ class EngineLink:
 
 async def _start_process() -> Process:
     environment = {
-        **os.environ,
+        **for_tensors(),
         "PYTHONPATH": os.pathsep.join([_root(), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # Threads that spin while they wait make a step a hundred times slower where training shares the cores.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
     return await asyncio.create_subprocess_exec(
         sys.executable,

@@ -3,7 +3,6 @@
 Exit status 0: finished, paused or stopped; 1: failed, as the last event says; 3: the supervisor is gone.
 """
 
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -19,8 +18,6 @@ def main(path: Path) -> int:
     channel = Channel.open()
     try:
         order = TrainOrder.model_validate_json(path.read_bytes())
-        # Threads that spin while they wait would starve each other on a machine with other work to do.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # Imported late: torch takes seconds, and the channel listens meanwhile.
         from worker.training.recipe import train
 

@@ -1,4 +1,4 @@
-"""Which rows an update takes, and how their sequences share micro-batches. Pure: it knows no model.
+"""Which rows an update takes, and how they share micro-batches. Pure: it knows no model.
 
 Where the data stands follows from the update's number and the seed, so a resumed run needs no state of it.
 """
@@ -11,35 +11,39 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from app.domain.attempts import EncodedRow, EncodedSequence
+from app.domain.attempts import EncodedRow
 from app.domain.plans import Schedule
 from worker.training.errors import TrainingError
+from worker.training.packing import Row, positions
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences padded on the right to one length.
+    """Rows packed one behind the other.
 
-    `ids`: [rows, length]. `predictors`: places in the flattened [rows × length] whose next token carries a
-    loss; `targets`: those tokens. `tokens`: how many of `ids` are real.
+    `ids`, `positions`: [tokens]. `predictors`: indices of the tokens whose next one carries a loss; `targets`: what
+    that next one is.
     """
 
     ids: torch.Tensor
+    positions: torch.Tensor
+    rows: tuple[Row, ...]
     predictors: torch.Tensor
     targets: torch.Tensor
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
 
     @property
     def labelled(self) -> int:
         return self.targets.numel()
 
-    @property
-    def padded(self) -> int:
-        return self.ids.numel()
-
     def to(self, device: torch.device) -> "Batch":
-        ids, predictors, targets = (t.to(device) for t in (self.ids, self.predictors, self.targets))
-        return Batch(ids, predictors, targets, self.tokens)
+        ids, places, predictors, targets = (
+            t.to(device) for t in (self.ids, self.positions, self.predictors, self.targets)
+        )
+        return Batch(ids, places, self.rows, predictors, targets)
 
 
 def read_rows(path: Path, vocab_size: int) -> list[EncodedRow]:
@@ -60,13 +64,13 @@ def read_rows(path: Path, vocab_size: int) -> list[EncodedRow]:
 
 
 def _check_row(row: EncodedRow, vocab_size: int) -> None:
-    if any(not 0 <= token < vocab_size for sequence in row.sequences for token in sequence.ids):
+    if any(not 0 <= token < vocab_size for token in row.all_ids):
         raise TrainingError(
             "vocabulary_mismatch",
             f"line {row.line} of the dataset has a token id that the base model does not embed",
             "the tokenizer and the weights of this base model do not belong together; add it again",
         )
-    if not any(labels(sequence) for sequence in row.sequences):
+    if not predictions(row):
         raise TrainingError(
             "no_labelled_tokens",
             f"line {row.line} of the dataset has no token to learn from",
@@ -74,9 +78,20 @@ def _check_row(row: EncodedRow, vocab_size: int) -> None:
         )
 
 
-def labels(sequence: EncodedSequence) -> list[int]:
-    """Positions of the tokens that carry a loss. The first of a sequence never does: nothing predicts it."""
-    return [place for start, end in sequence.trained for place in range(max(start, 1), end)]
+def predictions(row: EncodedRow) -> list[tuple[int, int]]:
+    """(place of the predicting token, the token it should predict) within a row's tokens, its branch's included.
+
+    The first token of a row is never a label: nothing predicts it. A branch's first is predicted by the trajectory's
+    token before it.
+    """
+    found = [(place - 1, row.ids[place]) for start, end in row.trained for place in range(max(start, 1), end)]
+    if row.branch is None:
+        return found
+    own = row.branch
+    for start, end in own.trained:
+        for place in range(start, end):
+            found.append((len(row.ids) + place - 1 if place else own.at - 1, own.ids[place]))
+    return found
 
 
 def rows_of_update(update: int, schedule: Schedule, seed: int) -> list[int]:
@@ -88,45 +103,47 @@ def rows_of_update(update: int, schedule: Schedule, seed: int) -> list[int]:
 
 
 def micro_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
-    """Indices grouped so that rows × longest stays within `max_tokens`; one longer than that stands alone.
+    """Indices grouped so that a group has at most `max_tokens`; a row that is longer stands alone.
 
-    Neighbours in length share a batch, which keeps padding low; the longest come first, so that too little
-    memory shows at once.
+    The longest come first, each into the first group that has room: groups are full, and too little memory shows at
+    once.
     """
     groups: list[list[int]] = []
+    free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        last = groups[-1] if groups else []
-        fits = last and (len(last) + 1) * lengths[last[0]] <= max_tokens
-        if fits and (max_rows is None or len(last) < max_rows):
-            last.append(index)
+        for place, room in enumerate(free):
+            if lengths[index] <= room and (max_rows is None or len(groups[place]) < max_rows):
+                groups[place].append(index)
+                free[place] -= lengths[index]
+                break
         else:
             groups.append([index])
+            free.append(max_tokens - lengths[index])
     return groups
 
 
-def collate(sequences: Sequence[EncodedSequence], pad_id: int) -> Batch:
-    """One batch of `sequences`. Padding stands on the right, where causal attention never looks."""
-    length = max(len(sequence.ids) for sequence in sequences)
-    ids = torch.full((len(sequences), length), pad_id, dtype=torch.long)
-    predictors: list[int] = []
-    targets: list[int] = []
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids, dtype=torch.long)
-        places = labels(sequence)
-        predictors += [row * length + place - 1 for place in places]
-        targets += [sequence.ids[place] for place in places]
+def collate(rows: Sequence[EncodedRow]) -> Batch:
+    """One batch of `rows`."""
+    ids: list[int] = []
+    packed: list[Row] = []
+    pairs: list[tuple[int, int]] = []
+    for row in rows:
+        start = len(ids)
+        branch = (len(row.branch.ids), row.branch.at) if row.branch else (0, 0)
+        packed.append(Row(start, len(row.ids), *branch))
+        pairs += [(start + place, target) for place, target in predictions(row)]
+        ids += row.all_ids
     return Batch(
-        ids=ids,
-        predictors=torch.tensor(predictors, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
-        tokens=sum(len(sequence.ids) for sequence in sequences),
+        ids=torch.tensor(ids, dtype=torch.long),
+        positions=torch.tensor([place for row in packed for place in positions(row)], dtype=torch.long),
+        rows=tuple(packed),
+        predictors=torch.tensor([place for place, _ in pairs], dtype=torch.long),
+        targets=torch.tensor([target for _, target in pairs], dtype=torch.long),
     )
 
 
-def batches_of_update(
-    rows: Sequence[EncodedRow], update: int, schedule: Schedule, seed: int, pad_id: int
-) -> list[Batch]:
-    """The micro-batches of one update: all the sequences of its rows."""
-    chosen = [sequence for index in rows_of_update(update, schedule, seed) for sequence in rows[index].sequences]
-    groups = micro_batches([len(s.ids) for s in chosen], schedule.max_rows, schedule.max_tokens)
-    return [collate([chosen[index] for index in group], pad_id) for group in groups]
+def batches_of_update(rows: Sequence[EncodedRow], update: int, schedule: Schedule, seed: int) -> list[Batch]:
+    """The micro-batches of one update."""
+    chosen = [rows[index] for index in rows_of_update(update, schedule, seed)]
+    groups = micro_batches([len(row.all_ids) for row in chosen], schedule.max_rows, schedule.max_tokens)
+    return [collate([chosen[index] for index in group]) for group in groups]

@@ -33,7 +33,6 @@ class Progress(BaseModel):
     skipped_in_a_row: int = 0
     tokens: int = 0
     labelled_tokens: int = 0
-    padded_tokens: int = 0
     seconds: float = 0.0
     loss: float | None = None
 

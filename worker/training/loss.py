@@ -23,13 +23,13 @@ def backward_loss(
 ) -> torch.Tensor:
     """Backpropagate `weight` × the summed loss through `head` and `hidden`; return the sum, unweighted.
 
-    `hidden`: [rows, length, width], with a graph behind it. `predictors`: places in the flattened
-    [rows × length]; `targets`: the token that each should predict. With weight = 1 / (labelled tokens of the
+    `hidden`: [tokens, width], with a graph behind it. `predictors`: indices of tokens; `targets`: the token that
+    each should predict. With weight = 1 / (labelled tokens of the
     update), gradients added up over micro-batches equal those of one big batch.
     """
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     # The graph is cut at the chosen positions: each chunk leaves its gradient here and frees its logits.
-    chosen = hidden.flatten(0, 1).index_select(0, predictors)
+    chosen = hidden.index_select(0, predictors)
     leaf = chosen.detach().requires_grad_()
     for start in range(0, targets.numel(), chunk):
         logits = head(leaf[start : start + chunk])

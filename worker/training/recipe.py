@@ -65,7 +65,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
                 return
 
         began = time.perf_counter()
-        batches = batches_of_update(rows, update, schedule, spec.seed, order.pad_id)
+        batches = batches_of_update(rows, update, schedule, spec.seed)
         tokens = sum(batch.tokens for batch in batches)
         labelled = sum(batch.labelled for batch in batches)
         rate = learning_rate(progress.applied, schedule, spec.trainer)
@@ -86,7 +86,6 @@ def train(order: TrainOrder, channel: Channel) -> None:
         progress.update = update
         progress.tokens += tokens
         progress.labelled_tokens += labelled
-        progress.padded_tokens += sum(batch.padded for batch in batches)
         progress.seconds += seconds
         progress.loss = progress.loss if skipped else loss
         channel.tell(
@@ -144,7 +143,7 @@ def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled:
     total = torch.zeros((), device=state.device)
     for batch in batches:
         there = batch.to(state.device)
-        hidden = trainee.hidden(there.ids)
+        hidden = trainee.hidden(there)
         total += backward_loss(hidden, trainee.head, there.predictors, there.targets, weight)
         state.masters.collect()
     return total.item() / labelled
@@ -184,7 +183,6 @@ def _totals(state: RunState) -> dict[str, float]:
         "skipped_updates": progress.update - progress.applied,
         "tokens": progress.tokens,
         "labelled_tokens": progress.labelled_tokens,
-        "padding_share": 1 - progress.tokens / max(1, progress.padded_tokens),
         "seconds": progress.seconds,
         "tokens_per_second": progress.tokens / max(1e-9, progress.seconds),
         "peak_memory_bytes": peak,

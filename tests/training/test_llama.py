@@ -1,0 +1,130 @@
+"""The fast form of the Llama family: the same hidden states and gradients as transformers and PEFT give."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from app.domain.specs import TrainSpec
+from tests.tiny import make_tiny_model
+from tests.training.conftest import apart, make_rows
+from worker.precision import FP32
+from worker.training import attention
+from worker.training.batches import Batch, collate
+from worker.training.llama import LlamaBackbone
+from worker.training.model import Trainee, load_trainee
+
+ROWS = make_rows(8)
+SHAPE: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+FAMILY: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
+    "llama with a head dimension and scaled positions of its own": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **SHAPE,
+            head_dim=12,
+            rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
+        )
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+}
+
+
+def loaded(base: Path, **spec: object) -> Trainee:
+    """In float32, with LoRA layers that are not zero."""
+    torch.manual_seed(5)
+    asked = TrainSpec.model_validate(
+        {"dataset": "d", "adapter": {"type": "lora", "r": 4}, "quantization": None, **spec}
+    )
+    trainee = load_trainee(base, asked, FP32, torch.device("cpu"), lambda _: None)
+    for parameter in trainee.parameters().values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return trainee
+
+
+def run(trainee: Trainee, hidden: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
+    """The hidden states of packed rows, and every parameter's gradient of a weighted sum of them."""
+    trainee.peft.zero_grad()
+    states = hidden(collate(ROWS))
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    (states * weights).sum().backward()  # type: ignore[no-untyped-call]
+    return [states.detach(), *(p.grad.clone() for p in trainee.parameters().values() if p.grad is not None)]
+
+
+def one_by_one(trainee: Trainee) -> Callable[[Batch], torch.Tensor]:
+    """Stock PEFT over each sequence alone; of a branch's sequence only the branch's own tokens are taken."""
+
+    def hidden(_batch: Batch) -> torch.Tensor:
+        found = []
+        sequences = iter(apart(ROWS))
+        for row in ROWS:
+            ids = [next(sequences).ids] + ([next(sequences).ids] if row.branch else [])
+            whole, *branch = (trainee.backbone(input_ids=torch.tensor([i])).last_hidden_state[0] for i in ids)
+            found += [whole, *(states[-len(row.branch.ids) :] for states in branch if row.branch)]
+        return torch.cat(found)
+
+    return hidden
+
+
+def save(base: Path, model: Any) -> Path:
+    make_tiny_model(base)
+    torch.manual_seed(7)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)  # norms and biases as trained ones are: not all alike
+    model.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("architecture", FAMILY)
+def test_states_and_gradients_are_those_of_stock_peft(tmp_path: Path, architecture: str, recompute: bool) -> None:
+    trainee = loaded(save(tmp_path, FAMILY[architecture]()), trainer={"enable_gradient_checkpointing": recompute})
+    assert isinstance(trainee.hidden, LlamaBackbone)
+    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "o_proj", "gate_proj"]])
+def test_layers_without_an_adapter_are_passed_through(tiny_base: Path, modules: list[str]) -> None:
+    trainee = loaded(tiny_base, adapter={"type": "lora", "r": 4, "use_rslora": True, "target_modules": modules})
+    assert isinstance(trainee.hidden, LlamaBackbone)
+    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_the_fused_kernel_gives_the_same(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainee = loaded(tiny_base)
+    plain = run(trainee, trainee.hidden)
+    monkeypatch.setattr(attention, "PLAIN_UP_TO", 0)
+    for mine, theirs in zip(run(trainee, trainee.hidden), plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_dropout_takes_the_stock_form_which_packs_alike(tiny_base: Path) -> None:
+    """Dropout draws a mask for every layer of its own, which the fast form does not do."""
+    trainee = loaded(tiny_base, adapter={"type": "lora", "r": 4, "dropout": 0.5})
+    assert not isinstance(trainee.hidden, LlamaBackbone)
+    trainee.peft.eval()
+    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_a_window_takes_the_stock_form_and_is_kept(tmp_path: Path) -> None:
+    trainee = loaded(save(tmp_path, MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=16))))
+    assert not isinstance(trainee.hidden, LlamaBackbone)
+    assert max(len(row.ids) for row in ROWS) > 16
+    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))

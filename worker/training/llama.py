@@ -1,0 +1,292 @@
+"""Llama-family decoder layers, each one autograd node: forward and backward by hand, for frozen weights and LoRA.
+
+Stock layers spend half of an update outside matrix products: a graph node for every small operation, casts around
+LoRA, a down-projection for each linear layer where layers of one input can share it. Here a layer keeps what its
+backward pass cannot cheaply compute again, and nothing else. It knows no data, no loss and no optimizer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
+from peft import LoraConfig, PeftModel
+from torch import nn
+from torch.nn import functional
+
+from worker.training.attention import (
+    Rope,
+    Span,
+    attend,
+    attend_backward,
+    rotate,
+    spans_of,
+    to_heads,
+    to_tokens,
+)
+from worker.training.batches import Batch
+
+FAMILY = frozenset({"llama", "mistral", "qwen2"})
+"""`model_type` of the architectures whose layers are these products and no others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """`a`: [rank, in]; `b`: [out, rank]."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen linear layer, dense or in 4 bits, with LoRA beside it or not."""
+
+    base: nn.Module
+    lora: Lora | None
+
+    @classmethod
+    def of(cls, module: Any) -> "Projection":
+        if not hasattr(module, "lora_A"):
+            return cls(module, None)
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        return cls(module.get_base_layer(), Lora(a, b, module.scaling["default"]))
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """[out, in], unpacked for this one use where it is kept in 4 bits."""
+        kept: Any = self.base.weight
+        dense: torch.Tensor = (
+            dequantize_4bit(kept.data, kept.quant_state) if isinstance(self.base, Linear4bit) else kept
+        )
+        return dense.to(dtype)
+
+
+class Fan:
+    """Projections of one input [tokens, in]. Their LoRA down-projections are one product."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._projections = [Projection.of(module) for module in modules]
+        self._loras = [p.lora for p in self._projections if p.lora is not None]
+        self._ranks = [lora.a.shape[0] for lora in self._loras]
+        self.parameters = [parameter for lora in self._loras for parameter in (lora.a, lora.b)]
+
+    def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(each projection's output, the down-projections [tokens, Σ rank], which `backward` asks for)."""
+        down = x @ self._downs(x.dtype).t() if self._loras else x.new_empty(x.shape[0], 0)
+        parts = iter(torch.split(down, self._ranks, 1))
+        outputs = []
+        for projection in self._projections:
+            bias: Any = projection.base.bias
+            output = functional.linear(x, projection.weight(x.dtype), bias)
+            if (lora := projection.lora) is not None:
+                output.addmm_(next(parts), lora.b.to(x.dtype).t(), alpha=lora.scale)
+            outputs.append(output)
+        return outputs, down
+
+    def backward(
+        self, x: torch.Tensor, down: torch.Tensor, grads: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(gradients of `parameters`, those of the down-projections) from the outputs' gradients."""
+        if not self._loras:
+            return [], down
+        adapted = [grad for grad, p in zip(grads, self._projections, strict=True) if p.lora is not None]
+        parts = torch.split(down, self._ranks, 1)
+        ups = [(g.t() @ part).mul_(lo.scale) for g, part, lo in zip(adapted, parts, self._loras, strict=True)]
+        d_down = torch.cat([(g @ lo.b).mul_(lo.scale) for g, lo in zip(adapted, self._loras, strict=True)], 1)
+        downs = torch.split(d_down.t() @ x, self._ranks)
+        return [gradient for pair in zip(downs, ups, strict=True) for gradient in pair], d_down
+
+    def input_gradient(self, grads: Sequence[torch.Tensor], d_down: torch.Tensor) -> torch.Tensor:
+        """The gradient of x, from those of the outputs and of the down-projections."""
+        first, *others = zip(grads, self._projections, strict=True)
+        total = first[0] @ first[1].weight(d_down.dtype)
+        for grad, projection in others:
+            total.addmm_(grad, projection.weight(grad.dtype))
+        return total.addmm_(d_down, self._downs(d_down.dtype)) if self._loras else total
+
+    def _downs(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([lora.a.detach() for lora in self._loras]).to(dtype)
+
+
+class Kept(NamedTuple):
+    """What the backward pass of a layer needs: [tokens, …], and heads as `attention` has them.
+
+    `scale_in`, `scale_middle`: inverse root mean squares in float32, [tokens, 1]. `down_…`: LoRA down-projections.
+    """
+
+    x: torch.Tensor
+    scale_in: torch.Tensor
+    down_qkv: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    seen: torch.Tensor
+    down_o: torch.Tensor
+    middle: torch.Tensor
+    scale_middle: torch.Tensor
+    down_gate_up: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    down_down: torch.Tensor
+
+
+class Places(NamedTuple):
+    """Where a batch's tokens stand, and what each row may see."""
+
+    rope: Rope
+    spans: list[Span]
+
+
+class Layer:
+    """One decoder layer over the weights of transformers' own."""
+
+    def __init__(self, module: Any) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        self._norm_in, self._norm_middle = module.input_layernorm, module.post_attention_layernorm
+        self._qkv = Fan(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._o = Fan(attention.o_proj)
+        self._gate_up = Fan(mlp.gate_proj, mlp.up_proj)
+        self._down = Fan(mlp.down_proj)
+        self._heads = (int(attention.config.num_key_value_heads), int(attention.head_dim))
+        self._scaling = float(attention.scaling)
+        fans = (self._qkv, self._o, self._gate_up, self._down)
+        self.parameters = [parameter for fan in fans for parameter in fan.parameters]
+
+    def forward(self, x: torch.Tensor, places: Places) -> tuple[torch.Tensor, Kept]:
+        """x: [tokens, width]."""
+        scale_in = _scale(x, self._norm_in)
+        flat, down_qkv = self._qkv.forward(_normal(x, scale_in, self._norm_in))
+        q, k, v = (to_heads(part, *self._heads) for part in flat)
+        q, k, v = rotate(q, places.rope), rotate(k, places.rope).squeeze(1), v.squeeze(1).contiguous()
+        seen = to_tokens(attend(q, k, v, places.spans, self._scaling))
+        (attended,), down_o = self._o.forward(seen)
+        middle = attended.add_(x)
+        scale_middle = _scale(middle, self._norm_middle)
+        (gate, up), down_gate_up = self._gate_up.forward(_normal(middle, scale_middle, self._norm_middle))
+        (out,), down_down = self._down.forward(functional.silu(gate).mul_(up))
+        attention_side = (x, scale_in, down_qkv, q, k, v, seen, down_o)
+        return out.add_(middle), Kept(*attention_side, middle, scale_middle, down_gate_up, gate, up, down_down)
+
+    def backward(
+        self, kept: Kept, grad: torch.Tensor, places: Places, *, wanted: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """(gradient of x, or None where it is not `wanted`; gradients of `parameters`) from the output's gradient."""
+        d_middle, of_mlp = self._mlp_backward(kept, grad)
+        of_o, d_down = self._o.backward(kept.seen, kept.down_o, [d_middle])
+        d_seen = self._o.input_gradient([d_middle], d_down)
+        d_qkv = self._attention_backward(kept, d_seen, places)
+        of_qkv, d_down = self._qkv.backward(_normal(kept.x, kept.scale_in, self._norm_in), kept.down_qkv, d_qkv)
+        gradients = [*of_qkv, *of_o, *of_mlp]
+        if not wanted:
+            return None, gradients
+        d_normal = self._qkv.input_gradient(d_qkv, d_down)
+        return _normal_backward(d_normal, kept.x, kept.scale_in, self._norm_in).add_(d_middle), gradients
+
+    def _mlp_backward(self, kept: Kept, grad: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(gradient behind the attention, gradients of the parameters of gate, up and down)."""
+        active = functional.silu(kept.gate)
+        of_down, d_down = self._down.backward(active * kept.up, kept.down_down, [grad])
+        d_product = self._down.input_gradient([grad], d_down)
+        d_up = active.mul_(d_product)
+        d_gate = torch.ops.aten.silu_backward(d_product.mul_(kept.up), kept.gate)
+        normal = _normal(kept.middle, kept.scale_middle, self._norm_middle)
+        of_gate_up, d_down = self._gate_up.backward(normal, kept.down_gate_up, [d_gate, d_up])
+        d_normal = self._gate_up.input_gradient([d_gate, d_up], d_down)
+        d_middle = _normal_backward(d_normal, kept.middle, kept.scale_middle, self._norm_middle).add_(grad)
+        return d_middle, [*of_gate_up, *of_down]
+
+    def _attention_backward(self, kept: Kept, d_seen: torch.Tensor, places: Places) -> list[torch.Tensor]:
+        d_heads = to_heads(d_seen, *self._heads)
+        d_q, d_k, d_v = attend_backward(d_heads, kept.q, kept.k, kept.v, places.spans, self._scaling)
+        back = places.rope.transposed()
+        return [to_tokens(d) for d in (rotate(d_q, back), rotate(d_k.unsqueeze(1), back), d_v.unsqueeze(1))]
+
+
+class _Node(torch.autograd.Function):
+    """A layer in the graph. With `recompute`, only its input is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Layer, places: Places, recompute: bool, x: torch.Tensor, *_parameters: nn.Parameter
+    ) -> torch.Tensor:
+        out, kept = layer.forward(x, places)
+        ctx.save_for_backward(*((x,) if recompute else kept))
+        ctx.layer, ctx.places = layer, places
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        saved = ctx.saved_tensors
+        kept = ctx.layer.forward(saved[0], ctx.places)[1] if len(saved) == 1 else Kept(*saved)
+        d_x, gradients = ctx.layer.backward(kept, grad.contiguous(), ctx.places, wanted=ctx.needs_input_grad[3])
+        return None, None, None, d_x, *gradients
+
+
+class LlamaBackbone:
+    """A batch → its hidden states [tokens, width], as transformers' model with LoRA gives them."""
+
+    def __init__(self, model: Any, *, recompute: bool) -> None:
+        """`model`: the bare model with embedding, layers and norm; its adapters are in place."""
+        self._model = model
+        self._layers = [Layer(module) for module in model.layers]
+        self._group = model.config.num_attention_heads // model.config.num_key_value_heads
+        self._recompute = recompute
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        states = self._model.embed_tokens(batch.ids)
+        cos, sin = (angles[0].chunk(2, -1)[0] for angles in self._model.rotary_emb(states, batch.positions[None]))
+        places = Places(Rope(cos, sin), spans_of(batch.rows, self._group, states.device))
+        node: Any = _Node.apply
+        for layer in self._layers:
+            states = node(layer, places, self._recompute, states, *layer.parameters)
+        out: torch.Tensor = self._model.norm(states)
+        return out
+
+
+def llama_backbone(adapted: PeftModel, model: Any, *, recompute: bool) -> LlamaBackbone | None:
+    """The backbone of `model` in this form, or None where its architecture or its adapter needs another."""
+    return LlamaBackbone(model, recompute=recompute) if _fits(adapted, model) else None
+
+
+def _fits(adapted: PeftModel, model: Any) -> bool:
+    config, adapter = model.config, adapted.peft_config["default"]
+    plain = isinstance(adapter, LoraConfig) and not adapter.use_dora and not adapter.lora_dropout
+    return (
+        plain
+        and config.model_type in FAMILY
+        and config.hidden_act == "silu"
+        and not config.attention_dropout
+        and window_of(config) is None
+        and all(type(layer) in (nn.Linear, Linear4bit) for layer in _linears(model))
+    )
+
+
+def window_of(config: Any) -> int | None:
+    """How far back a token looks at most; None without such a bound."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+def _linears(model: nn.Module) -> list[nn.Module]:
+    found: list[Any] = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    return [module.get_base_layer() if hasattr(module, "lora_A") else module for module in found]
+
+
+# Root-mean-square norms, in float32 inside as transformers has them.
+
+
+def _scale(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    return x.float().square().mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
+
+
+def _normal(x: torch.Tensor, scale: torch.Tensor, norm: Any) -> torch.Tensor:
+    return (x.float() * scale).to(x.dtype).mul_(norm.weight)
+
+
+def _normal_backward(grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, norm: Any) -> torch.Tensor:
+    weighted, unit = (grad * norm.weight).float(), x.float() * scale
+    along = (weighted * unit).mean(-1, keepdim=True)
+    return torch.addcmul(weighted, unit, along, value=-1).mul_(scale).to(x.dtype)
