@@ -9,6 +9,7 @@ import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from worker.inference.bases import Base, ModelError, compute_device, compute_dtype, load_base
+from worker.inference.forwards import Forward, LayerLora, StockForward, lean_forward, loras_of
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 
@@ -35,6 +37,18 @@ class AdaptedBase:
         self.peft: PeftModel | None = None
         self.active: str | None = None
         self.loaded: OrderedDict[str, str] = OrderedDict()
+        self._stock = StockForward(base.model)
+        self._lean = lean_forward(base.model)
+        self._loras: dict[str, list[LayerLora] | None] = {}
+
+    def forward(self, digest: str | None) -> Forward:
+        """The forward that answers as the adapter which was activated, or as the base for None."""
+        if self._lean is None:
+            return self._stock
+        if digest is None:
+            return self._lean
+        loras = self._loras[digest]
+        return self._stock if loras is None else partial(self._lean, loras=loras)
 
     def activate(self, digest: str | None) -> None:
         """Make the next forward answer as this adapter, or as the base for None."""
@@ -64,10 +78,12 @@ class AdaptedBase:
         finally:
             self.active = UNKNOWN
         self.loaded[digest] = name
+        self._loras[digest] = None if self._lean is None else loras_of(self.base.model, name)
 
     def drop(self, digest: str) -> None:
         """Forget an adapter and give its memory back."""
         self._forget(self.loaded.pop(digest))
+        del self._loras[digest]
         self.active = UNKNOWN
 
     def _inject(self, name: str, config: LoraConfig) -> None:
@@ -111,6 +127,13 @@ class Models:
         self.device = compute_device(settings)
         self.dtype = compute_dtype(settings, self.device)
         self._bases: OrderedDict[str, AdaptedBase] = OrderedDict()
+        self._forward: Forward | None = None
+
+    @property
+    def forward(self) -> Forward:
+        """The forward of the model that was activated last."""
+        assert self._forward is not None
+        return self._forward
 
     @property
     def bases(self) -> int:
@@ -130,11 +153,13 @@ class Models:
         adapted = self._adapted(served, in_use)
         if served.adapter_path is None:
             adapted.activate(None)
+            self._forward = adapted.forward(None)
             return adapted.base
         if served.digest not in adapted.loaded:
             self._make_room(adapted, {model.digest for model in in_use})
             adapted.load(served.digest, Path(served.adapter_path), self._settings.max_rank)
         adapted.activate(served.digest)
+        self._forward = adapted.forward(served.digest)
         return adapted.base
 
     def _adapted(self, served: ServedModel, in_use: Collection[ServedModel]) -> AdaptedBase:
@@ -149,6 +174,7 @@ class Models:
         idle = [digest for digest in self._bases if digest not in kept]
         for digest in idle[: max(0, len(self._bases) - self._settings.max_bases + 1)]:
             del self._bases[digest]
+            self._forward = None  # it may be this base's, and holds its weights
             gc.collect()  # modules and their PEFT wrapper refer to each other
 
     def _make_room(self, adapted: AdaptedBase, kept: set[str]) -> None:

@@ -7,12 +7,14 @@ transformers' own cache, so any causal architecture runs on it unchanged. Knows 
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from worker.inference.forwards import Forward
 
 BLOCK = 32  # attention over a multiple of 32 positions gives a row the same bits alone and in company
 GROWTH = 256
 CHUNK = 512
+CPU = torch.device("cpu")
 
 Snapshot = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -79,7 +81,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass 
 class KeyValues:
     """The key-value store of one batch; rows 0 to n-1 are in use, without holes."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, device: torch.device = CPU) -> None:
+        self._device = device
         self._window = _Window()
         self._layers = [_Layer(self._window) for _ in range(layers)]
         self._cache = Cache(layers=[*self._layers])
@@ -105,7 +108,7 @@ class KeyValues:
                 layer.resize(*sizes)
 
     @torch.inference_mode()
-    def prefill(self, model: PreTrainedModel, row: int, ids: list[int], start: int) -> torch.Tensor:
+    def prefill(self, forward: Forward, row: int, ids: list[int], start: int) -> torch.Tensor:
         """Read `ids[start:]` into `row`, which holds the positions before; return the last logits [V].
 
         Runs in chunks, each one forward of a single sequence without padding.
@@ -114,20 +117,20 @@ class KeyValues:
         for begin in range(start, len(ids), CHUNK):
             end = min(begin + CHUNK, len(ids))
             self._aim(slice(row, row + 1), slice(begin, end), end)
-            positions = torch.arange(begin, end, device=model.device)
-            mask = torch.arange(self._window.visible, device=model.device) <= positions[:, None]
-            tokens = torch.tensor([ids[begin:end]], device=model.device)
-            logits = self._forward(model, tokens, positions[None], mask[None, None])
+            positions = torch.arange(begin, end, device=self._device)
+            mask = torch.arange(self._window.visible, device=self._device) <= positions[:, None]
+            tokens = torch.tensor([ids[begin:end]], device=self._device)
+            logits = forward(tokens, positions[None], mask[None, None], self._cache)
         return logits[0]
 
     @torch.inference_mode()
-    def decode(self, model: PreTrainedModel, tokens: list[int], lengths: list[int]) -> torch.Tensor:
+    def decode(self, forward: Forward, tokens: list[int], lengths: list[int]) -> torch.Tensor:
         """Append a token to each of the first rows, which hold `lengths` positions; return logits [n, V]."""
-        columns = torch.tensor(lengths, device=model.device)
+        columns = torch.tensor(lengths, device=self._device)
         self._aim(slice(0, len(tokens)), columns, max(lengths) + 1)
-        mask = torch.arange(self._window.visible, device=model.device) <= columns[:, None]
-        ids = torch.tensor(tokens, device=model.device)[:, None]
-        return self._forward(model, ids, columns[:, None], mask[:, None, None])
+        mask = torch.arange(self._window.visible, device=self._device) <= columns[:, None]
+        ids = torch.tensor(tokens, device=self._device)[:, None]
+        return forward(ids, columns[:, None], mask[:, None, None], self._cache)
 
     @torch.inference_mode()
     def snapshot(self, row: int, length: int) -> Snapshot:
@@ -155,20 +158,6 @@ class KeyValues:
     def _aim(self, rows: slice, columns: slice | torch.Tensor, length: int) -> None:
         self._window.rows, self._window.columns = rows, columns
         self._window.visible = -(-length // BLOCK) * BLOCK
-
-    def _forward(
-        self, model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        output = model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
 
 
 def _store(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:

@@ -87,7 +87,7 @@ class Scheduler:
             if self._may_admit(group):
                 self._admit(group, base)
             else:
-                self._decode(group, base)
+                self._decode(group)
         except ModelError as error:
             self._fail_group(group, 422, str(error), "model")
         except Exception as error:
@@ -149,14 +149,14 @@ class Scheduler:
             self._fail(request.id, 500, f"the engine failed on this request: {type(error).__name__}")
 
     def _prefill(self, group: Group, base: Base, sequence: Sequence) -> None:
-        group.store = group.store or KeyValues(base.layers)
+        group.store = group.store or KeyValues(base.layers, self._models.device)
         row, ids = len(group.live), sequence.prompt
         group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
         match = self._prefixes.find(group.key, ids)
         if match:
             sequence.cached = min(match.length, len(ids) - 1)  # the last token must be read for its logits
             group.store.restore(row, match.snapshot, sequence.cached)
-        logits = group.store.prefill(base.model, row, ids, sequence.cached)
+        logits = group.store.prefill(self._models.forward, row, ids, sequence.cached)
         sequence.length = len(ids)
         self._position_bytes[group.served.base_digest] = group.store.position_bytes
         self._count(prefills=1, prompt_tokens=len(ids), prefix_queries=len(ids), prefix_hits=sequence.cached)
@@ -165,10 +165,10 @@ class Scheduler:
         self._count(generation_tokens=1)
         self._report(group, row)
 
-    def _decode(self, group: Group, base: Base) -> None:
+    def _decode(self, group: Group) -> None:
         assert group.store is not None
         tokens = [sequence.tokens[-1] for sequence in group.live]
-        logits = group.store.decode(base.model, tokens, [sequence.length for sequence in group.live])
+        logits = group.store.decode(self._models.forward, tokens, [sequence.length for sequence in group.live])
         self._count(decode_steps=1, generation_tokens=len(tokens))
         for row in reversed(range(len(tokens))):  # backwards: whoever leaves is replaced by one already seen
             sequence = group.live[row]

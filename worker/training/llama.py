@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn import functional
 
+from worker.architecture import is_llama
 from worker.training.attention import (
     Rope,
     Span,
@@ -27,9 +28,6 @@ from worker.training.attention import (
     to_tokens,
 )
 from worker.training.batches import Batch
-
-FAMILY = frozenset({"llama", "mistral", "qwen2"})
-"""`model_type` of the architectures whose layers are these products and no others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,22 +250,9 @@ def llama_backbone(adapted: PeftModel, model: Any, *, recompute: bool) -> LlamaB
 
 
 def _fits(adapted: PeftModel, model: Any) -> bool:
-    config, adapter = model.config, adapted.peft_config["default"]
+    adapter = adapted.peft_config["default"]
     plain = isinstance(adapter, LoraConfig) and not adapter.use_dora and not adapter.lora_dropout
-    return (
-        plain
-        and config.model_type in FAMILY
-        and config.hidden_act == "silu"
-        and not config.attention_dropout
-        and window_of(config) is None
-        and all(type(layer) in (nn.Linear, Linear4bit) for layer in _linears(model))
-    )
-
-
-def window_of(config: Any) -> int | None:
-    """How far back a token looks at most; None without such a bound."""
-    window: int | None = getattr(config, "sliding_window", None)
-    return window if getattr(config, "use_sliding_window", True) else None
+    return plain and is_llama(model.config) and all(type(layer) in (nn.Linear, Linear4bit) for layer in _linears(model))
 
 
 def _linears(model: nn.Module) -> list[nn.Module]:

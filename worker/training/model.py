@@ -15,10 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from app.domain.attempts import EncodedRow
 from app.domain.specs import LoraAdapter, Quantization, TrainSpec
+from worker.architecture import window_of
 from worker.precision import Precision
 from worker.training.batches import Batch, collate
 from worker.training.errors import TrainingError
-from worker.training.llama import llama_backbone, window_of
+from worker.training.llama import llama_backbone
 from worker.training.packing import visible_in_batch
 
 DENSE_LIMIT = 2**30

@@ -1,0 +1,147 @@
+"""The lean forward of the Llama family: the same logits as transformers and PEFT give, over prompts and over steps."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tests.inference.conftest import Shelf
+from tests.tiny import make_tiny_model
+from worker.inference.adapters import Models
+from worker.inference.forwards import StockForward
+from worker.inference.kv import KeyValues
+from worker.inference.protocol import ServedModel
+from worker.inference.wire import EngineSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
+SETTINGS = EngineSettings(device="cpu", dtype="float32")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "eos_token_id": 1,
+}
+FAMILY: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, head_dim=12)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+}
+PROMPTS = [list(range(3, 40)), list(range(50, 110)), [7]]
+
+
+def save(base: Path, model: Any) -> Path:
+    make_tiny_model(base)
+    torch.manual_seed(7)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)  # norms and biases as trained ones are: not all alike
+    model.save_pretrained(base)
+    return base
+
+
+def adapter(base: Path, directory: Path, **config: Any) -> Path:
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    adapted: Any = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(directory), save_embedding_layers=False)
+    return directory
+
+
+def served(base: Path, adapter: Path | None = None) -> ServedModel:
+    return ServedModel(
+        digest="adapter" if adapter else "base",
+        base_digest="base",
+        base_path=str(base),
+        adapter_path=str(adapter) if adapter else None,
+        max_model_len=256,
+    )
+
+
+def answers(models: Models) -> list[torch.Tensor]:
+    """Logits behind each prompt, and behind three more tokens of all of them together."""
+    store = KeyValues(2)
+    store.reserve(len(PROMPTS), 100)
+    found = [store.prefill(models.forward, row, prompt, 0) for row, prompt in enumerate(PROMPTS)]
+    for step in range(3):
+        lengths = [len(prompt) + step for prompt in PROMPTS]
+        found += store.decode(models.forward, [11 + step] * len(PROMPTS), lengths).unbind()
+    return found
+
+
+def alone(model: Any) -> list[torch.Tensor]:
+    """The same by the whole model, without any store."""
+    longer = [[*prompt, *range(11, 11 + more)] for more in range(4) for prompt in PROMPTS]
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([ids])).logits[0, -1].float() for ids in longer]
+
+
+def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", FAMILY)
+def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Path, architecture: str) -> None:
+    base = save(tmp_path / "base", FAMILY[architecture]())
+    chosen = {"all": "all-linear", "some": ["q_proj", "up_proj", "down_proj"]}
+    made = {
+        name: adapter(base, tmp_path / name, target_modules=modules, use_rslora=name == "some")
+        for name, modules in chosen.items()
+    }
+    models = Models(SETTINGS)
+    wanted = {"base": alone(AutoModelForCausalLM.from_pretrained(base))}
+    for name, directory in made.items():
+        wanted[name] = alone(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory))
+    for name in ("base", "all", "some", "base"):
+        models.activate(served(base, made.get(name)).model_copy(update={"digest": name}), [])
+        assert not isinstance(models.forward, StockForward)
+        assert_same(answers(models), wanted[name])
+
+
+def test_bfloat16_answers_as_transformers_do_in_bfloat16(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    models = Models(SETTINGS.model_copy(update={"dtype": "bfloat16"}))
+    models.activate(served(base), [])
+    exact = alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    stock = alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16))
+    off = [float((one - other).norm() / other.norm()) for one, other in zip(stock, exact, strict=True)]
+    mine = [float((one - other).norm() / other.norm()) for one, other in zip(answers(models), exact, strict=True)]
+    assert max(mine) < 2 * max(off)
+    assert sum(mine) < 1.5 * sum(off)
+
+
+def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    directory = adapter(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    models = Models(SETTINGS)
+    models.activate(served(base, directory), [])
+    assert isinstance(models.forward, StockForward)
+    assert_same(answers(models), alone(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory)))
+
+
+def test_a_dropped_base_gives_its_memory_back(shelf: Shelf) -> None:
+    models = Models(SETTINGS.model_copy(update={"max_bases": 1}))
+    first = weakref.ref(models.activate(shelf.served("first", base_digest="first"), []).model)
+    models.activate(shelf.served("second", base_digest="second"), [])
+    gc.collect()
+    assert first() is None

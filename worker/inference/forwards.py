@@ -1,0 +1,217 @@
+"""One forward of a model over stored keys and values: transformers' own for any architecture, a lean one for Llama's.
+
+The lean one joins the products that read one input (q, k and v; gate and up) and the LoRA beside them, and runs a
+third of the kernels. Knows no requests and no caches of prefixes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from worker.architecture import is_llama
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache], torch.Tensor]
+"""(ids [rows, n], positions [rows, n], mask [rows or 1, 1, n, visible], store) → the last logits [rows, V] in float32.
+
+`store.layers[i].update(keys, values)` writes the new positions and gives all visible ones.
+"""
+
+
+USUAL_ROWS = 16
+"""Rows of a decode step that the layout of weights is chosen for; any other number works on it too."""
+
+
+class Lora(NamedTuple):
+    """`a`: [Σ rank, in]; `b`: [Σ rank, Σ out], scaled, zero where a rank belongs to another output."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class LayerLora(NamedTuple):
+    """One layer's LoRA by the input that is read; None where an adapter leaves those products alone."""
+
+    qkv: Lora | None = None
+    o: Lora | None = None
+    gate_up: Lora | None = None
+    down: Lora | None = None
+
+
+class StockForward:
+    """Transformers' own. An adapter shows in it because PEFT has switched it on inside the model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model: Any = model
+
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, store: Cache) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=store,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+
+class LlamaForward:
+    """The Llama family's, over the model's own weights, which become views of the joined ones."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        whole: Any = model
+        self._inner, self._head = whole.model, _Product(whole.lm_head.weight, whole.lm_head.bias)
+        config = model.config
+        self._kv_heads, self._heads = int(config.num_key_value_heads), int(config.num_attention_heads)
+        self._layers = [_Layer(module) for module in whole.model.layers]
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        store: Cache,
+        loras: list[LayerLora] | None = None,
+    ) -> torch.Tensor:
+        states = self._inner.embed_tokens(ids)
+        cos, sin = (angles.chunk(2, -1)[0][:, :, None] for angles in self._inner.rotary_emb(states, positions))
+        group = self._heads // self._kv_heads
+        mask = mask.repeat(1, 1, group, 1)  # the queries of a group stand one behind the other
+        given = loras or [LayerLora()] * len(self._layers)
+        for layer, kept, lora in zip(self._layers, store.layers, given, strict=True):
+            states = layer.run(states, (cos, sin), mask, kept, lora, self._kv_heads)
+        logits: torch.Tensor = self._head(self._inner.norm(states[:, -1])).float()
+        return logits
+
+
+class _Product:
+    """x → x·Wᵀ + b. In bfloat16 on a CPU the weight is kept once more in the layout that the kernel reads: laid out
+    anew for every product, a step of 16 rows takes nearly twice as long."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
+        fitting = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
+        kernels: Any = torch.ops.mkldnn
+        library: Any = torch.backends.mkldnn
+        self._packed = None
+        if fitting and library.is_available() and kernels._is_mkldnn_bf16_supported():
+            self._packed = kernels._reorder_linear_weight(weight, USUAL_ROWS)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            return functional.linear(x, self._weight, self._bias)
+        kernels: Any = torch.ops.mkldnn
+        out: torch.Tensor = kernels._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
+
+class _Joined:
+    """Linear layers of one input as one: their weights become views of its rows."""
+
+    def __init__(self, *modules: Any) -> None:
+        weight = torch.cat([module.weight for module in modules])
+        bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
+        start = 0
+        for module in modules:
+            end = start + module.weight.shape[0]
+            module.weight = nn.Parameter(weight[start:end], requires_grad=False)
+            start = end
+        self._product = _Product(weight, bias)
+
+    def __call__(self, x: torch.Tensor, lora: Lora | None) -> torch.Tensor:
+        """[tokens, in] → [tokens, Σ out]."""
+        out = self._product(x)
+        return out if lora is None else out.addmm_(functional.linear(x, lora.a), lora.b)
+
+
+class _Layer:
+    def __init__(self, module: Any) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        self._norm_in, self._norm_middle = module.input_layernorm, module.post_attention_layernorm
+        self._qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._o = _Joined(attention.o_proj)
+        self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
+        self._down = _Joined(mlp.down_proj)
+        self._width, self._scaling = int(attention.head_dim), float(attention.scaling)
+
+    def run(
+        self,
+        states: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,
+        kept: Any,
+        lora: LayerLora,
+        kv_heads: int,
+    ) -> torch.Tensor:
+        rows, length, _ = states.shape
+        x = states.flatten(0, 1)
+        heads = self._qkv(self._norm_in(x), lora.qkv).view(rows, length, -1, self._width)
+        turned = _rotate(heads[:, :, :-kv_heads], *angles)
+        q, k = turned[:, :, :-kv_heads], turned[:, :, -kv_heads:]
+        keys, values = kept.update(k.transpose(1, 2), heads[:, :, -kv_heads:].transpose(1, 2))
+        grouped = q.reshape(rows, length, kv_heads, -1, self._width).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        seen = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self._scaling)
+        seen = seen.view(rows, kv_heads, -1, length, self._width).permute(0, 3, 1, 2, 4).reshape(rows * length, -1)
+        x = self._o(seen, lora.o).add_(x)
+        gate, up = self._gate_up(self._norm_middle(x), lora.gate_up).chunk(2, -1)
+        out = self._down(functional.silu(gate).mul_(up), lora.down).add_(x)
+        return out.view(states.shape)
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    turned = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    (first, second), (left, right) = heads.chunk(2, -1), turned.chunk(2, -1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return turned
+
+
+def lean_forward(model: PreTrainedModel) -> LlamaForward | None:
+    """The lean forward where the model's layers are Llama's, and dense."""
+    linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    dense = all(type(module) is nn.Linear for module in linears)
+    return LlamaForward(model) if is_llama(model.config) and dense else None
+
+
+def loras_of(model: PreTrainedModel, name: str) -> list[LayerLora] | None:
+    """The weights of the PEFT adapter `name` for the lean forward; None where it has parts outside those products."""
+    untyped: Any = model
+    found, used = [], 0
+    for layer in untyped.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        fans = (
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        )
+        found.append(LayerLora(*(_joined_lora(fan, name) for fan in fans)))
+        used += 2 * sum(_has(module, name) for fan in fans for module in fan)
+    own = [key for key, _ in model.named_parameters() if f".{name}." in key or key.endswith(f".{name}")]
+    return found if len(own) == used else None
+
+
+def _has(module: Any, name: str) -> bool:
+    return hasattr(module, "lora_A") and name in module.lora_A
+
+
+def _joined_lora(fan: list[Any], name: str) -> Lora | None:
+    adapted = [module for module in fan if _has(module, name)]
+    if not adapted:
+        return None
+    downs = torch.cat([module.lora_A[name].weight for module in adapted])
+    ups = downs.new_zeros(downs.shape[0], sum(module.out_features for module in fan))
+    rank = column = 0
+    for module in fan:
+        if _has(module, name):
+            up = module.lora_B[name].weight
+            ups[rank : rank + up.shape[1], column : column + up.shape[0]] = up.t() * module.scaling[name]
+            rank += up.shape[1]
+        column += module.out_features
+    return Lora(downs, ups)
