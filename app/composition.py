@@ -18,6 +18,7 @@ from app.services.events import EventFeed
 from app.services.idempotency import Idempotency
 from app.services.jobs import Jobs
 from app.services.plans import Plans
+from app.services.polls import JobPolls
 from app.services.predictions import Predictions
 from app.settings import Settings
 from app.storage import Blobs, open_blobs
@@ -75,6 +76,10 @@ class Services:
     @cached_property
     def jobs(self) -> Jobs:
         return Jobs(self.database, self.plans, self.doorbell)
+
+    @cached_property
+    def polls(self) -> JobPolls:
+        return JobPolls(self.jobs)
 
     @cached_property
     def attempts(self) -> Attempts:

@@ -70,7 +70,8 @@ def create_app(services: Services | None = None) -> FastAPI:
     )
     app.state.services = served
     errors.install(app)
-    for module in (datasets, jobs, adapters, corpora, predict, models, health):
+    # Jobs first: their routes are polled, and routers are tried in this order.
+    for module in (jobs, datasets, adapters, corpora, predict, models, health):
         app.include_router(module.router)
     _serve_docs(app)
     app.add_middleware(Guard, settings=served.settings)

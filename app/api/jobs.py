@@ -82,9 +82,9 @@ def listing(
 
 
 @router.get("/{job}", summary="A job, its progress and its end", responses=problems(404))
-def read(services: ServicesDep, job: Named) -> Job:
+async def read(services: ServicesDep, job: Named) -> Job:
     """Poll this. `queue_position` is set while it waits, `progress` while it runs, `error` when it failed."""
-    return services.jobs.get(job)
+    return await services.polls.get(job)
 
 
 @router.post("/{job}/cancel", summary="Cancel a job", responses=problems(404, 409))

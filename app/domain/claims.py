@@ -49,7 +49,8 @@ def read_verdict(text: str) -> Verdict | None:
 
 def fold(text: str) -> str:
     """`text` on one line: NFC, runs of white space become one space, ends trimmed."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    normal = text if text.isascii() else unicodedata.normalize("NFC", text)  # ASCII is in NFC; most texts are ASCII
+    return " ".join(normal.split())
 
 
 def forbidden_character(text: str) -> str | None:

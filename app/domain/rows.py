@@ -7,6 +7,7 @@ in NFC; only a fold over a newline is worth a finding. What shape held the steps
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from pydantic import ValidationError
 
@@ -227,9 +228,13 @@ def _step(raw: RawStep, number: int, is_last: bool) -> Step:
         raise RefusedError("bad_step", f"step {number}: {_first(error)}") from None
 
 
+# Half of a file's actions are one of three Finishes, and pages are searched more than once.
+_read_action = lru_cache(1_024)(read_action)
+
+
 def _action(text: str, number: int) -> Action:
     try:
-        return read_action(text)
+        return _read_action(text)
     except ValidationError as error:
         raise RefusedError("bad_argument", f"step {number}: {_first(error)}") from None
     except ValueError as error:

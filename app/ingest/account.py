@@ -1,11 +1,11 @@
 """The account of an upload while it is read: which rows are kept, and every number of the report.
 
-Memory grows by two digests a kept row (for duplicates) and four bytes a text (for lengths), by nothing else.
+Memory grows with the number of different lengths, by nothing else: what is needed to find duplicates lies on disk.
 """
 
-from array import array
+from bisect import bisect_right
 from collections import Counter
-from hashlib import blake2b
+from itertools import accumulate
 
 from app.domain.claims import Verdict
 from app.domain.datasets import (
@@ -24,6 +24,7 @@ from app.domain.errors import InvalidError
 from app.domain.rows import RowReading, read_row
 from app.domain.trajectories import Trajectory
 from app.ingest.lines import Header, Item
+from app.ingest.seen import Seen
 
 _NAMES_LIMIT = 200
 _TEXTS = ("claim", "thought", "observation", "trajectory")
@@ -32,7 +33,7 @@ _TEXTS = ("claim", "thought", "observation", "trajectory")
 class Account:
     """Reads items one by one; `report` is the sum so far."""
 
-    def __init__(self, columns: Columns, rows_limit: int) -> None:
+    def __init__(self, columns: Columns, rows_limit: int, seen: Seen) -> None:
         self.columns = columns
         self.rows_limit = rows_limit
         self.names: dict[str, bool] = {}  # every column name seen → whether it is read
@@ -43,9 +44,8 @@ class Account:
         self.labels: Counter[Verdict] = Counter()
         self.steps: Counter[int] = Counter()
         self.actions: Counter[str] = Counter()
-        self.lengths = {name: array("I") for name in _TEXTS}
-        self._seen: set[bytes] = set()
-        self._verdicts: dict[bytes, Verdict] = {}
+        self.lengths: dict[str, Counter[int]] = {name: Counter() for name in _TEXTS}
+        self._seen = seen
 
     def read(self, item: Item) -> bytes | None:
         """The canonical line of a row that is kept. Raises InvalidError `too_many_rows`."""
@@ -77,13 +77,11 @@ class Account:
         parts = [trajectory.claim]
         for step in trajectory.steps:
             parts += (step.thought, str(step.action), step.observation or "")
-        claim, whole = _digest(trajectory.claim), _digest("\0".join(parts))
-        if whole in self._seen:
+        if self._seen.first("\0".join(parts), "kept"):  # no claim holds a NUL: it is told from these
             self._note((finding(line, "duplicate", "the row repeats an earlier one, which is kept"),))
             self.warned += 1
             return None
-        self._seen.add(whole)
-        conflicts = self._conflict(line, claim, trajectory.verdict)
+        conflicts = self._conflict(line, trajectory.claim, trajectory.verdict)
         severities = {found.severity for found in reading.findings}
         self.kept += 1
         self.repaired += Severity.REPAIRED in severities
@@ -91,24 +89,24 @@ class Account:
         self._measure(trajectory, sum(map(len, parts)))
         return canonical_line(trajectory)
 
-    def _conflict(self, line: int, claim: bytes, verdict: Verdict) -> bool:
-        first = self._verdicts.setdefault(claim, verdict)
-        if first is verdict:
+    def _conflict(self, line: int, claim: str, verdict: Verdict) -> bool:
+        first = self._seen.first(claim, verdict.value)
+        if first in (None, verdict.value):
             return False
-        message = f"the claim came before as {first.value} and is {verdict.value} here; both are kept"
+        message = f"the claim came before as {first} and is {verdict.value} here; both are kept"
         self._note((finding(line, "conflicting_label", message),))
         return True
 
     def _measure(self, trajectory: Trajectory, characters: int) -> None:
         self.labels[trajectory.verdict] += 1
         self.steps[len(trajectory.steps)] += 1
-        self.lengths["claim"].append(len(trajectory.claim))
-        self.lengths["trajectory"].append(characters)
+        self.lengths["claim"][len(trajectory.claim)] += 1
+        self.lengths["trajectory"][characters] += 1
         for step in trajectory.steps:
             self.actions[step.action.name.value] += 1
-            self.lengths["thought"].append(len(step.thought))
+            self.lengths["thought"][len(step.thought)] += 1
             if step.observation is not None:
-                self.lengths["observation"].append(len(step.observation))
+                self.lengths["observation"][len(step.observation)] += 1
 
     def _used(self, row: SourceRow, source: str) -> frozenset[str]:
         evidence = "evidence" if isinstance(row.fields.get("evidence"), list) else ""
@@ -158,17 +156,18 @@ class Account:
         )
 
 
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode(), digest_size=16).digest()
+def _lengths(counts: Counter[int]) -> Lengths:
+    ordered = sorted(counts.items())
+    ends = list(accumulate(count for _, count in ordered))
+    last = ends[-1] - 1
 
+    def at(place: int) -> int:
+        return ordered[bisect_right(ends, place)][0]
 
-def _lengths(values: "array[int]") -> Lengths:
-    ordered = sorted(values)
-    last = len(ordered) - 1
     return Lengths(
-        shortest=ordered[0],
-        median=ordered[last // 2],
-        p95=ordered[last * 95 // 100],
-        longest=ordered[last],
-        total=sum(ordered),
+        shortest=at(0),
+        median=at(last // 2),
+        p95=at(last * 95 // 100),
+        longest=at(last),
+        total=sum(length * count for length, count in ordered),
     )

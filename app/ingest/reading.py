@@ -9,6 +9,7 @@ from app.domain.errors import InvalidError, Problem
 from app.ingest.account import Account
 from app.ingest.columns import missing_column
 from app.ingest.formats import open_rows, recognise
+from app.ingest.seen import open_seen
 
 _PROBLEMS = 20
 _BUFFER = 1 << 20
@@ -30,9 +31,9 @@ def write_canonical(upload: Upload, out: Path, *, rows_limit: int, line_bytes: i
     Raises InvalidError when the file as a whole cannot be read or no row of it can be kept.
     """
     found = recognise(upload.path, upload.filename, upload.content_type, upload.columns)
-    account = Account(upload.columns, rows_limit)
     digest = hashlib.sha256()
-    with out.open("wb", buffering=_BUFFER) as sink:
+    with out.open("wb", buffering=_BUFFER) as sink, open_seen(out.with_suffix(".seen")) as seen:
+        account = Account(upload.columns, rows_limit, seen)
         for item in open_rows(found, upload.path, upload.columns, line_bytes):
             line = account.read(item)
             if line is not None:

@@ -1,8 +1,11 @@
 """Jobs as users see them: submit, list, follow, cancel, pause, resume. What workers do is in `attempts`."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
+from pydantic import TypeAdapter
 from sqlalchemy.exc import IntegrityError
 
 from app.db import Database, Unit
@@ -22,6 +25,15 @@ _TOLD = {
     JobStatus.PAUSING: "asked to pause after a checkpoint",
     JobStatus.QUEUED: "resumed; waiting for a worker",
 }
+
+
+_PLAN: TypeAdapter[Plan | None] = TypeAdapter(Plan | None)
+_PROGRESS: TypeAdapter[Progress | None] = TypeAdapter(Progress | None)
+_ERROR: TypeAdapter[JobError | None] = TypeAdapter(JobError | None)
+_NOTHING = "null"
+
+READ_ONCE = 256
+"""Documents of each kind that are kept as they were read."""
 
 
 class Jobs:
@@ -54,13 +66,21 @@ class Jobs:
         return self.get(row.id)
 
     def get(self, reference: str) -> Job:
+        found = self.several([reference]).get(reference)
+        if found is None:
+            raise unknown_job(reference)
+        return found
+
+    def several(self, references: Sequence[str]) -> dict[str, Job]:
+        """Reference → its job, for those that name one. An id goes before a name that is spelled like it."""
         with self._database.read() as unit:
-            return _view(unit, _found(unit, reference))
+            jobs = [_view(row) for row in unit.jobs.shown(references)]
+        return {job.name: job for job in jobs} | {job.id: job for job in jobs}
 
     def page(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[Job], bool]:
         with self._database.read() as unit:
             rows, more = unit.jobs.page(after, limit, status)
-            return [_view(unit, row) for row in rows], more
+        return [_view(row) for row in rows], more
 
     def wish(self, reference: str, wish: Wish) -> Job:
         """Cancel, pause or resume. Asking twice is fine; asking what the state forbids is a conflict."""
@@ -119,8 +139,12 @@ class Jobs:
 def _found(unit: Unit, reference: str) -> JobRow:
     row = unit.jobs.find(reference)
     if row is None:
-        raise NotFoundError(f"there is no job {reference!r}; GET /jobs lists them", code="unknown_job")
+        raise unknown_job(reference)
     return row
+
+
+def unknown_job(reference: str) -> NotFoundError:
+    return NotFoundError(f"there is no job {reference!r}; GET /jobs lists them", code="unknown_job")
 
 
 def _row(prepared: Prepared) -> JobRow:
@@ -142,20 +166,33 @@ def _row(prepared: Prepared) -> JobRow:
     )
 
 
-def _view(unit: Unit, row: JobRow) -> Job:
+def _view(row: Any) -> Job:
     return Job(
         id=row.id,
         kind=JobKind(row.kind),
         name=row.name,
         status=JobStatus(row.status),
-        spec=TrainSpec.model_validate(row.spec),
-        plan=Plan.model_validate(row.plan) if row.plan else None,
-        progress=Progress.model_validate(row.progress) if row.progress else None,
-        queue_position=unit.jobs.queue_position(row),
+        spec=_read_spec(row.spec),
+        plan=_read_plan(row.plan),
+        progress=_PROGRESS.validate_json(row.progress or _NOTHING),
+        queue_position=row.queue_position,
         attempts=row.attempts,
         adapter_id=row.adapter_id,
-        error=JobError.model_validate(row.error) if row.error else None,
+        error=_ERROR.validate_json(row.error or _NOTHING),
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
     )
+
+
+# A job's spec and plan never change, and clients poll: a text that was read once is not read again.
+
+
+@lru_cache(READ_ONCE)
+def _read_spec(text: str) -> TrainSpec:
+    return TrainSpec.model_validate_json(text)
+
+
+@lru_cache(READ_ONCE)
+def _read_plan(text: str | None) -> Plan | None:
+    return _PLAN.validate_json(text or _NOTHING)

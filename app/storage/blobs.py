@@ -18,6 +18,10 @@ from app.domain.errors import NotFoundError
 
 CHUNK = 1 << 20
 
+PARTS_AT_ONCE = 2
+"""Parts of a file, of 5 MiB each, that are held while they are written. obstore's own 12 are as much memory as the rest
+of the API takes."""
+
 
 class Blob(BaseModel):
     """`digest`: SHA-256 in hex. `size` in bytes."""
@@ -52,7 +56,7 @@ class Blobs:
         digest, size = hash_file(path)
         if not self.exists(digest):
             with path.open("rb") as file:
-                obstore.put(self._store, _key(digest), file)
+                obstore.put(self._store, _key(digest), file, max_concurrency=PARTS_AT_ONCE)
         return Blob(digest=digest, size=size)
 
     def exists(self, digest: str) -> bool:

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from app.composition import Services
 from app.domain.attempts import Checkpointed
-from app.domain.jobs import JobError
+from app.domain.jobs import Job, JobError
 from app.queue import MemoryDoorbell
 from tests.api.conftest import lease, make_adapter, metric, nothing_left, places, problem, traces, walk
 from tests.conftest import SHARED
@@ -32,6 +32,25 @@ def test_a_job_is_queued_with_its_plan(client: TestClient, doorbell: MemoryDoorb
     assert job["plan"]["rows_trained"] == 4
     assert rung == [job["id"]]
     assert client.get("/jobs/first").json() == client.get(f"/jobs/{job['id']}").json() == job
+
+
+def test_a_job_is_told_alike_by_itself_and_in_the_list(client: TestClient, served: Services, dataset: str) -> None:
+    """Waiting, failed with an error, running with progress: each as the documented Job, byte for byte."""
+    names = ["failed", "running", "waiting"]
+    for name in names:
+        client.post("/jobs", json={"dataset": "rows", "name": name, "metadata": {"note": "Łódź \u2028"}})
+    error = {"code": "out_of_memory", "message": "no room", "hint": None}
+    served.attempts.fail(lease(served), JobError.model_validate(error))
+    served.attempts.record(lease(served), [metric(1)], 3.0)
+    listed = client.get("/jobs").json()["data"]
+    assert [job["name"] for job in listed] == names[::-1]
+    for job in listed:
+        answer = client.get(f"/jobs/{job['id']}")
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.json() == client.get(f"/jobs/{job['name']}").json() == job
+        assert Job.model_validate_json(answer.content).model_dump_json().encode() == answer.content
+    told = {job["name"]: (job["error"], job["progress"]["update"], job["queue_position"]) for job in listed}
+    assert told == {"failed": (error, 0, None), "running": (None, 1, None), "waiting": (None, 0, 1)}
 
 
 def test_a_plan_queues_nothing(client: TestClient, served: Services, dataset: str) -> None:

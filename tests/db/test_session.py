@@ -6,11 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from app.db import Database
 from app.db.base import clock
+from app.db.tables import JobRow
 from app.domain.errors import InvalidError, UnavailableError
+from app.domain.jobs import JobStatus
 
 
 def test_the_databases_clock_is_the_worlds(database: Database) -> None:
@@ -64,6 +66,18 @@ def test_jobs_are_listed_newest_first(database: Database, add_job: Callable[[], 
         rest, none = unit.jobs.page(first[-1].id, 3, None)
     assert [row.id for row in (*first, *rest)] == sorted(jobs, reverse=True)
     assert (more, none) == (True, False)
+
+
+def test_jobs_are_shown_by_id_or_name_with_their_place_in_the_queue(
+    database: Database, add_job: Callable[[], str]
+) -> None:
+    first, second, third, _ = (add_job() for _ in range(4))
+    with database.write() as unit:
+        unit.jobs.move(second, JobStatus.QUEUED, JobStatus.PAUSED)
+        unit.session.execute(update(JobRow).where(JobRow.id == third).values(name="third"))
+    with database.read() as unit:
+        shown = {row.name: (row.id, row.queue_position) for row in unit.jobs.shown([first, second, "third", "none"])}
+    assert shown == {first: (first, 1), second: (second, None), "third": (third, 2)}
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ def test_the_numbers_describe_what_was_kept(tmp_path: Path) -> None:
     assert (report.rows_kept, report.rows_repaired, report.rows_refused) == (2, 1, 1)
 
 
+def test_lengths_are_exact_order_statistics(tmp_path: Path) -> None:
+    claims = ["x" * length for length in (9, 1, 5, 5, 7, 5, 3, 2, 8, 6, 4, 5, 5, 5, 5, 5, 5, 5, 5, 40)]
+    rows = (row(claim=claim, trajectories=SEEN, label="SUPPORTS") for claim in claims)
+    unique = (json_line(one | {"trajectories": SEEN.replace("Look", f"Look{n}")}) for n, one in enumerate(rows))
+    report, _ = read(tmp_path, b"".join(unique))
+    assert report.characters["claim"] == Lengths(shortest=1, median=5, p95=9, longest=40, total=135)
+
+
 def test_ten_thousand_broken_rows_are_counted_exactly_and_listed_briefly(tmp_path: Path) -> None:
     broken = [b"{\n", b"[1]\n", json_line({"claim": "x"}), json_line(row(1, trajectories="x"))]
     content = json_line(row(1)) + b"".join(broken) * 2_500

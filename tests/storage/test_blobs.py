@@ -1,11 +1,14 @@
 """Blobs: the same promises from a directory and from memory."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from app.domain.errors import NotFoundError
 from app.storage import Blobs, open_blobs
+from tests.conftest import ROOT
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -21,6 +24,25 @@ def test_what_is_put_comes_back_by_its_digest(blobs: Blobs, tmp_path: Path) -> N
     assert blobs.put_bytes(source.read_bytes()) == stored
     assert blobs.get_bytes(stored.digest) == source.read_bytes()
     assert blobs.fetch(stored.digest, tmp_path / "deep" / "copy").read_bytes() == source.read_bytes()
+
+
+def test_large_files_are_put_in_little_memory(tmp_path: Path) -> None:
+    """In a process of its own, whose peak no other test has raised. Several, since parts pile up by chance."""
+    code = f"""if True:
+        import re
+        from pathlib import Path
+        from app.storage import open_blobs
+        peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
+        blobs, large = open_blobs("file://{tmp_path / "blobs"}"), Path("{tmp_path / "large"}")
+        before = peak()
+        for mebibytes in (150, 151, 152, 153):
+            with large.open("wb") as file:
+                file.truncate(mebibytes << 20)
+            blobs.delete(blobs.put_file(large).digest)
+        print(peak() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 40
 
 
 def test_an_empty_blob_is_a_blob(blobs: Blobs) -> None:

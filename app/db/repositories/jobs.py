@@ -8,17 +8,48 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, case, func, insert, literal, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    Row,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from app.db.base import clock
-from app.db.repositories.paging import newest
+from app.db.repositories.paging import behind
 from app.db.repositories.rows import first, put
 from app.db.tables import CheckpointRow, EventRow, JobRow, MetricRow
 from app.domain.errors import LeaseLostError
 from app.domain.jobs import LEASED, MAX_ATTEMPTS, JobStatus, Lease
 
 S = JobStatus
+
+_JOBS = JobRow.__table__.c
+_WAITING = JobRow.__table__.alias("waiting")
+_AHEAD = select(func.count()).where(_WAITING.c.status == S.QUEUED, _WAITING.c.id <= _JOBS.id)
+
+SHOWN: Select[*tuple[Any, ...]] = select(
+    *(_JOBS[name] for name in ("id", "kind", "name", "status", "attempts", "adapter_id")),
+    *(_JOBS[name] for name in ("created_at", "started_at", "finished_at")),
+    *(cast(_JOBS[name], Text).label(name) for name in ("spec", "plan", "progress", "error")),
+    case((_JOBS.status == S.QUEUED, _AHEAD.scalar_subquery())).label("queue_position"),
+)
+"""What is shown of a job, in one statement of plain columns, because clients poll it. Documents are their JSON text;
+`queue_position` is 1 for the next to run, null when the job does not wait."""
+
+_REFERENCES: BindParameter[str] = bindparam("references", expanding=True)
+_SHOWN_BY_REFERENCE = SHOWN.where(or_(_JOBS.id.in_(_REFERENCES), _JOBS.name.in_(_REFERENCES)))
 
 
 class Jobs:
@@ -36,16 +67,14 @@ class Jobs:
         wanted = select(JobRow).where(or_(JobRow.id == reference, JobRow.name == reference))
         return first(self._session, wanted)
 
-    def page(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[JobRow], bool]:
-        conditions = [] if status is None else [JobRow.status == status.value]
-        return newest(self._session, JobRow, JobRow.id, after, limit, *conditions)
+    def shown(self, references: Sequence[str]) -> list[Row[*tuple[Any, ...]]]:
+        """The columns of `SHOWN` of the jobs with these ids or names, as many as there are, in any order."""
+        return list(self._session.execute(_SHOWN_BY_REFERENCE, {"references": references}))
 
-    def queue_position(self, row: JobRow) -> int | None:
-        """1 for the next to run; None when the job is not waiting."""
-        if row.status != S.QUEUED:
-            return None
-        ahead = select(func.count()).where(JobRow.status == S.QUEUED, JobRow.id <= row.id)
-        return int(self._session.scalar(ahead) or 0)
+    def page(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[Row[*tuple[Any, ...]]], bool]:
+        wanted = SHOWN if status is None else SHOWN.where(_JOBS.status == status)
+        rows = list(self._session.execute(behind(wanted, _JOBS.id, after, limit)))
+        return rows[:limit], len(rows) > limit
 
     def move(self, job_id: str, before: JobStatus, after: JobStatus) -> bool:
         """Change the status if it is still `before`. Whether it was."""

@@ -2,25 +2,22 @@
 
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import Select, SQLColumnExpression, select
+from sqlalchemy.orm import Session
 
 Row = TypeVar("Row")
+Wanted = TypeVar("Wanted", bound=Select[Any])
+
+
+def behind(wanted: Wanted, key: SQLColumnExpression[str], after: str | None, limit: int) -> Wanted:
+    """The part of `wanted` behind the cursor `after`: a page and one row more, which tells whether more follow."""
+    page = wanted.order_by(key.desc()).limit(limit + 1)
+    return page if after is None else page.where(key < after)
 
 
 def newest(
-    session: Session,
-    table: type[Row],
-    key: InstrumentedAttribute[str],
-    after: str | None,
-    limit: int,
-    *conditions: Any,
+    session: Session, table: type[Row], key: SQLColumnExpression[str], after: str | None, limit: int
 ) -> tuple[list[Row], bool]:
     """(rows behind the cursor `after`, whether more follow)."""
-    wanted: Select[Row] = select(table).order_by(key.desc()).limit(limit + 1)
-    for condition in conditions:
-        wanted = wanted.where(condition)
-    if after is not None:
-        wanted = wanted.where(key < after)
-    rows = list(session.scalars(wanted))
+    rows = list(session.scalars(behind(select(table), key, after, limit)))
     return rows[:limit], len(rows) > limit
