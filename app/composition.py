@@ -19,6 +19,7 @@ from app.services.idempotency import Idempotency
 from app.services.jobs import Jobs
 from app.services.plans import Plans
 from app.services.predictions import Predictions
+from app.services.stored_predictions import StoredPredictions
 from app.settings import Settings
 from app.storage import Blobs, open_blobs
 
@@ -89,9 +90,13 @@ class Services:
         return Adapters(self.database, self.blobs, self.settings.cache_path)
 
     @cached_property
+    def stored_predictions(self) -> StoredPredictions:
+        return StoredPredictions(self.database)
+
+    @cached_property
     def predictions(self) -> Predictions:
         return Predictions(
-            self.database,
+            self.stored_predictions,
             self.adapters,
             self.base_models,
             self.corpora,

@@ -146,6 +146,7 @@ class PredictionRow(Base):
     __tablename__ = "predictions"
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
+    name: Mapped[str | None] = mapped_column(NAME, unique=True, index=True)
     answer: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
 
