@@ -165,10 +165,14 @@ class IdempotencyRow(Base):
 
 
 class EncodingRow(Base):
-    """A dataset's rows as token ids, kept by what they depend on (dataset, tokenizer, format, policy)."""
+    """A dataset's rows as token ids, kept by what they depend on (dataset, tokenizer, format, policy).
+
+    `dataset` is the digest of the dataset that it goes with; null in a row of a version that did not say so.
+    """
 
     __tablename__ = "encodings"
 
     key: Mapped[str] = mapped_column(DIGEST, primary_key=True)
+    dataset: Mapped[str | None] = mapped_column(DIGEST, index=True)
     blob: Mapped[str] = mapped_column(DIGEST)
     summary: Mapped[dict[str, Any]]

@@ -125,7 +125,9 @@ class Datasets:
                     code="dataset_in_use",
                 )
             unit.datasets.remove(row)
-        self._blobs.delete(row.digest)
+            encoded = unit.encodings.remove(row.digest)
+        for blob in (row.digest, *encoded):
+            self._blobs.delete(blob)
 
 
 def _choose(unit: Unit, name: str | None, filename: str) -> str:

@@ -54,14 +54,17 @@ def test_rows_of_the_first_version_stay_and_its_code_goes_on_writing(empty_url: 
     def write(name: str) -> None:
         with found.engine.begin() as connection:
             connection.execute(text(f"INSERT INTO predictions (id, answer, created_at) VALUES ('{name}', '{{}}', 1.5)"))
+            connection.execute(text(f"INSERT INTO encodings (key, blob, summary) VALUES ('{name}', 'blob', '{{}}')"))
 
     write("before")
     migrate(empty_url)
     for name in ("after", "and again"):
         write(name)
     with found.engine.begin() as connection:
-        rows = connection.execute(text("SELECT id, name FROM predictions ORDER BY id")).all()
-    assert [tuple(row) for row in rows] == [("after", None), ("and again", None), ("before", None)]
+        predictions = connection.execute(text("SELECT id, name FROM predictions ORDER BY id")).all()
+        encodings = connection.execute(text("SELECT key, dataset FROM encodings ORDER BY key")).all()
+    for rows in (predictions, encodings):
+        assert [tuple(row) for row in rows] == [("after", None), ("and again", None), ("before", None)]
     found.engine.dispose()
 
 
