@@ -152,7 +152,10 @@ class PredictionRow(Base):
 
 
 class IdempotencyRow(Base):
-    """The first answer to a keyed request. `response` is null while that request is under way."""
+    """The first answer to a keyed request. `response` is null while that request is under way.
+
+    Until then `created_at` is the last sign of life from who works on it; from then on, the time it was answered at.
+    """
 
     __tablename__ = "idempotency_keys"
 
