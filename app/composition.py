@@ -109,6 +109,12 @@ class Services:
     def idempotency(self) -> Idempotency:
         return Idempotency(self.database)
 
+    def sweep(self) -> None:
+        """Remove what killed processes left half-done on this host."""
+        self.datasets.sweep()
+        self.corpora.sweep()
+        self.adapters.sweep()
+
     def close(self) -> None:
         """Let go of connections; what was never made is not made now."""
         for part in ("generator", "database"):
