@@ -20,6 +20,7 @@ from app.services.jobs import Jobs
 from app.services.plans import Plans
 from app.services.polls import JobPolls
 from app.services.predictions import Predictions
+from app.services.stored_predictions import StoredPredictions
 from app.settings import Settings
 from app.storage import Blobs, open_blobs
 
@@ -94,9 +95,13 @@ class Services:
         return Adapters(self.database, self.blobs, self.settings.cache_path)
 
     @cached_property
+    def stored_predictions(self) -> StoredPredictions:
+        return StoredPredictions(self.database)
+
+    @cached_property
     def predictions(self) -> Predictions:
         return Predictions(
-            self.database,
+            self.stored_predictions,
             self.adapters,
             self.base_models,
             self.corpora,
@@ -108,6 +113,12 @@ class Services:
     @cached_property
     def idempotency(self) -> Idempotency:
         return Idempotency(self.database)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-done on this host."""
+        self.datasets.sweep()
+        self.corpora.sweep()
+        self.adapters.sweep()
 
     def close(self) -> None:
         """Let go of connections; what was never made is not made now."""

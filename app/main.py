@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
@@ -53,6 +54,7 @@ def create_app(services: Services | None = None) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         threads = current_default_thread_limiter()
         threads.total_tokens = max(threads.total_tokens, served.settings.prediction_slots + THREADS_BESIDE)
+        await run_in_threadpool(served.sweep)
         yield
         await served.events.close()
         served.close()

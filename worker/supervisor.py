@@ -3,6 +3,7 @@
 The supervisor is the only writer of rows and blobs and knows no tensors; the child owns those and nothing else.
 """
 
+import contextlib
 import shutil
 import threading
 import time
@@ -84,6 +85,7 @@ class Supervisor:
             return False
         directory = self._services.settings.work_path / leased.job_id / str(leased.lease.epoch)
         log.info("attempt_began", job=leased.job_id, epoch=leased.lease.epoch)
+        shutil.rmtree(directory.parent, ignore_errors=True)  # of an attempt that was killed on this host
         try:
             with Heartbeat(self._attempts, leased.lease) as heartbeat:
                 self._attempt(leased, directory, heartbeat)
@@ -91,6 +93,8 @@ class Supervisor:
             log.warning("lease_lost", job=leased.job_id, epoch=leased.lease.epoch)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another attempt at it has begun here
+                directory.parent.rmdir()
         return True
 
     def _attempt(self, leased: Leased, directory: Path, heartbeat: Heartbeat) -> None:

@@ -62,13 +62,13 @@ IdempotencyKey = Annotated[
 ]
 
 
-def named(what: str) -> Any:
-    """A path parameter that refers to a resource by id or name."""
+def named(what: str, example: str = "demo") -> Any:
+    """A path parameter that refers to a resource by id or name; `example` is one that the demo leaves."""
     return Path(
         min_length=1,
         max_length=200,
         description=f"Id or name of the {what}.",
-        openapi_examples={"demo": {"value": "demo", "summary": f"the {what} that `make demo` makes"}},
+        openapi_examples={example: {"value": example, "summary": f"the {what} that `make demo` leaves"}},
     )
 
 

@@ -35,6 +35,7 @@ Spec = Annotated[
     WithJsonSchema({"$ref": "#/components/schemas/TrainSpec"}),
 ]
 Named = Annotated[str, named("job")]
+Waiting = Annotated[str, named("job", example="demo-later")]
 Many = Annotated[int, Query(ge=1, le=1_000, description="Items on a page.")]
 LastEventId = Annotated[
     int | None,
@@ -87,22 +88,22 @@ async def read(services: ServicesDep, job: Named) -> Job:
     return await services.polls.get(job)
 
 
-@router.post("/{job}/cancel", summary="Cancel a job", responses=problems(404, 409))
-def cancel(services: ServicesDep, job: Named) -> Job:
-    """At once when it waits; within seconds when it runs. A finished job cannot be cancelled (409)."""
-    return services.jobs.wish(job, Wish.CANCEL)
-
-
 @router.post("/{job}/pause", summary="Pause a job behind a checkpoint", responses=problems(404, 409))
-def pause(services: ServicesDep, job: Named) -> Job:
+def pause(services: ServicesDep, job: Waiting) -> Job:
     """At once when it waits; when it runs, it writes a checkpoint first and leaves the device."""
     return services.jobs.wish(job, Wish.PAUSE)
 
 
 @router.post("/{job}/resume", summary="Resume a paused job", responses=problems(404, 409))
-def resume(services: ServicesDep, job: Named) -> Job:
+def resume(services: ServicesDep, job: Waiting) -> Job:
     """It goes on from its newest checkpoint."""
     return services.jobs.wish(job, Wish.RESUME)
+
+
+@router.post("/{job}/cancel", summary="Cancel a job", responses=problems(404, 409))
+def cancel(services: ServicesDep, job: Waiting) -> Job:
+    """At once when it waits; within seconds when it runs. A finished job cannot be cancelled (409)."""
+    return services.jobs.wish(job, Wish.CANCEL)
 
 
 @router.get(

@@ -1,15 +1,25 @@
-"""/predict: the ReAct loop, whole or streamed."""
+"""/predict: the ReAct loop, whole or streamed; /predictions: what was kept of it."""
 
 import json
 from collections.abc import Iterator
 from itertools import chain
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Response
+from fastapi import APIRouter, Body, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.dependencies import IdempotencyKey, RawBody, ServicesDep, event_stream, problems
+from app.api.dependencies import (
+    After,
+    IdempotencyKey,
+    Limit,
+    Page,
+    RawBody,
+    ServicesDep,
+    event_stream,
+    named,
+    problems,
+)
 from app.api.errors import ProblemDocument, document_of, unexpected
 from app.api.routing import TypedRoute
 from app.domain.errors import InvalidError, VerituneError
@@ -128,10 +138,14 @@ def _told(answer: Prediction | VerituneError) -> Prediction | ProblemDocument:
     return ProblemDocument.model_validate(document_of(answer, "/predict/batch"))
 
 
+@router.get("/predictions", summary="List stored predictions")
+def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Prediction]:
+    """Newest first."""
+    data, more = services.stored_predictions.page(after, limit)
+    return Page(data=data, has_more=more)
+
+
 @router.get("/predictions/{prediction}", summary="A stored prediction", responses=problems(404))
-def read(
-    services: ServicesDep,
-    prediction: Annotated[str, Path(min_length=1, max_length=200, description="Id of the prediction.")],
-) -> Prediction:
-    """Stored when asked with `store: true`."""
-    return services.predictions.get(prediction)
+def read(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> Prediction:
+    """Stored when asked with `store: true`, and named when asked with a `name` besides."""
+    return services.stored_predictions.get(prediction)

@@ -7,7 +7,7 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
-from app.cli import corpora, demo, models, up
+from app.cli import corpora, demo, demo_state, models, up
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.errors import VerituneError
@@ -99,7 +99,7 @@ def demo_command(
     """Upload, train, publish, and judge held-out claims with base and adapter, side by side."""
     try:
         demo.demo(_settings(), examples, keep=keep)
-    except demo.DemoError as error:
+    except demo_state.DemoError as error:
         raise _ended(str(error)) from None
 
 

@@ -17,26 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from app.cli.demo_state import DEMO, SPEC, DemoError, get, leave_paused, ok, store_prediction, upload
 from app.settings import LOOPBACK, Settings
 
-SPEC: dict[str, Any] = {
-    "dataset": "demo",
-    "base_model": "smollm2-135m",
-    "adapter": {"type": "lora", "r": 16},
-    "quantization": {"bits": 4},
-    "trainer": {"train_steps": 30, "effective_batch_size": 8, "learning_rate": 1e-3},
-    "seed": 42,
-}
 START_SECONDS = 600.0
 CLAIMS = 48
 """Held-out claims that are judged, a third of each verdict: as many as fit the demo's five minutes on two cores."""
 
 ALONE_CLAIMS = 15
 CONFIDENCE_Z = 1.96
-
-
-class DemoError(Exception):
-    """Why the demo stopped, in words for a newcomer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +48,18 @@ def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a service started here is stopped too
     console = Console()
     with _service(settings, console, keep=keep) as client:
-        corpus = _upload(client, "/corpora", examples / "corpus.jsonl", "demo")
-        dataset = _upload(client, "/datasets", examples / "train.jsonl", "demo")
+        train = examples / "train.jsonl"
+        corpus = upload(client, "/corpora", DEMO, "corpus.jsonl", (examples / "corpus.jsonl").read_bytes())
+        dataset = upload(client, "/datasets", DEMO, train.name, train.read_bytes())
         console.print(
             f"[bold]1[/] uploaded {corpus['pages']} pages and {dataset['rows']} trajectories "
             f"({', '.join(f'{n} {label}' for label, n in dataset['report']['labels'].items())})"
         )
-        job = _train(client, console)
-        adapter = _get(client, f"/adapters/{job['adapter_id']}")
+        job = _train(client, console, train)
+        adapter = get(client, f"/adapters/{job['adapter_id']}")
         console.print(f"[bold]3[/] published {adapter['id']} ({adapter['bytes'] / 1e6:.1f} MB)")
-        _ok(client.post(f"/adapters/{adapter['id']}/promote"))
+        ok(client.post(f"/adapters/{adapter['id']}/promote"))
+        store_prediction(client, corpus["id"])
         held_out = (examples / "heldout.jsonl").read_text("utf-8").splitlines()
         claims = [json.loads(line) for line in held_out[:CLAIMS]]
         judged = [
@@ -127,29 +118,10 @@ def _status(client: httpx.Client) -> int | None:
         return None
 
 
-def _ok(response: httpx.Response) -> dict[str, Any]:
-    answer: dict[str, Any] = response.json()
-    if not response.is_success:
-        raise DemoError(f"{response.request.method} {response.request.url.path}: {answer.get('detail', answer)}")
-    return answer
-
-
-def _get(client: httpx.Client, path: str) -> dict[str, Any]:
-    return _ok(client.get(path))
-
-
-def _upload(client: httpx.Client, route: str, path: Path, name: str) -> dict[str, Any]:
-    """Upload under `name`; a second demo over the same state finds the resource there."""
-    known = client.get(f"{route}/{name}")
-    if known.is_success:
-        return _ok(known)
-    with path.open("rb") as file:
-        return _ok(client.post(route, files={"file": (path.name, file)}, data={"name": name}))
-
-
-def _train(client: httpx.Client, console: Console) -> dict[str, Any]:
-    first = client.get("/jobs/demo").status_code == httpx.codes.NOT_FOUND
-    job = _ok(client.post("/jobs", json=SPEC | ({"name": "demo"} if first else {})))
+def _train(client: httpx.Client, console: Console, train: Path) -> dict[str, Any]:
+    first = client.get(f"/jobs/{DEMO}").status_code == httpx.codes.NOT_FOUND
+    job = ok(client.post("/jobs", json=SPEC | ({"name": DEMO} if first else {})))
+    leave_paused(client, train)
     plan = job["plan"]
     console.print(
         f"[bold]2[/] training {plan['base_model']} in 4 bits on {plan['rows_trained']} trajectories, "
@@ -166,7 +138,7 @@ def _train(client: httpx.Client, console: Console) -> dict[str, Any]:
         task = bar.add_task("queued", total=plan["total_updates"], figures="")
         while job["status"] in ("queued", "running"):
             time.sleep(0.5)
-            job = _get(client, f"/jobs/{job['id']}")
+            job = get(client, f"/jobs/{job['id']}")
             progress = job["progress"]
             figures = ""
             if progress["loss"] is not None:
@@ -190,9 +162,9 @@ def _judge(
     alone = [{"claim": row["claim"], "adapter": adapter, "mode": "ungrounded"} for row in claims[:ALONE_CLAIMS]]
     with console.status(f"judging {len(claims)} held-out claims with the {name}"):
         started = time.monotonic()
-        answers = _ok(client.post("/predict/batch", json={"requests": asks}))["data"]
+        answers = ok(client.post("/predict/batch", json={"requests": asks}))["data"]
         seconds = time.monotonic() - started
-        written = _ok(client.post("/predict/batch", json={"requests": alone}))["data"]
+        written = ok(client.post("/predict/batch", json={"requests": alone}))["data"]
     failed = next((answer for answer in [*answers, *written] if "verdict" not in answer), None)
     if failed is not None:
         raise DemoError(f"a claim could not be judged: {failed['detail']}")

@@ -146,12 +146,16 @@ class PredictionRow(Base):
     __tablename__ = "predictions"
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
+    name: Mapped[str | None] = mapped_column(NAME, unique=True, index=True)
     answer: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
 
 
 class IdempotencyRow(Base):
-    """The first answer to a keyed request. `response` is null while that request is under way."""
+    """The first answer to a keyed request. `response` is null while that request is under way.
+
+    Until then `created_at` is the last sign of life from who works on it; from then on, the time it was answered at.
+    """
 
     __tablename__ = "idempotency_keys"
 
@@ -164,10 +168,14 @@ class IdempotencyRow(Base):
 
 
 class EncodingRow(Base):
-    """A dataset's rows as token ids, kept by what they depend on (dataset, tokenizer, format, policy)."""
+    """A dataset's rows as token ids, kept by what they depend on (dataset, tokenizer, format, policy).
+
+    `dataset` is the digest of the dataset that it goes with; null in a row of a version that did not say so.
+    """
 
     __tablename__ = "encodings"
 
     key: Mapped[str] = mapped_column(DIGEST, primary_key=True)
+    dataset: Mapped[str | None] = mapped_column(DIGEST, index=True)
     blob: Mapped[str] = mapped_column(DIGEST)
     summary: Mapped[dict[str, Any]]

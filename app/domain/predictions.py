@@ -1,11 +1,12 @@
 """Predictions: a claim judged, with the steps taken and the sentences read; and the events that tell of it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from app.domain.claims import Claim, Verdict
-from app.domain.specs import Reference
+from app.domain.specs import Name, Reference
 from app.domain.trajectories import ActionName
 
 MOST_STEPS = 10
@@ -16,7 +17,10 @@ class _Word(BaseModel):
 
 
 class PredictRequest(_Word):
-    """What is to be judged, and by what. `adapter` left out: the promoted one, else the base; `null`: the base."""
+    """What is to be judged, and by what. `adapter` left out: the promoted one, else the base; `null`: the base.
+
+    `store` keeps the answer, under a unique `name` too where one is given.
+    """
 
     claim: Claim
     adapter: Reference | None = None
@@ -27,6 +31,14 @@ class PredictRequest(_Word):
     max_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 7
     samples: Annotated[int, Field(ge=1, le=16)] = 1
     store: bool = False
+    name: Name | None = None
+
+    @model_validator(mode="after")
+    def _only_what_is_kept_has_a_name(self) -> Self:
+        if self.name is not None and not self.store:
+            message = "only a prediction that is stored has a name; add store: true, or leave name out"
+            raise PydanticCustomError("name_without_store", "{message}", {"message": message, "place": ("name",)})
+        return self
 
 
 class PredictedAction(_Word):
@@ -89,6 +101,7 @@ class Prediction(_Word):
 
     id: str
     object: Literal["prediction"] = "prediction"
+    name: str | None
     claim: str
     verdict: Verdict
     confidence: float

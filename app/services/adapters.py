@@ -1,5 +1,6 @@
 """Adapters: published once, listed, downloaded, promoted, put on a host's disk by digest."""
 
+import contextlib
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from app.domain.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, Manife
 from app.domain.errors import NotFoundError
 from app.domain.identity import new_id
 from app.domain.jobs import JobStatus, Lease
-from app.storage import Blobs
+from app.storage import Blobs, sweep
 
 RESOURCE = "adapter"
 DEFAULT = "default"
@@ -30,6 +31,10 @@ class Adapters:
         self._database = database
         self._blobs = blobs
         self._directory = cache / "adapters"
+
+    def sweep(self) -> None:
+        """Remove half-made directories whose process was killed."""
+        sweep(self._directory, ".partial-*")
 
     def publish(self, lease: Lease, name: str, directory: Path, manifest: Manifest) -> str | None:
         """Store a trained adapter and end its job as succeeded, in one transaction.
@@ -55,7 +60,9 @@ class Adapters:
             created_at=datetime.now(UTC),
         )
         published = self._commit(lease, row)
-        if published is not None:
+        if published is None:
+            self._drop({WEIGHTS, MANIFEST, CARD}, row)  # the same config may be on its way into another adapter
+        else:
             self.on_disk(row.digest)
         return published
 
@@ -104,10 +111,15 @@ class Adapters:
             unit.adapters.remove(row)
             unit.session.flush()
             shared = unit.adapters.by_digest(row.digest) is not None
-            needed = {blob for files in unit.session.scalars(select(AdapterRow.files)) for blob in files.values()}
         if not shared:
             shutil.rmtree(self._directory / row.digest, ignore_errors=True)
-        for digest in set(row.files.values()) - needed:
+        self._drop(set(row.files), row)
+
+    def _drop(self, files: set[str], row: AdapterRow) -> None:
+        """Delete files of an adapter that is not published, as far as no published one shares them."""
+        with self._database.read() as unit:
+            needed = {blob for files in unit.session.scalars(select(AdapterRow.files)) for blob in files.values()}
+        for digest in {row.files[name] for name in files} - needed:
             self._blobs.delete(digest)
 
     def archive(self, reference: str) -> tuple[str, Iterator[bytes]]:
@@ -134,11 +146,12 @@ class Adapters:
         row = self.by_digest(digest)
         self._directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self._directory, prefix=".partial-"))
-        for name, blob in row.files.items():
-            self._blobs.fetch(blob, partial / name)
         try:
-            os.rename(partial, target)
-        except OSError:  # another process was faster
+            for name, blob in row.files.items():
+                self._blobs.fetch(blob, partial / name)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(partial, target)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target
 

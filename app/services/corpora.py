@@ -25,7 +25,7 @@ from app.knowledge import (
     read_lines,
 )
 from app.services.naming import check_name, choose_name, shown_filename
-from app.storage import Blobs
+from app.storage import Blobs, sweep
 from app.storage.blobs import hash_file
 
 RESOURCE = "corpus"
@@ -58,6 +58,10 @@ class Corpora:
         self._directory = cache / "corpora"
         self._open: OrderedDict[str, CorpusFile] = OrderedDict()
         self._lock = Lock()
+
+    def sweep(self) -> None:
+        """Remove half-built and half-fetched files whose process was killed."""
+        sweep(self._directory, ".build-*", ".*.sqlite.*")
 
     def create(self, upload: Path, filename: str, name: str | None) -> tuple[Corpus, bool]:
         """(the corpus, whether it is new): the same pages give the same corpus again, by whatever name."""

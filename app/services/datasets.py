@@ -16,7 +16,7 @@ from app.domain.identity import new_id
 from app.domain.trajectories import Trajectory
 from app.ingest import ingest
 from app.services.naming import check_name, choose_name, shown_filename
-from app.storage import Blobs
+from app.storage import Blobs, sweep
 
 
 class Dataset(BaseModel):
@@ -44,9 +44,14 @@ class Datasets:
     def scratch_file(self) -> Path:
         """A private place on this host for an upload on its way in."""
         self._scratch.mkdir(parents=True, exist_ok=True)
+        self.sweep()  # right after a start, what was left there was too young to be told from work in hand
         handle = tempfile.NamedTemporaryFile(dir=self._scratch, prefix="upload-", delete=False)  # noqa: SIM115
         handle.close()
         return Path(handle.name)
+
+    def sweep(self) -> None:
+        """Remove uploads, of datasets and of corpora, whose process was killed."""
+        sweep(self._scratch, "upload-*", "ingest-*")
 
     def create(
         self, upload: Path, filename: str, content_type: str | None, name: str | None, columns: dict[str, str]
@@ -125,7 +130,9 @@ class Datasets:
                     code="dataset_in_use",
                 )
             unit.datasets.remove(row)
-        self._blobs.delete(row.digest)
+            encoded = unit.encodings.remove(row.digest)
+        for blob in (row.digest, *encoded):
+            self._blobs.delete(blob)
 
 
 def _choose(unit: Unit, name: str | None, filename: str) -> str:

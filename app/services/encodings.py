@@ -17,11 +17,12 @@ from app.db.tables import DatasetRow, EncodingRow
 from app.domain.attempts import EncodedBranch, EncodedRow
 from app.domain.datasets import read_canonical
 from app.domain.encoding import Encoder
-from app.domain.errors import InvalidError, Problem
+from app.domain.errors import InvalidError, NotFoundError, Problem
 from app.domain.plans import Lengths, RowNote
 from app.domain.specs import TrainSpec
 from app.domain.trajectories import Trajectory
 from app.storage import Blobs
+from app.storage.blobs import hash_file
 
 NOTES_LISTED = 100
 REVISION = 2
@@ -66,16 +67,34 @@ class Encodings:
         key = _key(dataset.digest, spec, tokenizer, limit)
         with self._database.read() as unit:
             known = unit.encodings.get(key)
-        if known is not None and self._blobs.exists(known.blob):
+        if known is not None and known.dataset and self._blobs.exists(known.blob):
             return known.blob, EncodingSummary.model_validate(known.summary)
         with tempfile.NamedTemporaryFile(prefix="veritune-rows-") as file:
             summary = _encode(self._lines(dataset), spec, limit, encoder(), file)
             file.flush()
-            blob = self._blobs.put_file(Path(file.name)).digest
-        row = EncodingRow(key=key, blob=blob, summary=summary.model_dump(mode="json"))
+            return self._keep(key, dataset.digest, Path(file.name), summary), summary
+
+    def _keep(self, key: str, dataset: str, file: Path, summary: EncodingSummary) -> str:
+        """The row comes before its blob, so that no blob is ever without one: `of` makes a missing blob again."""
+        blob, _ = hash_file(file)
+        row = EncodingRow(key=key, dataset=dataset, blob=blob, summary=summary.model_dump(mode="json"))
         with self._database.write() as unit:
+            if unit.datasets.by_digest(dataset) is None:
+                raise _deleted()
             unit.encodings.put(row)
-        return blob, summary
+        self._blobs.put_file(file)
+        self._take_back_if_deleted(key, blob)
+        return blob
+
+    def _take_back_if_deleted(self, key: str, blob: str) -> None:
+        """A dataset that is deleted between row and blob takes the row along and finds no blob yet."""
+        with self._database.read() as unit:
+            if unit.encodings.get(key) is not None:
+                return
+            unneeded = unit.encodings.unneeded({blob})
+        for digest in unneeded:
+            self._blobs.delete(digest)
+        raise _deleted()
 
     def _lines(self, dataset: DatasetRow) -> Iterator[bytes]:
         """The canonical JSONL's lines, without holding the whole of it."""
@@ -85,6 +104,10 @@ class Encodings:
             yield from lines
         if rest:
             yield rest
+
+
+def _deleted() -> NotFoundError:
+    return NotFoundError("the dataset was deleted while its rows were encoded", code="unknown_dataset")
 
 
 def _key(dataset: str, spec: TrainSpec, tokenizer: str, limit: int) -> str:

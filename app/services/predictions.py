@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import Literal
 
-from app.db import Database
 from app.db.tables import BaseModelRow
 from app.domain.adapters import Adapter
 from app.domain.claims import Verdict, read_verdict
-from app.domain.errors import BusyError, ConflictError, NotFoundError, VerituneError
+from app.domain.errors import BusyError, ConflictError, VerituneError
 from app.domain.identity import new_id
 from app.domain.predictions import (
     ObservedText,
@@ -35,6 +34,7 @@ from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.corpora import Corpora
 from app.services.reasoning import ReactLoop, Trace, written
+from app.services.stored_predictions import StoredPredictions
 from app.services.writing import Pen
 
 BATCH_THREADS = 16
@@ -65,7 +65,7 @@ class Run:
 class Predictions:
     def __init__(
         self,
-        database: Database,
+        stored: StoredPredictions,
         adapters: Adapters,
         base_models: BaseModels,
         corpora: Corpora,
@@ -73,7 +73,7 @@ class Predictions:
         slots: int,
         max_sequence_length: int,
     ) -> None:
-        self._database = database
+        self._stored = stored
         self._adapters = adapters
         self._base_models = base_models
         self._corpora = corpora
@@ -103,17 +103,6 @@ class Predictions:
         with self._slot(), ThreadPoolExecutor(min(BATCH_THREADS, len(requests))) as pool:
             return list(pool.map(one, requests))
 
-    def get(self, prediction_id: str) -> Prediction:
-        """A prediction that was stored (`store: true`)."""
-        with self._database.read() as unit:
-            answer = unit.predictions.get(prediction_id)
-        if answer is None:
-            raise NotFoundError(
-                f"there is no stored prediction {prediction_id!r}; ask with store: true",
-                code="unknown_prediction",
-            )
-        return Prediction.model_validate(answer)
-
     def ready(self) -> bool:
         return self._generator.healthy()
 
@@ -134,6 +123,7 @@ class Predictions:
 
     def _run(self, request: PredictRequest) -> Iterator[PredictionEvent]:
         started = time.monotonic()
+        self._stored.refuse_taken(request.name)
         answerer = self._answerer(request)
         runs: list[Run] = []
         if request.mode == "ungrounded":
@@ -150,8 +140,7 @@ class Predictions:
                 runs.append(Run(loop.trace, pen))
         prediction = _assemble(request, answerer, runs, corpus, time.monotonic() - started)
         if request.store:
-            with self._database.write() as unit:
-                unit.predictions.add(prediction.id, prediction.model_dump(mode="json"))
+            self._stored.add(prediction)
         yield Predicted(prediction=prediction)
 
     def _answerer(self, request: PredictRequest) -> Answerer:
@@ -251,6 +240,7 @@ def _assemble(
     grounded = request.mode == "grounded"
     return Prediction(
         id=new_id("pred"),
+        name=request.name,
         claim=request.claim,
         verdict=verdict,
         confidence=probabilities[verdict],

@@ -22,6 +22,7 @@ from app.db.migrating import migrate
 from app.domain.adapters import CONFIG, WEIGHTS, Manifest, ManifestBase
 from app.domain.attempts import Metrics
 from app.domain.base_models import BaseModelDescription
+from app.domain.devices import DeviceDescription
 from app.domain.jobs import Lease
 from app.domain.react import ReactFormat
 from app.generation import GenerationRequest, ScriptedGenerator
@@ -33,6 +34,7 @@ from tests.conftest import corpus_jsonl, dataset_jsonl
 HOST = "http://127.0.0.1"
 MEMBERS = {"type", "title", "status", "detail", "instance", "code", "errors"}
 RHINE = "The Rhine flows into the North Sea."
+CPU = DeviceDescription(type="cpu", model="a cpu", bytes=1 << 33, cores=2, queues=("gpu", "cpu"))
 
 
 def reads_the_page(prompt: str, request: GenerationRequest) -> str:

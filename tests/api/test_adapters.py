@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.composition import Services
+from app.domain.adapters import WEIGHTS, Manifest
+from app.domain.errors import NotFoundError
+from app.domain.jobs import Lease
 from tests.api.conftest import lease, make_adapter, nothing_left, problem, traces, walk
 
 
@@ -34,6 +38,37 @@ def test_the_archive_holds_the_directory(client: TestClient, adapter: str) -> No
         ]
         assert archive.read("adapter_model.safetensors") == b"weights of first"
         assert json.loads(archive.read("manifest.json"))["seed"] == 42
+
+
+@pytest.fixture
+def twin(client: TestClient, served: Services, adapter: str, dataset: str) -> tuple[Lease, Manifest]:
+    """A running job named `twin` that came to the very weights of the first adapter, and what it has to publish."""
+    client.post("/jobs", json={"dataset": dataset, "name": "twin"})
+    held = lease(served)
+    return held, served.adapters.get(adapter).manifest.model_copy(update={"job_id": held.job_id})
+
+
+def test_files_on_disk_go_with_the_last_adapter_that_has_them(
+    client: TestClient, served: Services, adapter: str, twin: tuple[Lease, Manifest], tmp_path: Path
+) -> None:
+    held, manifest = twin
+    served.adapters.publish(held, "twin", tmp_path / "adapter", manifest)
+    directory = served.settings.cache_path / "adapters" / served.adapters.get(adapter).digest
+    assert client.delete("/adapters/first").status_code == 204
+    assert (directory / WEIGHTS).is_file()
+    assert client.delete("/adapters/twin").status_code == 204
+    assert not directory.exists()
+
+
+def test_a_job_cancelled_before_it_publishes_leaves_nothing_and_takes_nothing(
+    client: TestClient, served: Services, twin: tuple[Lease, Manifest], tmp_path: Path
+) -> None:
+    held, manifest = twin
+    client.post("/jobs/twin/cancel")
+    blobs = traces(served)["blobs"]
+    assert served.adapters.publish(held, "twin", tmp_path / "adapter", manifest) is None
+    assert traces(served)["blobs"] == blobs
+    assert client.get("/adapters/first/download").status_code == 200
 
 
 def test_promote_delete_and_page(
@@ -68,3 +103,9 @@ def test_bytes_that_are_gone(client: TestClient, served: Services, adapter: str)
     served.blobs.delete(row.files["README.md"])
     with nothing_left(served):
         problem(client.get("/adapters/first/download"), 404, "blob_lost")
+    cached = served.settings.cache_path / "adapters"
+    shutil.rmtree(cached / row.digest)
+    before = set(cached.iterdir())
+    with pytest.raises(NotFoundError, match="are gone"):
+        served.adapters.on_disk(row.digest)
+    assert set(cached.iterdir()) == before

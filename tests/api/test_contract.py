@@ -12,12 +12,11 @@ from hypothesis import HealthCheck, Phase, settings
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.base_models import BaseModelDescription
-from app.domain.devices import DeviceDescription
 from app.generation import ScriptedGenerator
 from app.main import create_app
 from app.queue import MemoryDoorbell
 from app.settings import Settings
-from tests.api.conftest import lease, listening, make_adapter, post_file, reads_the_page
+from tests.api.conftest import CPU, lease, listening, make_adapter, post_file, reads_the_page
 from tests.conftest import corpus_jsonl, dataset_jsonl
 
 with warnings.catch_warnings():
@@ -35,8 +34,6 @@ CHECKS = [
 ]
 EXAMPLES = int(os.environ.get("VERITUNE_TEST_EXAMPLES", "5"))
 """Requests for each route; a long run takes more."""
-
-CPU = DeviceDescription(type="cpu", model="a cpu", bytes=1 << 33, cores=2, queues=("gpu", "cpu"))
 
 
 SCHEMA: Any = schemathesis.openapi.from_dict(create_app(compose(Settings(home=Path("unused")))).openapi())

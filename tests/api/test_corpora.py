@@ -65,7 +65,10 @@ def test_delete(client: TestClient, served: Services) -> None:
     with nothing_left(served):
         post_file(client, "/corpora", corpus_jsonl(), name="pages")
         assert client.get("/corpora/pages/search?q=river").status_code == 200
+        cached = served.settings.cache_path / "corpora" / f"{served.corpora.get('pages').digest}.sqlite"
+        assert cached.is_file()
         assert client.delete("/corpora/pages").status_code == 204
+    assert not cached.exists()
     for path in ("/corpora/pages", "/corpora/pages/search?q=river"):
         problem(client.get(path), 404, "unknown_corpus")
     problem(client.delete("/corpora/pages"), 404, "unknown_corpus")

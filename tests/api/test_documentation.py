@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema  # type: ignore[import-untyped]  # its stubs are a package of their own
 import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
+from app.cli.demo_state import DEMO, LATER, LATER_ROWS, SPEC, get, leave_paused, ok, store_prediction, upload
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.base_models import BaseModelDescription
@@ -18,18 +20,11 @@ from app.generation import ScriptedGenerator
 from app.main import create_app
 from app.queue import MemoryDoorbell
 from app.settings import Settings
-from tests.api.conftest import HOST, lease, make_adapter, post_file, reads_the_page
+from tests.api.conftest import CPU, lease, listening, make_adapter, reads_the_page, walk
 from tests.conftest import ROOT, dataset_jsonl
 
 METHODS = ("get", "post", "delete")
 Operation = tuple[str, str, dict[str, Any]]
-
-NEEDS_ANOTHER_STATE = {
-    ("post", "/jobs/{job}/cancel"): 409,
-    ("post", "/jobs/{job}/pause"): 409,
-    ("post", "/jobs/{job}/resume"): 409,
-}
-"""The demo's job is finished: what these answer then is the documented conflict."""
 
 
 def operations(document: dict[str, Any]) -> list[Operation]:
@@ -146,27 +141,30 @@ def test_swagger_ui_comes_from_here_alone(door: TestClient) -> None:
 # The examples, run.
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Iterator[TestClient]:
-    """The state that `make demo` leaves: dataset, corpus, finished job and promoted adapter, all named `demo`."""
-    folder = tmp_path_factory.mktemp("demo")
-    settings = Settings(home=folder / "home", cache=tiny_cache)
+@pytest.fixture
+def demo(tmp_path: Path, tiny_cache: Path) -> Iterator[httpx.Client]:
+    """The state that `make demo` leaves, made by the demo's own functions but for the training and its model."""
+    settings = Settings(home=tmp_path / "home", cache=tiny_cache)
     migrate(settings.database)
     first = compose(settings, doorbell=MemoryDoorbell())
     described = BaseModelDescription.model_validate_json((tiny_cache / "tiny.json").read_text())
     first.base_models.register(described.model_copy(update={"name": settings.default_base_model}))
     tokens = first.base_models.tokenization(first.base_models.get(None))
     served = compose(settings, doorbell=MemoryDoorbell(), generator=ScriptedGenerator(tokens, reads_the_page))
-    with TestClient(create_app(served), base_url=HOST, raise_server_exceptions=False) as client:
-        pages = (ROOT / "examples" / "corpus.jsonl").read_bytes()
-        assert post_file(client, "/corpora", pages, "corpus.jsonl", name="demo").status_code == 201
-        assert post_file(client, "/datasets", dataset_jsonl(), name="demo").status_code == 201
-        assert client.post("/jobs", json={"dataset": "demo", "name": "demo"}).status_code == 201
-        make_adapter(served, lease(served), folder / "adapter", "demo")
+    served.devices.report("host", CPU)
+    train = tmp_path / "train.jsonl"
+    train.write_bytes(dataset_jsonl(LATER_ROWS + 6))
+    with listening(served) as client:
+        upload(client, "/corpora", DEMO, "corpus.jsonl", (ROOT / "examples" / "corpus.jsonl").read_bytes())
+        upload(client, "/datasets", DEMO, train.name, train.read_bytes())
+        ok(client.post("/jobs", json=SPEC | {"name": DEMO}))
+        leave_paused(client, train)
+        make_adapter(served, lease(served), tmp_path / "adapter", DEMO)
+        store_prediction(client, DEMO)
         yield client
 
 
-def test_every_documented_body_is_accepted_as_it_stands(demo: TestClient) -> None:
+def test_every_documented_body_is_accepted_as_it_stands(demo: httpx.Client) -> None:
     for method, path, operation in operations(demo.get("/openapi.json").json()):
         content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
         for name, example in content.get("examples", {}).items():
@@ -175,7 +173,7 @@ def test_every_documented_body_is_accepted_as_it_stands(demo: TestClient) -> Non
             assert "event: error" not in answer.text
 
 
-def test_the_examples_claims_find_their_pages(demo: TestClient) -> None:
+def test_the_examples_claims_find_their_pages(demo: httpx.Client) -> None:
     body = demo.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
     for example in body["examples"].values():
         if not example["value"].get("stream"):
@@ -183,24 +181,46 @@ def test_the_examples_claims_find_their_pages(demo: TestClient) -> None:
             assert seen["evidence"], example
 
 
-def test_every_path_runs_with_its_examples(demo: TestClient) -> None:
-    """Try it out: path parameters as the documentation fills them in; what deletes goes last."""
-    found = operations(demo.get("/openapi.json").json())
-    for job in demo.get("/jobs", params={"status": "queued"}).json()["data"]:  # which other examples submitted
-        demo.post(f"/jobs/{job['id']}/cancel")
-    ran = 0
-    for method, path, operation in sorted(found, key=lambda one: one[0] == "delete"):
-        if "requestBody" in operation or path in ("/predictions/{prediction}", "/health/ready"):
-            continue  # bodies: above, uploads are exempt; no prediction has a name; nobody trains here
-        filled, query = path, {}
-        for parameter in operation.get("parameters", []):
-            for example in list(parameter.get("examples", {}).values())[:1]:
-                if parameter["in"] == "path":
-                    filled = filled.replace(f"{{{parameter['name']}}}", example["value"])
-                else:
-                    query[parameter["name"]] = example["value"]
-        answer = demo.request(method, filled, params=query)
-        expected = NEEDS_ANOTHER_STATE.get((method, path))
-        assert answer.status_code == expected if expected else answer.is_success, (method, filled, answer.text[:300])
-        ran += 1
-    assert ran > 20
+def tried_out(client: httpx.Client, one: Operation) -> httpx.Response:
+    """The answer to an operation whose parameters are as the documentation fills them in."""
+    method, path, operation = one
+    query = {}
+    for parameter in operation.get("parameters", []):
+        for example in list(parameter.get("examples", {}).values())[:1]:
+            if parameter["in"] == "path":
+                path = path.replace(f"{{{parameter['name']}}}", example["value"])
+            else:
+                query[parameter["name"]] = example["value"]
+    return client.request(method, path, params=query)
+
+
+def test_every_path_runs_with_its_examples(demo: httpx.Client) -> None:
+    """Try it out, from top to bottom; what deletes goes last. Bodies are above, and uploads are exempt."""
+    found = [one for one in operations(demo.get("/openapi.json").json()) if "requestBody" not in one[2]]
+    for one in sorted(found, key=lambda one: one[0] == "delete"):
+        answer = tried_out(demo, one)
+        assert answer.is_success, (*one[:2], answer.text[:300])
+    assert len(found) > 25
+
+
+def test_nothing_that_the_demo_leaves_keeps_the_rest_from_being_deleted(demo: httpx.Client) -> None:
+    found = [one for one in operations(demo.get("/openapi.json").json()) if one[0] == "delete"]
+    assert [tried_out(demo, one).status_code for one in found] == [204] * 3
+
+
+def test_the_job_of_the_examples_never_trained_and_waits(demo: httpx.Client) -> None:
+    job = get(demo, f"/jobs/{LATER}")
+    assert (job["status"], job["attempts"]) == ("paused", 0)
+
+
+def test_a_second_demo_finds_the_state_of_the_first(demo: httpx.Client, tmp_path: Path) -> None:
+    def state() -> list[Any]:
+        return [walk(demo, route, 10) for route in ("/jobs", "/datasets", "/corpora", "/predictions")]
+
+    before = state()
+    ok(demo.post(f"/jobs/{LATER}/resume"))
+    assert leave_paused(demo, tmp_path / "train.jsonl")["status"] == "paused"
+    store_prediction(demo, DEMO)
+    assert state() == before
+    ok(demo.post(f"/jobs/{LATER}/cancel"))
+    assert leave_paused(demo, tmp_path / "train.jsonl")["status"] == "cancelled"

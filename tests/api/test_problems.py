@@ -236,6 +236,7 @@ def test_a_surrogate_in_a_query(client: TestClient, corpus: str) -> None:
         ("/datasets?limit=0", "query.limit"),
         ("/corpora?limit=0", "query.limit"),
         ("/adapters?limit=0", "query.limit"),
+        ("/predictions?limit=0", "query.limit"),
         ("/datasets/x/preview?limit=0", "query.limit"),
         (f"/datasets/x/preview?after={2**31}", "query.after"),
         ("/jobs/x/events?limit=1001", "query.limit"),

@@ -46,6 +46,28 @@ def test_migrating_again_changes_nothing(empty_url: str) -> None:
     found.engine.dispose()
 
 
+def test_rows_of_the_first_version_stay_and_its_code_goes_on_writing(empty_url: str) -> None:
+    """In a rolling update the version before runs on over the new tables."""
+    command.upgrade(migration_config(empty_url), "0001")
+    found = inspector(empty_url)
+
+    def write(name: str) -> None:
+        with found.engine.begin() as connection:
+            connection.execute(text(f"INSERT INTO predictions (id, answer, created_at) VALUES ('{name}', '{{}}', 1.5)"))
+            connection.execute(text(f"INSERT INTO encodings (key, blob, summary) VALUES ('{name}', 'blob', '{{}}')"))
+
+    write("before")
+    migrate(empty_url)
+    for name in ("after", "and again"):
+        write(name)
+    with found.engine.begin() as connection:
+        predictions = connection.execute(text("SELECT id, name FROM predictions ORDER BY id")).all()
+        encodings = connection.execute(text("SELECT key, dataset FROM encodings ORDER BY key")).all()
+    for rows in (predictions, encodings):
+        assert [tuple(row) for row in rows] == [("after", None), ("and again", None), ("before", None)]
+    found.engine.dispose()
+
+
 def test_every_key_and_index_has_the_name_of_the_convention(empty_url: str) -> None:
     migrate(empty_url)
     found = inspector(empty_url)

@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 
 from app.db import Database
 from app.db.base import clock
-from app.db.tables import JobRow
+from app.db.tables import JobRow, PredictionRow
 from app.domain.errors import InvalidError, UnavailableError
 from app.domain.jobs import JobStatus
 
@@ -47,9 +47,11 @@ def test_documents_come_back_as_they_were(database: Database) -> None:
     claim = "Zoë crossed the Łódź-Ærø line in 𝟚𝟘𝟚𝟞\u2028\x00"
     document = {"claim": claim, "share": 0.1, "none": None, "deep": [{"a": [1]}]}
     with database.write() as unit:
-        unit.predictions.add("pred_1", document)
+        unit.predictions.add(PredictionRow(id="pred_1", answer=document, created_at=datetime.now(UTC)))
     with database.read() as unit:
-        assert unit.predictions.get("pred_1") == document
+        found = unit.predictions.find("pred_1")
+    assert found is not None
+    assert found.answer == document
 
 
 def test_a_text_that_postgres_cannot_hold_is_bad_input(postgres_url: str) -> None:

@@ -301,12 +301,3 @@ def test_a_dataset_in_use_stays(services: Services, dataset: str, job: Job) -> N
     assert services.jobs.get(job.id).spec.dataset == dataset
     with pytest.raises(NotFoundError):
         services.datasets.get(dataset)
-
-
-def test_the_same_rows_are_encoded_once(services: Services, dataset: str) -> None:
-    first = services.plans.prepare({"dataset": dataset})
-    again = services.plans.prepare({"dataset": dataset})
-    other = services.plans.prepare({"dataset": dataset, "trainer": {"verdict_branch": 1.0}})
-    assert first.rows == again.rows
-    assert other.rows != first.rows
-    assert other.summary.branches == other.summary.trained == 4

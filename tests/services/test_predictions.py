@@ -9,7 +9,7 @@ import pytest
 from app.composition import Services, compose
 from app.domain.base_models import BaseModelDescription
 from app.domain.claims import Verdict
-from app.domain.errors import BusyError, InvalidError, NotFoundError
+from app.domain.errors import BusyError, ConflictError, InvalidError, NotFoundError
 from app.domain.predictions import Observed, PredictRequest
 from app.domain.react import ReactFormat
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
@@ -179,6 +179,17 @@ def test_every_event_of_the_loop_is_told_in_order(ask: Callable[[Script], Servic
         "prediction",
     ]
     assert isinstance(events[2], Observed)
+
+
+def test_of_two_that_want_one_name_the_first_to_end_has_it(ask: Callable[[Script], Services]) -> None:
+    served = ask(STRAIGHT)
+    request = PredictRequest(claim=CLAIM, store=True, name="first")
+    slower = served.predictions.events(request)
+    next(slower)
+    faster = served.predictions.predict(request)
+    with pytest.raises(ConflictError, match="named 'first'"):
+        list(slower)
+    assert served.stored_predictions.page(None, 10) == ([faster], False)
 
 
 def test_a_long_observation_is_trimmed_to_whole_sentences(services: Services, tmp_path: Path) -> None:

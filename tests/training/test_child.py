@@ -77,6 +77,16 @@ def test_resumed_runs_equal_an_uninterrupted_one_to_the_bit(make_order: OrderFac
     assert [m["loss"] for m in paused.metrics() + one.metrics()] == losses
 
 
+def test_an_updates_checkpoint_is_written_once(make_order: OrderFactory, start: Start) -> None:
+    """The supervisor removes a stored one: written again, it could be gone when it is looked for."""
+    child = start(make_order(updates=LONG, every=1))
+    child.until("checkpoint")
+    child.command("checkpoint", "pause")
+    assert child.finish()[0]["outcome"] == "paused"
+    written = [event["update"] for event in child.seen if event["event"] == "checkpoint"]
+    assert written == sorted(set(written))
+
+
 def test_a_stop_leaves_no_checkpoint_and_nonsense_is_warned_about(make_order: OrderFactory, start: Start) -> None:
     order = make_order(updates=LONG)
     child = start(order)

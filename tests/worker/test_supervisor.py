@@ -119,7 +119,7 @@ def test_a_job_runs_to_a_published_adapter(
         for key in tensors.keys():  # noqa: SIM118  not a dict
             assert tensors.get_tensor(key).abs().max() > 0, key
     assert adapter.digest == adapter_digest(services.blobs.put_file(weights).digest, config)
-    assert not list(services.settings.work_path.glob("job_*/*"))
+    assert not list(services.settings.work_path.glob("job_*"))
 
 
 def test_the_same_job_twice_gives_the_same_adapter(
@@ -236,6 +236,17 @@ def test_a_leaving_supervisor_gives_its_job_back_without_a_strike(
     assert back.status is JobStatus.QUEUED
     assert len(services.jobs.checkpoints(job.id)) > 0
     assert next(e for e in services.jobs.events(job.id, 0, 1_000)[0] if e.kind == "requeued").data["strikes"] == 0
+
+
+def test_what_an_attempt_left_that_was_killed_here_goes_with_the_next(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job]
+) -> None:
+    job = submit(**(TRAINER | {"train_steps": 1}))
+    left = services.settings.work_path / job.id / "0" / "restored" / "weights.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
+    assert supervisor.work()
+    assert not list(services.settings.work_path.glob("job_*"))
 
 
 def test_a_job_whose_blob_is_lost_fails_with_a_reason(

@@ -164,6 +164,10 @@ def _step(state: RunState, rate: float, norm: float, limit: float | None) -> Non
 
 
 def _checkpoint(order: TrainOrder, state: RunState, channel: Channel) -> None:
+    """Write one, unless this update's is written already: its directory may be on its way into the store."""
+    if state.checkpointed == state.progress.update:
+        return
+    state.checkpointed = state.progress.update
     path, digest = write_checkpoint(order.directory / "checkpoints", state.saved())
     channel.tell(Checkpointed(update=state.progress.update, path=path, digest=digest))
 

@@ -20,6 +20,8 @@ class RunState:
         self.identity = identity(order)
         self.device = device
         self.progress = Progress()
+        self.checkpointed: int | None = None
+        """The update whose checkpoint was written or read last."""
         self.masters = MasterWeights(trainee.parameters(), precision.compute)
         self.optimizer = _optimizer(order.spec.trainer, self.masters)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=precision.scaled)
@@ -44,6 +46,7 @@ class RunState:
                 "submit the job again; it starts from the beginning",
             )
         self.progress = saved.progress.model_copy()
+        self.checkpointed = saved.progress.update
         self.masters.load(dict(saved.weights))
         moments = {key: tensor.to(self.device) if tensor.ndim else tensor for key, tensor in saved.optimizer.items()}
         if moments:

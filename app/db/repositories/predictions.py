@@ -1,10 +1,10 @@
 """Stored predictions."""
 
-from datetime import UTC, datetime
-from typing import Any
-
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from app.db.repositories.paging import newest
+from app.db.repositories.rows import first
 from app.db.tables import PredictionRow
 
 
@@ -12,9 +12,14 @@ class Predictions:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def add(self, prediction_id: str, answer: dict[str, Any]) -> None:
-        self._session.add(PredictionRow(id=prediction_id, answer=answer, created_at=datetime.now(UTC)))
+    def add(self, row: PredictionRow) -> None:
+        self._session.add(row)
+        self._session.flush()
 
-    def get(self, prediction_id: str) -> dict[str, Any] | None:
-        row = self._session.get(PredictionRow, prediction_id)
-        return row.answer if row else None
+    def find(self, reference: str) -> PredictionRow | None:
+        """By id or by name."""
+        wanted = select(PredictionRow).where(or_(PredictionRow.id == reference, PredictionRow.name == reference))
+        return first(self._session, wanted)
+
+    def page(self, after: str | None, limit: int) -> tuple[list[PredictionRow], bool]:
+        return newest(self._session, PredictionRow, PredictionRow.id, after, limit)

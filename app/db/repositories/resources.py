@@ -26,7 +26,7 @@ class Datasets:
         return first(self._session, wanted)
 
     def by_digest(self, digest: str) -> DatasetRow | None:
-        return self._session.scalars(select(DatasetRow).where(DatasetRow.digest == digest)).first()
+        return first(self._session, select(DatasetRow).where(DatasetRow.digest == digest))
 
     def page(self, after: str | None, limit: int) -> tuple[list[DatasetRow], bool]:
         return newest(self._session, DatasetRow, DatasetRow.id, after, limit)
@@ -128,3 +128,12 @@ class Encodings:
 
     def put(self, row: EncodingRow) -> None:
         put(self._session, row)
+
+    def remove(self, dataset: str) -> set[str]:
+        """Delete the encodings of a dataset. The blobs that nobody needs any more: two datasets may share theirs."""
+        gone = delete(EncodingRow).where(EncodingRow.dataset == dataset).returning(EncodingRow.blob)
+        return self.unneeded(set(self._session.scalars(gone)))
+
+    def unneeded(self, blobs: set[str]) -> set[str]:
+        """Those of the blobs that no encoding holds."""
+        return blobs - set(self._session.scalars(select(EncodingRow.blob).where(EncodingRow.blob.in_(blobs))))

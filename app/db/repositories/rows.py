@@ -23,6 +23,11 @@ def first(session: Session, wanted: Select[Row]) -> Row | None:
     return session.scalars(wanted.execution_options(populate_existing=True)).first()
 
 
+def insert_into(session: Session, table: type[Base]) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that can say what is done on a conflict, in the words of the session's database."""
+    return sqlite.insert(table) if session.get_bind().dialect.name == "sqlite" else postgresql.insert(table)
+
+
 def put(session: Session, row: Base) -> None:
     """Insert the row, or replace the one that has its key.
 
@@ -31,8 +36,7 @@ def put(session: Session, row: Base) -> None:
     table = inspect(type(row))
     values: dict[str, Any] = {column.key: getattr(row, column.key) for column in table.column_attrs}
     keys = [column.name for column in table.primary_key]
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    statement = insert(type(row)).values(values)
+    statement = insert_into(session, type(row)).values(values)
     replaced = {name: statement.excluded[name] for name in values if name not in keys}
     settled = statement.on_conflict_do_update(index_elements=keys, set_=replaced).returning(type(row))
     session.scalars(settled, execution_options={"populate_existing": True}).one()

@@ -1,0 +1,69 @@
+"""What `veritune demo` leaves for the documentation's examples to name, made over HTTP like by any client.
+
+Each part is made once: a second demo over the same state finds it there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+DEMO = "demo"
+LATER = "demo-later"
+LATER_ROWS = 24
+SPEC: dict[str, Any] = {
+    "dataset": DEMO,
+    "base_model": "smollm2-135m",
+    "adapter": {"type": "lora", "r": 16},
+    "quantization": {"bits": 4},
+    "trainer": {"train_steps": 30, "effective_batch_size": 8, "learning_rate": 1e-3},
+    "seed": 42,
+}
+CLAIM = "The Danube flows into the Black Sea."
+
+
+class DemoError(Exception):
+    """Why the demo stopped, in words for a newcomer."""
+
+
+def ok(response: httpx.Response) -> dict[str, Any]:
+    """The answer; DemoError when it is a problem."""
+    answer: dict[str, Any] = response.json()
+    if not response.is_success:
+        raise DemoError(f"{response.request.method} {response.request.url.path}: {answer.get('detail', answer)}")
+    return answer
+
+
+def get(client: httpx.Client, path: str) -> dict[str, Any]:
+    return ok(client.get(path))
+
+
+def upload(client: httpx.Client, route: str, name: str, filename: str, content: bytes) -> dict[str, Any]:
+    known = client.get(f"{route}/{name}")
+    if known.is_success:
+        return ok(known)
+    return ok(client.post(route, files={"file": (filename, content)}, data={"name": name}))
+
+
+def leave_paused(client: httpx.Client, train: Path) -> dict[str, Any]:
+    """The job `demo-later`, for pause, resume and cancel. Asked for while the trainer is busy, it never trains."""
+    known = client.get(f"/jobs/{LATER}")
+    job = ok(known) if known.is_success else _submit_later(client, train)
+    if job["status"] in ("queued", "running"):
+        job = ok(client.post(f"/jobs/{LATER}/pause"))
+    return job
+
+
+def _submit_later(client: httpx.Client, train: Path) -> dict[str, Any]:
+    # Some of the rows, as a dataset of its own: one that an unfinished job needs cannot be deleted, and `demo` can.
+    rows = b"".join(train.read_bytes().splitlines(keepends=True)[:LATER_ROWS])
+    dataset = upload(client, "/datasets", LATER, f"{LATER}.jsonl", rows)
+    return ok(client.post("/jobs", json=SPEC | {"name": LATER, "dataset": dataset["id"]}))
+
+
+def store_prediction(client: httpx.Client, corpus: str) -> dict[str, Any]:
+    """A stored prediction named `demo`."""
+    known = client.get(f"/predictions/{DEMO}")
+    if known.is_success:
+        return ok(known)
+    return ok(client.post("/predict", json={"claim": CLAIM, "corpus": corpus, "store": True, "name": DEMO}))

@@ -1,0 +1,20 @@
+"""whose rows an encoding holds
+
+Revision: 0003
+Before it: 0002
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    # Nullable: the version before writes none, and what it wrote is filled in when it is next used.
+    with op.batch_alter_table("encodings", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("dataset", sa.String(length=64), nullable=True))
+        batch_op.create_index(batch_op.f("ix_encodings_dataset"), ["dataset"], unique=False)

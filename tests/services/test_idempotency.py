@@ -1,0 +1,137 @@
+"""Idempotency keys: the work of a key is done once, also when who began it is gone."""
+
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from app.composition import Services
+from app.domain.errors import ConflictError
+from app.services.idempotency import BEATS, Idempotency
+from tests.conftest import ROOT
+
+ROUTE, KEY, BODY = "POST /somewhere", "one", b"a body"
+PATIENCE = 1.2
+
+DIES = f"""
+import os, sys
+from app.db import Database
+from app.services.idempotency import Idempotency
+
+def work():
+    os._exit(9)
+
+Idempotency(Database(sys.argv[1])).once({ROUTE!r}, {KEY!r}, {BODY!r}, work)
+"""
+
+
+class Work:
+    """Work that takes a while and counts how often it was done."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.done = 0
+
+    def __call__(self) -> tuple[int, dict[str, Any]]:
+        self.done += 1
+        time.sleep(self.seconds)
+        return 200, {"done": self.done}
+
+
+@pytest.fixture
+def patient(services: Services) -> Idempotency:
+    return services.idempotency
+
+
+@pytest.fixture
+def hasty(services: Services) -> Idempotency:
+    """Takes a process for dead that gave no sign for a moment."""
+    return Idempotency(services.database, patience=PATIENCE)
+
+
+@pytest.fixture
+def dead(services: Services) -> None:
+    """A process began the request, and died."""
+    died = subprocess.run([sys.executable, "-c", DIES, services.settings.database], check=False, cwd=ROOT)
+    assert died.returncode == 9
+
+
+@pytest.mark.usefixtures("dead")
+def test_a_key_whose_process_died_is_taken_over_after_a_while(patient: Idempotency, hasty: Idempotency) -> None:
+    work = Work()
+    with pytest.raises(ConflictError, match="still under way"):
+        patient.once(ROUTE, KEY, BODY, work)
+    assert work.done == 0
+    time.sleep(PATIENCE)
+    assert hasty.once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
+    assert patient.once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
+
+
+@pytest.mark.usefixtures("dead")
+def test_several_who_find_it_dead_do_it_once(hasty: Idempotency) -> None:
+    work, ready = Work(1.5 * PATIENCE), threading.Barrier(6)
+    refused: list[str] = []
+    time.sleep(PATIENCE)
+
+    def ask() -> None:
+        ready.wait()
+        try:
+            hasty.once(ROUTE, KEY, BODY, work)
+        except ConflictError as error:
+            refused.append(error.code)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (work.done, refused) == (1, ["request_under_way"] * 5)
+
+
+def test_a_long_request_that_lives_keeps_its_key(hasty: Idempotency) -> None:
+    work = Work(3 * PATIENCE)
+    first = threading.Thread(target=hasty.once, args=(ROUTE, KEY, BODY, work))
+    first.start()
+    while first.is_alive():
+        time.sleep(PATIENCE / BEATS)
+        if first.is_alive() and work.done:
+            with pytest.raises(ConflictError, match="still under way"):
+                hasty.once(ROUTE, KEY, BODY, Work())
+            time.sleep(PATIENCE)
+    assert hasty.once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
+
+
+def test_one_that_was_taken_for_dead_changes_nothing(services: Services) -> None:
+    def take(patience: float) -> float | None:
+        with services.database.write() as unit:
+            return unit.keys.take(ROUTE, KEY, "body", patience)
+
+    zombie = take(60.0)
+    assert zombie is not None
+    assert take(60.0) is None
+    time.sleep(0.01)
+    heir = take(0.0)
+    assert heir is not None
+    with services.database.write() as unit:
+        assert unit.keys.beat(ROUTE, KEY, zombie) is None
+        unit.keys.settle(ROUTE, KEY, zombie, 200, {"by": "zombie"})
+        unit.keys.forget(ROUTE, KEY, zombie)
+        unit.keys.settle(ROUTE, KEY, heir, 200, {"by": "heir"})
+    assert take(0.0) is None
+    with services.database.read() as unit:
+        row = unit.keys.get(ROUTE, KEY)
+    assert row is not None
+    assert row.response == {"by": "heir"}
+
+
+def test_a_request_that_failed_gives_its_key_back_after_any_number_of_signs(hasty: Idempotency) -> None:
+    def fails() -> tuple[int, dict[str, Any]]:
+        time.sleep(PATIENCE / 2)
+        raise ConflictError("not now")
+
+    with pytest.raises(ConflictError, match="not now"):
+        hasty.once(ROUTE, KEY, BODY, fails)
+    assert hasty.once(ROUTE, KEY, BODY, Work()) == (200, {"done": 1})
