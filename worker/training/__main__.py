@@ -3,6 +3,7 @@
 Exit status 0: finished, paused or stopped; 1: failed, as the last event says; 3: the supervisor is gone.
 """
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -13,8 +14,12 @@ from app.domain.attempts import Failed, TrainOrder
 from worker.training.channel import Channel
 from worker.training.errors import TrainingError
 
+NICENESS = 10
+"""Somebody waits for an answer, nobody for an update: on cores that both share, the engine goes first."""
+
 
 def main(path: Path) -> int:
+    os.nice(NICENESS)
     channel = Channel.open()
     try:
         order = TrainOrder.model_validate_json(path.read_bytes())
