@@ -1,7 +1,7 @@
 """One forward of a model over stored keys and values: transformers' own for any architecture, a lean one for Llama's.
 
-The lean one joins the products that read one input (q, k and v; gate and up) and the LoRA beside them, and runs a
-third of the kernels. Knows no requests and no caches of prefixes.
+The lean one joins the products that read one input (q, k and v; gate and up) and the LoRA beside them, and runs
+fewer kernels. Knows no requests and no caches of prefixes.
 """
 
 from collections.abc import Callable
