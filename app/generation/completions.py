@@ -1,5 +1,6 @@
 """Generation over OpenAI's completions protocol with vLLM's extensions: one client for our engine and for vLLM."""
 
+import socket
 from typing import Any
 
 import httpx
@@ -8,7 +9,12 @@ from pydantic import SecretStr
 from app.domain.errors import BusyError, InvalidError, NotFoundError, UnavailableError
 from app.generation.base import Generated, GenerationRequest
 
-TIMEOUT = httpx.Timeout(120.0, connect=3.0)
+TIMEOUT = httpx.Timeout(900.0, connect=3.0)
+"""Far beyond what one Thought takes on a loaded machine. A server that dies ends its connections, and the front
+answers 503 when its engine dies; only a host that vanishes says nothing, and that is what the keepalive finds out."""
+
+KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+"""A host that acknowledges nothing for 40 seconds is gone. Options that a system does not know are left out."""
 
 
 class CompletionsGenerator:
@@ -17,7 +23,10 @@ class CompletionsGenerator:
     def __init__(self, url: str, secret: SecretStr | None = None, connections: int = 64) -> None:
         headers = {"Authorization": f"Bearer {secret.get_secret_value()}"} if secret else {}
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT, limits=limits, trust_env=False)
+        transport = httpx.HTTPTransport(limits=limits, socket_options=_keepalive(), trust_env=False)
+        self._client = httpx.Client(
+            base_url=url, headers=headers, timeout=TIMEOUT, transport=transport, trust_env=False
+        )
 
     def generate(self, request: GenerationRequest) -> Generated:
         try:
@@ -39,6 +48,14 @@ class CompletionsGenerator:
 
     def close(self) -> None:
         self._client.close()
+
+
+def _keepalive() -> list[tuple[int, int, int]]:
+    known = [(getattr(socket, name), value) for name, value in KEEPALIVE.items() if hasattr(socket, name)]
+    return [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        *((socket.IPPROTO_TCP, option, value) for option, value in known),
+    ]
 
 
 def _body(request: GenerationRequest) -> dict[str, Any]:

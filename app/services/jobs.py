@@ -58,12 +58,18 @@ class Jobs:
                 for warning in prepared.plan.warnings:
                     unit.jobs.tell(row.id, "plan_warning", warning, "warning", {})
         except IntegrityError:
+            self._check_dataset_is_there(row)
             raise ConflictError(
                 f"there is a job named {row.name!r} already; choose another name or leave it out",
                 code="name_taken",
             ) from None
         self._doorbell.ring(row.id, JobKind(row.kind))
         return self.get(row.id)
+
+    def _check_dataset_is_there(self, row: JobRow) -> None:
+        with self._database.read() as unit:
+            if row.dataset_id is not None and unit.datasets.find(row.dataset_id) is None:
+                raise NotFoundError("the dataset was deleted while the job was submitted", code="unknown_dataset")
 
     def get(self, reference: str) -> Job:
         found = self.several([reference]).get(reference)

@@ -13,6 +13,7 @@ from app.domain.jobs import MAX_ATTEMPTS, TRANSITIONS, WISHES, Job, JobError, Jo
 from app.domain.specs import JobKind
 from app.queue import MemoryDoorbell
 from app.services.attempts import Attempts, Leased
+from app.services.plans import Prepared
 
 KINDS = ("train",)
 
@@ -88,6 +89,21 @@ def test_a_job_can_be_found_by_its_name_which_is_its_own(services: Services, dat
     assert services.jobs.get("first").id == job.id
     with pytest.raises(ConflictError, match="named 'first'"):
         services.jobs.submit({"dataset": dataset, "name": "first"})
+
+
+def test_a_dataset_deleted_while_a_job_is_submitted_is_named(
+    services: Services, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = services.plans.prepare
+
+    def prepare_and_delete(data: object) -> Prepared:
+        prepared = prepare(data)
+        services.datasets.delete(dataset)
+        return prepared
+
+    monkeypatch.setattr(services.plans, "prepare", prepare_and_delete)
+    with pytest.raises(NotFoundError, match="dataset was deleted"):
+        services.jobs.submit({"dataset": dataset})
 
 
 def test_what_is_not_run_yet_is_refused_by_name(services: Services, dataset: str) -> None:

@@ -1,6 +1,7 @@
 """A real training child: what it says, what it obeys, and that a resumed run equals an uninterrupted one."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from app.domain.attempts import CHILD_EVENT, EncodedRow, TrainOrder
 from tests.training.conftest import ROOT, Child, OrderFactory
+from worker.training.__main__ import NICENESS
 from worker.training.checkpoints import checkpoints_in, verify
 
 Start = Callable[[TrainOrder], Child]
@@ -27,6 +29,8 @@ def adapter_bytes(order: TrainOrder) -> dict[str, bytes]:
 def test_a_run_from_order_to_adapter(make_order: OrderFactory, start: Start) -> None:
     order = make_order(updates=9, every=4)
     child = start(order)
+    child.until("metrics", update=1)
+    assert os.getpriority(os.PRIO_PROCESS, child.process.pid) >= NICENESS
     last, status = child.finish()
     events = [CHILD_EVENT.validate_python(event) for event in child.seen]
     assert (status, last["event"], last["outcome"]) == (0, "finished", "succeeded"), child.errors()

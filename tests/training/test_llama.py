@@ -122,8 +122,17 @@ def test_dropout_takes_the_stock_form_which_packs_alike(tiny_base: Path) -> None
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_a_window_takes_the_stock_form_and_is_kept(tmp_path: Path) -> None:
-    trainee = loaded(save(tmp_path, MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=16))))
+WINDOWED: dict[str, Callable[[], Any]] = {
+    "in all layers": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=16)),
+    "in some layers": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("windowed", WINDOWED)
+def test_a_window_takes_the_stock_form_and_is_kept(tmp_path: Path, windowed: str) -> None:
+    trainee = loaded(save(tmp_path, WINDOWED[windowed]()))
     assert not isinstance(trainee.hidden, LlamaBackbone)
     assert max(len(row.ids) for row in ROWS) > 16
     for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):

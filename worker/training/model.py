@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from app.domain.attempts import EncodedRow
 from app.domain.specs import LoraAdapter, Quantization, TrainSpec
-from worker.architecture import window_of
+from worker.architecture import window_of, windows_of
 from worker.precision import Precision
 from worker.training.batches import Batch, collate
 from worker.training.errors import TrainingError
@@ -185,9 +185,13 @@ def _checkpointing(wanted: bool | str, model: PreTrainedModel, device: torch.dev
 def _hidden(model: PreTrainedModel, adapted: PeftModel, *, recompute: bool) -> Hidden:
     """The fast form of the Llama family where it fits and gives the same, else transformers' own."""
     untyped: Any = model
+    window, windows = window_of(model.config), _windows(model)
 
     def stock(batch: Batch) -> torch.Tensor:
-        mask = visible_in_batch(batch.rows, batch.ids.device, window_of(model.config))[None, None]
+        def seen(places: int | None) -> torch.Tensor:
+            return visible_in_batch(batch.rows, batch.ids.device, places)[None, None]
+
+        mask = {kind: seen(places) for kind, places in windows.items()} or seen(window)
         asked = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "attention_mask": mask}
         states: torch.Tensor = untyped.base_model(**asked, use_cache=False).last_hidden_state
         return states[0]
@@ -199,6 +203,17 @@ def _hidden(model: PreTrainedModel, adapted: PeftModel, *, recompute: bool) -> H
         untyped.activation_checkpointing_enable({"use_reentrant": False})
         untyped.enable_input_require_grads()
     return stock
+
+
+def _windows(model: PreTrainedModel) -> dict[str, int | None]:
+    try:
+        return windows_of(model.config)
+    except ValueError as error:
+        raise TrainingError(
+            "unsupported_architecture",
+            f"{type(model).__name__} has {error}, whose rows cannot be packed",
+            "use a model whose layers are all attention, such as Llama, Mistral, Qwen2 or SmolLM",
+        ) from None
 
 
 def _alike(one: Hidden, other: Hidden, model: PreTrainedModel) -> bool:
