@@ -1,6 +1,7 @@
 """What tests share: a deployment of their own over a tiny base model, in a private directory."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ hypothesis_settings.register_profile("veritune", deadline=None)
 hypothesis_settings.load_profile("veritune")
 
 pytest_plugins = ["tests.postgres"]
+
+# A run that is told to end takes the processes along that its fixtures started.
+signal.signal(signal.SIGTERM, lambda *_: pytest.exit("told to end", returncode=143))
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

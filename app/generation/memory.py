@@ -5,6 +5,7 @@ It keeps the same contract: stop strings, allowed tokens, length, ids that decod
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from app.domain.encoding import Tokenization
 from app.generation.base import Generated, GenerationRequest
@@ -24,19 +25,13 @@ class ScriptedGenerator:
         written = self._script(self._tokens.decode(request.prompt), request)
         if request.allowed_token_ids is not None:
             return self._allowed(request, written)
-        ids = list(self._tokens.encode(written))
-        cut = min((written.find(stop) for stop in request.stop if stop in written), default=None)
-        if len(ids) > request.max_tokens:
-            ids = ids[: request.max_tokens]
-            text = self._tokens.decode(ids)
-            reason = "length"
-        else:
-            text, reason = (written if cut is None else written[:cut]), "stop"
-        if cut is not None and cut < len(text):
-            text = written[:cut]
-        return Generated.model_validate(
-            {"ids": tuple(ids), "text": text, "finish_reason": reason, "prompt_tokens": len(request.prompt)}
-        )
+        ids = tuple(self._tokens.encode(written))
+        for end in range(1, min(len(ids), request.max_tokens) + 1):
+            text = self._tokens.decode(ids[:end])
+            if cuts := [text.index(stop) for stop in request.stop if stop in text]:
+                return _generated(request, ids[:end], text[: min(cuts)], "stop")
+        kept = ids[: request.max_tokens]
+        return _generated(request, kept, self._tokens.decode(kept), "stop" if kept == ids else "length")
 
     def _allowed(self, request: GenerationRequest, written: str) -> Generated:
         """The allowed token that begins what the script wrote, else the first; it takes nine tenths."""
@@ -57,3 +52,9 @@ class ScriptedGenerator:
 
     def close(self) -> None:
         return
+
+
+def _generated(
+    request: GenerationRequest, ids: tuple[int, ...], text: str, reason: Literal["stop", "length"]
+) -> Generated:
+    return Generated(ids=ids, text=text, finish_reason=reason, prompt_tokens=len(request.prompt))
