@@ -31,6 +31,7 @@ from app.domain.attempts import (
 )
 from app.domain.errors import LeaseLostError, VerituneError
 from app.domain.jobs import JobError, JobStatus
+from app.domain.specs import servable_by
 from app.queue.base import kinds_of
 from app.services.attempts import Leased
 from app.services.plans import Prepared
@@ -217,7 +218,6 @@ class Supervisor:
 
     def _manifest(self, leased: Leased, prepared: Prepared, finished: Finished) -> Manifest:
         spec = prepared.spec
-        plain = getattr(spec.adapter, "type", None) == "lora" and not getattr(spec.adapter, "use_dora", False)
         return Manifest(
             job_id=leased.job_id,
             kind="full" if spec.adapter is None else "peft",
@@ -237,6 +237,6 @@ class Supervisor:
             metrics=finished.metrics,
             packages=finished.packages,
             code_revision=version("veritune"),
-            servable_by=("veritune", "vllm") if plain else ("veritune",),
+            servable_by=servable_by(spec.adapter),
             created_at=datetime.now(UTC),
         )

@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+Kind = Literal["peft", "full"]
+WEIGHTS: dict[Kind, str] = {"peft": "adapter_model.safetensors", "full": "model.safetensors"}
+CONFIG: dict[Kind, str] = {"peft": "adapter_config.json", "full": "config.json"}
+"""What an adapter's directory computes with: a PEFT adapter's, or a whole model's."""
+
 MANIFEST = "manifest.json"
 CARD = "README.md"
 
@@ -28,7 +31,7 @@ class Manifest(_Word):
 
     schema_version: Literal[1] = 1
     job_id: str
-    kind: Literal["peft", "full"]
+    kind: Kind
     base: ManifestBase
     quantization: dict[str, Any] | None
     spec: dict[str, Any]
@@ -52,7 +55,7 @@ class Adapter(_Word):
     object: Literal["adapter"] = "adapter"
     name: str
     digest: str
-    kind: Literal["peft", "full"]
+    kind: Kind
     job_id: str | None
     base_model: str
     aliases: tuple[str, ...]
@@ -80,32 +83,46 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def model_card(name: str, manifest: Manifest) -> str:
-    """The adapter's README.md: what it is, what made it, how to load it."""
-    loss = manifest.metrics.get("loss")
-    trained = f"- final loss: {loss:.4f}\n" if loss is not None else ""
-    return f"""---
-base_model: {manifest.base.name}
-library_name: peft
-tags: [fact-checking, react, lora]
----
-
-# {name}
-
-A ReAct fact-checking adapter: it writes Thoughts and chooses Actions (`Search[…]`, `Lookup[…]`, `Finish[…]`); what it
-observes must come from a search, never from the model.
-
-- base model: {manifest.base.name} at revision {manifest.base.revision}
-- quantisation while training: {json.dumps(manifest.quantization)}
-- trained on {manifest.dataset_rows} trajectories (dataset digest `{manifest.dataset_digest[:16]}…`)
-{trained}- seed: {manifest.seed}, code revision: {manifest.code_revision}
-
-Load it with PEFT:
+_USE: dict[Kind, str] = {
+    "peft": """Load it with PEFT:
 
 ```python
 from peft import PeftModel
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
-```
+```""",
+    "full": """It is a whole model; load it with transformers:
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+```""",
+}
+
+
+def model_card(name: str, manifest: Manifest) -> str:
+    """The README.md beside the weights: what they are, what made them, how to load them."""
+    loss = manifest.metrics.get("loss")
+    trained = f"- final loss: {loss:.4f}\n" if loss is not None else ""
+    approach = (manifest.spec.get("adapter") or {}).get("type", "full")
+    library = {"peft": "peft", "full": "transformers"}[manifest.kind]
+    what = {"peft": "adapter", "full": "model"}[manifest.kind]
+    return f"""---
+base_model: {manifest.base.name}
+library_name: {library}
+tags: [fact-checking, react, {approach}]
+---
+
+# {name}
+
+A ReAct fact-checking {what}: it writes Thoughts and chooses Actions (`Search[…]`, `Lookup[…]`, `Finish[…]`); what it
+observes must come from a search, never from the model.
+
+- base model: {manifest.base.name} at revision {manifest.base.revision}
+- approach: {approach}; quantisation while training: {json.dumps(manifest.quantization)}
+- trained on {manifest.dataset_rows} trajectories (dataset digest `{manifest.dataset_digest[:16]}…`)
+{trained}- seed: {manifest.seed}, code revision: {manifest.code_revision}
+
+{_USE[manifest.kind]}
 
 The prompt format and its template are in `manifest.json` under `format`; a prompt of another shape is not what it
 was trained on.

@@ -82,7 +82,8 @@ def _says_something(items: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str
 def _problem(item: Mapping[str, Any], data: Any, model: type[BaseModel] | None) -> Problem:
     loc: Loc = tuple(item["loc"])
     context = item.get("ctx", {})
-    place = _place(loc, data) + tuple(context.get("place", ()))
+    inside = tuple(context.get("place", ()))
+    place = _place(loc, data, whole=bool(inside)) + inside
     match item["type"]:
         case "extra_forbidden":
             return _unknown_key(loc, place, model)
@@ -108,15 +109,17 @@ def _unknown_key(loc: Loc, place: Loc, model: type[BaseModel] | None) -> Problem
     return Problem(place, message, f"did you mean {close!r}?" if close else f"known here: {', '.join(known)}")
 
 
-def _place(loc: Loc, data: Any) -> Loc:
-    """`loc` as a path into `data`: without the names of union members that pydantic puts in between."""
+def _place(loc: Loc, data: Any, *, whole: bool) -> Loc:
+    """`loc` as a path into `data`: without the names of union members that pydantic puts in between.
+
+    `whole`: it is that of an object and no key of it, so that the last part may be such a name too."""
     place: list[str | int] = []
     for number, part in enumerate(loc):
         if isinstance(data, dict) and part in data:
             data = data[str(part)]
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             data = data[part]
-        elif number + 1 < len(loc) or not isinstance(data, dict):
+        elif whole or number + 1 < len(loc) or not isinstance(data, dict):
             continue
         place.append(part)
     return tuple(place)

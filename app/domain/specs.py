@@ -109,11 +109,38 @@ class AdaloraAdapter(_Adapter):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: TargetModules = "all-linear"
 
+    @model_validator(mode="after")
+    def _shrinks(self) -> Self:
+        if self.target_r >= self.init_r:
+            raise _disagree(
+                f"adalora begins with init_r {self.init_r} ranks and ends with fewer, but target_r says "
+                f"{self.target_r}; use a target_r below init_r",
+                "target_r",
+            )
+        return self
+
+    @property
+    def scale_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.init_r
+
 
 class Ia3Adapter(_Adapter):
+    """Learned scales of activations. `feedforward_modules`: those of `target_modules` whose input is scaled."""
+
     type: Literal["ia3"]
-    target_modules: tuple[str, ...] | None = None
-    feedforward_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1, max_length=MODULE_LIMIT)] | None = None
+    feedforward_modules: Annotated[tuple[str, ...], Field(max_length=MODULE_LIMIT)] | None = None
+
+    @model_validator(mode="after")
+    def _inner_is_target(self) -> Self:
+        if (self.target_modules is None) != (self.feedforward_modules is None):
+            raise _disagree("name both target_modules and feedforward_modules, or neither", "feedforward_modules")
+        if surplus := set(self.feedforward_modules or ()) - set(self.target_modules or ()):
+            raise _disagree(
+                f"feedforward_modules must be among target_modules: {', '.join(sorted(surplus))}",
+                "feedforward_modules",
+            )
+        return self
 
 
 class AdaptionPromptAdapter(_Adapter):
@@ -280,6 +307,12 @@ class TrainSpec(_Spec):
         pairing = PAIRINGS[adapter_word(self.adapter)][quantization_word(self.quantization)]
         if pairing is not None:
             raise _disagree(pairing, "quantization")
+        if getattr(self.adapter, "use_dora", False) and self.quantization is not None and self.quantization.bits == 8:
+            raise _disagree(
+                "use_dora does not train over an 8-bit base; use quantization {bits: 4}, or leave use_dora out",
+                "adapter",
+                "use_dora",
+            )
         initialiser = getattr(self.adapter, "init_lora_weights", True)
         if initialiser in ("pissa", "olora") and self.quantization is not None:
             raise _disagree(
@@ -307,6 +340,17 @@ def quantization_word(quantization: Quantization | None) -> str:
     return "none" if quantization is None else f"{quantization.bits}-bit"
 
 
+def servable_by(adapter: AdapterSpec | None) -> tuple[str, ...]:
+    """Who can serve what such a job publishes. vLLM takes whole models and plain LoRA; AdaLoRA is published as that."""
+    plain = adapter is None or adapter.type == "adalora" or (adapter.type == "lora" and not adapter.use_dora)
+    return ("veritune", "vllm") if plain else ("veritune",)
+
+
+def shares_its_base(adapter: AdapterSpec | None) -> bool:
+    """Whether adapters of this kind can lie beside each other over one served base, and be switched there."""
+    return adapter is not None and adapter.type in ("lora", "adalora")
+
+
 _FULL_NEEDS_PLAIN = (
     "full fine-tuning (adapter: null) changes every weight, which a quantised base cannot take; "
     "set quantization to null, or keep the quantisation and use adapter {type: lora}"
@@ -328,14 +372,11 @@ def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
     """(place, what) of everything in the spec that parses but that this version does not run."""
     trainer, adapter = spec.trainer, spec.adapter
     asked: list[tuple[bool, tuple[str, ...], str]] = [
-        (adapter is None, ("adapter",), "full fine-tuning"),
-        (adapter is not None and adapter.type != "lora", ("adapter", "type"), "adapters other than lora"),
         (
             adapter is not None and adapter.pretrained_adapter_weights is not None,
             ("adapter", "pretrained_adapter_weights"),
             "starting from a trained adapter",
         ),
-        (spec.quantization is not None and spec.quantization.bits == 8, ("quantization", "bits"), "8 bits"),
         (spec.backend.processes > 1, ("backend", "processes"), "more than one process"),
         (spec.backend.strategy is not None, ("backend", "strategy"), "a distribution strategy"),
         (
@@ -345,15 +386,6 @@ def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
         ),
         (trainer.early_stop != -1, ("trainer", "early_stop"), "early stopping"),
     ]
-    if isinstance(adapter, LoraAdapter):
-        asked += [
-            (adapter.use_dora, ("adapter", "use_dora"), "DoRA"),
-            (
-                adapter.init_lora_weights is not True,
-                ("adapter", "init_lora_weights"),
-                "an initialiser other than the default",
-            ),
-        ]
     return [(place, what) for wanted, place, what in asked if wanted]
 
 

@@ -37,20 +37,20 @@ class Adapters:
         sweep(self._directory, ".partial-*")
 
     def publish(self, lease: Lease, name: str, directory: Path, manifest: Manifest) -> str | None:
-        """Store a trained adapter and end its job as succeeded, in one transaction.
+        """Store what was trained and end its job as succeeded, in one transaction.
 
         Returns the adapter's id; None when the user asked to cancel before the transaction began (the job is
         cancelled then, and nothing is published).
         """
-        weights, config = directory / WEIGHTS, (directory / CONFIG).read_bytes()
-        stored = {WEIGHTS: self._blobs.put_file(weights), CONFIG: self._blobs.put_bytes(config)}
+        weights, config = WEIGHTS[manifest.kind], CONFIG[manifest.kind]
+        stored = {path.name: self._blobs.put_file(path) for path in sorted(directory.iterdir())}
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
         stored[MANIFEST] = self._blobs.put_bytes(document.encode())
         stored[CARD] = self._blobs.put_bytes(model_card(name, manifest).encode())
         row = AdapterRow(
             id=new_id("adp"),
             name=name,
-            digest=adapter_digest(stored[WEIGHTS].digest, config),
+            digest=adapter_digest(stored[weights].digest, (directory / config).read_bytes()),
             kind=manifest.kind,
             job_id=manifest.job_id,
             base_model=manifest.base.name,
@@ -61,7 +61,7 @@ class Adapters:
         )
         published = self._commit(lease, row)
         if published is None:
-            self._drop({WEIGHTS, MANIFEST, CARD}, row)  # the same config may be on its way into another adapter
+            self._drop({weights, MANIFEST, CARD}, row)  # the other files may be on their way into another adapter
         else:
             self.on_disk(row.digest)
         return published

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from app.composition import Services, compose
 from app.db.base import Base
 from app.db.migrating import migrate
-from app.domain.adapters import CONFIG, WEIGHTS, Manifest, ManifestBase
+from app.domain.adapters import CONFIG, WEIGHTS, Kind, Manifest, ManifestBase
 from app.domain.attempts import Metrics
 from app.domain.base_models import BaseModelDescription
 from app.domain.devices import DeviceDescription
@@ -239,14 +239,15 @@ def make_adapter(services: Services, lease: Lease, directory: Path, name: str) -
     """Publish an adapter for a leased job, as the supervisor does at its end; returns its id."""
     job = services.jobs.get(lease.job_id)
     base = services.base_models.get(job.spec.base_model)
+    kind: Kind = "full" if job.spec.adapter is None else "peft"
     directory.mkdir(parents=True)
-    (directory / WEIGHTS).write_bytes(b"weights of " + name.encode())
-    (directory / CONFIG).write_text('{"peft_type": "LORA", "r": 16}')
+    (directory / WEIGHTS[kind]).write_bytes(b"weights of " + name.encode())
+    (directory / CONFIG[kind]).write_text('{"peft_type": "LORA", "r": 16}')
     manifest = Manifest(
         job_id=lease.job_id,
-        kind="peft",
+        kind=kind,
         base=ManifestBase(name=base.name, revision="1", digest=base.digest),
-        quantization={"bits": 4},
+        quantization=job.spec.quantization and job.spec.quantization.model_dump(),
         spec=job.spec.model_dump(mode="json"),
         dataset_digest="0" * 64,
         dataset_rows=4,

@@ -55,7 +55,7 @@ def test_files_on_disk_go_with_the_last_adapter_that_has_them(
     served.adapters.publish(held, "twin", tmp_path / "adapter", manifest)
     directory = served.settings.cache_path / "adapters" / served.adapters.get(adapter).digest
     assert client.delete("/adapters/first").status_code == 204
-    assert (directory / WEIGHTS).is_file()
+    assert (directory / WEIGHTS["peft"]).is_file()
     assert client.delete("/adapters/twin").status_code == 204
     assert not directory.exists()
 

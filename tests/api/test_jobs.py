@@ -131,7 +131,7 @@ def test_a_wish_for_an_unknown_job(door: TestClient, wish: str) -> None:
         ({"dataset": ""}, "invalid_spec", "dataset", "1 to 200 characters"),
         ({"kind": "evaluate"}, "not_yet_supported", "kind", "train"),
         ({"kind": "tain"}, "invalid_spec", "kind", "did you mean 'train'?"),
-        ({"adapter": None, "quantization": None}, "not_yet_supported", "adapter", "full fine-tuning"),
+        ({"backend": {"processes": 2}}, "not_yet_supported", "backend.processes", "one process"),
         ({"preprocessing": {"global_max_sequence_length": 4_096}}, "invalid_spec",
          "preprocessing.global_max_sequence_length", "context of 512"),
         ({"input_features": [{"name": "text"}]}, "invalid_spec", "input_features.0.name", "'claim'"),

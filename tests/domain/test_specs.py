@@ -132,7 +132,7 @@ def test_everything_really_names_every_key() -> None:
     "adapter",
     [
         {"type": "adalora", "target_r": 4, "init_r": 6, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj"]},
-        {"type": "ia3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]},
+        {"type": "ia3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
         {"type": "adaption_prompt", "adapter_len": 8, "adapter_layers": 2},
         {"type": "lora", "use_dora": True},
         {"type": "lora", "init_lora_weights": "gaussian"},
@@ -255,16 +255,8 @@ def test_an_initialiser_that_would_change_a_quantised_base(initialiser: str, bit
 @pytest.mark.parametrize(
     ("asked", "place"),
     [
-        ({"adapter": None, "quantization": None}, ("adapter",)),
-        ({"adapter": {"type": "adalora"}}, ("adapter", "type")),
-        ({"adapter": {"type": "ia3"}, "quantization": None}, ("adapter", "type")),
-        ({"adapter": {"type": "adaption_prompt"}}, ("adapter", "type")),
         ({"adapter": {"type": "lora", "pretrained_adapter_weights": "adp_1"}},
          ("adapter", "pretrained_adapter_weights")),
-        ({"adapter": {"type": "lora", "use_dora": True}}, ("adapter", "use_dora")),
-        ({"adapter": {"type": "lora", "init_lora_weights": "gaussian"}}, ("adapter", "init_lora_weights")),
-        ({"adapter": {"type": "lora", "init_lora_weights": False}}, ("adapter", "init_lora_weights")),
-        ({"quantization": {"bits": 8}}, ("quantization", "bits")),
         ({"backend": {"processes": 2}}, ("backend", "processes")),
         ({"backend": {"strategy": "ddp"}}, ("backend", "strategy")),
         ({"preprocessing": {"split": {"probabilities": [0.9, 0.1, 0]}}}, ("preprocessing", "split")),
@@ -280,12 +272,30 @@ def test_what_is_understood_but_not_run_yet(asked: dict[str, Any], place: tuple[
 
 
 def test_all_that_is_not_run_yet_is_listed_at_once() -> None:
-    error = refusal(trainer={"early_stop": 5}, backend={"processes": 2}, quantization={"bits": 8})
-    assert len(error.problems) == 3
+    error = refusal(trainer={"early_stop": 5}, backend={"processes": 2})
+    assert len(error.problems) == 2
 
 
-def test_rank_stabilised_lora_and_no_quantisation_run() -> None:
-    read_spec(LEAST | {"adapter": {"type": "lora", "use_rslora": True}, "quantization": None})
+@pytest.mark.parametrize(
+    ("adapter", "quantization", "place", "words"),
+    [
+        ({"type": "adalora", "target_r": 12, "init_r": 12}, {"bits": 4}, ("adapter", "target_r"), "below init_r"),
+        ({"type": "lora", "use_dora": True}, {"bits": 8}, ("adapter", "use_dora"), "bits: 4"),
+        (
+            {"type": "ia3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]},
+            None,
+            ("adapter", "feedforward_modules"),
+            "down_proj",
+        ),
+        ({"type": "ia3", "target_modules": ["k_proj"]}, None, ("adapter", "feedforward_modules"), "both"),
+    ],
+)
+def test_keys_of_an_adapter_that_do_not_go_together(
+    adapter: dict[str, Any], quantization: dict[str, Any] | None, place: tuple[str, ...], words: str
+) -> None:
+    error = refusal(adapter=adapter, quantization=quantization)
+    assert error.problems[0].loc == place
+    assert words in error.detail
 
 
 # Bounds.

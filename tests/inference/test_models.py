@@ -131,7 +131,7 @@ def test_an_adapter_of_another_base_is_refused(shelf: Shelf, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"peft_type": "IA3"}, "type IA3"),
+        ({"peft_type": "LOHA"}, "type LOHA"),
         ({"r": 9}, "rank 9"),
         ({"init_lora_weights": "pissa_niter_4"}, "convert"),
         ({"target_modules": ["nothing"]}, "does not fit"),

@@ -108,8 +108,8 @@ def test_a_dataset_deleted_while_a_job_is_submitted_is_named(
 
 def test_what_is_not_run_yet_is_refused_by_name(services: Services, dataset: str) -> None:
     with pytest.raises(NotYetSupportedError) as caught:
-        services.jobs.submit({"dataset": dataset, "adapter": None, "quantization": None})
-    assert caught.value.problems[0].loc == ("adapter",)
+        services.jobs.submit({"dataset": dataset, "backend": {"processes": 2}})
+    assert caught.value.problems[0].loc == ("backend", "processes")
     assert services.jobs.page(None, 10, None) == ([], False)
 
 

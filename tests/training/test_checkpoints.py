@@ -23,6 +23,7 @@ def saved(update: int) -> Saved:
         progress=Progress(update=update, applied=update, loss=1.5),
         weights={"a": torch.full((3,), float(update))},
         optimizer={"step": torch.tensor(float(update)), "exp_avg": torch.ones(3)},
+        ranks={},
         generators={"cpu": torch.get_rng_state()},
         scaler={"scale": 4_096.0},
     )

@@ -48,19 +48,19 @@ def loaded(base: Path, **spec: object) -> Trainee:
     asked = TrainSpec.model_validate(
         {"dataset": "d", "adapter": {"type": "lora", "r": 4}, "quantization": None, **spec}
     )
-    trainee = load_trainee(base, asked, FP32, torch.device("cpu"), lambda _: None)
-    for parameter in trainee.parameters().values():
+    trainee = load_trainee(base, asked, 30, FP32, torch.device("cpu"), lambda _: None)
+    for parameter in trainee.approach.parameters().values():
         torch.nn.init.normal_(parameter, std=0.1)
     return trainee
 
 
 def run(trainee: Trainee, hidden: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
     """The hidden states of packed rows, and every parameter's gradient of a weighted sum of them."""
-    trainee.peft.zero_grad()
+    trainee.approach.module.zero_grad()
     states = hidden(collate(ROWS))
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
     (states * weights).sum().backward()  # type: ignore[no-untyped-call]
-    return [states.detach(), *(p.grad.clone() for p in trainee.parameters().values() if p.grad is not None)]
+    return [states.detach(), *(p.grad.clone() for p in trainee.approach.parameters().values() if p.grad is not None)]
 
 
 def one_by_one(trainee: Trainee) -> Callable[[Batch], torch.Tensor]:
@@ -117,7 +117,7 @@ def test_dropout_takes_the_stock_form_which_packs_alike(tiny_base: Path) -> None
     """Dropout draws a mask for every layer of its own, which the fast form does not do."""
     trainee = loaded(tiny_base, adapter={"type": "lora", "r": 4, "dropout": 0.5})
     assert not isinstance(trainee.hidden, LlamaBackbone)
-    trainee.peft.eval()
+    trainee.approach.module.eval()
     for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 

@@ -19,8 +19,8 @@ def trainee(base: Path, **trainer: object) -> Trainee:
     """The tiny model in float32 over NF4, with LoRA layers that are not zero, so that all of them get gradients."""
     spec = TrainSpec.model_validate({"dataset": "d", "adapter": {"type": "lora", "r": 4}, "trainer": trainer})
     torch.manual_seed(3)
-    loaded = load_trainee(base, spec, FP32, torch.device("cpu"), lambda _: None)
-    for parameter in loaded.parameters().values():
+    loaded = load_trainee(base, spec, 30, FP32, torch.device("cpu"), lambda _: None)
+    for parameter in loaded.approach.parameters().values():
         torch.nn.init.normal_(parameter, std=0.1)
     return loaded
 
@@ -36,12 +36,12 @@ ROWS = make_rows(8)
 def backward(model: Trainee, batches: list[Batch], chunk: int = 512) -> tuple[float, dict[str, torch.Tensor]]:
     """(mean loss, gradients) of one update."""
     labelled = sum(batch.labelled for batch in batches)
-    model.peft.zero_grad()
+    model.approach.module.zero_grad()
     total = 0.0
     for batch in batches:
         hidden = model.hidden(batch)
         total += float(backward_loss(hidden, model.head, batch.predictors, batch.targets, 1 / labelled, chunk))
-    gradients = {name: p.grad.clone() for name, p in model.parameters().items() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in model.approach.parameters().items() if p.grad is not None}
     return total / labelled, gradients
 
 
@@ -55,18 +55,18 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_it_is_the_loss_of_each_sequence_read_alone(model: Trainee) -> None:
     """Packed rows and shared beginnings change nothing: stock PEFT, one sequence at a time, gives the same."""
     loss, gradients = backward(model, [collate(ROWS)])
-    model.peft.zero_grad()
+    model.approach.module.zero_grad()
     alone = apart(ROWS)
     labelled = sum(len(predictions(row)) for row in alone)
     expected = 0.0
     for row in alone:
-        logits = model.peft(input_ids=torch.tensor([row.ids])).logits[0]
+        logits = model.approach.module(input_ids=torch.tensor([row.ids])).logits[0]
         places, targets = (torch.tensor(column) for column in zip(*predictions(row), strict=True))
         part = cross_entropy(logits[places], targets, reduction="sum") / labelled
         part.backward()  # type: ignore[no-untyped-call]
         expected += float(part.detach())
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert same(gradients, {n: p.grad for n, p in model.parameters().items() if p.grad is not None})
+    assert same(gradients, {n: p.grad for n, p in model.approach.parameters().items() if p.grad is not None})
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
@@ -97,10 +97,12 @@ def test_every_lora_parameter_gets_the_same_gradient_with_and_without_checkpoint
     tiny_base: Path, model: Trainee
 ) -> None:
     checkpointed = trainee(tiny_base, enable_gradient_checkpointing=True)
-    for mine, theirs in zip(checkpointed.parameters().values(), model.parameters().values(), strict=True):
+    for mine, theirs in zip(
+        checkpointed.approach.parameters().values(), model.approach.parameters().values(), strict=True
+    ):
         mine.data.copy_(theirs.data)
     batch = collate(ROWS)
     plain, recomputed = backward(model, [batch]), backward(checkpointed, [batch])
-    assert len(plain[1]) == len(model.parameters())
+    assert len(plain[1]) == len(model.approach.parameters())
     assert all(gradient.abs().max() > 0 for gradient in plain[1].values())
     assert same(plain[1], recomputed[1])

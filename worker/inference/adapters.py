@@ -1,6 +1,7 @@
-"""Which model answers: bases and the LoRA adapters over them, loaded on demand and dropped by LRU.
+"""Which model answers: bases and the adapters over them, loaded on demand and dropped by LRU.
 
-One base holds all its adapters; at any moment one of them, or none, is active. Knows no requests.
+One base holds all its LoRA adapters; at any moment one of them, or none, is active. An adapter of another kind has a
+base for itself, which answers as that adapter and nothing else. Knows no requests.
 """
 
 import gc
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from worker.inference.bases import Base, ModelError, compute_device, compute_dtype, load_base
@@ -25,6 +26,8 @@ from worker.inference.wire import EngineSettings
 # Their initialisers change the base's own weights, which all other adapters share.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
 
+
+SERVED_KINDS = ("LORA", "IA3", "ADAPTION_PROMPT")
 
 UNKNOWN = ""  # adding or removing an adapter may change which ones PEFT has switched on
 
@@ -40,6 +43,7 @@ class AdaptedBase:
         self._stock = StockForward(base.model)
         self._lean = lean_forward(base.model)
         self._loras: dict[str, list[LayerLora] | None] = {}
+        self._alone = False
 
     def forward(self, digest: str | None) -> Forward:
         """The forward that answers as the adapter which was activated, or as the base for None."""
@@ -54,7 +58,7 @@ class AdaptedBase:
         """Make the next forward answer as this adapter, or as the base for None."""
         if digest is not None:
             self.loaded.move_to_end(digest)
-        if self.peft is None or digest == self.active:
+        if self.peft is None or digest == self.active or self._alone:
             return
         tuner: Any = self.peft.base_model
         if digest is None:
@@ -67,6 +71,9 @@ class AdaptedBase:
     def load(self, digest: str, directory: Path, max_rank: int) -> None:
         """Add an adapter from its PEFT directory. A bad one raises ModelError and leaves nothing behind."""
         config = _read_config(digest, directory, max_rank)
+        shared = isinstance(config, LoraConfig)
+        if self._alone or (self.loaded and not shared):
+            raise ModelError(f"adapter {digest} cannot share its base model with others")
         weights = _read_weights(digest, directory)
         name = "a" + hashlib.sha256(digest.encode()).hexdigest()[:24]  # PEFT allows no dots in names
         try:
@@ -78,7 +85,8 @@ class AdaptedBase:
         finally:
             self.active = UNKNOWN
         self.loaded[digest] = name
-        self._loras[digest] = None if self._lean is None else loras_of(self.base.model, name)
+        self._alone = not shared
+        self._loras[digest] = loras_of(self.base.model, name) if shared and self._lean is not None else None
 
     def drop(self, digest: str) -> None:
         """Forget an adapter and give its memory back."""
@@ -86,7 +94,7 @@ class AdaptedBase:
         del self._loras[digest]
         self.active = UNKNOWN
 
-    def _inject(self, name: str, config: LoraConfig) -> None:
+    def _inject(self, name: str, config: PeftConfig) -> None:
         if self.peft is None:
             with warnings.catch_warnings():
                 # PEFT asks transformers for a property by its old name
@@ -98,15 +106,15 @@ class AdaptedBase:
 
     def _fill(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         assert self.peft is not None
+        wanted = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False).keys()
+        if missing := len(wanted - weights.keys()):
+            raise ModelError(f"{missing} of its weights are missing")
         result: Any = set_peft_model_state_dict(self.peft, weights, adapter_name=name)
-        missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
-        if missing or result.unexpected_keys:
-            surplus = len(result.unexpected_keys)
-            raise ModelError(f"{len(missing)} of its weights are missing, {surplus} are not in the base")
-        dtype = self.base.model.dtype
-        for key, parameter in self.peft.named_parameters():
-            if f".{name}." in key or key.endswith(f".{name}"):
-                parameter.data = parameter.data.to(dtype)
+        if surplus := len(result.unexpected_keys):
+            raise ModelError(f"{surplus} of its weights are not in the base")
+        for parameter in self.peft.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.base.model.dtype)
                 parameter.requires_grad_(False)
 
     def _forget(self, name: str) -> None:
@@ -183,24 +191,29 @@ class Models:
             adapted.drop(digest)
 
 
-def _read_config(digest: str, directory: Path, max_rank: int) -> LoraConfig:
+def _read_config(digest: str, directory: Path, max_rank: int) -> PeftConfig:
     try:
         raw: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
         kind = raw.get("peft_type")
-        config: Any = LoraConfig.from_pretrained(str(directory)) if kind == "LORA" else None
+        config: Any = PeftConfig.from_pretrained(str(directory)) if kind in SERVED_KINDS else None
     except Exception as error:
         raise ModelError(f"adapter {digest} has no readable adapter_config.json") from error
     if config is None:
-        raise ModelError(f"adapter {digest} is of type {kind}; this engine serves LORA")
-    initialiser = config.init_lora_weights
+        raise ModelError(f"adapter {digest} is of type {kind}; this engine serves {', '.join(SERVED_KINDS)}")
+    if isinstance(config, LoraConfig):
+        _check_lora(digest, config, max_rank)
+    config.inference_mode = True
+    checked: PeftConfig = config
+    return checked
+
+
+def _check_lora(digest: str, config: LoraConfig, max_rank: int) -> None:
+    initialiser: Any = config.init_lora_weights
     if isinstance(initialiser, str) and initialiser.lower().startswith(CHANGES_THE_BASE):
         raise ModelError(f"adapter {digest} was initialised by {initialiser}: convert it to plain LoRA first")
-    rank = max([config.r, *config.rank_pattern.values()])
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
     if rank > max_rank:
         raise ModelError(f"adapter {digest} has rank {rank}; at most {max_rank} is served")
-    config.inference_mode = True
-    checked: LoraConfig = config
-    return checked
 
 
 def _read_weights(digest: str, directory: Path) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 from worker.precision import precision_here
+from worker.quantization import bitsandbytes_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
@@ -121,16 +122,7 @@ def _load_weights(
 
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantization.bits != 4:
-        raise ModelError(f"a {quantization.bits}-bit base is not served yet; 4-bit and unquantised ones are")
-    untyped: Any = BitsAndBytesConfig
-    config: BitsAndBytesConfig = untyped(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return config
+    return bitsandbytes_config(quantization.bits, quantization.type, double_quant=quantization.double, compute=dtype)
 
 
 def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:

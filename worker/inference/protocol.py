@@ -30,7 +30,7 @@ class Frozen(BaseModel):
 class ServedModel(Frozen):
     """What a digest stands for: a base model on disk, how it is quantised, and perhaps an adapter over it.
 
-    `quantization` is None or `{"bits": 4, "type": "nf4" | "fp4", "double": bool}`; paths are directories of
+    `quantization` is None or `{"bits": 4 | 8, "type": "nf4" | "fp4", "double": bool}`; paths are directories of
     this machine; `max_model_len` counts prompt and answer tokens together.
     """
 

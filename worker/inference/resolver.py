@@ -3,8 +3,10 @@
 from typing import Any
 
 from app.composition import Services
+from app.domain.adapters import Manifest
+from app.domain.base_models import canonical_digest
 from app.domain.errors import NotFoundError
-from app.domain.specs import Quantization
+from app.domain.specs import Quantization, TrainSpec, shares_its_base
 from worker.bases import ensure_base
 from worker.inference.front import UnknownModel
 from worker.inference.protocol import ServedModel
@@ -15,6 +17,7 @@ SERVED: tuple[Quantization | None, ...] = (
     Quantization(double_quant=False),
     Quantization(quant_type="fp4"),
     Quantization(quant_type="fp4", double_quant=False),
+    Quantization(bits=8),
 )
 """The quantisations at which a base may be asked for."""
 
@@ -34,11 +37,15 @@ class PublishedResolver:
             row = self._services.adapters.by_digest(digest)
         except NotFoundError:
             return None
-        manifest = row.manifest
-        held = manifest["quantization"]
-        quantization = Quantization.model_validate(held) if held else None
-        directory = self._services.adapters.on_disk(digest)
-        return self._served(digest, manifest["base"]["digest"], quantization, str(directory))
+        manifest = Manifest.model_validate(row.manifest)
+        directory = str(self._services.adapters.on_disk(digest))
+        spec = TrainSpec.model_validate(manifest.spec)
+        served = self._served(digest, manifest.base.digest, spec.quantization, directory)
+        if manifest.kind == "full":
+            return served.model_copy(update={"base_digest": digest, "base_path": directory, "adapter_path": None})
+        if shares_its_base(spec.adapter):
+            return served
+        return served.model_copy(update={"base_digest": canonical_digest([served.base_digest, digest])})
 
     def _base(self, digest: str) -> ServedModel:
         for view in self._services.base_models.all():

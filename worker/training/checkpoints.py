@@ -53,6 +53,7 @@ class Saved:
     progress: Progress
     weights: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
+    ranks: Mapping[str, torch.Tensor]
     generators: Mapping[str, torch.Tensor]
     scaler: Mapping[str, float]
 
@@ -65,6 +66,7 @@ def write_checkpoint(parent: Path, saved: Saved) -> tuple[Path, str]:
     partial.mkdir(parents=True)
     save_file(dict(saved.weights), partial / "weights.safetensors")
     save_file(dict(saved.optimizer), partial / "optimizer.safetensors")
+    save_file(dict(saved.ranks), partial / "ranks.safetensors")
     save_file(dict(saved.generators), partial / "generators.safetensors")
     state = _State(identity=saved.identity, progress=saved.progress, scaler=dict(saved.scaler))
     (partial / "state.json").write_text(state.model_dump_json(indent=2), encoding="utf-8")
@@ -122,6 +124,7 @@ def read_checkpoint(directory: Path) -> Saved:
         progress=state.progress,
         weights=load_file(directory / "weights.safetensors"),
         optimizer=load_file(directory / "optimizer.safetensors"),
+        ranks=load_file(directory / "ranks.safetensors"),
         generators=load_file(directory / "generators.safetensors"),
         scaler=state.scaler,
     )

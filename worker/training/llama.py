@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from torch.nn import functional
 
@@ -244,14 +244,14 @@ class LlamaBackbone:
         return out
 
 
-def llama_backbone(adapted: PeftModel, model: Any, *, recompute: bool) -> LlamaBackbone | None:
+def llama_backbone(adapted: nn.Module, model: Any, *, recompute: bool) -> LlamaBackbone | None:
     """The backbone of `model` in this form, or None where its architecture or its adapter needs another."""
     return LlamaBackbone(model, recompute=recompute) if _fits(adapted, model) else None
 
 
-def _fits(adapted: PeftModel, model: Any) -> bool:
-    adapter = adapted.peft_config["default"]
-    plain = isinstance(adapter, LoraConfig) and not adapter.use_dora and not adapter.lora_dropout
+def _fits(adapted: Any, model: Any) -> bool:
+    adapter = adapted.peft_config["default"] if hasattr(adapted, "peft_config") else None
+    plain = adapter is not None and type(adapter) is LoraConfig and not adapter.use_dora and not adapter.lora_dropout
     return plain and is_llama(model.config) and all(type(layer) in (nn.Linear, Linear4bit) for layer in _linears(model))
 
 

@@ -16,11 +16,13 @@ class MasterWeights:
 
     def __init__(self, parameters: dict[str, nn.Parameter], compute: torch.dtype) -> None:
         self._parameters = parameters
+        self.names = tuple(parameters)
         self.flat = nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters.values()]))
         self.flat.grad = torch.zeros_like(self.flat)
+        self._places = _places(parameters)
         self._copy = torch.empty_like(self.flat, dtype=compute, requires_grad=False)
         self._fresh = torch.zeros_like(self._copy)
-        for name, (start, end) in self._places().items():
+        for name, (start, end) in self._places.items():
             parameter = parameters[name]
             shape = parameter.shape
             parameter.data = self._copy[start:end].view(shape)
@@ -47,23 +49,39 @@ class MasterWeights:
         self.gradient.zero_()
         self._fresh.zero_()
 
+    def value(self, name: str) -> torch.Tensor:
+        """The masters of one parameter, as a view."""
+        start, end = self._places[name]
+        return self.flat.detach()[start:end].view(self._parameters[name].shape)
+
+    def gradient_of(self, name: str) -> torch.Tensor:
+        """The sum of one parameter's gradients, as a view."""
+        start, end = self._places[name]
+        return self.gradient[start:end].view(self._parameters[name].shape)
+
+    def lend_gradients(self) -> None:
+        """Show the sums as the parameters' own gradients, until `reset`."""
+        self._fresh.copy_(self.gradient)
+
+    def drop_zeros(self, name: str) -> None:
+        """Set the masters of one parameter to zero where its compute copy was set to zero."""
+        self.value(name).masked_fill_(self._parameters[name].detach() == 0, 0.0)
+
     def by_name(self) -> dict[str, torch.Tensor]:
         """The masters under their parameters' names, as copies."""
-        return {
-            name: self.flat.detach()[start:end].view(self._parameters[name].shape).clone()
-            for name, (start, end) in self._places().items()
-        }
+        return {name: self.value(name).clone() for name in self.names}
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
         """Set the masters from what `by_name` gave. Raises KeyError when a parameter is missing."""
-        for name, (start, end) in self._places().items():
+        for name, (start, end) in self._places.items():
             self.flat.data[start:end].copy_(values[name].flatten())
         self.refresh()
 
-    def _places(self) -> dict[str, tuple[int, int]]:
-        places: dict[str, tuple[int, int]] = {}
-        start = 0
-        for name, parameter in self._parameters.items():
-            places[name] = (start, start + parameter.numel())
-            start += parameter.numel()
-        return places
+
+def _places(parameters: dict[str, nn.Parameter]) -> dict[str, tuple[int, int]]:
+    places: dict[str, tuple[int, int]] = {}
+    start = 0
+    for name, parameter in parameters.items():
+        places[name] = (start, start + parameter.numel())
+        start += parameter.numel()
+    return places

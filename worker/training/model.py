@@ -1,22 +1,22 @@
-"""The base model, frozen and perhaps quantised, with LoRA layers in it. It knows no data."""
+"""The base model, perhaps quantised, with what is trained of it, as an update needs them. It knows no data."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from app.domain.attempts import EncodedRow
-from app.domain.specs import LoraAdapter, Quantization, TrainSpec
+from app.domain.specs import Quantization, TrainSpec
 from worker.architecture import window_of, windows_of
 from worker.precision import Precision
+from worker.quantization import bitsandbytes_config
+from worker.training.approaches import Approach, approach_of
 from worker.training.batches import Batch, collate
 from worker.training.errors import TrainingError
 from worker.training.llama import llama_backbone
@@ -43,40 +43,36 @@ class Trainee:
     `hidden`: a batch → [tokens, width].
     """
 
-    peft: PeftModel
+    approach: Approach
     backbone: nn.Module
     hidden: Hidden
     head: nn.Module
     vocab_size: int
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
-
 
 def load_trainee(
     base: Path,
     spec: TrainSpec,
+    updates: int,
     precision: Precision,
     device: torch.device,
     say: Callable[[str], None],
 ) -> Trainee:
-    """The base of the order, frozen, with fresh LoRA layers drawn from the global seed."""
+    """The base of the order with what `spec` trains of it, fresh and drawn from the global seed."""
     disable_bars: Any = transformers_logging.disable_progress_bar
     disable_bars()
     say("checking the base model's weights")
     check_finite(base)
     say("loading base model" if spec.quantization is None else "loading and quantising base model")
     model = _load_base(base, spec.quantization, precision, device)
-    model.requires_grad_(False)
-    adapted = _adapt(model, spec)
-    adapted.train()  # before any forward: in eval mode bitsandbytes repacks 4-bit weights on a CPU
+    approach = approach_of(model, spec.adapter, updates)
+    approach.module.train()  # before any forward: in eval mode bitsandbytes repacks 4-bit weights on a CPU
     _check_head(model)
     whole: Any = model
     hidden = _hidden(
-        model, adapted, recompute=_checkpointing(spec.trainer.enable_gradient_checkpointing, model, device)
+        model, approach, recompute=_checkpointing(spec.trainer.enable_gradient_checkpointing, model, device)
     )
-    return Trainee(adapted, model.base_model, hidden, whole.get_output_embeddings(), whole.config.vocab_size)
+    return Trainee(approach, model.base_model, hidden, whole.get_output_embeddings(), whole.config.vocab_size)
 
 
 def check_finite(base: Path) -> None:
@@ -99,12 +95,8 @@ def _load_base(
     base: Path, quantization: Quantization | None, precision: Precision, device: torch.device
 ) -> PreTrainedModel:
     dense = device.type == "cpu" and quantization is not None and _bytes(base) <= DENSE_LIMIT
-    untyped: Any = BitsAndBytesConfig
-    config = quantization and untyped(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.quant_type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=precision.compute,
+    config = quantization and bitsandbytes_config(
+        quantization.bits, quantization.quant_type, double_quant=quantization.double_quant, compute=precision.compute
     )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -122,8 +114,8 @@ def _load_base(
             "base_not_loadable", f"the base model cannot be loaded: {error}", "remove it and add it again"
         ) from error
     if dense:
-        # A 4-bit layer dequantises before each product, on which a CPU spends a third of an update. Rounded to the
-        # stored dtype first, the weights are those that serving dequantises to.
+        # A 4-bit layer dequantises before each product, on which a CPU spends a third of an update, and an 8-bit one
+        # quantises its input too. Rounded to the stored dtype first, the weights are those that serving dequantises to.
         model = model.dequantize(dtype=model.dtype).to(precision.compute)
     loaded: PreTrainedModel = model
     return loaded
@@ -133,56 +125,13 @@ def _bytes(base: Path) -> int:
     return sum(path.stat().st_size for path in base.glob("*.safetensors"))
 
 
-def _adapt(model: PreTrainedModel, spec: TrainSpec) -> PeftModel:
-    adapter = spec.adapter
-    if not isinstance(adapter, LoraAdapter):
-        raise TrainingError("not_yet_supported", "only adapters of type lora are trained so far", None)
-    _check_targets(model, adapter)
-    alpha: Any = adapter.scale_alpha  # PEFT asks for an int but only multiplies by it
-    config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=alpha,
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.use_rslora,
-        target_modules=adapter.target_modules
-        if isinstance(adapter.target_modules, str)
-        else list(adapter.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        # PEFT asks transformers for a property by its old name
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
-    return adapted
-
-
-def _check_targets(model: PreTrainedModel, adapter: LoraAdapter) -> None:
-    """PEFT passes over a name that matches nothing as long as another one matches."""
-    if isinstance(adapter.target_modules, str):
-        return
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    unmatched = [
-        target
-        for target in adapter.target_modules
-        if not any(name == target or name.endswith(f".{target}") for name in linear)
-    ]
-    if unmatched:
-        known = sorted({name.rpartition(".")[2] for name in linear})
-        raise TrainingError(
-            "target_modules",
-            f"adapter.target_modules names nothing in this base model: {', '.join(unmatched)}",
-            f"its linear layers are {', '.join(known)}; or leave it at all-linear",
-        )
-
-
 def _checkpointing(wanted: bool | str, model: PreTrainedModel, device: torch.device) -> bool:
     if isinstance(wanted, bool):
         return wanted
     return device.type != "cpu" and model.num_parameters() > CHECKPOINTING_FROM
 
 
-def _hidden(model: PreTrainedModel, adapted: PeftModel, *, recompute: bool) -> Hidden:
+def _hidden(model: PreTrainedModel, approach: Approach, *, recompute: bool) -> Hidden:
     """The fast form of the Llama family where it fits and gives the same, else transformers' own."""
     untyped: Any = model
     window, windows = window_of(model.config), _windows(model)
@@ -196,7 +145,7 @@ def _hidden(model: PreTrainedModel, adapted: PeftModel, *, recompute: bool) -> H
         states: torch.Tensor = untyped.base_model(**asked, use_cache=False).last_hidden_state
         return states[0]
 
-    fast = llama_backbone(adapted, model.base_model, recompute=recompute)
+    fast = llama_backbone(approach.module, model.base_model, recompute=recompute)
     if fast is not None and _alike(fast, stock, model):
         return fast
     if recompute:
@@ -229,8 +178,10 @@ def _check_head(model: PreTrainedModel) -> None:
     """Some architectures scale or cap their logits behind the head; the loss here would not know of it."""
     untyped: Any = model
     ids = torch.arange(min(8, model.config.vocab_size), device=model.device)[None]
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # both draw the same dropout
         whole = untyped(input_ids=ids, use_cache=False).logits
+        torch.manual_seed(0)
         parts = untyped.get_output_embeddings()(untyped.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2, equal_nan=True):
         raise TrainingError(

@@ -14,13 +14,13 @@ import torch
 
 from app.domain.attempts import Checkpointed, Finished, Log, Metrics, Started, TrainOrder
 from worker.precision import Fp16UnsafeError, Precision, precision_here
-from worker.training.adapter import write_adapter
 from worker.training.batches import Batch, batches_of_update, read_rows
 from worker.training.channel import Channel
 from worker.training.checkpoints import newest_sound, read_checkpoint, write_checkpoint
 from worker.training.errors import TrainingError
 from worker.training.loss import backward_loss
 from worker.training.model import Trainee, load_trainee
+from worker.training.publishing import write_published
 from worker.training.rates import learning_rate
 from worker.training.state import RunState
 
@@ -39,7 +39,9 @@ def train(order: TrainOrder, channel: Channel) -> None:
         torch.set_num_threads(int(threads))
 
     torch.manual_seed(spec.seed)
-    trainee = load_trainee(order.base.path, spec, precision, device, lambda text: channel.tell(Log(message=text)))
+    trainee = load_trainee(
+        order.base.path, spec, schedule.updates, precision, device, lambda text: channel.tell(Log(message=text))
+    )
     rows = read_rows(order.rows, trainee.vocab_size)
     torch.manual_seed(spec.seed)
     state = RunState(order, trainee, precision, device)
@@ -50,7 +52,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
             precision=precision.name,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             trainable_parameters=masters.flat.numel(),
-            total_parameters=trainee.peft.get_nb_trainable_parameters()[1],
+            total_parameters=sum(p.numel() for p in trainee.approach.module.parameters()),
             resumed_from_update=progress.update,
         )
     )
@@ -78,6 +80,8 @@ def train(order: TrainOrder, channel: Channel) -> None:
         else:
             _step(state, rate, norm, spec.trainer.gradient_clipping.clipglobalnorm)
             progress.applied += 1
+            if state.ranks is not None:
+                state.ranks.after(progress.applied)
             progress.skipped_in_a_row = 0
         state.scaler.update()
         masters.reset()
@@ -112,7 +116,9 @@ def train(order: TrainOrder, channel: Channel) -> None:
         if update % schedule.checkpoint_every == 0:
             _checkpoint(order, state, channel)
 
-    adapter = write_adapter(trainee.peft, masters, order.base, order.directory)
+    if state.ranks is not None:
+        channel.tell(Log(message="ranks that are left", data=dict(state.ranks.kept())))
+    adapter = write_published(trainee.approach, masters, order.base, order.directory)
     channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=_packages(), metrics=_totals(state)))
 
 
@@ -152,6 +158,8 @@ def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled:
 def _gradient_norm(state: RunState) -> float:
     if state.scaler.is_enabled():
         state.scaler.unscale_(state.optimizer)
+    if state.ranks is not None:
+        state.ranks.regularise()
     return float(state.masters.gradient.norm())
 
 

@@ -11,6 +11,7 @@ from worker.training.checkpoints import Progress, Saved
 from worker.training.errors import TrainingError
 from worker.training.masters import MasterWeights
 from worker.training.model import Trainee
+from worker.training.ranks import rank_budget
 
 
 class RunState:
@@ -22,7 +23,8 @@ class RunState:
         self.progress = Progress()
         self.checkpointed: int | None = None
         """The update whose checkpoint was written or read last."""
-        self.masters = MasterWeights(trainee.parameters(), precision.compute)
+        self.masters = MasterWeights(trainee.approach.parameters(), precision.compute)
+        self.ranks = rank_budget(trainee.approach.module, self.masters)
         self.optimizer = _optimizer(order.spec.trainer, self.masters)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=precision.scaled)
 
@@ -33,6 +35,7 @@ class RunState:
             progress=self.progress,
             weights=self.masters.by_name(),
             optimizer={key: moment.detach().clone() for key, moment in moments.items()},
+            ranks={} if self.ranks is None else self.ranks.state(),
             generators=_generators(self.device),
             scaler=self.scaler.state_dict(),
         )
@@ -51,6 +54,8 @@ class RunState:
         moments = {key: tensor.to(self.device) if tensor.ndim else tensor for key, tensor in saved.optimizer.items()}
         if moments:
             self.optimizer.state[self.masters.flat] = moments
+        if self.ranks is not None:
+            self.ranks.restore(dict(saved.ranks))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(saved.scaler))
         torch.set_rng_state(saved.generators["cpu"])
