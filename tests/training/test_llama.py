@@ -14,6 +14,7 @@ from tests.training.conftest import apart, make_rows
 from worker.precision import FP32
 from worker.training import attention
 from worker.training.batches import Batch, collate
+from worker.training.fans import Fan
 from worker.training.llama import LlamaBackbone
 from worker.training.model import Trainee, load_trainee
 
@@ -113,13 +114,60 @@ def test_the_fused_kernel_gives_the_same(tiny_base: Path, monkeypatch: pytest.Mo
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_dropout_takes_the_stock_form_which_packs_alike(tiny_base: Path) -> None:
-    """Dropout draws a mask for every layer of its own, which the fast form does not do."""
-    trainee = loaded(tiny_base, adapter={"type": "lora", "r": 4, "dropout": 0.5})
-    assert not isinstance(trainee.hidden, LlamaBackbone)
+DROPOUT = {"type": "lora", "r": 4, "dropout": 0.3}
+
+
+def test_without_training_nothing_is_dropped(tiny_base: Path) -> None:
+    trainee = loaded(tiny_base, adapter=DROPOUT)
+    assert isinstance(trainee.hidden, LlamaBackbone)
     trainee.approach.module.eval()
     for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_dropout_follows_the_global_generator_and_is_the_same_when_recomputed(tiny_base: Path) -> None:
+    def seeded(recompute: bool, seed: int) -> list[torch.Tensor]:
+        trainee = loaded(tiny_base, adapter=DROPOUT, trainer={"enable_gradient_checkpointing": recompute})
+        torch.manual_seed(seed)
+        return run(trainee, trainee.hidden)
+
+    first, again, recomputed, other = seeded(False, 1), seeded(False, 1), seeded(True, 1), seeded(False, 2)
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(first, recomputed, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_gradients_are_those_of_the_function_with_its_dropout(tiny_base: Path) -> None:
+    """Against differences of the function itself: the same seed drops the same features."""
+    trainee = loaded(tiny_base, adapter=DROPOUT)
+
+    def value() -> float:
+        torch.manual_seed(3)
+        states, *_ = run(trainee, trainee.hidden)
+        weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+        return float((states.double() * weights).sum())
+
+    torch.manual_seed(3)
+    _, *gradients = run(trainee, trainee.hidden)
+    for parameter, gradient in zip(trainee.approach.parameters().values(), gradients, strict=True):
+        direction = gradient / gradient.norm()
+        step = 1e-3
+        parameter.data.add_(direction, alpha=step)
+        above = value()
+        parameter.data.add_(direction, alpha=-2 * step)
+        below = value()
+        parameter.data.add_(direction, alpha=step)
+        assert (above - below) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.03)
+
+
+def test_the_share_that_is_dropped_is_the_one_asked_for(tiny_base: Path) -> None:
+    trainee = loaded(tiny_base, adapter=DROPOUT)
+    module: Any = trainee.backbone
+    fan = Fan(module.layers[0].mlp.down_proj)
+    kept = fan.draw(torch.zeros(2_000, 1), torch.Generator().manual_seed(0))
+    assert kept.shape == (2_000, 128)
+    assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.005)
+    assert float(kept.float().mean(0).std()) < 0.02  # no feature is favoured
 
 
 WINDOWED: dict[str, Callable[[], Any]] = {

@@ -5,12 +5,9 @@ LoRA, a down-projection for each linear layer where layers of one input can shar
 backward pass cannot cheaply compute again, and nothing else. It knows no data, no loss and no optimizer.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig
 from torch import nn
@@ -28,91 +25,14 @@ from worker.training.attention import (
     to_tokens,
 )
 from worker.training.batches import Batch
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """`a`: [rank, in]; `b`: [out, rank]."""
-
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """A frozen linear layer, dense or in 4 bits, with LoRA beside it or not."""
-
-    base: nn.Module
-    lora: Lora | None
-
-    @classmethod
-    def of(cls, module: Any) -> "Projection":
-        if not hasattr(module, "lora_A"):
-            return cls(module, None)
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        return cls(module.get_base_layer(), Lora(a, b, module.scaling["default"]))
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """[out, in], unpacked for this one use where it is kept in 4 bits."""
-        kept: Any = self.base.weight
-        dense: torch.Tensor = (
-            dequantize_4bit(kept.data, kept.quant_state) if isinstance(self.base, Linear4bit) else kept
-        )
-        return dense.to(dtype)
-
-
-class Fan:
-    """Projections of one input [tokens, in]. Their LoRA down-projections are one product."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self._projections = [Projection.of(module) for module in modules]
-        self._loras = [p.lora for p in self._projections if p.lora is not None]
-        self._ranks = [lora.a.shape[0] for lora in self._loras]
-        self.parameters = [parameter for lora in self._loras for parameter in (lora.a, lora.b)]
-
-    def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """(each projection's output, the down-projections [tokens, Σ rank], which `backward` asks for)."""
-        down = x @ self._downs(x.dtype).t() if self._loras else x.new_empty(x.shape[0], 0)
-        parts = iter(torch.split(down, self._ranks, 1))
-        outputs = []
-        for projection in self._projections:
-            bias: Any = projection.base.bias
-            output = functional.linear(x, projection.weight(x.dtype), bias)
-            if (lora := projection.lora) is not None:
-                output.addmm_(next(parts), lora.b.to(x.dtype).t(), alpha=lora.scale)
-            outputs.append(output)
-        return outputs, down
-
-    def backward(
-        self, x: torch.Tensor, down: torch.Tensor, grads: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """(gradients of `parameters`, those of the down-projections) from the outputs' gradients."""
-        if not self._loras:
-            return [], down
-        adapted = [grad for grad, p in zip(grads, self._projections, strict=True) if p.lora is not None]
-        parts = torch.split(down, self._ranks, 1)
-        ups = [(g.t() @ part).mul_(lo.scale) for g, part, lo in zip(adapted, parts, self._loras, strict=True)]
-        d_down = torch.cat([(g @ lo.b).mul_(lo.scale) for g, lo in zip(adapted, self._loras, strict=True)], 1)
-        downs = torch.split(d_down.t() @ x, self._ranks)
-        return [gradient for pair in zip(downs, ups, strict=True) for gradient in pair], d_down
-
-    def input_gradient(self, grads: Sequence[torch.Tensor], d_down: torch.Tensor) -> torch.Tensor:
-        """The gradient of x, from those of the outputs and of the down-projections."""
-        first, *others = zip(grads, self._projections, strict=True)
-        total = first[0] @ first[1].weight(d_down.dtype)
-        for grad, projection in others:
-            total.addmm_(grad, projection.weight(grad.dtype))
-        return total.addmm_(d_down, self._downs(d_down.dtype)) if self._loras else total
-
-    def _downs(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([lora.a.detach() for lora in self._loras]).to(dtype)
+from worker.training.fans import Fan
 
 
 class Kept(NamedTuple):
     """What the backward pass of a layer needs: [tokens, …], and heads as `attention` has them.
 
     `scale_in`, `scale_middle`: inverse root mean squares in float32, [tokens, 1]. `down_…`: LoRA down-projections.
+    `kept_…`: what dropout left of a fan's input, [tokens, in]; empty without dropout.
     """
 
     x: torch.Tensor
@@ -129,6 +49,10 @@ class Kept(NamedTuple):
     gate: torch.Tensor
     up: torch.Tensor
     down_down: torch.Tensor
+    kept_qkv: torch.Tensor
+    kept_o: torch.Tensor
+    kept_gate_up: torch.Tensor
+    kept_down: torch.Tensor
 
 
 class Places(NamedTuple):
@@ -150,49 +74,60 @@ class Layer:
         self._down = Fan(mlp.down_proj)
         self._heads = (int(attention.config.num_key_value_heads), int(attention.head_dim))
         self._scaling = float(attention.scaling)
-        fans = (self._qkv, self._o, self._gate_up, self._down)
-        self.parameters = [parameter for fan in fans for parameter in fan.parameters]
+        self._fans = (self._qkv, self._o, self._gate_up, self._down)
+        self.parameters = [parameter for fan in self._fans for parameter in fan.parameters]
+        self.drops = any(fan.dropout for fan in self._fans)
 
-    def forward(self, x: torch.Tensor, places: Places) -> tuple[torch.Tensor, Kept]:
-        """x: [tokens, width]."""
+    def forward(self, x: torch.Tensor, places: Places, seed: int | None) -> tuple[torch.Tensor, Kept]:
+        """x: [tokens, width]. `seed` names the features that dropout leaves out; None leaves out none."""
+        drops = self._drops(x, seed)
         scale_in = _scale(x, self._norm_in)
-        flat, down_qkv = self._qkv.forward(_normal(x, scale_in, self._norm_in))
+        flat, down_qkv = self._qkv.forward(_normal(x, scale_in, self._norm_in), drops[0])
         q, k, v = (to_heads(part, *self._heads) for part in flat)
         q, k, v = rotate(q, places.rope), rotate(k, places.rope).squeeze(1), v.squeeze(1).contiguous()
         seen = to_tokens(attend(q, k, v, places.spans, self._scaling))
-        (attended,), down_o = self._o.forward(seen)
+        (attended,), down_o = self._o.forward(seen, drops[1])
         middle = attended.add_(x)
         scale_middle = _scale(middle, self._norm_middle)
-        (gate, up), down_gate_up = self._gate_up.forward(_normal(middle, scale_middle, self._norm_middle))
-        (out,), down_down = self._down.forward(functional.silu(gate).mul_(up))
+        (gate, up), down_gate_up = self._gate_up.forward(_normal(middle, scale_middle, self._norm_middle), drops[2])
+        (out,), down_down = self._down.forward(functional.silu(gate).mul_(up), drops[3])
         attention_side = (x, scale_in, down_qkv, q, k, v, seen, down_o)
-        return out.add_(middle), Kept(*attention_side, middle, scale_middle, down_gate_up, gate, up, down_down)
+        mlp_side = (middle, scale_middle, down_gate_up, gate, up, down_down)
+        return out.add_(middle), Kept(*attention_side, *mlp_side, *drops)
+
+    def _drops(self, x: torch.Tensor, seed: int | None) -> list[torch.Tensor]:
+        """What dropout leaves, for each fan: the same for the same seed."""
+        if seed is None:
+            return [x.new_empty(0, dtype=torch.bool)] * len(self._fans)
+        generator = torch.Generator(x.device).manual_seed(seed)
+        return [fan.draw(x, generator) for fan in self._fans]
 
     def backward(
         self, kept: Kept, grad: torch.Tensor, places: Places, *, wanted: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(gradient of x, or None where it is not `wanted`; gradients of `parameters`) from the output's gradient."""
         d_middle, of_mlp = self._mlp_backward(kept, grad)
-        of_o, d_down = self._o.backward(kept.seen, kept.down_o, [d_middle])
-        d_seen = self._o.input_gradient([d_middle], d_down)
+        of_o, d_down = self._o.backward(kept.seen, kept.kept_o, kept.down_o, [d_middle])
+        d_seen = self._o.input_gradient([d_middle], d_down, kept.kept_o)
         d_qkv = self._attention_backward(kept, d_seen, places)
-        of_qkv, d_down = self._qkv.backward(_normal(kept.x, kept.scale_in, self._norm_in), kept.down_qkv, d_qkv)
+        normal = _normal(kept.x, kept.scale_in, self._norm_in)
+        of_qkv, d_down = self._qkv.backward(normal, kept.kept_qkv, kept.down_qkv, d_qkv)
         gradients = [*of_qkv, *of_o, *of_mlp]
         if not wanted:
             return None, gradients
-        d_normal = self._qkv.input_gradient(d_qkv, d_down)
+        d_normal = self._qkv.input_gradient(d_qkv, d_down, kept.kept_qkv)
         return _normal_backward(d_normal, kept.x, kept.scale_in, self._norm_in).add_(d_middle), gradients
 
     def _mlp_backward(self, kept: Kept, grad: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(gradient behind the attention, gradients of the parameters of gate, up and down)."""
         active = functional.silu(kept.gate)
-        of_down, d_down = self._down.backward(active * kept.up, kept.down_down, [grad])
-        d_product = self._down.input_gradient([grad], d_down)
+        of_down, d_down = self._down.backward(active * kept.up, kept.kept_down, kept.down_down, [grad])
+        d_product = self._down.input_gradient([grad], d_down, kept.kept_down)
         d_up = active.mul_(d_product)
         d_gate = torch.ops.aten.silu_backward(d_product.mul_(kept.up), kept.gate)
         normal = _normal(kept.middle, kept.scale_middle, self._norm_middle)
-        of_gate_up, d_down = self._gate_up.backward(normal, kept.down_gate_up, [d_gate, d_up])
-        d_normal = self._gate_up.input_gradient([d_gate, d_up], d_down)
+        of_gate_up, d_down = self._gate_up.backward(normal, kept.kept_gate_up, kept.down_gate_up, [d_gate, d_up])
+        d_normal = self._gate_up.input_gradient([d_gate, d_up], d_down, kept.kept_gate_up)
         d_middle = _normal_backward(d_normal, kept.middle, kept.scale_middle, self._norm_middle).add_(grad)
         return d_middle, [*of_gate_up, *of_down]
 
@@ -208,19 +143,25 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Layer, places: Places, recompute: bool, x: torch.Tensor, *_parameters: nn.Parameter
+        ctx: Any,
+        layer: Layer,
+        places: Places,
+        recompute: bool,
+        seed: int | None,
+        x: torch.Tensor,
+        *_parameters: nn.Parameter,
     ) -> torch.Tensor:
-        out, kept = layer.forward(x, places)
+        out, kept = layer.forward(x, places, seed)
         ctx.save_for_backward(*((x,) if recompute else kept))
-        ctx.layer, ctx.places = layer, places
+        ctx.layer, ctx.places, ctx.seed = layer, places, seed
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         saved = ctx.saved_tensors
-        kept = ctx.layer.forward(saved[0], ctx.places)[1] if len(saved) == 1 else Kept(*saved)
-        d_x, gradients = ctx.layer.backward(kept, grad.contiguous(), ctx.places, wanted=ctx.needs_input_grad[3])
-        return None, None, None, d_x, *gradients
+        kept = ctx.layer.forward(saved[0], ctx.places, ctx.seed)[1] if len(saved) == 1 else Kept(*saved)
+        d_x, gradients = ctx.layer.backward(kept, grad.contiguous(), ctx.places, wanted=ctx.needs_input_grad[4])
+        return None, None, None, None, d_x, *gradients
 
 
 class LlamaBackbone:
@@ -239,7 +180,9 @@ class LlamaBackbone:
         places = Places(Rope(cos, sin), spans_of(batch.rows, self._group, states.device))
         node: Any = _Node.apply
         for layer in self._layers:
-            states = node(layer, places, self._recompute, states, *layer.parameters)
+            # Drawn from the global generator, whose state is part of a checkpoint.
+            seed = int(torch.randint(2**62, ())) if layer.drops and self._model.training else None
+            states = node(layer, places, self._recompute, seed, states, *layer.parameters)
         out: torch.Tensor = self._model.norm(states)
         return out
 
@@ -251,7 +194,7 @@ def llama_backbone(adapted: nn.Module, model: Any, *, recompute: bool) -> LlamaB
 
 def _fits(adapted: Any, model: Any) -> bool:
     adapter = adapted.peft_config["default"] if hasattr(adapted, "peft_config") else None
-    plain = adapter is not None and type(adapter) is LoraConfig and not adapter.use_dora and not adapter.lora_dropout
+    plain = adapter is not None and type(adapter) is LoraConfig and not adapter.use_dora
     return plain and is_llama(model.config) and all(type(layer) in (nn.Linear, Linear4bit) for layer in _linears(model))
 
 

@@ -1,0 +1,122 @@
+"""Frozen linear layers of one input with LoRA beside them: the products of their forward and backward pass.
+
+Knows no layers and no graph: who calls `forward` keeps what `backward` asks for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
+from torch import nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """`a`: [rank, in]; `b`: [out, rank]."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen linear layer, dense or in 4 bits, with LoRA beside it or not."""
+
+    base: nn.Module
+    lora: Lora | None
+
+    @classmethod
+    def of(cls, module: Any) -> "Projection":
+        if not hasattr(module, "lora_A"):
+            return cls(module, None)
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        return cls(module.get_base_layer(), Lora(a, b, module.scaling["default"]))
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """[out, in], unpacked for this one use where it is kept in 4 bits."""
+        kept: Any = self.base.weight
+        dense: torch.Tensor = (
+            dequantize_4bit(kept.data, kept.quant_state) if isinstance(self.base, Linear4bit) else kept
+        )
+        return dense.to(dtype)
+
+
+class Fan:
+    """Projections of one input [tokens, in]. Their LoRA down-projections are one product, and under dropout they see
+    one input with the same features missing."""
+
+    def __init__(self, *modules: Any) -> None:
+        self._projections = [Projection.of(module) for module in modules]
+        self._loras = [p.lora for p in self._projections if p.lora is not None]
+        self._ranks = [lora.a.shape[0] for lora in self._loras]
+        self._width = int(modules[0].in_features)
+        self.parameters = [parameter for lora in self._loras for parameter in (lora.a, lora.b)]
+        self.dropout = max((_dropout_of(module) for module in modules), default=0.0)
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(each projection's output, the down-projections [tokens, Σ rank], which `backward` asks for).
+
+        `kept`: bool [tokens, in], the features that LoRA sees; empty when it sees all of them.
+        """
+        down = self._seen(x, kept) @ self._downs(x.dtype).t() if self._loras else x.new_empty(x.shape[0], 0)
+        parts = iter(torch.split(down, self._ranks, 1))
+        outputs = []
+        for projection in self._projections:
+            bias: Any = projection.base.bias
+            output = functional.linear(x, projection.weight(x.dtype), bias)
+            if (lora := projection.lora) is not None:
+                output.addmm_(next(parts), lora.b.to(x.dtype).t(), alpha=lora.scale)
+            outputs.append(output)
+        return outputs, down
+
+    def backward(
+        self, x: torch.Tensor, kept: torch.Tensor, down: torch.Tensor, grads: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(gradients of `parameters`, those of the down-projections) from the outputs' gradients."""
+        if not self._loras:
+            return [], down
+        adapted = [grad for grad, p in zip(grads, self._projections, strict=True) if p.lora is not None]
+        parts = torch.split(down, self._ranks, 1)
+        ups = [(g.t() @ part).mul_(lo.scale) for g, part, lo in zip(adapted, parts, self._loras, strict=True)]
+        d_down = torch.cat([(g @ lo.b).mul_(lo.scale) for g, lo in zip(adapted, self._loras, strict=True)], 1)
+        downs = torch.split(d_down.t() @ self._seen(x, kept), self._ranks)
+        return [gradient for pair in zip(downs, ups, strict=True) for gradient in pair], d_down
+
+    def input_gradient(self, grads: Sequence[torch.Tensor], d_down: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """The gradient of x, from those of the outputs and of the down-projections."""
+        first, *others = zip(grads, self._projections, strict=True)
+        total = first[0] @ first[1].weight(d_down.dtype)
+        for grad, projection in others:
+            total.addmm_(grad, projection.weight(grad.dtype))
+        if not self._loras:
+            return total
+        if not kept.numel():
+            return total.addmm_(d_down, self._downs(d_down.dtype))
+        return total.add_(self._seen(d_down @ self._downs(d_down.dtype), kept))
+
+    def draw(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """What `kept` is for an input with as many tokens as `x`."""
+        if not self.dropout:
+            return x.new_empty(0, dtype=torch.bool)
+        count = x.shape[0] * self._width
+        # Sixteen random bits a feature, four features a draw: drawing is what dropout costs on a CPU.
+        draws = torch.empty(-(-count // 4), dtype=torch.long, device=x.device).random_(
+            -(2**63), None, generator=generator
+        )
+        threshold = round(self.dropout * 2**16) - 2**15
+        return (draws.view(torch.int16)[:count] >= threshold).view(x.shape[0], self._width)
+
+    def _seen(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return (x * kept).mul_(1 / (1 - self.dropout)) if kept.numel() else x
+
+    def _downs(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([lora.a.detach() for lora in self._loras]).to(dtype)
+
+
+def _dropout_of(module: Any) -> float:
+    return float(getattr(module.lora_dropout["default"], "p", 0.0)) if hasattr(module, "lora_dropout") else 0.0
