@@ -37,7 +37,9 @@ def main(path: Path) -> int:
 def _failed(error: Exception) -> Failed:
     if isinstance(error, TrainingError):
         return Failed(code=error.code, message=error.message, hint=error.hint)
-    if _is_out_of_memory(error):
+    from worker.training.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return Failed(
             code="out_of_memory",
             message="the device's memory does not suffice for this job",
@@ -55,12 +57,6 @@ def _failed(error: Exception) -> Failed:
         message=f"training stopped at {type(error).__name__}: {error}",
         hint="this is a fault of the trainer; its log has the place",
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ class TornCheckpointError(Exception):
 
 
 class Progress(BaseModel):
-    """How far a job is, over all its attempts. `applied` updates changed the weights; others were skipped."""
+    """How far a job is, over all its attempts. `applied` updates changed the weights; others were skipped.
+    `max_tokens`: of a micro-batch, where the device had no room for what was planned."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,6 +36,7 @@ class Progress(BaseModel):
     labelled_tokens: int = 0
     seconds: float = 0.0
     loss: float | None = None
+    max_tokens: int | None = None
 
 
 class _State(BaseModel):

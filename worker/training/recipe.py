@@ -12,13 +12,14 @@ from importlib.metadata import version
 
 import torch
 
-from app.domain.attempts import Checkpointed, Finished, Log, Metrics, Started, TrainOrder
+from app.domain.attempts import Checkpointed, EncodedRow, Finished, Log, Metrics, Started, TrainOrder
 from worker.precision import Fp16UnsafeError, Precision, precision_here
 from worker.training.batches import Batch, batches_of_update, read_rows
 from worker.training.channel import Channel
 from worker.training.checkpoints import newest_sound, read_checkpoint, write_checkpoint
 from worker.training.errors import TrainingError
 from worker.training.loss import backward_loss
+from worker.training.memory import largest_that_fits, smaller, suffices
 from worker.training.model import Trainee, load_trainee
 from worker.training.publishing import write_published
 from worker.training.rates import learning_rate
@@ -57,6 +58,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
         )
     )
 
+    _probe(trainee, state, rows, order, channel)
     for update in range(progress.update + 1, schedule.updates + 1):
         while command := channel.next_command():
             if command.command != "stop":
@@ -67,12 +69,8 @@ def train(order: TrainOrder, channel: Channel) -> None:
                 return
 
         began = time.perf_counter()
-        batches = batches_of_update(rows, update, schedule, spec.seed)
-        tokens = sum(batch.tokens for batch in batches)
-        labelled = sum(batch.labelled for batch in batches)
         rate = learning_rate(progress.applied, schedule, spec.trainer)
-
-        loss = _backward(trainee, state, batches, labelled)
+        loss, tokens, labelled = _gradients(trainee, state, rows, update, order, channel)
         norm = _gradient_norm(state)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
@@ -143,8 +141,50 @@ def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
     channel.tell(Log(message=f"resumed from update {state.progress.update}"))
 
 
+def _probe(trainee: Trainee, state: RunState, rows: list[EncodedRow], order: TrainOrder, channel: Channel) -> None:
+    """On a GPU, find out before the first update which micro-batch fits, where the spec leaves that to us."""
+    if state.device.type != "cuda" or state.progress.max_tokens or order.spec.trainer.batch_size != "auto":
+        return
+
+    def run(batch: Batch) -> None:
+        _backward(trainee, state, [batch], batch.labelled)
+
+    generators = state.generators()
+    size = largest_that_fits(run, rows, order.schedule.max_rows, order.schedule.max_tokens)
+    state.masters.reset()
+    state.use(generators)
+    state.progress.max_tokens = size
+    channel.tell(Log(message=f"micro-batches of up to {size} tokens fit", data={"max_tokens": size}))
+
+
+def _gradients(
+    trainee: Trainee, state: RunState, rows: list[EncodedRow], update: int, order: TrainOrder, channel: Channel
+) -> tuple[float, int, int]:
+    """(the update's mean loss, its tokens, those with a label); its gradients are added up in the masters.
+
+    Too little memory halves the micro-batch and begins the update again.
+    """
+    while True:
+        limits = order.schedule.model_copy(
+            update={"max_tokens": state.progress.max_tokens or order.schedule.max_tokens}
+        )
+        batches = batches_of_update(rows, update, limits, order.spec.seed)
+        labelled = sum(batch.labelled for batch in batches)
+        generators, losses = state.generators(), list[float]()
+        if suffices(lambda: losses.append(_backward(trainee, state, batches, labelled))):  # noqa: B023  called here
+            return losses[0], sum(batch.tokens for batch in batches), labelled
+        state.masters.reset()
+        state.use(generators)
+        half = smaller(batches)
+        if half is None:
+            raise MemoryError("a single row does not fit")
+        state.progress.max_tokens = half
+        told = f"memory did not suffice for update {update}: micro-batches have at most {half} tokens from here on"
+        channel.tell(Log(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half}))
+
+
 def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> float:
-    """The update's mean loss; its gradients are added up in the masters."""
+    """The mean loss over `batches`; its gradients are added up in the masters."""
     weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
     total = torch.zeros((), device=state.device)
     for batch in batches:

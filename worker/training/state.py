@@ -1,6 +1,7 @@
 """A run's mutable state in one place: masters, optimizer, loss scale, generators, progress."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 
@@ -36,7 +37,7 @@ class RunState:
             weights=self.masters.by_name(),
             optimizer={key: moment.detach().clone() for key, moment in moments.items()},
             ranks={} if self.ranks is None else self.ranks.state(),
-            generators=_generators(self.device),
+            generators=self.generators(),
             scaler=self.scaler.state_dict(),
         )
 
@@ -58,9 +59,20 @@ class RunState:
             self.ranks.restore(dict(saved.ranks))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(saved.scaler))
-        torch.set_rng_state(saved.generators["cpu"])
-        if self.device.type == "cuda" and "cuda" in saved.generators:
-            torch.cuda.set_rng_state(saved.generators["cuda"], self.device)
+        self.use(saved.generators)
+
+    def generators(self) -> dict[str, torch.Tensor]:
+        """The states of the random generators."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def use(self, generators: Mapping[str, torch.Tensor]) -> None:
+        """Go on with what `generators` gave."""
+        torch.set_rng_state(generators["cpu"])
+        if self.device.type == "cuda" and "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"], self.device)
 
 
 def identity(order: TrainOrder) -> str:
@@ -81,10 +93,3 @@ def _optimizer(trainer: Trainer, masters: MasterWeights) -> torch.optim.AdamW:
         eps=asked.eps,
         weight_decay=asked.weight_decay,
     )
-
-
-def _generators(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
