@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
+from app.domain.splits import Part
 
 
 class _Word(BaseModel):
@@ -56,12 +57,13 @@ class EncodedBranch(_Word):
 
 class EncodedRow(_Word):
     """One trajectory as the child reads it: token ids, the half-open spans of them that carry a loss, and the verdict
-    branch where it has one. The tokens that both share stand here once."""
+    branch where it has one. The tokens that both share stand here once. Only rows of the part `train` are learned."""
 
     line: int
     ids: tuple[int, ...]
     trained: tuple[tuple[int, int], ...]
     branch: EncodedBranch | None = None
+    part: Part = Part.TRAIN
 
     @property
     def all_ids(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 import torch
 
 from app.domain.attempts import Checkpointed, Finished, Log, Metrics, Started, TrainOrder
+from app.domain.splits import Part
 from worker.precision import Fp16UnsafeError, Precision, precision_here
 from worker.training.adapter import write_adapter
 from worker.training.batches import Batch, batches_of_update, read_rows
@@ -40,7 +41,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
 
     torch.manual_seed(spec.seed)
     trainee = load_trainee(order.base.path, spec, precision, device, lambda text: channel.tell(Log(message=text)))
-    rows = read_rows(order.rows, trainee.vocab_size)
+    rows = [row for row in read_rows(order.rows, trainee.vocab_size) if row.part is Part.TRAIN]
     torch.manual_seed(spec.seed)
     state = RunState(order, trainee, precision, device)
     _resume(order, state, channel)
