@@ -18,14 +18,19 @@ def write_adapter(model: PeftModel, masters: MasterWeights, base: BaseOnDisk, di
     final, partial = directory / "adapter", directory / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_config(model, base, partial)
+    write_adapter_files(model, masters, base, partial)
+    shutil.rmtree(final, ignore_errors=True)
+    return partial.rename(final)
+
+
+def write_adapter_files(model: PeftModel, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
+    """Write the adapter's config and its float32 masters into `directory`."""
+    _write_config(model, base, directory)
     # Without False, PEFT asks the hub whether the base's vocabulary was resized.
     named: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, state_dict=masters.by_name(), save_embedding_layers=False
     )
-    save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(final, ignore_errors=True)
-    return partial.rename(final)
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _write_config(model: PeftModel, base: BaseOnDisk, directory: Path) -> None:
