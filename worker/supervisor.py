@@ -22,6 +22,7 @@ from app.domain.attempts import (
     Checkpointed,
     ChildEvent,
     Command,
+    Evaluated,
     Failed,
     Finished,
     Log,
@@ -176,6 +177,9 @@ class Supervisor:
                 watch.batch.append(event)
                 watch.recent = [*watch.recent[1 - PACE_UPDATES :], event.seconds]
                 self._flush(leased, watch, soon=False)
+            case Evaluated():
+                self._flush(leased, watch, soon=True)
+                self._attempts.evaluated(leased.lease, event)
             case Checkpointed():
                 self._flush(leased, watch, soon=True)
                 self._attempts.checkpoint(leased.lease, event)

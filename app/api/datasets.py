@@ -20,23 +20,31 @@ Column = Annotated[str | None, Form(max_length=200, description="The file's own 
     status_code=201,
     summary="Upload a dataset",
     responses={200: {"model": Dataset, "description": "This content was here already"}, **problems(409)},
-    dependencies=[form_of("file", "name", "claim_column", "trajectories_column", "label_column")],
+    dependencies=[form_of("file", "name", "claim_column", "trajectories_column", "label_column", "split_column")],
 )
 def upload(
     services: ServicesDep,
     response: Response,
-    file: Annotated[UploadFile, File(description="CSV, JSONL, JSON, Parquet or text: claim, trajectories[, label].")],
+    file: Annotated[
+        UploadFile, File(description="CSV, JSONL, JSON, Parquet or text: claim, trajectories[, label, split].")
+    ],
     name: Annotated[str | None, Form(description="A unique name; made from the file's when left out.")] = None,
     claim_column: Column = None,
     trajectories_column: Column = None,
     label_column: Column = None,
+    split_column: Column = None,
 ) -> Dataset:
     """Validate a file row by row and keep what can be trained on.
 
     The answer is an exact account: rows kept, repaired, warned about and refused, each finding with its line. One
     kept row makes a dataset. The same content gives the same dataset again (200).
     """
-    given = {"claim": claim_column, "trajectories": trajectories_column, "label": label_column}
+    given = {
+        "claim": claim_column,
+        "trajectories": trajectories_column,
+        "label": label_column,
+        "split": split_column,
+    }
     columns = {word: column for word, column in given.items() if column}
     with on_disk(file, services.datasets.scratch_file()) as path:
         made, new = services.datasets.create(path, file.filename or "upload", file.content_type, name, columns)

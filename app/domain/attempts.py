@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
+from app.domain.splits import Part
 
 
 class _Word(BaseModel):
@@ -30,8 +31,9 @@ class BaseOnDisk(_Word):
 class TrainOrder(_Word):
     """All that a training child needs. It opens no network connection and reads nothing else.
 
-    `rows`: JSON lines of `EncodedRow`. `directory`: the attempt's own; the child writes `checkpoints/` and `adapter/`
-    there. `resume_from`: a checkpoint directory that an earlier attempt committed.
+    `rows`: JSON lines of `EncodedRow`. `directory`: the attempt's own; the child writes `checkpoints/`, `adapter/` and
+    `artifacts/`, files that the job's user may have, there. `resume_from`: a checkpoint directory that an earlier
+    attempt committed.
     """
 
     kind: Literal["train"] = "train"
@@ -56,12 +58,13 @@ class EncodedBranch(_Word):
 
 class EncodedRow(_Word):
     """One trajectory as the child reads it: token ids, the half-open spans of them that carry a loss, and the verdict
-    branch where it has one. The tokens that both share stand here once."""
+    branch where it has one. The tokens that both share stand here once. Only rows of the part `train` are learned."""
 
     line: int
     ids: tuple[int, ...]
     trained: tuple[tuple[int, int], ...]
     branch: EncodedBranch | None = None
+    part: Part = Part.TRAIN
 
     @property
     def all_ids(self) -> tuple[int, ...]:
@@ -79,13 +82,17 @@ class Started(_Word):
     event: Literal["started"] = "started"
     precision: str
     device: str
+    threads: int
     trainable_parameters: int
     total_parameters: int
     resumed_from_update: int = 0
 
 
 class Metrics(_Word):
-    """One update. `loss` is the mean over its labelled tokens; `tokens_per_second` counts real tokens, no padding."""
+    """One update. `loss` is the mean over its labelled tokens; `tokens_per_second` counts real tokens, no padding.
+
+    `validation_loss` and `validation_accuracy` are those of the weights behind it, where they were evaluated.
+    """
 
     event: Literal["metrics"] = "metrics"
     update: int
@@ -99,15 +106,38 @@ class Metrics(_Word):
     tokens_per_second: float
     skipped: bool = False
     seconds: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+
+class Evaluated(_Word):
+    """Held-out rows were looked at. `loss` is the mean over their labelled tokens, None where it is not finite;
+    `accuracy` the share of those tokens that the model would have written; `best`: no earlier loss was as low.
+
+    A validation comes before its update's metrics, unless a command cut it short: then it comes after a resume.
+    """
+
+    event: Literal["evaluated"] = "evaluated"
+    part: Part
+    update: int
+    rows: int
+    loss: float | None
+    accuracy: float
+    best: bool = False
+    seconds: float
 
 
 class Checkpointed(_Word):
-    """A checkpoint directory is complete, hashed and in place."""
+    """A checkpoint directory is complete, hashed and in place. It holds an adapter of the same weights beside them:
+    `packages` and `metrics` are what its manifest says, should it be published."""
 
     event: Literal["checkpoint"] = "checkpoint"
     update: int
     path: Path
     digest: str
+    validation_loss: float | None = None
+    packages: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class Log(_Word):
@@ -136,5 +166,7 @@ class Failed(_Word):
     hint: str | None = None
 
 
-ChildEvent = Annotated[Started | Metrics | Checkpointed | Log | Finished | Failed, Field(discriminator="event")]
+ChildEvent = Annotated[
+    Started | Metrics | Evaluated | Checkpointed | Log | Finished | Failed, Field(discriminator="event")
+]
 CHILD_EVENT: TypeAdapter[ChildEvent] = TypeAdapter(ChildEvent)

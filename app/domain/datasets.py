@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.claims import Verdict
+from app.domain.splits import Part
 from app.domain.trajectories import Evidence, Step, Trajectory, read_action
 
 
@@ -39,6 +40,7 @@ _MEANINGS: dict[Severity, dict[str, str]] = {
         "conflicting_label": "the same claim came before with another verdict; both are kept",
         "extra_column": "a column that nothing here reads; once a file and column",
         "extra_key": "a step has keys that nothing here reads",
+        "bad_split": "the split is not 0, 1, 2, train, validation or test; the row is kept without one",
     },
     Severity.REFUSED: {
         "missing_claim": "the row has no claim",
@@ -103,6 +105,7 @@ class Columns(_Word):
     claim: str = "claim"
     trajectories: str = "trajectories"
     label: str = "label"
+    split: str = "split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ class DatasetReport(_Word):
     `rows_read` = `rows_kept` + `rows_refused` + `codes["duplicate"]`. `rows_repaired` counts kept rows,
     `rows_warned` kept rows and duplicates. `codes` counts the rows that have a finding of each code, refused
     rows included (`extra_column` counts columns). `labels`, `steps` (trajectories by their number of steps),
-    `actions` and `characters` describe the kept rows.
+    `actions`, `characters` and `splits` (rows that say their part) describe the kept rows.
     """
 
     format: str
@@ -144,6 +147,7 @@ class DatasetReport(_Word):
     steps: dict[int, int]
     actions: dict[str, int]
     characters: dict[str, Lengths]
+    splits: dict[Part, int] = Field(default_factory=dict)
     findings: tuple[Finding, ...]
     findings_left_out: int
 
@@ -152,17 +156,22 @@ _CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_ke
 
 
 def canonical_line(trajectory: Trajectory) -> bytes:
-    """The trajectory as one line of canonical JSONL: sorted keys, no spaces, UTF-8, a newline at the end."""
+    """The trajectory as one line of canonical JSONL: sorted keys, no spaces, UTF-8, a newline at the end.
+
+    Only a row that has a split says so: the digests of datasets without one are those of versions that knew none.
+    """
     steps = [
         {"action": str(step.action), "observation": step.observation, "thought": step.thought}
         for step in trajectory.steps
     ]
-    row = {
+    row: dict[str, object] = {
         "claim": trajectory.claim,
         "evidence": [[item.page, item.sentence] for item in trajectory.evidence],
         "label": trajectory.verdict.value,
         "steps": steps,
     }
+    if trajectory.split is not None:
+        row["split"] = trajectory.split.value
     return _CANONICAL.encode(row).encode() + b"\n"
 
 
@@ -174,7 +183,7 @@ def read_canonical(line: bytes) -> Trajectory:
         for step in row["steps"]
     )
     evidence = tuple(Evidence(page=page, sentence=sentence) for page, sentence in row["evidence"])
-    trajectory = Trajectory(claim=row["claim"], steps=steps, evidence=evidence)
+    trajectory = Trajectory(claim=row["claim"], steps=steps, evidence=evidence, split=row.get("split"))
     if row["label"] != trajectory.verdict:
         raise ValueError(f"labelled {row['label']!r}, but finishes with {trajectory.verdict.value!r}")
     return trajectory

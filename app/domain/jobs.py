@@ -152,7 +152,7 @@ class Event(_Word):
 
 
 class Metric(_Word):
-    """One update of a training job."""
+    """One update of a training job. The validation columns are null where the held-out rows were not evaluated."""
 
     update: int
     epoch: float
@@ -164,6 +164,8 @@ class Metric(_Word):
     tokens_per_second: float
     skipped: bool
     seconds: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
 
 
 class Checkpoint(_Word):

@@ -50,7 +50,8 @@ class Schedule(_Word):
     """The shape of a training run. `rows_per_update` is the effective batch size, in trajectories.
 
     A micro-batch holds at most `max_rows` rows (None: no bound) and at most `max_tokens` tokens, except that one row
-    longer than that stands alone.
+    longer than that stands alone. `evaluate_every`: updates from one evaluation to the next, 0 where there is nothing
+    to evaluate; the last update is evaluated whatever its number.
     """
 
     rows: int
@@ -61,9 +62,13 @@ class Schedule(_Word):
     max_tokens: int
     warmup_updates: int
     checkpoint_every: int
+    evaluate_every: int = 0
 
     @classmethod
-    def of(cls, spec: TrainSpec, rows: int, longest: int, device: Literal["cpu", "gpu"]) -> Self:
+    def of(
+        cls, spec: TrainSpec, rows: int, longest: int, device: Literal["cpu", "gpu"], validation_rows: int = 0
+    ) -> Self:
+        """`rows`: those that are trained on. `longest`: tokens of the longest row of any part."""
         trainer = spec.trainer
         effective = min(trainer.effective_rows, rows)
         per_epoch = math.ceil(rows / effective)
@@ -79,7 +84,12 @@ class Schedule(_Word):
             max_tokens=max(longest, TOKENS_PER_MICRO_BATCH[device]),
             warmup_updates=math.ceil(scheduler.warmup_fraction * updates),
             checkpoint_every=every,
+            evaluate_every=(trainer.steps_per_checkpoint or per_epoch) if validation_rows else 0,
         )
+
+    def evaluates_after(self, update: int) -> bool:
+        """Whether the validation rows are looked at behind this update."""
+        return self.evaluate_every > 0 and update > 0 and (update % self.evaluate_every == 0 or update == self.updates)
 
 
 class RowNote(_Word):
@@ -93,7 +103,10 @@ class RowNote(_Word):
 
 
 class Plan(_Word):
-    """What a training job would take. `overlength` lists at most 100 rows; the counts are exact."""
+    """What a training job would take. `overlength` lists at most 100 rows; the counts are exact.
+
+    `rows` = trained + validation + test + dropped. Lengths, tokens and branches are those of the rows trained on.
+    """
 
     kind: Literal["train"] = "train"
     base_model: str
@@ -101,6 +114,8 @@ class Plan(_Word):
     device: str
     rows: int
     rows_trained: int
+    rows_validation: int = 0
+    rows_test: int = 0
     rows_trimmed: int
     rows_protected: int
     rows_dropped: int

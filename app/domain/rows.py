@@ -15,6 +15,7 @@ from app.domain.claims import Verdict, check_claim, fold, read_verdict
 from app.domain.datasets import Columns, Finding, SourceRow
 from app.domain.react import RawStep
 from app.domain.shapes import STEP_KEYS, Notes, RefusedError, Written, allow, find_source, read_shape
+from app.domain.splits import Part, read_part
 from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory, read_action
 
 _LABEL = re.compile(r"\bLabel\s*:")
@@ -44,6 +45,8 @@ def read_row(row: SourceRow, columns: Columns) -> RowReading:
         claim = _claim(row.fields.get(columns.claim), written.claim, columns.claim, notes)
         label = _label(row.fields.get(columns.label), columns.label, notes)
         trajectory = _trajectory(claim, written, label, _evidence(row.fields.get("evidence")), notes)
+        if (split := _split(row.fields.get(columns.split), columns.split, notes)) is not None:
+            trajectory = trajectory.model_copy(update={"split": split})
     except RefusedError as refused:
         notes.add(refused.code, refused.message)
     return RowReading(trajectory, label, tuple(notes.by_code.values()), source)
@@ -105,6 +108,15 @@ def _sentence(item: object, place: int) -> Evidence:
             if fold(page):
                 return Evidence(page=fold(page), sentence=number)
     raise RefusedError("bad_evidence", f"evidence {place} is not [page, sentence number from 0 on]")
+
+
+def _split(value: object, name: str, notes: Notes) -> Part | None:
+    """A value of another kind costs no row: many files have a column of this name that means something else."""
+    try:
+        return read_part(value)
+    except ValueError as error:
+        notes.add("bad_split", f"{name!r}: {error}")
+        return None
 
 
 # --- from raw steps to a trajectory --------------------------------------------------------

@@ -163,7 +163,7 @@ class Quantization(_Spec):
 
 
 class Split(_Spec):
-    """Shares of train, validation and test rows; or `fixed`, by the values 0, 1, 2 of a column."""
+    """Shares of train, validation and test rows; or `fixed`, by the values 0, 1, 2 of a column, `split` by default."""
 
     type: Literal["random", "fixed"] = "random"
     probabilities: tuple[Fraction, Fraction, Fraction] = (1.0, 0.0, 0.0)
@@ -175,6 +175,8 @@ class Split(_Spec):
             raise ValueError("the three probabilities must sum to 1")
         if self.probabilities[0] == 0:
             raise ValueError("no row would be left to train on: the first probability is 0")
+        if self.type == "random" and self.column is not None:
+            raise _disagree("a random split reads no column; set type to fixed, or leave column out", "column")
         return self
 
 
@@ -202,7 +204,10 @@ class Optimizer(_Spec):
 
 class Trainer(_Spec):
     """`batch_size` caps the rows of a micro-batch; `auto` caps tokens instead. The product of it and
-    `gradient_accumulation_steps` is the effective batch; three numbers that disagree are refused."""
+    `gradient_accumulation_steps` is the effective batch; three numbers that disagree are refused.
+
+    `early_stop`: so many evaluations in a row without a lower validation loss end the training; -1 and 0 never do.
+    """
 
     type: Literal["finetune"] = "finetune"
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 3
@@ -370,7 +375,7 @@ PAIRINGS: dict[str, dict[str, str | None]] = {
 
 def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
     """(place, what) of everything in the spec that parses but that this version does not run."""
-    trainer, adapter = spec.trainer, spec.adapter
+    adapter = spec.adapter
     asked: list[tuple[bool, tuple[str, ...], str]] = [
         (
             adapter is not None and adapter.pretrained_adapter_weights is not None,
@@ -379,12 +384,6 @@ def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
         ),
         (spec.backend.processes > 1, ("backend", "processes"), "more than one process"),
         (spec.backend.strategy is not None, ("backend", "strategy"), "a distribution strategy"),
-        (
-            spec.preprocessing.split != Split(),
-            ("preprocessing", "split"),
-            "a split other than {type: random, probabilities: [1, 0, 0]}",
-        ),
-        (trainer.early_stop != -1, ("trainer", "early_stop"), "early stopping"),
     ]
     return [(place, what) for wanted, place, what in asked if wanted]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from app.domain.claims import STEP_MARKER, Claim, Verdict, fold, forbidden_character, read_verdict
+from app.domain.splits import Part
 
 ARGUMENT_LIMIT = 100
 """Longest argument of an action that serving lets a model write, in characters."""
@@ -108,11 +109,15 @@ class Evidence(_Word):
 
 
 class Trajectory(_Word):
-    """A claim's steps and verdict. The last step, and only the last, is Finish with that verdict."""
+    """A claim's steps and verdict. The last step, and only the last, is Finish with that verdict.
+
+    `split`: the part of the dataset that its uploader put it in, None where the upload has no such column.
+    """
 
     claim: Claim
     steps: tuple[Step, ...]
     evidence: tuple[Evidence, ...] = ()
+    split: Part | None = None
 
     @model_validator(mode="after")
     def _finishes_once(self) -> Self:

@@ -22,6 +22,7 @@ from app.domain.datasets import (
 )
 from app.domain.errors import InvalidError
 from app.domain.rows import RowReading, read_row
+from app.domain.splits import Part
 from app.domain.trajectories import Trajectory
 from app.ingest.lines import Header, Item
 from app.ingest.seen import Seen
@@ -44,6 +45,7 @@ class Account:
         self.labels: Counter[Verdict] = Counter()
         self.steps: Counter[int] = Counter()
         self.actions: Counter[str] = Counter()
+        self.splits: Counter[Part] = Counter()
         self.lengths: dict[str, Counter[int]] = {name: Counter() for name in _TEXTS}
         self._seen = seen
 
@@ -100,6 +102,8 @@ class Account:
     def _measure(self, trajectory: Trajectory, characters: int) -> None:
         self.labels[trajectory.verdict] += 1
         self.steps[len(trajectory.steps)] += 1
+        if trajectory.split is not None:
+            self.splits[trajectory.split] += 1
         self.lengths["claim"][len(trajectory.claim)] += 1
         self.lengths["trajectory"][characters] += 1
         for step in trajectory.steps:
@@ -111,7 +115,7 @@ class Account:
     def _used(self, row: SourceRow, source: str) -> frozenset[str]:
         evidence = "evidence" if isinstance(row.fields.get("evidence"), list) else ""
         empty = [name for name in ("evidence", "steps", "messages") if row.fields.get(name, "") is None]
-        own = (self.columns.claim, self.columns.trajectories, self.columns.label)
+        own = (self.columns.claim, self.columns.trajectories, self.columns.label, self.columns.split)
         return frozenset((*own, source, evidence, *empty))
 
     def _name(self, line: int, names: tuple[str, ...], used: frozenset[str]) -> None:
@@ -123,7 +127,7 @@ class Account:
             if name not in used:
                 message = f"the column {name[:60]!r} is not read"
                 self._note((finding(line, "extra_column", message),))
-        roles = {"claim": self.columns.claim, "label": self.columns.label}
+        roles = {"claim": self.columns.claim, "label": self.columns.label, "split": self.columns.split}
         for role, name in roles.items():
             if name in used and name in names:
                 self.roles.setdefault(role, name)
@@ -151,6 +155,7 @@ class Account:
             steps=dict(sorted(self.steps.items())),
             actions=dict(sorted(self.actions.items())),
             characters={name: _lengths(values) for name, values in self.lengths.items() if values},
+            splits={part: self.splits[part] for part in Part if self.splits},
             findings=tuple(self.findings),
             findings_left_out=self.codes.total() - len(self.findings),
         )

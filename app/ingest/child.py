@@ -63,7 +63,7 @@ def ingest(
 ) -> IngestResult:
     """Reads the file at `path` (called `filename` by its sender) into `out_dir/<digest>.jsonl`.
 
-    `columns` maps claim, trajectories and label to the file's own names. Raises InvalidError for whatever is
+    `columns` maps claim, trajectories, label and split to the file's own names. Raises InvalidError for whatever is
     wrong with the file, its limits included, and RuntimeError when the reader itself fails.
     """
     limits = limits or IngestLimits()

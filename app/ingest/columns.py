@@ -40,7 +40,7 @@ def check_header(names: Sequence[str], columns: Columns, shapes: Iterable[str] =
     if source is None:
         raise missing_column("trajectories", columns.trajectories, names)
     also = ("evidence",) if shapes else ()
-    used = [name for name in (columns.claim, source, columns.label, *also) if name in names]
+    used = [name for name in (columns.claim, source, columns.label, columns.split, *also) if name in names]
     for name in used:
         if names.count(name) > 1:
             raise InvalidError(

@@ -8,9 +8,10 @@ from typing import Any
 
 from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
-from app.domain.attempts import Checkpointed, Metrics
+from app.domain.attempts import Checkpointed, Evaluated, Metrics
 from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobStatus, Lease, Progress
 from app.domain.specs import TrainSpec
+from app.domain.splits import Part
 from app.services.plans import Plans, Prepared
 from app.storage import Blobs
 
@@ -105,6 +106,17 @@ class Attempts:
                 if metric.skipped:
                     message = f"update {metric.update} skipped: loss or gradients were not finite"
                     unit.jobs.tell(lease.job_id, "update_skipped", message, "warning", {"update": metric.update})
+
+    def evaluated(self, lease: Lease, found: Evaluated) -> None:
+        """Tell what held-out rows say. An update whose metrics are there already learns it from here."""
+        measured = "not finite" if found.loss is None else f"{found.loss:.4f}"
+        message = f"{found.part} loss {measured}, token accuracy {found.accuracy:.1%} at update {found.update}"
+        with self._database.write() as unit:
+            unit.jobs.write(lease, owner=lease.owner)
+            unit.jobs.tell(lease.job_id, "evaluated", message, "info", found.model_dump(mode="json", exclude={"event"}))
+            if found.part is Part.VALIDATION:
+                values = {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
+                unit.jobs.add_to_metric(lease.job_id, found.update, values)
 
     def checkpoint(self, lease: Lease, written: Checkpointed) -> None:
         """Upload a checkpoint and commit its row; older ones than the last two go."""

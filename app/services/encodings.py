@@ -6,6 +6,7 @@ The plan counts them and the training child reads them, so what was planned is w
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -20,6 +21,7 @@ from app.domain.encoding import Encoder
 from app.domain.errors import InvalidError, NotFoundError, Problem
 from app.domain.plans import Lengths, RowNote
 from app.domain.specs import TrainSpec
+from app.domain.splits import Part, drawn_part
 from app.domain.trajectories import Trajectory
 from app.storage import Blobs
 from app.storage.blobs import hash_file
@@ -30,12 +32,18 @@ REVISION = 2
 
 
 class EncodingSummary(BaseModel):
-    """What encoding a dataset under one policy gave. `notes` lists at most 100 rows; the counts are exact."""
+    """What encoding a dataset under one policy gave. `notes` lists at most 100 rows; the counts are exact.
+
+    `branches`, `tokens`, `labelled_tokens` and `lengths` are those of the rows that are trained on, `longest` is that
+    of all.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: int
     trained: int
+    validation: int = 0
+    test: int = 0
     trimmed: int
     protected: int
     dropped: int
@@ -46,6 +54,11 @@ class EncodingSummary(BaseModel):
     longest: int
     lengths: Lengths
     notes: tuple[RowNote, ...]
+
+    @property
+    def kept(self) -> int:
+        """Rows of all parts that are not dropped."""
+        return self.trained + self.validation + self.test
 
 
 class Encodings:
@@ -120,6 +133,7 @@ def _key(dataset: str, spec: TrainSpec, tokenizer: str, limit: int) -> str:
         "overlength": spec.preprocessing.overlength,
         "observations": spec.trainer.train_on_observations,
         "branch": spec.trainer.verdict_branch,
+        "split": spec.preprocessing.split.model_dump(exclude={"column"}),
         "seed": spec.seed,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -131,6 +145,7 @@ class _Tally:
     def __init__(self) -> None:
         self.rows = self.trimmed = self.protected = self.dropped = self.refused = self.branches = 0
         self.tokens = self.labelled = self.longest = 0
+        self.parts: Counter[Part] = Counter()
         self.lengths: list[int] = []
         self.notes: list[RowNote] = []
 
@@ -139,11 +154,13 @@ class _Tally:
             self.notes.append(note)
 
     def row(self, row: EncodedRow, labelled: int) -> EncodedRow:
-        self.lengths.append(len(row.ids))
-        self.branches += row.branch is not None
-        self.tokens += len(row.all_ids)
-        self.labelled += labelled
+        self.parts[row.part] += 1
         self.longest = max(self.longest, len(row.all_ids))
+        if row.part is Part.TRAIN:
+            self.lengths.append(len(row.ids))
+            self.branches += row.branch is not None
+            self.tokens += len(row.all_ids)
+            self.labelled += labelled
         return row
 
 
@@ -155,10 +172,12 @@ def _encode(lines: Iterator[bytes], spec: TrainSpec, limit: int, encoder: Encode
         if trajectory is None:
             continue
         row = _row(trajectory, number, spec, encoder, tally)
-        out.write(row.model_dump_json().encode() + b"\n")
+        out.write(row.model_dump_json(exclude_defaults=True).encode() + b"\n")
     return EncodingSummary(
         rows=tally.rows,
-        trained=len(tally.lengths),
+        trained=tally.parts[Part.TRAIN],
+        validation=tally.parts[Part.VALIDATION],
+        test=tally.parts[Part.TEST],
         trimmed=tally.trimmed,
         protected=tally.protected,
         dropped=tally.dropped,
@@ -201,23 +220,34 @@ def _fitted(
 
 
 def _row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, tally: _Tally) -> EncodedRow:
-    observations = spec.trainer.train_on_observations
+    observations, part = spec.trainer.train_on_observations, _part(trajectory, line, spec)
     whole = encoder.encode(encoder.form.segments(trajectory, train_on_observations=observations))
     if not _has_branch(line, spec):
-        return tally.row(EncodedRow(line=line, ids=whole.ids, trained=whole.trained), whole.labelled)
+        return tally.row(EncodedRow(line=line, ids=whole.ids, trained=whole.trained, part=part), whole.labelled)
     branch = encoder.encode(encoder.form.branch_segments(trajectory))
     at = encoder.length(encoder.form.prompt(trajectory.claim, trajectory.steps[:-1]))
     trained = tuple((start - at, end - at) for start, end in branch.trained)
     own = EncodedBranch(at=at, ids=branch.ids[at:], trained=trained)
-    return tally.row(
-        EncodedRow(line=line, ids=whole.ids, trained=whole.trained, branch=own), whole.labelled + branch.labelled
-    )
+    row = EncodedRow(line=line, ids=whole.ids, trained=whole.trained, branch=own, part=part)
+    return tally.row(row, whole.labelled + branch.labelled)
 
 
 def _has_branch(line: int, spec: TrainSpec) -> bool:
     """Whether a row carries the labelled verdict branch: a fixed share, drawn by seed and row."""
-    drawn = hashlib.sha256(f"{spec.seed}:{line}".encode()).digest()
-    return int.from_bytes(drawn[:4]) / 2**32 < spec.trainer.verdict_branch
+    return _drawn(f"{spec.seed}:{line}") < spec.trainer.verdict_branch
+
+
+def _part(trajectory: Trajectory, line: int, spec: TrainSpec) -> Part:
+    """The part that a row belongs to: the one that it says, or one drawn by seed and row."""
+    split = spec.preprocessing.split
+    if split.type == "fixed":
+        return trajectory.split or Part.TRAIN
+    return drawn_part(_drawn(f"{spec.seed}:{line}:part"), split.probabilities)
+
+
+def _drawn(text: str) -> float:
+    """A number from 0 to below 1 that depends on `text` alone, and on no machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**32
 
 
 def refuse_overlength(summary: EncodingSummary, limit: int) -> None:
@@ -232,7 +262,7 @@ def refuse_overlength(summary: EncodingSummary, limit: int) -> None:
             code="rows_too_long",
             problems=found,
         )
-    if summary.trained == 0:
+    if summary.kept == 0:
         raise InvalidError(
             f"no row fits {limit} tokens; raise preprocessing.global_max_sequence_length", code="no_row_fits"
         )

@@ -12,6 +12,7 @@ from app.domain.specs import Feature, TrainSpec
 from app.services.base_models import BaseModels
 from app.services.devices import Devices
 from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
+from app.services.splits import check_parts, check_split_column, empty_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,11 @@ class Plans:
             dataset, spec, base.tokenizer, limit, lambda: self._base_models.encoder(base, spec.format())
         )
         refuse_overlength(summary, limit)
+        check_parts(spec, summary)
         device = self._devices.trainer()
         on: Literal["cpu", "gpu"] = "gpu" if device is not None and device.type == "gpu" else "cpu"
-        schedule = Schedule.of(spec, summary.trained, summary.longest, on)
-        plan = _plan(base.name, dataset.name, device.name if device else "unknown", limit, summary, schedule)
+        schedule = Schedule.of(spec, summary.trained, summary.longest, on, summary.validation)
+        plan = _plan(spec, base.name, dataset.name, device.name if device else "unknown", limit, summary, schedule)
         return Prepared(spec, dataset, base, rows, summary, schedule, limit, plan)
 
     def _dataset(self, spec: TrainSpec) -> DatasetRow:
@@ -71,6 +73,8 @@ class Plans:
         columns = dataset.report["columns"]
         _check_feature("input_features", spec.input_features[0], "claim", columns.get("claim"))
         _check_feature("output_features", spec.output_features[0], "trajectories", columns.get("trajectories"))
+        if spec.preprocessing.split.type == "fixed":
+            check_split_column(spec.preprocessing.split.column or "split", dataset)
         return dataset
 
     def _limit(self, spec: TrainSpec, base: BaseModelRow) -> int:
@@ -97,9 +101,17 @@ def _check_feature(place: str, feature: Feature, ours: str, theirs: str | None) 
         )
 
 
-def _plan(base: str, dataset: str, device: str, limit: int, summary: EncodingSummary, schedule: Schedule) -> Plan:
-    share = summary.protected / summary.trained
-    warnings = []
+def _plan(
+    spec: TrainSpec,
+    base: str,
+    dataset: str,
+    device: str,
+    limit: int,
+    summary: EncodingSummary,
+    schedule: Schedule,
+) -> Plan:
+    share = summary.protected / summary.kept
+    warnings = empty_parts(spec, summary)
     if summary.dropped:
         warnings.append(f"{summary.dropped} rows do not fit {limit} tokens and are dropped; see overlength")
     if share > 0.05:
@@ -113,6 +125,8 @@ def _plan(base: str, dataset: str, device: str, limit: int, summary: EncodingSum
         device=device,
         rows=summary.rows,
         rows_trained=summary.trained,
+        rows_validation=summary.validation,
+        rows_test=summary.test,
         rows_trimmed=summary.trimmed,
         rows_protected=summary.protected,
         rows_dropped=summary.dropped,

@@ -14,6 +14,7 @@ from app.domain.datasets import (
     finding,
     read_canonical,
 )
+from app.domain.splits import Part
 from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory
 from tests.domain.strategies import trajectories
 
@@ -33,6 +34,14 @@ def test_a_canonical_line_is_compact_sorted_utf8_json() -> None:
         '{"action":"Search[Zoë]","observation":"She \\"wrote\\" it.","thought":"Hm."},'
         '{"action":"Finish[NOT ENOUGH INFO]","observation":null,"thought":""}]}\n'
     )
+
+
+def test_only_a_row_with_a_split_says_so() -> None:
+    """Datasets without one keep their digests."""
+    assert b"split" not in canonical_line(EXAMPLE)
+    line = canonical_line(EXAMPLE.model_copy(update={"split": Part.TEST}))
+    assert line.endswith(b'"split":"test","steps":' + canonical_line(EXAMPLE).split(b'"steps":')[1])
+    assert read_canonical(line).split is Part.TEST
 
 
 @given(trajectories())

@@ -1,7 +1,11 @@
 """The account of an upload: exact counts, bounded lists."""
 
+import csv
+import io
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from app.domain.claims import Verdict
@@ -93,3 +97,26 @@ def test_names_of_columns_are_bounded(tmp_path: Path) -> None:
     report, _ = read(tmp_path, content)
     assert report.codes["extra_column"] < 200
     assert len(report.findings) == FINDINGS_PER_CODE
+
+
+@pytest.mark.parametrize("name", ["split", "part"])
+def test_a_column_of_parts_is_read_in_every_format(tmp_path: Path, name: str) -> None:
+    parts = ["0", "1", "test", ""]
+    values = [row(number, **{name: part}) for number, part in enumerate(parts)]
+    table = pyarrow.Table.from_pylist(values)
+    parquet, written = io.BytesIO(), io.StringIO()
+    pyarrow.parquet.write_table(table, parquet)
+    csv.DictWriter(written, list(values[0])).writeheader()
+    csv.DictWriter(written, list(values[0])).writerows(values)
+    lines = b"".join(json_line(value) for value in values)
+    for content in (lines, written.getvalue().encode(), parquet.getvalue()):
+        report, kept = read(tmp_path, content, columns={"split": name})
+        assert [trajectory.split for trajectory in kept] == ["train", "validation", "test", None]
+        assert (report.columns["split"], report.codes) == (name, {})
+        assert report.splits == {"train": 1, "validation": 1, "test": 1}
+
+
+def test_a_column_of_that_name_that_means_something_else_costs_no_row(tmp_path: Path) -> None:
+    report, kept = read(tmp_path, json_line(row(1, split="labelled_dev")) + json_line(row(2)))
+    assert [trajectory.split for trajectory in kept] == [None, None]
+    assert (found(report), report.splits, report.rows_warned) == ([(1, "bad_split")], {}, 1)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from app.composition import Services
-from app.domain.attempts import Checkpointed, Metrics
+from app.domain.attempts import Checkpointed, Evaluated, Metrics
 from app.domain.errors import ConflictError, InvalidError, LeaseLostError, NotFoundError, NotYetSupportedError
 from app.domain.jobs import MAX_ATTEMPTS, TRANSITIONS, WISHES, Job, JobError, JobStatus, Wish
 from app.domain.specs import JobKind
+from app.domain.splits import Part
 from app.queue import MemoryDoorbell
 from app.services.attempts import Attempts, Leased
 from app.services.plans import Prepared
@@ -53,6 +54,27 @@ def metrics(update: int) -> Metrics:
         tokens_per_second=100.0,
         seconds=0.1,
     )
+
+
+def validation(update: int) -> Evaluated:
+    return Evaluated(part=Part.VALIDATION, update=update, rows=4, loss=0.5, accuracy=0.75, seconds=0.1)
+
+
+def test_an_evaluation_is_an_event_and_part_of_its_updates_metrics(services: Services, job: Job) -> None:
+    """Where a command cut it short it comes behind them; otherwise they bring it themselves."""
+    lease = leased(services.attempts).lease
+    services.attempts.record(lease, [metrics(1)], 1.0)
+    for update in (1, 2):
+        services.attempts.evaluated(lease, validation(update))
+    services.attempts.evaluated(lease, validation(1).model_copy(update={"part": Part.TEST, "loss": None}))
+    (row,) = services.jobs.metrics(job.id, 0, 10)[0]
+    assert (row.loss, row.validation_loss, row.validation_accuracy) == (1.5, 0.5, 0.75)
+    told = [event.message for event in services.jobs.events(job.id, 0, 100)[0] if event.kind == "evaluated"]
+    assert told == [
+        "validation loss 0.5000, token accuracy 75.0% at update 1",
+        "validation loss 0.5000, token accuracy 75.0% at update 2",
+        "test loss not finite, token accuracy 75.0% at update 1",
+    ]
 
 
 def test_every_wish_is_a_path_of_the_state_machine() -> None:
@@ -152,6 +174,7 @@ def test_a_zombie_changes_no_row(services: Services, hasty: Attempts, job: Job, 
         lambda: hasty.renew(zombie),
         lambda: hasty.tell(zombie, "log", "still here"),
         lambda: hasty.record(zombie, [metrics(1)], 1.0),
+        lambda: hasty.evaluated(zombie, validation(1)),
         lambda: hasty.checkpoint(zombie, Checkpointed(update=1, path=directory, digest="0" * 64)),
         lambda: hasty.fail(zombie, JobError(code="x", message="x")),
         lambda: hasty.release(zombie, "done", strike=False),

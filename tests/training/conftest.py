@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from app.domain.attempts import BaseOnDisk, EncodedBranch, EncodedRow, TrainOrder
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
+from app.domain.splits import Part
 from tests.tiny import VOCABULARY, make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +72,8 @@ def make_order(tiny_base: Path, tmp_path: Path) -> OrderFactory:
         given = spec or {}
         asked = {"dataset": "tiny", **given, "trainer": trainer | given.get("trainer", {})}
         parsed = TrainSpec.model_validate(asked)
-        schedule = Schedule.of(parsed, len(chosen), 42, "cpu")
+        parts = Counter(row.part for row in chosen)
+        schedule = Schedule.of(parsed, parts[Part.TRAIN], 42, "cpu", parts[Part.VALIDATION])
         return TrainOrder(
             job_id="job_test",
             epoch=1,

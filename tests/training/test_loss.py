@@ -11,7 +11,7 @@ from app.domain.specs import TrainSpec
 from tests.training.conftest import apart, make_rows
 from worker.precision import FP32
 from worker.training.batches import Batch, collate, micro_batches, predictions
-from worker.training.loss import backward_loss
+from worker.training.loss import backward_loss, measure_loss
 from worker.training.model import Trainee, load_trainee
 
 
@@ -40,7 +40,7 @@ def backward(model: Trainee, batches: list[Batch], chunk: int = 512) -> tuple[fl
     total = 0.0
     for batch in batches:
         hidden = model.hidden(batch)
-        total += float(backward_loss(hidden, model.head, batch.predictors, batch.targets, 1 / labelled, chunk))
+        total += float(backward_loss(hidden, model.head, batch, 1 / labelled, chunk).sum())
     gradients = {name: p.grad.clone() for name, p in model.approach.parameters().items() if p.grad is not None}
     return total / labelled, gradients
 
@@ -75,6 +75,19 @@ def test_chunks_change_nothing(model: Trainee, chunk: int) -> None:
     whole, in_chunks = backward(model, [batch]), backward(model, [batch], chunk)
     assert in_chunks[0] == pytest.approx(whole[0], rel=1e-6)
     assert same(whole[1], in_chunks[1])
+
+
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_each_rows_sum_is_its_own(model: Trainee, chunk: int) -> None:
+    """A chunk's border may lie within a row; measured without a gradient, the sums are the same."""
+    alone = [float(backward_loss(model.hidden(one), model.head, one, 1.0)) for one in (collate([row]) for row in ROWS)]
+    batch = collate(ROWS)
+    assert backward_loss(model.hidden(batch), model.head, batch, 1.0, chunk).tolist() == pytest.approx(alone, rel=1e-5)
+    with torch.no_grad():
+        measured, hits = measure_loss(model.hidden(batch), model.head, batch, chunk)
+        logits = model.head(model.hidden(batch)[batch.predictors])
+    assert measured.tolist() == pytest.approx(alone, rel=1e-5)
+    assert int(hits) == int((logits.argmax(-1) == batch.targets).sum())
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 130])

@@ -122,6 +122,29 @@ def test_a_job_runs_to_a_published_adapter(
     assert not list(services.settings.work_path.glob("job_*"))
 
 
+def test_what_held_out_rows_say_is_told_and_decides(services: Services, supervisor: Supervisor, tmp_path: Path) -> None:
+    path = tmp_path / "parted.jsonl"
+    rows = [json.loads(line) for line in dataset_jsonl(12).splitlines()]
+    path.write_text("\n".join(json.dumps(row | {"split": number % 3}) for number, row in enumerate(rows)))
+    dataset = services.datasets.create(path, path.name, None, None, {})[0]
+    spec = {"dataset": dataset.id, "adapter": {"type": "lora", "r": 4}, "preprocessing": {"split": {"type": "fixed"}}}
+    job = services.jobs.submit(spec | {"trainer": TRAINER})
+    assert supervisor.work()
+    done = services.jobs.get(job.id)
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    told = [e.data for e in services.jobs.events(job.id, 0, 100)[0] if e.kind == "evaluated"]
+    assert [(data["part"], data["update"]) for data in told[:-1]] == [("validation", n) for n in (2, 4, 6)]
+    found = services.jobs.metrics(job.id, 0, 100)[0]
+    by_update = {data["update"]: (data["loss"], data["accuracy"]) for data in told[:-1]}
+    assert {m.update: (m.validation_loss, m.validation_accuracy) for m in found} == by_update | dict.fromkeys(
+        (1, 3, 5), (None, None)
+    )
+    manifest = services.adapters.get(str(done.adapter_id)).manifest
+    assert manifest.metrics["validation_loss"] == min(loss for loss, _ in by_update.values())
+    assert manifest.metrics["test_loss"] == told[-1]["loss"]
+    assert manifest.dataset_rows == 4
+
+
 def test_the_same_job_twice_gives_the_same_adapter(
     services: Services, supervisor: Supervisor, submit: Callable[..., Job]
 ) -> None:

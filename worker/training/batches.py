@@ -22,7 +22,8 @@ class Batch:
     """Rows packed one behind the other.
 
     `ids`, `positions`: [tokens]. `predictors`: indices of the tokens whose next one carries a loss; `targets`: what
-    that next one is.
+    that next one is; `owners`: the place in `rows` of the row that it belongs to. `lines`: where each row stands in
+    the dataset.
     """
 
     ids: torch.Tensor
@@ -30,6 +31,8 @@ class Batch:
     rows: tuple[Row, ...]
     predictors: torch.Tensor
     targets: torch.Tensor
+    owners: torch.Tensor
+    lines: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -40,10 +43,10 @@ class Batch:
         return self.targets.numel()
 
     def to(self, device: torch.device) -> "Batch":
-        ids, places, predictors, targets = (
-            t.to(device) for t in (self.ids, self.positions, self.predictors, self.targets)
+        ids, places, predictors, targets, owners = (
+            t.to(device) for t in (self.ids, self.positions, self.predictors, self.targets, self.owners)
         )
-        return Batch(ids, places, self.rows, predictors, targets)
+        return Batch(ids, places, self.rows, predictors, targets, owners, self.lines)
 
 
 def read_rows(path: Path, vocab_size: int) -> list[EncodedRow]:
@@ -126,19 +129,21 @@ def collate(rows: Sequence[EncodedRow]) -> Batch:
     """One batch of `rows`."""
     ids: list[int] = []
     packed: list[Row] = []
-    pairs: list[tuple[int, int]] = []
-    for row in rows:
+    labels: list[tuple[int, int, int]] = []
+    for owner, row in enumerate(rows):
         start = len(ids)
         branch = (len(row.branch.ids), row.branch.at) if row.branch else (0, 0)
         packed.append(Row(start, len(row.ids), *branch))
-        pairs += [(start + place, target) for place, target in predictions(row)]
+        labels += [(start + place, target, owner) for place, target in predictions(row)]
         ids += row.all_ids
     return Batch(
         ids=torch.tensor(ids, dtype=torch.long),
         positions=torch.tensor([place for row in packed for place in positions(row)], dtype=torch.long),
         rows=tuple(packed),
-        predictors=torch.tensor([place for place, _ in pairs], dtype=torch.long),
-        targets=torch.tensor([target for _, target in pairs], dtype=torch.long),
+        predictors=torch.tensor([place for place, _, _ in labels], dtype=torch.long),
+        targets=torch.tensor([target for _, target, _ in labels], dtype=torch.long),
+        owners=torch.tensor([owner for _, _, owner in labels], dtype=torch.long),
+        lines=tuple(row.line for row in rows),
     )
 
 

@@ -52,6 +52,10 @@ class Channel:
         """The oldest command not yet asked for, or None."""
         return self._waiting.popleft() if self._waiting else None
 
+    def waiting(self) -> bool:
+        """Whether a command waits to be asked for."""
+        return bool(self._waiting)
+
     def _watch(self) -> None:
         for line in self._in:
             try:

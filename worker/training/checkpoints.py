@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +25,11 @@ class TornCheckpointError(Exception):
 
 class Progress(BaseModel):
     """How far a job is, over all its attempts. `applied` updates changed the weights; others were skipped.
-    `max_tokens`: of a micro-batch, where the device had no room for what was planned."""
+    `max_tokens`: of a micro-batch, where the device had no room for what was planned.
+
+    `evaluated`: the update behind which the validation rows were looked at last, with what result; `best_…`: the one
+    with the lowest loss; `without_improvement`: evaluations since then.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,6 +41,18 @@ class Progress(BaseModel):
     seconds: float = 0.0
     loss: float | None = None
     max_tokens: int | None = None
+    evaluated: int = 0
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    best_update: int | None = None
+    best_loss: float | None = None
+    best_accuracy: float | None = None
+    without_improvement: int = 0
+
+    @property
+    def published(self) -> int:
+        """The update whose weights are published, if the training ends here."""
+        return self.best_update or self.update
 
 
 class _State(BaseModel):
@@ -49,7 +65,10 @@ class _State(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """All of a run's state. `identity` names the work that it belongs to: another order's state does not fit."""
+    """All of a run's state. `identity` names the work that it belongs to: another order's state does not fit.
+
+    `best`: the weights of the best update, empty where there is none and where it is this one. `rows`: their losses.
+    """
 
     identity: str
     progress: Progress
@@ -58,10 +77,17 @@ class Saved:
     ranks: Mapping[str, torch.Tensor]
     generators: Mapping[str, torch.Tensor]
     scaler: Mapping[str, float]
+    best: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def write_checkpoint(parent: Path, saved: Saved) -> tuple[Path, str]:
-    """(the new checkpoint's directory under `parent`, its digest). Who stores earlier ones removes them."""
+def write_checkpoint(
+    parent: Path, saved: Saved, write_adapter: Callable[[Path], None] = lambda _: None
+) -> tuple[Path, str]:
+    """(the new checkpoint's directory under `parent`, its digest). Who stores earlier ones removes them.
+
+    `write_adapter` puts the same weights there as whoever only uses them reads them.
+    """
     final = parent / f"update-{saved.progress.update:06}"
     partial = parent / f"{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -70,6 +96,9 @@ def write_checkpoint(parent: Path, saved: Saved) -> tuple[Path, str]:
     save_file(dict(saved.optimizer), partial / "optimizer.safetensors")
     save_file(dict(saved.ranks), partial / "ranks.safetensors")
     save_file(dict(saved.generators), partial / "generators.safetensors")
+    save_file(dict(saved.best), partial / "best.safetensors")
+    save_file(dict(saved.rows), partial / "rows.safetensors")
+    write_adapter(partial)
     state = _State(identity=saved.identity, progress=saved.progress, scaler=dict(saved.scaler))
     (partial / "state.json").write_text(state.model_dump_json(indent=2), encoding="utf-8")
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
@@ -129,6 +158,8 @@ def read_checkpoint(directory: Path) -> Saved:
         ranks=load_file(directory / "ranks.safetensors"),
         generators=load_file(directory / "generators.safetensors"),
         scaler=state.scaler,
+        best=load_file(directory / "best.safetensors"),
+        rows=load_file(directory / "rows.safetensors"),
     )
 
 

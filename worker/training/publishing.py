@@ -29,12 +29,17 @@ def write_published(approach: Approach, masters: MasterWeights, base: BaseOnDisk
     final, partial = directory / "adapter", directory / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if hasattr(approach.module, "peft_config"):
-        _write_adapter(approach, masters, base, partial)
-    else:
-        _write_model(approach, base, partial)
+    write_files(approach, masters, base, partial)
     shutil.rmtree(final, ignore_errors=True)
     return partial.rename(final)
+
+
+def write_files(approach: Approach, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
+    """Write what is published as things stand into `directory`, which exists."""
+    if hasattr(approach.module, "peft_config"):
+        _write_adapter(approach, masters, base, directory)
+    else:
+        _write_model(approach, base, directory)
 
 
 def _write_model(approach: Approach, base: BaseOnDisk, directory: Path) -> None:

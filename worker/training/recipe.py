@@ -12,18 +12,19 @@ from importlib.metadata import version
 
 import torch
 
-from app.domain.attempts import Checkpointed, EncodedRow, Finished, Log, Metrics, Started, TrainOrder
+from app.domain.attempts import Checkpointed, EncodedRow, Evaluated, Finished, Log, Metrics, Started, TrainOrder
+from app.domain.splits import PARTS, Part
 from worker.precision import Fp16UnsafeError, Precision, precision_here
-from worker.training.batches import Batch, batches_of_update, read_rows
+from worker.training.batches import read_rows
 from worker.training.channel import Channel
 from worker.training.checkpoints import newest_sound, read_checkpoint, write_checkpoint
 from worker.training.errors import TrainingError
-from worker.training.loss import backward_loss
-from worker.training.memory import largest_that_fits, smaller, suffices
+from worker.training.evaluation import Evaluation, HeldOut
 from worker.training.model import Trainee, load_trainee
-from worker.training.publishing import write_published
+from worker.training.publishing import write_files, write_published
 from worker.training.rates import learning_rate
 from worker.training.state import RunState
+from worker.training.updates import add_gradients, probe
 
 SKIPS_IN_A_ROW = 5
 """This many updates in a row without a finite loss and gradient end the job."""
@@ -43,34 +44,40 @@ def train(order: TrainOrder, channel: Channel) -> None:
     trainee = load_trainee(
         order.base.path, spec, schedule.updates, precision, device, lambda text: channel.tell(Log(message=text))
     )
-    rows = read_rows(order.rows, trainee.vocab_size)
+    every_row = read_rows(order.rows, trainee.vocab_size)
+    rows, validation, test = _parts(order, every_row)
     torch.manual_seed(spec.seed)
-    state = RunState(order, trainee, precision, device)
+    state = RunState(order, trainee, every_row, precision, device)
     _resume(order, state, channel)
     progress, masters = state.progress, state.masters
     channel.tell(
         Started(
             precision=precision.name,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
             trainable_parameters=masters.flat.numel(),
             total_parameters=sum(p.numel() for p in trainee.approach.module.parameters()),
             resumed_from_update=progress.update,
         )
     )
 
-    _probe(trainee, state, rows, order, channel)
+    probe(trainee, state, rows, order, channel)
     for update in range(progress.update + 1, schedule.updates + 1):
         while command := channel.next_command():
             if command.command != "stop":
-                _checkpoint(order, state, channel)
+                _checkpoint(order, trainee, state, channel)
             if command.command != "checkpoint":
+                _write_row_losses(order, state)
                 outcome = "paused" if command.command == "pause" else "stopped"
                 channel.tell(Finished(outcome=outcome, packages=_packages(), metrics=_totals(state)))
                 return
+        _validate(order, trainee, state, validation, channel)  # where a command had cut it short
+        if 0 < spec.trainer.early_stop <= progress.without_improvement:
+            break
 
         began = time.perf_counter()
         rate = learning_rate(progress.applied, schedule, spec.trainer)
-        loss, tokens, labelled = _gradients(trainee, state, rows, update, order, channel)
+        loss, tokens, labelled = add_gradients(trainee, state, rows, update, order, channel)
         norm = _gradient_norm(state)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
@@ -90,6 +97,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
         progress.labelled_tokens += labelled
         progress.seconds += seconds
         progress.loss = progress.loss if skipped else loss
+        found = _validate(order, trainee, state, validation, channel)
         channel.tell(
             Metrics(
                 update=update,
@@ -103,21 +111,39 @@ def train(order: TrainOrder, channel: Channel) -> None:
                 tokens_per_second=tokens / seconds,
                 skipped=skipped,
                 seconds=seconds,
+                validation_loss=progress.validation_loss if found else None,
+                validation_accuracy=found.accuracy if found else None,
             )
         )
         if progress.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            _write_row_losses(order, state)
             raise TrainingError(
                 "not_finite",
                 f"{SKIPS_IN_A_ROW} updates in a row had a loss or gradients that are not finite",
                 "lower trainer.learning_rate, or check the dataset for rows of another kind than the rest",
             )
-        if update % schedule.checkpoint_every == 0:
-            _checkpoint(order, state, channel)
+        if update % schedule.checkpoint_every == 0 or (found and progress.best_update == update):
+            _checkpoint(order, trainee, state, channel)
 
+    _validate(order, trainee, state, validation, channel, patient=True)
+    if progress.update < schedule.updates:
+        channel.tell(Log(message=f"stopped early: {spec.trainer.early_stop} evaluations without a lower loss"))
+    state.take_best()
+    totals = _totals(state) | _judged(state) | _test(trainee, state, test, channel)
+    _write_row_losses(order, state)
     if state.ranks is not None:
         channel.tell(Log(message="ranks that are left", data=dict(state.ranks.kept())))
     adapter = write_published(trainee.approach, masters, order.base, order.directory)
-    channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=_packages(), metrics=_totals(state)))
+    channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=_packages(), metrics=totals))
+
+
+def _parts(order: TrainOrder, rows: list[EncodedRow]) -> tuple[list[EncodedRow], HeldOut, HeldOut]:
+    """(rows to train on, to validate with, to test on)."""
+    asked = order.spec.trainer.eval_batch_size
+    cap = None if asked == "auto" else asked
+    train, *held = ([row for row in rows if row.part is part] for part in PARTS)
+    validation, test = (HeldOut(part, cap, order.schedule.max_tokens) for part in held)
+    return train, validation, test
 
 
 def _precision(device: torch.device, order: TrainOrder) -> Precision:
@@ -141,60 +167,6 @@ def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
     channel.tell(Log(message=f"resumed from update {state.progress.update}"))
 
 
-def _probe(trainee: Trainee, state: RunState, rows: list[EncodedRow], order: TrainOrder, channel: Channel) -> None:
-    """On a GPU, find out before the first update which micro-batch fits, where the spec leaves that to us."""
-    if state.device.type != "cuda" or state.progress.max_tokens or order.spec.trainer.batch_size != "auto":
-        return
-
-    def run(batch: Batch) -> None:
-        _backward(trainee, state, [batch], batch.labelled)
-
-    generators = state.generators()
-    size = largest_that_fits(run, rows, order.schedule.max_rows, order.schedule.max_tokens)
-    state.masters.reset()
-    state.use(generators)
-    state.progress.max_tokens = size
-    channel.tell(Log(message=f"micro-batches of up to {size} tokens fit", data={"max_tokens": size}))
-
-
-def _gradients(
-    trainee: Trainee, state: RunState, rows: list[EncodedRow], update: int, order: TrainOrder, channel: Channel
-) -> tuple[float, int, int]:
-    """(the update's mean loss, its tokens, those with a label); its gradients are added up in the masters.
-
-    Too little memory halves the micro-batch and begins the update again.
-    """
-    while True:
-        limits = order.schedule.model_copy(
-            update={"max_tokens": state.progress.max_tokens or order.schedule.max_tokens}
-        )
-        batches = batches_of_update(rows, update, limits, order.spec.seed)
-        labelled = sum(batch.labelled for batch in batches)
-        generators, losses = state.generators(), list[float]()
-        if suffices(lambda: losses.append(_backward(trainee, state, batches, labelled))):  # noqa: B023  called here
-            return losses[0], sum(batch.tokens for batch in batches), labelled
-        state.masters.reset()
-        state.use(generators)
-        half = smaller(batches)
-        if half is None:
-            raise MemoryError("a single row does not fit")
-        state.progress.max_tokens = half
-        told = f"memory did not suffice for update {update}: micro-batches have at most {half} tokens from here on"
-        channel.tell(Log(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half}))
-
-
-def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> float:
-    """The mean loss over `batches`; its gradients are added up in the masters."""
-    weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
-    total = torch.zeros((), device=state.device)
-    for batch in batches:
-        there = batch.to(state.device)
-        hidden = trainee.hidden(there)
-        total += backward_loss(hidden, trainee.head, there.predictors, there.targets, weight)
-        state.masters.collect()
-    return total.item() / labelled
-
-
 def _gradient_norm(state: RunState) -> float:
     if state.scaler.is_enabled():
         state.scaler.unscale_(state.optimizer)
@@ -211,13 +183,81 @@ def _step(state: RunState, rate: float, norm: float, limit: float | None) -> Non
     state.masters.refresh()
 
 
-def _checkpoint(order: TrainOrder, state: RunState, channel: Channel) -> None:
+def _validate(
+    order: TrainOrder, trainee: Trainee, state: RunState, rows: HeldOut, channel: Channel, *, patient: bool = False
+) -> Evaluation | None:
+    """What the validation rows say, if it is time to ask them. A command cuts it short, unless `patient`."""
+    progress = state.progress
+    if progress.evaluated == progress.update or not order.schedule.evaluates_after(progress.update):
+        return None
+    found = rows.evaluate(trainee, state.device, (lambda: False) if patient else channel.waiting)
+    if found is not None:
+        best = state.judge(found)
+        channel.tell(_evaluated(Part.VALIDATION, state, found, best=best))
+    return found
+
+
+def _test(trainee: Trainee, state: RunState, rows: HeldOut, channel: Channel) -> dict[str, float]:
+    """What the test rows say of the weights to be published. They are looked at this once."""
+    found = rows.evaluate(trainee, state.device) if rows.rows else None
+    if found is None:
+        return {}
+    state.rows.note(found.lines, found.sums, state.progress.published)
+    told = _evaluated(Part.TEST, state, found)
+    channel.tell(told)
+    return {"test_accuracy": found.accuracy} | ({} if told.loss is None else {"test_loss": told.loss})
+
+
+def _evaluated(part: Part, state: RunState, found: Evaluation, *, best: bool = False) -> Evaluated:
+    return Evaluated(
+        part=part,
+        update=state.progress.update if part is Part.VALIDATION else state.progress.published,
+        rows=len(found.lines),
+        loss=found.loss if math.isfinite(found.loss) else None,
+        accuracy=found.accuracy,
+        best=best,
+        seconds=found.seconds,
+    )
+
+
+def _write_row_losses(order: TrainOrder, state: RunState) -> None:
+    state.rows.write(order.directory / "artifacts" / "rows.jsonl")
+
+
+def _checkpoint(order: TrainOrder, trainee: Trainee, state: RunState, channel: Channel) -> None:
     """Write one, unless this update's is written already: its directory may be on its way into the store."""
     if state.checkpointed == state.progress.update:
         return
-    state.checkpointed = state.progress.update
-    path, digest = write_checkpoint(order.directory / "checkpoints", state.saved())
-    channel.tell(Checkpointed(update=state.progress.update, path=path, digest=digest))
+    progress = state.progress
+    state.checkpointed = progress.update
+    path, digest = write_checkpoint(
+        order.directory / "checkpoints",
+        state.saved(),
+        lambda directory: write_files(trainee.approach, state.masters, order.base, directory),
+    )
+    loss = progress.validation_loss if progress.evaluated == progress.update else None
+    metrics = _totals(state) | ({} if loss is None else {"validation_loss": loss})
+    channel.tell(
+        Checkpointed(
+            update=progress.update,
+            path=path,
+            digest=digest,
+            validation_loss=loss,
+            packages=_packages(),
+            metrics=metrics,
+        )
+    )
+
+
+def _judged(state: RunState) -> dict[str, float]:
+    """What the validation rows say of the weights that are published."""
+    progress = state.progress
+    found = {
+        "best_update": progress.best_update,
+        "validation_loss": progress.best_loss,
+        "validation_accuracy": progress.best_accuracy,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _packages() -> dict[str, str]:

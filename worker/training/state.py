@@ -1,35 +1,68 @@
 """A run's mutable state in one place: masters, optimizer, loss scale, generators, progress."""
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from app.domain.attempts import TrainOrder
+from app.domain.attempts import EncodedRow, TrainOrder
 from app.domain.specs import Trainer
 from worker.precision import INITIAL_SCALE, Precision
 from worker.training.checkpoints import Progress, Saved
 from worker.training.errors import TrainingError
+from worker.training.evaluation import Evaluation
 from worker.training.masters import MasterWeights
 from worker.training.model import Trainee
 from worker.training.ranks import rank_budget
+from worker.training.row_losses import RowLosses
 
 
 class RunState:
     """Everything that an update changes."""
 
-    def __init__(self, order: TrainOrder, trainee: Trainee, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self,
+        order: TrainOrder,
+        trainee: Trainee,
+        rows: Sequence[EncodedRow],
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
         self.identity = identity(order)
         self.device = device
         self.progress = Progress()
         self.checkpointed: int | None = None
         """The update whose checkpoint was written or read last."""
+        self.rows = RowLosses(rows)
         self.masters = MasterWeights(trainee.approach.parameters(), precision.compute)
         self.ranks = rank_budget(trainee.approach.module, self.masters)
+        self.best: dict[str, torch.Tensor] = {}
+        """The masters of the best update so far, beside the device's memory; empty before the first evaluation."""
         self.optimizer = _optimizer(order.spec.trainer, self.masters)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=precision.scaled)
 
+    def judge(self, found: Evaluation) -> bool:
+        """Take in what the validation rows say of the present weights. Whether they are the best so far."""
+        progress = self.progress
+        progress.evaluated, progress.without_improvement = progress.update, progress.without_improvement + 1
+        finite = math.isfinite(found.loss)
+        progress.validation_loss, progress.validation_accuracy = (found.loss if finite else None), found.accuracy
+        if not finite or (progress.best_loss is not None and found.loss >= progress.best_loss):
+            return False
+        progress.best_update, progress.without_improvement = progress.update, 0
+        progress.best_loss, progress.best_accuracy = found.loss, found.accuracy
+        self.best = {name: weights.cpu() for name, weights in self.masters.by_name().items()}
+        self.rows.note(found.lines, found.sums, progress.update)
+        return True
+
+    def take_best(self) -> None:
+        """Go back to the best weights, where there are better ones than the present."""
+        if self.progress.published != self.progress.update:
+            self.masters.load(self.best)
+
     def saved(self) -> Saved:
+        best = {} if self.progress.best_update == self.progress.update else self.best
         moments = self.optimizer.state[self.masters.flat]
         return Saved(
             identity=self.identity,
@@ -39,6 +72,8 @@ class RunState:
             ranks={} if self.ranks is None else self.ranks.state(),
             generators=self.generators(),
             scaler=self.scaler.state_dict(),
+            best=best,
+            rows=self.rows.saved(),
         )
 
     def restore(self, saved: Saved) -> None:
@@ -52,6 +87,8 @@ class RunState:
         self.progress = saved.progress.model_copy()
         self.checkpointed = saved.progress.update
         self.masters.load(dict(saved.weights))
+        self.best = dict(saved.best or (saved.weights if saved.progress.best_update is not None else {}))
+        self.rows.restore(saved.rows)
         moments = {key: tensor.to(self.device) if tensor.ndim else tensor for key, tensor in saved.optimizer.items()}
         if moments:
             self.optimizer.state[self.masters.flat] = moments

@@ -173,6 +173,12 @@ class Jobs:
         for values in rows:
             put(self._session, MetricRow(job_id=job_id, update=values["update"], values=values))
 
+    def add_to_metric(self, job_id: str, update: int, values: dict[str, Any]) -> None:
+        """Add to the row of an update, if it is there."""
+        row = self._session.get(MetricRow, (job_id, update))
+        if row is not None:
+            row.values = row.values | values
+
     def metrics(self, job_id: str, after: int, limit: int) -> list[dict[str, Any]]:
         wanted = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.update > after)
         rows = self._session.scalars(wanted.order_by(MetricRow.update).limit(limit))

@@ -1,0 +1,237 @@
+"""Evaluation while training: what it says, what it decides, and that it disturbs nothing."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from app.domain.attempts import EncodedRow, TrainOrder
+from app.domain.splits import PARTS, Part
+from tests.training.conftest import OrderFactory, apart, make_rows
+from tests.training.test_child import Start, adapter_bytes
+from tests.training.test_recipe import metrics, run
+from worker.precision import FP32
+from worker.training.batches import predictions
+from worker.training.evaluation import HeldOut
+from worker.training.model import load_trainee
+
+SPEC = {"quantization": None, "adapter": {"type": "lora", "r": 4, "dropout": 0.1}}
+HASTY = {"learning_rate": 0.003, "learning_rate_scheduler": {"decay": "constant", "warmup_fraction": 0}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERITUNE_THREADS", "1")
+
+
+def parted(count: int = 12) -> list[EncodedRow]:
+    """Rows of which a third each is trained on, held out and tested on."""
+    return [row.model_copy(update={"part": PARTS[row.line % 3]}) for row in make_rows(count)]
+
+
+def told(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == kind]
+
+
+def row_losses(order: TrainOrder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (order.directory / "artifacts" / "rows.jsonl").read_text().splitlines()]
+
+
+def test_it_measures_what_each_sequence_alone_gives_without_dropout(make_order: OrderFactory, tiny_base: Path) -> None:
+    order = make_order(SPEC | {"quantization": {"bits": 4}})
+    trainee = load_trainee(tiny_base, order.spec, 30, FP32, torch.device("cpu"), lambda _: None)
+    for parameter in trainee.approach.parameters().values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    rows, drawn = make_rows(7), torch.get_rng_state()
+    found = HeldOut(rows, None, 60).evaluate(trainee, torch.device("cpu"))
+    assert found is not None
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert trainee.approach.module.training
+    assert all(module.training for module in trainee.approach.module.modules())
+
+    by_line = dict.fromkeys(range(1, 8), 0.0)
+    right = labelled = 0
+    for module in trainee.approach.module.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    for row in apart(rows):
+        with torch.no_grad():
+            logits = trainee.approach.module(input_ids=torch.tensor([row.ids])).logits[0]
+        places, targets = (torch.tensor(column) for column in zip(*predictions(row), strict=True))
+        by_line[row.line] += float(cross_entropy(logits[places], targets, reduction="sum"))
+        right += int((logits[places].argmax(-1) == targets).sum())
+        labelled += len(targets)
+    assert dict(zip(found.lines, found.sums, strict=True)) == pytest.approx(by_line, rel=1e-4)
+    assert found.loss == pytest.approx(sum(by_line.values()) / labelled, rel=1e-4)
+    assert found.accuracy == pytest.approx(right / labelled)
+
+
+def test_validation_rows_are_evaluated_each_epoch_and_test_rows_once(make_order: OrderFactory) -> None:
+    order = make_order(SPEC, updates=5, rows=parted(18))  # six rows to train on: two updates an epoch
+    events = run(order)
+    validations = [event for event in told(events, "evaluated") if event["part"] == Part.VALIDATION]
+    assert [event["update"] for event in validations] == [2, 4, 5]
+    seen = {m["update"]: (m["validation_loss"], m["validation_accuracy"]) for m in metrics(events)}
+    assert seen == {1: (None, None), 3: (None, None)} | {e["update"]: (e["loss"], e["accuracy"]) for e in validations}
+    assert all(0 < event["loss"] < 20 and 0 <= event["accuracy"] <= 1 and event["rows"] == 6 for event in validations)
+    (test,) = [event for event in told(events, "evaluated") if event["part"] == Part.TEST]
+    assert test["rows"] == 6
+    last = events[-1]["metrics"]
+    assert (last["test_loss"], last["test_accuracy"]) == (test["loss"], test["accuracy"])
+
+
+def test_held_out_rows_are_not_learned_and_evaluation_changes_nothing(make_order: OrderFactory) -> None:
+    rows = parted()
+    alone = make_order(SPEC, rows=[row for row in rows if row.part is Part.TRAIN], name="alone")
+    watched = make_order(SPEC | {"trainer": {"steps_per_checkpoint": 1}}, rows=rows, name="watched")
+    undisturbed, observed = metrics(run(alone)), metrics(run(watched))
+    for measure in ("loss", "grad_norm", "tokens"):
+        assert [m[measure] for m in observed] == [m[measure] for m in undisturbed]
+    assert all(m["validation_loss"] for m in observed)
+
+
+def test_the_best_state_is_published_and_lies_in_a_checkpoint(make_order: OrderFactory) -> None:
+    order = make_order(SPEC | {"trainer": HASTY}, updates=20, rows=parted())
+    events = run(order)
+    validations = [event for event in told(events, "evaluated") if event["part"] == Part.VALIDATION]
+    best = min(validations, key=lambda event: event["loss"])
+    assert best["update"] < 20, "this rate must overshoot, or nothing is tested"
+    assert [e["update"] for e in validations if e["best"]][-1] == best["update"]
+    last = events[-1]["metrics"]
+    assert (last["best_update"], last["validation_loss"]) == (best["update"], best["loss"])
+    kept = {event["update"]: event for event in told(events, "checkpoint")}
+    assert kept[best["update"]]["validation_loss"] == best["loss"]
+    directory = Path(kept[best["update"]]["path"])
+    for name, content in adapter_bytes(order).items():
+        assert (directory / name).read_bytes() == content
+    (test,) = [event for event in told(events, "evaluated") if event["part"] == Part.TEST]
+    assert test["update"] == best["update"]
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(2, "early"), (0, "late"), (-1, "late")])
+def test_evaluations_without_improvement_end_the_training(make_order: OrderFactory, patience: int, ends: str) -> None:
+    order = make_order(SPEC | {"trainer": HASTY | {"early_stop": patience}}, updates=30, rows=parted())
+    events = run(order)
+    validations = [event for event in told(events, "evaluated") if event["part"] == Part.VALIDATION]
+    stopped = any("stopped early" in event["message"] for event in told(events, "log"))
+    last = metrics(events)[-1]["update"]
+    if ends == "late":
+        assert (last, stopped) == (30, False)
+        return
+    assert stopped
+    assert last < 30
+    assert [event["best"] for event in validations[-2:]] == [False, False]
+    assert not any(one["best"] is other["best"] is False for one, other in pairwise(validations[:-1]))
+    assert events[-1]["metrics"]["best_update"] == [e["update"] for e in validations if e["best"]][-1]
+
+
+def test_a_training_that_was_stopped_early_does_not_go_on_when_it_is_resumed(make_order: OrderFactory) -> None:
+    trainer = HASTY | {"early_stop": 2, "steps_per_checkpoint": 1}
+    first = make_order(SPEC | {"trainer": trainer}, updates=30, rows=parted(), every=1, name="first")
+    events = run(first)
+    newest = Path(told(events, "checkpoint")[-1]["path"])
+    again = make_order(
+        SPEC | {"trainer": trainer}, updates=30, rows=parted(), every=1, name="again", resume_from=newest
+    )
+    resumed = run(again)
+    assert metrics(resumed) == []
+    assert resumed[-1]["metrics"] | {"peak_memory_bytes": 0} == events[-1]["metrics"] | {"peak_memory_bytes": 0}
+    assert adapter_bytes(again) == adapter_bytes(first)
+    assert row_losses(again) == row_losses(first)
+
+
+def test_resumed_behind_the_best_update_it_ends_as_if_uninterrupted(make_order: OrderFactory) -> None:
+    """From each of its checkpoints: before, at and behind the best update."""
+    spec = SPEC | {"trainer": HASTY}
+    whole = make_order(spec, updates=12, rows=parted(), every=1, name="whole")
+    events = run(whole)
+    best = events[-1]["metrics"]["best_update"]
+    assert 1 < best < 11
+    for event in told(events, "checkpoint"):
+        if event["update"] in (1, best, 11):
+            order = make_order(
+                spec,
+                updates=12,
+                rows=parted(),
+                every=1,
+                name=f"from-{event['update']}",
+                resume_from=Path(event["path"]),
+            )
+            run(order)
+            assert adapter_bytes(order) == adapter_bytes(whole)
+            assert row_losses(order) == row_losses(whole)
+
+
+def test_every_row_has_the_loss_that_was_last_seen_of_it(make_order: OrderFactory) -> None:
+    rows = [row.model_copy(update={"part": PARTS[0 if row.line < 9 else 1 + row.line % 2]}) for row in make_rows(12)]
+    order = make_order(SPEC, updates=3, rows=rows)  # eight rows to train on: two updates an epoch, half of a second
+    events = run(order)
+    found = row_losses(order)
+    assert [row["line"] for row in found] == list(range(1, 13))
+    assert [row["part"] for row in found] == [row.part for row in rows]
+    assert [row["tokens"] for row in found] == [len(row.all_ids) for row in rows]
+    assert [row["labelled_tokens"] for row in found] == [len(predictions(row)) for row in rows]
+    by_update: dict[int, list[dict[str, Any]]] = {}
+    for row in found:
+        by_update.setdefault(row["update"] if row["part"] == "train" else 0, []).append(row)
+    third = by_update[3]
+    mean = sum(row["loss"] * row["labelled_tokens"] for row in third) / sum(row["labelled_tokens"] for row in third)
+    assert len(third) == 4
+    assert metrics(events)[2]["loss"] == pytest.approx(mean, rel=1e-6)
+    held = [row for row in found if row["part"] == "validation"]
+    mean = sum(row["loss"] * row["labelled_tokens"] for row in held) / sum(row["labelled_tokens"] for row in held)
+    assert mean == pytest.approx(events[-1]["metrics"]["validation_loss"], rel=1e-6)
+    assert all(math.isfinite(row["loss"]) for row in found)
+
+
+def test_a_row_that_was_not_reached_has_no_loss(make_order: OrderFactory) -> None:
+    order = make_order(SPEC, updates=1)  # four of ten rows
+    run(order)
+    assert sorted(row["update"] or 0 for row in row_losses(order)) == [0] * 6 + [1] * 4
+    assert all((row["loss"] is None) == (row["update"] is None) for row in row_losses(order))
+
+
+def test_an_evaluation_gives_way_to_a_pause_and_is_made_up_for(make_order: OrderFactory, start: Start) -> None:
+    many = [
+        *parted(9),
+        *(
+            row.model_copy(update={"line": 100 + n, "part": Part.VALIDATION})
+            for n in range(1_000)
+            for row in make_rows(1)
+        ),
+    ]
+    spec = SPEC | {"trainer": {"steps_per_checkpoint": 2}}
+    first = make_order(spec, updates=3, rows=many, name="first")
+    child = start(first)
+    child.until("metrics", update=1)
+    child.command("pause")
+    assert child.finish()[0]["outcome"] == "paused", child.errors()
+    at = child.metrics()[-1]
+    assert at["validation_loss"] is None
+    written = told(child.seen, "checkpoint")[-1]
+    assert written["validation_loss"] is None
+
+    again = make_order(spec, updates=3, rows=many, name="again", resume_from=Path(written["path"]))
+    whole = make_order(spec, updates=3, rows=many, name="whole")
+    resumed, reference = start(again), start(whole)
+    for other in (resumed, reference):
+        assert other.finish()[0]["outcome"] == "succeeded", other.errors()
+    validations = [e["update"] for e in told(resumed.seen, "evaluated") if e["part"] == Part.VALIDATION]
+    assert validations == [2, 3]
+    assert adapter_bytes(again) == adapter_bytes(whole)
+
+
+def test_checkpoints_hold_the_adapter_of_their_own_update(make_order: OrderFactory) -> None:
+    events = run(make_order(SPEC, updates=4, every=2))
+    one, other = (Path(event["path"]) for event in told(events, "checkpoint"))
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    masters = load_file(one / "weights.safetensors")
+    assert {value.abs().sum().item() for value in first.values()} == {v.abs().sum().item() for v in masters.values()}
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert all(event["metrics"]["updates"] == event["update"] for event in told(events, "checkpoint"))

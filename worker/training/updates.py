@@ -1,0 +1,69 @@
+"""One update's gradients, in as many micro-batches as the device's memory asks for."""
+
+import math
+
+import torch
+
+from app.domain.attempts import EncodedRow, Log, TrainOrder
+from worker.training.batches import Batch, batches_of_update
+from worker.training.channel import Channel
+from worker.training.loss import backward_loss
+from worker.training.memory import largest_that_fits, smaller, suffices
+from worker.training.model import Trainee
+from worker.training.state import RunState
+
+
+def probe(trainee: Trainee, state: RunState, rows: list[EncodedRow], order: TrainOrder, channel: Channel) -> None:
+    """On a GPU, find out before the first update which micro-batch fits, where the spec leaves that to us."""
+    if state.device.type != "cuda" or state.progress.max_tokens or order.spec.trainer.batch_size != "auto":
+        return
+
+    def run(batch: Batch) -> None:
+        _backward(trainee, state, [batch], batch.labelled)
+
+    generators = state.generators()
+    size = largest_that_fits(run, rows, order.schedule.max_rows, order.schedule.max_tokens)
+    state.masters.reset()
+    state.use(generators)
+    state.progress.max_tokens = size
+    channel.tell(Log(message=f"micro-batches of up to {size} tokens fit", data={"max_tokens": size}))
+
+
+def add_gradients(
+    trainee: Trainee, state: RunState, rows: list[EncodedRow], update: int, order: TrainOrder, channel: Channel
+) -> tuple[float, int, int]:
+    """(the update's mean loss, its tokens, those with a label); its gradients are added up in the masters.
+
+    Too little memory halves the micro-batch and begins the update again.
+    """
+    while True:
+        limits = order.schedule.model_copy(
+            update={"max_tokens": state.progress.max_tokens or order.schedule.max_tokens}
+        )
+        batches = batches_of_update(rows, update, limits, order.spec.seed)
+        labelled = sum(batch.labelled for batch in batches)
+        generators, sums = state.generators(), list[float]()
+        if suffices(lambda: sums.extend(_backward(trainee, state, batches, labelled))):  # noqa: B023  called here
+            state.rows.note((line for batch in batches for line in batch.lines), sums, update)
+            return math.fsum(sums) / labelled, sum(batch.tokens for batch in batches), labelled
+        state.masters.reset()
+        state.use(generators)
+        half = smaller(batches)
+        if half is None:
+            raise MemoryError("a single row does not fit")
+        state.progress.max_tokens = half
+        told = f"memory did not suffice for update {update}: micro-batches have at most {half} tokens from here on"
+        channel.tell(Log(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half}))
+
+
+def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> list[float]:
+    """Each row's summed loss; the gradients of their mean over `labelled` tokens are added up in the masters."""
+    weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
+    by_row = []
+    for batch in batches:
+        there = batch.to(state.device)
+        hidden = trainee.hidden(there)
+        by_row.append(backward_loss(hidden, trainee.head, there, weight))
+        state.masters.collect()
+    sums: list[float] = torch.cat(by_row).tolist()  # the first and only wait for the device in all micro-batches
+    return sums
