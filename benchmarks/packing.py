@@ -19,8 +19,9 @@ MICROSECOND = 1e6
 
 
 def filling(rows: Sequence[EncodedRow], spec: TrainSpec, epochs: int = 3) -> dict[str, dict[str, float]]:
-    """For both kinds of device: padding, the share of the token budget that is filled, and the most that any
-    packing of the same updates could fill."""
+    """For both kinds of device: padding, the share of the token budget that is filled, the most that any packing of
+    the same updates could fill, and how even an update's micro-batches are: their tokens over their number times the
+    largest of them."""
     lengths = [len(row.all_ids) for row in rows]
     devices: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
     return {
@@ -30,11 +31,13 @@ def filling(rows: Sequence[EncodedRow], spec: TrainSpec, epochs: int = 3) -> dic
 
 
 def _filling(lengths: list[int], schedule: Schedule, spec: TrainSpec, epochs: int) -> dict[str, float]:
-    budget, tokens, groups, fewest = schedule.max_tokens, 0, 0, 0
+    budget, tokens, groups, fewest, room = schedule.max_tokens, 0, 0, 0, 0
     for update in range(1, epochs * schedule.updates_per_epoch + 1):
         chosen = [lengths[index] for index in rows_of_update(update, schedule, spec.seed)]
         tokens += sum(chosen)
-        groups += len(micro_batches(chosen, schedule.max_rows, budget))
+        packed = micro_batches(chosen, schedule.max_rows, budget)
+        groups += len(packed)
+        room += len(packed) * max(sum(chosen[index] for index in group) for group in packed)
         fewest += math.ceil(sum(chosen) / budget)
     return {
         "rows": len(lengths),
@@ -43,6 +46,7 @@ def _filling(lengths: list[int], schedule: Schedule, spec: TrainSpec, epochs: in
         "padding_share": 0.0,
         "micro_batches": groups,
         "filled": round(tokens / (groups * budget), 4),
+        "even": round(tokens / room, 4),
         "filled_at_most": round(tokens / (fewest * budget), 4),
     }
 

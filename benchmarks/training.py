@@ -28,7 +28,7 @@ from benchmarks.encoded import Scale, Work, dataset, prepare
 from benchmarks.machine import ROOT, busy, machine, revision
 from benchmarks.packing import filling, scaling
 from benchmarks.training_ratios import ratios, table
-from benchmarks.trl_run import DEFAULT, EXTRA, WAYS, Way, trl
+from benchmarks.trl_run import DEFAULT, EXTRA, TUNED, WAYS, Way, trl
 from benchmarks.veritune_run import median_pace, veritune
 from worker.environment import TENSORS
 from worker.precision import precision_here
@@ -37,6 +37,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 THREADS = 2
 SHORT_UPDATES = 2
 """Updates by which TRL's ways are compared: the second one counts."""
+
+REFERENCE = "without checkpointing"
+QUICK_WAYS = (REFERENCE, TUNED)
 
 CLOSE_LOSS = 0.02
 """A way of TRL's whose first loss is further off than this share does not train the same."""
@@ -50,6 +53,7 @@ class Bench:
     directory: Path
     compute: torch.dtype
     rounds: int
+    ways: dict[str, Way]
 
     @property
     def bf16(self) -> bool:
@@ -72,7 +76,8 @@ def main() -> None:
         directory = Path(name)
         work = prepare(given.csv or dataset(), given.cache.resolve(), directory, scale)
         compute = precision_here(torch.device("cpu"), work.base.fp16).compute
-        figures = measure(Bench(work, directory, compute, 1 if given.quick else given.rounds))
+        ways = {name: way for name, way in (WAYS | EXTRA).items() if not given.quick or name in QUICK_WAYS}
+        figures = measure(Bench(work, directory, compute, 1 if given.quick else given.rounds, ways))
     result = _result(figures, scale, work, time.monotonic() - began)
     if given.quick:
         print(json.dumps(result, indent=1))
@@ -149,11 +154,11 @@ def _step(name: str, work: Any, *arguments: Any, **named: Any) -> Any:
 def _ways(bench: Bench) -> dict[str, Any]:
     """A few updates of each way that TRL can be set."""
     found = {}
-    for name, way in (WAYS | EXTRA).items():
+    for name, way in bench.ways.items():
         found[name] = _step(f"TRL, {name}", bench.trl, way, f"way {name}", updates=SHORT_UPDATES)
-    reference = found["without checkpointing"]["updates"][0]["loss"]
+    reference = found[REFERENCE]["updates"][0]["loss"]
     for name, figures in found.items():
-        comparable = "train_sampling_strategy" not in (WAYS | EXTRA)[name].options
+        comparable = "train_sampling_strategy" not in bench.ways[name].options
         off = abs(figures["updates"][0]["loss"] / reference - 1)
         figures["first_loss_off"] = round(off, 5) if comparable else None
         figures["correct"] = not comparable or off <= CLOSE_LOSS
@@ -161,7 +166,7 @@ def _ways(bench: Bench) -> dict[str, Any]:
 
 
 def _best(ways: dict[str, Any]) -> str:
-    fitting = [name for name in WAYS if ways[name]["correct"]]
+    fitting = [name for name in ways if name not in EXTRA and ways[name]["correct"]]
     return max(fitting, key=lambda name: float(ways[name]["tokens_per_second"]))
 
 

@@ -34,6 +34,7 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
     fill, costs = figures["filling"]["cpu"], figures["scaling"]
     found |= {
         "budget_filled": fill["filled"],
+        "micro_batches_even": fill["even"],
         "padding": fill["padding_share"],
         "data_cost_per_token_8000_vs_64_rows": _cost(costs[-1]) / _cost(costs[0]),
         "data_share_of_an_update": _cost(costs[-1]) * 1e-6 * pace["veritune"],
@@ -111,9 +112,14 @@ def _ways(figures: dict[str, Any]) -> str:
 
 
 def _counts(figures: dict[str, Any]) -> str:
-    rows = ["| counted over the whole dataset | budget | filled | at most | padding |", "|---|---|---|---|---|"]
+    rows = [
+        "| counted over the whole dataset | budget | filled | at most | even | padding |",
+        "|---|---|---|---|---|---|",
+    ]
     for device, fill in figures["filling"].items():
-        filled = f"{fill['filled']:.1%} | {fill['filled_at_most']:.1%} | {fill['padding_share']:.0%}"
+        filled = (
+            f"{fill['filled']:.1%} | {fill['filled_at_most']:.1%} | {fill['even']:.1%} | {fill['padding_share']:.0%}"
+        )
         rows.append(f"| {device} | {fill['token_budget']} tokens | {filled} |")
     rows += ["", "| rows | reading, µs a token | choosing and collating, µs a token |", "|---|---|---|"]
     for cost in figures["scaling"]:
