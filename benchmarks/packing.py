@@ -61,15 +61,15 @@ def _scaling(rows: Sequence[EncodedRow], spec: TrainSpec, vocab_size: int, size:
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         file.write(b"".join(row.model_dump_json().encode() + b"\n" for row in repeated))
         file.flush()
-        began = time.perf_counter()
+        began = time.process_time()
         read = read_rows(Path(file.name), vocab_size)
-        reading = time.perf_counter() - began
+        reading = time.process_time() - began
     schedule = Schedule.of(spec, size, max(len(row.all_ids) for row in read), "cpu")
     paces = []
     for update in range(1, UPDATES_TIMED + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         batches = batches_of_update(read, update, schedule, spec.seed)
-        paces.append((time.perf_counter() - began) / sum(batch.tokens for batch in batches))
+        paces.append((time.process_time() - began) / sum(batch.tokens for batch in batches))
     return {
         "rows": size,
         "reading_us_per_token": round(reading / sum(len(row.all_ids) for row in read) * MICROSECOND, 4),

@@ -1,7 +1,7 @@
 """`python -m benchmarks.training`: an update's speed and memory, against TRL and against the limit, in the same run.
 
     --updates N --rounds N    how much is trained, and how often by whom
-    --quick                   8 rows, 2 updates, one round, nothing kept: to see that everything runs
+    --quick                   4 rows, 2 updates, one round, nothing kept: to see that everything runs
     --csv FILE --cache DIR    the real trajectories, and where the converted base model lies (VERITUNE_CACHE)
     --table                   print the markdown table of the kept results, and measure nothing
 
@@ -71,7 +71,7 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
     began = time.monotonic()
-    scale = Scale(updates=2, rows=8, effective=4) if given.quick else Scale(updates=given.updates)
+    scale = Scale(updates=2, rows=4, effective=2) if given.quick else Scale(updates=given.updates)
     with tempfile.TemporaryDirectory(prefix="veritune-bench-") as name:
         directory = Path(name)
         work = prepare(given.csv or dataset(), given.cache.resolve(), directory, scale)
