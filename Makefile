@@ -11,10 +11,10 @@ export VERITUNE_CACHE ?= $(CURDIR)/.cache/veritune
 export VERITUNE_HOME ?= $(CURDIR)/.cache/home
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo up test check format acceptance chaos bench model clean
+.PHONY: help setup demo up test check format acceptance chaos bench bench-training model clean
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(READY) ## The environment in .venv, every version pinned
 
@@ -57,6 +57,9 @@ chaos: model ## Kill every process while jobs run and claims are judged
 
 bench: model ## Measure, against a peer or a limit in the same run
 	@$(BIN)/python -m benchmarks.service
+
+bench-training: model ## Measure training against TRL and the matrix products' own time: about an hour
+	@$(BIN)/python -m benchmarks.training
 
 clean: ## Remove state and caches, keep the environment
 	@rm -rf .cache .mypy_cache .ruff_cache .hypothesis

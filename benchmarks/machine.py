@@ -16,7 +16,18 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
-PACKAGES = ("fastapi", "starlette", "uvicorn", "pydantic", "sqlalchemy", "celery", "torch", "transformers", "peft")
+PACKAGES = (
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "pydantic",
+    "sqlalchemy",
+    "celery",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+)
 
 
 def machine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Which rows an update takes and how they share micro-batches."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -60,10 +61,38 @@ def test_micro_batches_hold_everything_within_the_bounds(
 
 
 @given(lengths=LENGTHS, max_tokens=st.integers(300, 2_000))
-def test_micro_batches_are_full_and_the_longest_row_comes_first(lengths: list[int], max_tokens: int) -> None:
-    groups = [sum(lengths[index] for index in group) for group in micro_batches(lengths, None, max_tokens)]
-    assert micro_batches(lengths, None, max_tokens)[0][0] == lengths.index(max(lengths))
-    assert sum(total <= max_tokens / 2 for total in groups) <= 1  # two that are half empty would have been one
+def test_micro_batches_are_few_and_the_longest_row_comes_first(lengths: list[int], max_tokens: int) -> None:
+    groups = micro_batches(lengths, None, max_tokens)
+    assert groups[0][0] == lengths.index(max(lengths))
+    # Groups that were half empty on average would have been fewer.
+    assert len(groups) == 1 or sum(lengths) > len(groups) * max_tokens / 2
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_rows", "totals"),
+    [
+        ([30, 30, 20, 20], None, [50, 50]),  # first fit alone: 80 and 20
+        ([60, 10, 10, 10, 10], None, [60, 40]),
+        ([30, 20, 10, 10, 10], 3, [40, 40]),
+        ([95, 5, 5], None, [95, 10]),  # longer than the bound: it stands alone
+    ],
+)
+def test_micro_batches_of_an_update_are_even(lengths: list[int], max_rows: int | None, totals: list[int]) -> None:
+    groups = micro_batches(lengths, max_rows, 90)
+    assert [sum(lengths[index] for index in group) for group in groups] == totals
+
+
+def test_the_order_of_a_large_dataset_is_drawn_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffle, drawn = random.Random.shuffle, []
+
+    def counted(generator: random.Random, rows: list[int]) -> None:
+        drawn.append(len(rows))
+        shuffle(generator, rows)
+
+    monkeypatch.setattr(random.Random, "shuffle", counted)
+    for update in range(1, 41):
+        rows_of_update(update, schedule(8_000, 16), 77)
+    assert drawn == [8_000]
 
 
 def test_rows_are_packed_with_positions_of_their_own() -> None:

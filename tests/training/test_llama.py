@@ -106,6 +106,15 @@ def test_layers_without_an_adapter_are_passed_through(tiny_base: Path, modules: 
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("block", [1, 5, 16])
+def test_scores_block_by_block_give_the_same(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    trainee = loaded(tiny_base)
+    assert any(row.branch for row in ROWS)
+    monkeypatch.setattr(attention, "BLOCK", block)
+    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
 def test_the_fused_kernel_gives_the_same(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainee = loaded(tiny_base)
     plain = run(trainee, trainee.hidden)

@@ -4,6 +4,7 @@ Heads are [kv heads, group, tokens, width]: the queries of a group share one key
 product and no key is copied. Keys and values have no group dimension. Each row attends to itself alone.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ from worker.training.packing import Row, visible
 PLAIN_UP_TO = 1_024
 """Longest row whose scores a CPU holds whole: its fused kernel is two to four times slower at 160 tokens. Longer ones,
 and GPUs, take the fused kernel, whose memory does not grow with the square of the length."""
+
+BLOCK = 128
+"""Queries, more or less, whose scores exist at once. Keys behind them are left out of the products: a third of the
+work at 350 tokens."""
 
 
 class Rope(NamedTuple):
@@ -28,13 +33,23 @@ class Rope(NamedTuple):
         return Rope(self.cos, -self.sin)
 
 
+class Block(NamedTuple):
+    """Queries [start, stop) of a row, which see no key from `stop` on. `mask`: float32 [group × queries, keys], to add
+    to their scores of the keys from `masked_from` on; those before it they all see."""
+
+    start: int
+    stop: int
+    masked_from: int
+    mask: torch.Tensor
+
+
 class Span(NamedTuple):
-    """A row's tokens and its mask: float32 [group × tokens, tokens] to add to `plain` scores, else a boolean one for
-    the fused kernel, or None where the row is causal and nothing more."""
+    """A row's tokens, and its blocks where scores are held; else, for the fused kernel, a boolean mask, or None where
+    the row is causal and nothing more."""
 
     tokens: slice
+    blocks: tuple[Block, ...]
     mask: torch.Tensor | None
-    plain: bool
 
 
 def spans_of(rows: Sequence[Row], group: int, device: torch.device) -> list[Span]:
@@ -42,10 +57,19 @@ def spans_of(rows: Sequence[Row], group: int, device: torch.device) -> list[Span
 
 
 def _span(row: Row, group: int, device: torch.device) -> Span:
-    if device.type == "cpu" and row.length + row.branch <= PLAIN_UP_TO:
-        seen = visible(row, device).repeat(group, 1)
-        return Span(row.tokens, torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf), plain=True)
-    return Span(row.tokens, visible(row, device) if row.branch else None, plain=False)
+    size = row.length + row.branch
+    if device.type != "cpu" or size > PLAIN_UP_TO:
+        return Span(row.tokens, (), visible(row, device) if row.branch else None)
+    seen = visible(row, device)
+    long = math.ceil(size / max(1, round(size / BLOCK)))
+    starts = range(0, size, long)
+    return Span(row.tokens, tuple(_block(row, seen, at, min(at + long, size), group) for at in starts), None)
+
+
+def _block(row: Row, seen: torch.Tensor, start: int, stop: int, group: int) -> Block:
+    first = min(start, row.at) if stop > row.length else start  # what a branch left is hidden from it
+    hidden = ~seen[start:stop, first:stop].repeat(group, 1)
+    return Block(start, stop, first, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf))
 
 
 def to_heads(flat: torch.Tensor, kv_heads: int, width: int) -> torch.Tensor:
@@ -71,12 +95,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Sp
     """Each query's mean of the values that it sees, by softmax of `scaling` × q·k."""
     seen = torch.empty_like(q)
     for span in spans:
-        queries, keys, values = q[:, :, span.tokens], k[:, span.tokens], v[:, span.tokens]
-        if span.plain:
-            mixed = torch.bmm(_probabilities(queries, keys, span, scaling).to(v.dtype), values)
-            seen[:, :, span.tokens] = mixed.view(queries.shape)
-        else:
-            seen[:, :, span.tokens] = _fused(queries, keys, values, span, scaling)
+        at = span.tokens
+        kernel = _plain if span.blocks else _fused
+        seen[:, :, at] = kernel(q[:, :, at], k[:, at], v[:, at], span, scaling)
     return seen
 
 
@@ -87,7 +108,7 @@ def attend_backward(
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for span in spans:
         at = span.tokens
-        backward = _plain_backward if span.plain else _fused_backward
+        backward = _plain_backward if span.blocks else _fused_backward
         found = backward(grad[:, :, at], q[:, :, at], k[:, at], v[:, at], span, scaling)
         d_q[:, :, at], d_k[:, at], d_v[:, at] = found
     return d_q, d_k, d_v
@@ -96,14 +117,30 @@ def attend_backward(
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scaling: float) -> torch.Tensor:
+    seen = torch.empty_like(q)
+    for block in span.blocks:
+        queries = q[:, :, block.start : block.stop]
+        probabilities = _probabilities(queries.flatten(1, 2), k, block, scaling).to(v.dtype)
+        seen[:, :, block.start : block.stop] = torch.bmm(probabilities, v[:, : block.stop]).view(queries.shape)
+    return seen
+
+
 def _plain_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scaling: float
 ) -> Gradients:
-    probabilities, grads = _probabilities(q, k, span, scaling), grad.flatten(1, 2)
-    d_v = torch.bmm(probabilities.to(v.dtype).transpose(1, 2), grads)
-    d_seen = torch.bmm(grads, v.transpose(1, 2)).float()
-    d_scores = torch._softmax_backward_data(d_seen, probabilities, -1, torch.float32).mul_(scaling).to(q.dtype)
-    return torch.bmm(d_scores, k).view(q.shape), torch.bmm(d_scores.transpose(1, 2), q.flatten(1, 2)), d_v
+    """Keys and values add up the gradients of all blocks: in float32."""
+    d_q, d_k, d_v = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)
+    for block in span.blocks:
+        part, stop = slice(block.start, block.stop), block.stop
+        queries, grads = q[:, :, part].flatten(1, 2), grad[:, :, part].flatten(1, 2)
+        probabilities = _probabilities(queries, k, block, scaling)
+        d_v[:, :stop] += torch.bmm(probabilities.to(v.dtype).transpose(1, 2), grads)
+        d_seen = torch.bmm(grads, v[:, :stop].transpose(1, 2)).float()
+        d_scores = torch._softmax_backward_data(d_seen, probabilities, -1, torch.float32).mul_(scaling).to(q.dtype)
+        d_q[:, :, part] = torch.bmm(d_scores, k[:, :stop]).view(d_q[:, :, part].shape)
+        d_k[:, :stop] += torch.bmm(d_scores.transpose(1, 2), queries)
+    return d_q, d_k, d_v
 
 
 def _fused_backward(
@@ -123,8 +160,8 @@ def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scalin
     )
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, span: Span, scaling: float) -> torch.Tensor:
-    """[kv heads, group × tokens, tokens] in float32: rounded scores would shift every probability."""
-    assert span.mask is not None
-    keys = k.float().transpose(1, 2)
-    return torch.baddbmm(span.mask, q.flatten(1, 2).float(), keys, alpha=scaling).softmax(-1)
+def _probabilities(q: torch.Tensor, k: torch.Tensor, block: Block, scaling: float) -> torch.Tensor:
+    """[kv heads, group × queries, keys] in float32: rounded scores would shift every probability."""
+    scores = torch.bmm(q.float() * scaling, k[:, : block.stop].float().transpose(1, 2))
+    scores[:, :, block.masked_from :].add_(block.mask)
+    return scores.softmax(-1)

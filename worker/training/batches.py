@@ -6,6 +6,7 @@ Where the data stands follows from the update's number and the seed, so a resume
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -100,17 +101,37 @@ def predictions(row: EncodedRow) -> list[tuple[int, int]]:
 def rows_of_update(update: int, schedule: Schedule, seed: int) -> list[int]:
     """Indices of the rows of update number `update`, from 1. An epoch's last update may be smaller."""
     epoch, position = divmod(update - 1, schedule.updates_per_epoch)
-    order = list(range(schedule.rows))
+    first = position * schedule.rows_per_update
+    return list(_order(schedule.rows, seed, epoch)[first : first + schedule.rows_per_update])
+
+
+@lru_cache(maxsize=1)  # shuffled once an epoch: an update's cost does not grow with the dataset
+def _order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order[position * schedule.rows_per_update :][: schedule.rows_per_update]
+    return tuple(order)
 
 
 def micro_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
     """Indices grouped so that a group has at most `max_tokens`; a row that is longer stands alone.
 
-    The longest come first, each into the first group that has room: groups are full, and too little memory shows at
-    once.
+    No more groups than first fit needs, and as even as first fit can make that many: the largest decides how much
+    memory an update takes. The longest row comes first, so that too little memory shows at once.
     """
+    best = _first_fit(lengths, max_rows, max_tokens)
+    low, high = max(lengths), max_tokens
+    while low < high:
+        bound = (low + high) // 2
+        found = _first_fit(lengths, max_rows, bound)
+        if len(found) <= len(best):
+            best, high = found, bound
+        else:
+            low = bound + 1
+    return best
+
+
+def _first_fit(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
+    """The longest first, each into the first group that has room."""
     groups: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -1,0 +1,67 @@
+"""Veritune as a contender: the real training child with a work order, read from the events it tells.
+
+python -m benchmarks.veritune_run ORDER     the same child, with the base kept in 4 bits however small it is
+"""
+
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.contender import Run, adapter_digest, environment, run
+from benchmarks.encoded import Work
+from worker.environment import TENSORS
+
+CHILD = "worker.training"
+PACKED_CHILD = "benchmarks.veritune_run"
+
+
+def veritune(work: Work, directory: Path, threads: int, *, packed: bool = False) -> dict[str, Any]:
+    """One run. `packed`: without the dequantised copy that a small base gets on a processor."""
+    directory.mkdir(parents=True)
+    order = directory / "order.json"
+    order.write_text(work.order(directory).model_dump_json(), encoding="utf-8")
+    module = PACKED_CHILD if packed else CHILD
+    done = run([sys.executable, "-m", module, str(order)], environment(TENSORS, threads))
+    return _figures(done, directory / "adapter")
+
+
+def _figures(done: Run, adapter: Path) -> dict[str, Any]:
+    checking, loading = done.first("event", "log"), done.first("message", "loading and quantising base model")
+    started, first = done.first("event", "started"), done.first("event", "metrics")
+    updates = [line.told for line in done.lines if line.told["event"] == "metrics"]
+    at = [done.lines[place].at for place in (checking, loading, started, first)]
+    return {
+        "precision": done.lines[started].told["precision"],
+        "updates": [{key: update[key] for key in ("tokens", "seconds", "loss")} for update in updates],
+        "tokens_per_second": median_pace(updates),
+        "memory": done.memory(checking, started),
+        "start_up": {
+            "imports": at[0],
+            "weights_checked": round(at[1] - at[0], 3),
+            "loaded_quantised_adapted": round(at[2] - at[1], 3),
+            "first_update": round(at[3] - at[2], 3),
+            "total": at[3],
+        },
+        "seconds": done.seconds,
+        "adapter": str(adapter),
+        "adapter_digest": adapter_digest(adapter),
+    }
+
+
+def median_pace(updates: list[dict[str, Any]]) -> float:
+    """Real tokens a second: the median over the updates without the first, which warms things up."""
+    counted = updates[1:] or updates
+    return round(median(float(update["tokens"] / update["seconds"]) for update in counted), 1)
+
+
+def _packed(order: Path) -> int:
+    from worker.training import __main__ as child
+    from worker.training import model
+
+    model.DENSE_LIMIT = 0
+    return child.main(order)
+
+
+if __name__ == "__main__":
+    sys.exit(_packed(Path(sys.argv[1])))
