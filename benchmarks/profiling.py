@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from app.domain.attempts import TrainOrder
 from worker.precision import precision_here
 from worker.training import model as training_model
-from worker.training import recipe
 from worker.training.batches import Batch, batches_of_update, read_rows
 from worker.training.state import RunState
+from worker.training.updates import backward, gradient_norm, step
 
 PARTS = {
     "matrix products": ("mm", "addmm", "addmm_", "linear", "mkldnn_linear", "_linear_pointwise"),
@@ -58,17 +58,18 @@ class Update:
         device = torch.device("cpu")
         precision = precision_here(device, order.base.fp16)
         torch.manual_seed(order.spec.seed)
-        self.trainee = training_model.load_trainee(order.base.path, order.spec, precision, device, lambda _: None)
-        self.state = RunState(order, self.trainee, precision, device)
+        self.trainee = training_model.load_trainee(
+            order.base.path, order.spec, order.schedule.updates, precision, device, lambda _: None
+        )
         self._order, self._rows = order, read_rows(order.rows, self.trainee.vocab_size)
+        self.state = RunState(order, self.trainee, self._rows, precision, device)
 
     def batches(self, update: int) -> list[Batch]:
         return batches_of_update(self._rows, update, self._order.schedule, self._order.spec.seed)
 
     def run(self, batches: list[Batch]) -> None:
-        recipe._backward(self.trainee, self.state, batches, sum(batch.labelled for batch in batches))
-        norm = recipe._gradient_norm(self.state)
-        recipe._step(self.state, 1e-4, norm, 1.0)
+        backward(self.trainee, self.state, batches, sum(batch.labelled for batch in batches))
+        step(self.state, 1e-4, gradient_norm(self.state), 1.0)
         self.state.masters.reset()
 
 

@@ -24,7 +24,7 @@ from worker.training.model import Trainee, load_trainee
 from worker.training.publishing import write_files, write_published
 from worker.training.rates import learning_rate
 from worker.training.state import RunState
-from worker.training.updates import add_gradients, probe
+from worker.training.updates import add_gradients, gradient_norm, probe, step
 
 SKIPS_IN_A_ROW = 5
 """This many updates in a row without a finite loss and gradient end the job."""
@@ -78,12 +78,12 @@ def train(order: TrainOrder, channel: Channel) -> None:
         began = time.perf_counter()
         rate = learning_rate(progress.applied, schedule, spec.trainer)
         loss, tokens, labelled = add_gradients(trainee, state, rows, update, order, channel)
-        norm = _gradient_norm(state)
+        norm = gradient_norm(state)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
             progress.skipped_in_a_row += 1
         else:
-            _step(state, rate, norm, spec.trainer.gradient_clipping.clipglobalnorm)
+            step(state, rate, norm, spec.trainer.gradient_clipping.clipglobalnorm)
             progress.applied += 1
             if state.ranks is not None:
                 state.ranks.after(progress.applied)
@@ -165,22 +165,6 @@ def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
         return
     state.restore(read_checkpoint(found))
     channel.tell(Log(message=f"resumed from update {state.progress.update}"))
-
-
-def _gradient_norm(state: RunState) -> float:
-    if state.scaler.is_enabled():
-        state.scaler.unscale_(state.optimizer)
-    if state.ranks is not None:
-        state.ranks.regularise()
-    return float(state.masters.gradient.norm())
-
-
-def _step(state: RunState, rate: float, norm: float, limit: float | None) -> None:
-    if limit is not None and norm > limit:
-        state.masters.gradient.mul_(limit / norm)
-    state.optimizer.param_groups[0]["lr"] = rate
-    state.scaler.step(state.optimizer)
-    state.masters.refresh()
 
 
 def _validate(

@@ -1,4 +1,4 @@
-"""One update's gradients, in as many micro-batches as the device's memory asks for."""
+"""One update: its gradients, in as many micro-batches as the device's memory asks for, and the step they lead to."""
 
 import math
 
@@ -19,7 +19,7 @@ def probe(trainee: Trainee, state: RunState, rows: list[EncodedRow], order: Trai
         return
 
     def run(batch: Batch) -> None:
-        _backward(trainee, state, [batch], batch.labelled)
+        backward(trainee, state, [batch], batch.labelled)
 
     generators = state.generators()
     size = largest_that_fits(run, rows, order.schedule.max_rows, order.schedule.max_tokens)
@@ -43,7 +43,7 @@ def add_gradients(
         batches = batches_of_update(rows, update, limits, order.spec.seed)
         labelled = sum(batch.labelled for batch in batches)
         generators, sums = state.generators(), list[float]()
-        if suffices(lambda: sums.extend(_backward(trainee, state, batches, labelled))):  # noqa: B023  called here
+        if suffices(lambda: sums.extend(backward(trainee, state, batches, labelled))):  # noqa: B023  called here
             state.rows.note((line for batch in batches for line in batch.lines), sums, update)
             return math.fsum(sums) / labelled, sum(batch.tokens for batch in batches), labelled
         state.masters.reset()
@@ -56,7 +56,7 @@ def add_gradients(
         channel.tell(Log(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half}))
 
 
-def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> list[float]:
+def backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> list[float]:
     """Each row's summed loss; the gradients of their mean over `labelled` tokens are added up in the masters."""
     weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
     by_row = []
@@ -67,3 +67,21 @@ def _backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled:
         state.masters.collect()
     sums: list[float] = torch.cat(by_row).tolist()  # the first and only wait for the device in all micro-batches
     return sums
+
+
+def gradient_norm(state: RunState) -> float:
+    """Of the whole update, without the loss scale."""
+    if state.scaler.is_enabled():
+        state.scaler.unscale_(state.optimizer)
+    if state.ranks is not None:
+        state.ranks.regularise()
+    return float(state.masters.gradient.norm())
+
+
+def step(state: RunState, rate: float, norm: float, limit: float | None) -> None:
+    """Change the weights by the update's gradients, clipped to a norm of `limit`."""
+    if limit is not None and norm > limit:
+        state.masters.gradient.mul_(limit / norm)
+    state.optimizer.param_groups[0]["lr"] = rate
+    state.scaler.step(state.optimizer)
+    state.masters.refresh()
