@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.contender import environment, run
+from benchmarks.deployment import BenchmarkError
 from benchmarks.encoded import Scale, Work, dataset, prepare
 from benchmarks.machine import ROOT, busy, machine, revision
 from benchmarks.packing import filling, scaling
@@ -139,6 +140,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     figures["profile"] = _step("profile", _profile, bench)
     figures["profile_packed"] = _step("profile, base in 4 bits", _profile, bench, "packed")
     figures["losses"] = _step("losses", _losses, bench, figures["rounds"])
+    for told in [*figures["trl_ways"].values(), *(told for r in figures["rounds"] for told in r.values())]:
+        told.pop("adapter", None)  # its directory is gone when this is read
     return figures
 
 
@@ -155,9 +158,17 @@ def _ways(bench: Bench) -> dict[str, Any]:
     """A few updates of each way that TRL can be set."""
     found = {}
     for name, way in bench.ways.items():
-        found[name] = _step(f"TRL, {name}", bench.trl, way, f"way {name}", updates=SHORT_UPDATES)
+        try:
+            found[name] = _step(f"TRL, {name}", bench.trl, way, f"way {name}", updates=SHORT_UPDATES)
+        except BenchmarkError as error:
+            if name in (REFERENCE, TUNED):
+                raise
+            print("failed", flush=True)
+            found[name] = {"correct": False, "error": str(error).splitlines()[-1]}
     reference = found[REFERENCE]["updates"][0]["loss"]
     for name, figures in found.items():
+        if "error" in figures:
+            continue
         comparable = "train_sampling_strategy" not in bench.ways[name].options
         off = abs(figures["updates"][0]["loss"] / reference - 1)
         figures["first_loss_off"] = round(off, 5) if comparable else None

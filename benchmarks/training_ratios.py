@@ -107,7 +107,8 @@ def _start_up(figures: dict[str, Any]) -> str:
 def _ways(figures: dict[str, Any]) -> str:
     rows = ["| TRL, set as | tokens/s | trains the same |", "|---|---|---|"]
     for name, way in figures["trl_ways"].items():
-        rows.append(f"| {name} | {way['tokens_per_second']:.0f} | {'yes' if way['correct'] else 'no'} |")
+        pace = f"{way['tokens_per_second']:.0f}" if "error" not in way else "failed"
+        rows.append(f"| {name} | {pace} | {'yes' if way['correct'] else 'no'} |")
     return "\n".join(rows)
 
 
