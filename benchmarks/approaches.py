@@ -1,0 +1,158 @@
+"""`python -m benchmarks.approaches`: every approach of a spec, trained on the real small model and served.
+
+    --updates N --rows N    updates, and rows an update
+    --only NAME …           some of them
+
+One line each: the loss on rows that were held out before and after, and how far the engine's logits behind 20 prompts
+are from the training process's own. In float32, where rounding hides nothing. Writes
+`benchmarks/results/approaches.json`.
+"""
+
+import argparse
+import io
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.domain.attempts import EncodedRow, TrainOrder
+from app.domain.specs import TrainSpec, servable_by, shares_its_base
+from benchmarks.encoded import Scale, Work, prepare
+from benchmarks.machine import ROOT, machine, revision
+from worker.inference.adapters import Models
+from worker.inference.kv import KeyValues
+from worker.inference.protocol import ServedModel
+from worker.inference.wire import EngineSettings
+from worker.precision import FP32
+from worker.training import model, recipe
+from worker.training.batches import collate
+from worker.training.channel import Channel
+from worker.training.evaluation import HeldOut
+from worker.training.model import Trainee
+
+RESULTS = ROOT / "benchmarks" / "results" / "approaches.json"
+PROMPTS = 20
+HELD_OUT = 40
+CPU = torch.device("cpu")
+
+NF4, FP4, INT8 = {"bits": 4}, {"bits": 4, "quant_type": "fp4"}, {"bits": 8}
+LORA: dict[str, Any] = {"type": "lora", "r": 8}
+APPROACHES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, float]] = {
+    "full": (None, None, 1e-4),
+    "lora": (LORA, None, 1e-3),
+    "rslora": (LORA | {"use_rslora": True}, NF4, 1e-3),
+    "dora": (LORA | {"use_dora": True}, NF4, 1e-3),
+    "pissa": (LORA | {"init_lora_weights": "pissa"}, None, 5e-4),
+    "olora": (LORA | {"init_lora_weights": "olora"}, None, 5e-4),
+    "adalora": ({"type": "adalora", "init_r": 12, "target_r": 4}, NF4, 1e-2),
+    "ia3": ({"type": "ia3"}, None, 2e-2),
+    "adaption_prompt": ({"type": "adaption_prompt"}, NF4, 3e-2),
+    "int8": (LORA, INT8, 1e-3),
+    "nf4": (LORA, NF4, 1e-3),
+    "fp4": (LORA, FP4, 1e-3),
+}
+"""name → adapter, quantisation, learning rate."""
+
+
+def measure(name: str, work: Work, directory: Path) -> dict[str, Any]:
+    adapter, quantization, rate = APPROACHES[name]
+    trainer = work.spec.trainer.model_dump() | {"learning_rate": rate}
+    changes = {"adapter": adapter, "quantization": quantization, "trainer": trainer}
+    spec = TrainSpec.model_validate(work.spec.model_dump(mode="json") | changes)
+    directory.mkdir()
+    order = work.order(directory).model_copy(update={"spec": spec})
+    held = work.every[work.schedule.rows :][:HELD_OUT]
+    began = time.perf_counter()
+    trainee, before, events = _train(order, held)
+    after = _loss(trainee, held, order)
+    prompts = [list(row.ids[: row.trained[0][0]]) for row in held[:PROMPTS]]
+    ranks: dict[str, int] = next(
+        (event["data"] for event in events if event.get("message") == "ranks that are left"), {}
+    )
+    return {
+        "updates": order.schedule.updates,
+        "held_out_loss": [round(before, 4), round(after, 4)],
+        "fell_by": round(1 - after / before, 4),
+        "largest_difference_of_a_logit": _difference(trainee, order, prompts),
+        "served_by": servable_by(spec.adapter),
+        "published_bytes": sum(path.stat().st_size for path in (directory / "adapter").iterdir()),
+        "ranks": sorted(set(ranks.values())),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _train(order: TrainOrder, held: list[EncodedRow]) -> tuple[Trainee, float, list[dict[str, Any]]]:
+    seen: list[tuple[Trainee, float]] = []
+
+    def load(*given: Any) -> Trainee:
+        trainee = model.load_trainee(*given)
+        seen.append((trainee, _loss(trainee, held, order)))
+        return trainee
+
+    untyped: Any = recipe
+    untyped.load_trainee, untyped.precision_here = load, lambda *_: FP32
+    out = io.BytesIO()
+    recipe.train(order, Channel(out, io.BytesIO()))
+    return *seen[0], [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def _loss(trainee: Trainee, held: list[EncodedRow], order: TrainOrder) -> float:
+    found = HeldOut(held, None, order.schedule.max_tokens).evaluate(trainee, CPU)
+    assert found is not None
+    return found.loss
+
+
+def _difference(trainee: Trainee, order: TrainOrder, prompts: list[list[int]]) -> float:
+    models = Models(EngineSettings(device="cpu", dtype="float32"))
+    base = models.activate(_served(order), [])
+    trainee.approach.module.eval()
+    worst = 0.0
+    for prompt in prompts:
+        store = KeyValues(base.layers)
+        store.reserve(1, len(prompt))
+        served = store.prefill(models.forward, 0, prompt, 0)
+        with torch.no_grad():
+            batch = collate([EncodedRow(line=1, ids=tuple(prompt), trained=())])
+            mine = trainee.head(trainee.hidden(batch)[-1:])[0]
+        worst = max(worst, float((served - mine).abs().max()))
+    return round(worst, 6)
+
+
+def _served(order: TrainOrder) -> ServedModel:
+    directory, held = str(order.directory / "adapter"), order.spec.quantization
+    full = order.spec.adapter is None
+    return ServedModel(
+        digest="adapter",
+        base_digest="base" if shares_its_base(order.spec.adapter) else "its own",
+        base_path=directory if full else str(order.base.path),
+        quantization=held and {"bits": held.bits, "type": held.quant_type, "double": held.double_quant},
+        adapter_path=None if full else directory,
+        max_model_len=2_048,
+    )
+
+
+def main() -> None:
+    given = argparse.ArgumentParser()
+    given.add_argument("--updates", type=int, default=30)
+    given.add_argument("--rows", type=int, default=2)
+    given.add_argument("--only", nargs="*", default=list(APPROACHES), choices=list(APPROACHES))
+    asked = given.parse_args()
+    cache = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
+    lines: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="veritune-approaches-") as temporary:
+        scale = Scale(updates=asked.updates, rows=120, effective=asked.rows)
+        work = prepare(ROOT / "examples" / "train.jsonl", cache, Path(temporary), scale)
+        for name in asked.only:
+            lines[name] = measure(name, work, Path(temporary) / name)
+            print(name, json.dumps(lines[name]), flush=True)
+    if set(lines) == set(APPROACHES):
+        found = {"command": "python -m benchmarks.approaches", "code_revision": revision(), "machine": machine()}
+        RESULTS.write_text(json.dumps(found | {"approaches": lines}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
