@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from app.domain.specs import Name
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
@@ -23,8 +25,19 @@ class ManifestBase(_Word):
     digest: str
 
 
+class Environment(_Word):
+    """Where a training ran: another device, number format or count of threads adds up in another order."""
+
+    device: str
+    precision: str
+    threads: int
+
+
 class Manifest(_Word):
-    """What produced an adapter: enough to repeat the run. Lies outside the digest and never changes."""
+    """What produced an adapter: enough to repeat the run. Lies outside the digest and never changes.
+
+    `environment` is null in a manifest of a version that did not note it.
+    """
 
     schema_version: Literal[1] = 1
     job_id: str
@@ -40,6 +53,7 @@ class Manifest(_Word):
     seed: int
     metrics: dict[str, float]
     packages: dict[str, str]
+    environment: Environment | None = None
     code_revision: str
     servable_by: tuple[str, ...]
     created_at: datetime
@@ -59,6 +73,12 @@ class Adapter(_Word):
     bytes: int
     manifest: Manifest
     created_at: datetime
+
+
+class PublishRequest(_Word):
+    """How to publish a checkpoint. `name`: unique among adapters; made from the job's and the update when left out."""
+
+    name: Name | None = None
 
 
 def adapter_digest(weights: str, config: bytes) -> str:
@@ -84,6 +104,8 @@ def model_card(name: str, manifest: Manifest) -> str:
     """The adapter's README.md: what it is, what made it, how to load it."""
     loss = manifest.metrics.get("loss")
     trained = f"- final loss: {loss:.4f}\n" if loss is not None else ""
+    held_out = manifest.metrics.get("validation_loss")
+    trained += f"- loss on validation rows: {held_out:.4f}\n" if held_out is not None else ""
     return f"""---
 base_model: {manifest.base.name}
 library_name: peft
