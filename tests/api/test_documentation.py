@@ -12,7 +12,8 @@ import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from app.cli.demo_state import DEMO, LATER, LATER_ROWS, SPEC, get, leave_paused, ok, store_prediction, upload
+from app.cli.client import get, ok
+from app.cli.demo_state import DEMO, LATER, LATER_ROWS, SPEC, leave_paused, store_prediction, upload
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.base_models import BaseModelDescription
