@@ -8,8 +8,10 @@ from app.generation import CompletionsGenerator, Generator
 from app.queue import CeleryDoorbell, Doorbell
 from app.queue.celery import celery_app
 from app.services.adapters import Adapters
+from app.services.artifacts import Artifacts
 from app.services.attempts import Attempts
 from app.services.base_models import BaseModels
+from app.services.checkpoints import Checkpoints
 from app.services.corpora import Corpora
 from app.services.datasets import Datasets
 from app.services.devices import Devices
@@ -93,6 +95,14 @@ class Services:
     @cached_property
     def adapters(self) -> Adapters:
         return Adapters(self.database, self.blobs, self.settings.cache_path)
+
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        return Artifacts(self.database, self.blobs)
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.database, self.blobs, self.adapters)
 
     @cached_property
     def stored_predictions(self) -> StoredPredictions:

@@ -64,6 +64,9 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="How long an attempt holds its job without a heartbeat."
     )
     poll_seconds: float = Field(default=2.0, gt=0, description="How often a worker looks for work without a doorbell.")
+    checkpoint_ttl_hours: float = Field(
+        default=24.0, ge=0, description="How long the checkpoints of a job stay once it has ended."
+    )
     worker_queues: str = Field(default="gpu,cpu", description="Queues a worker serves, comma-separated.")
     device_name: str | None = Field(default=None, description="This host's name in GET /devices.")
     log_format: Literal["text", "json"] = Field(default="text", description="How processes write their logs.")

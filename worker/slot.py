@@ -11,6 +11,9 @@ from worker.device import describe_device
 from worker.supervisor import Supervisor
 
 REPORT_SECONDS = 15.0
+EXPIRE_SECONDS = 60.0
+"""How often checkpoints are looked for whose time is over."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -46,8 +49,12 @@ class Slot:
             return
 
     def _poll(self) -> None:
+        swept = -EXPIRE_SECONDS
         while not self._over.wait(self._services.settings.poll_seconds):
             try:
+                if time.monotonic() - swept >= EXPIRE_SECONDS:
+                    swept = time.monotonic()
+                    self._services.checkpoints.expire(self._services.settings.checkpoint_ttl_hours)
                 self.drain()
             except VerituneError as error:
                 log.warning("poll_failed", reason=error.detail)

@@ -7,6 +7,7 @@ import contextlib
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from queue import Empty
 import structlog
 
 from app.composition import Services
-from app.domain.adapters import Manifest, ManifestBase
+from app.domain.adapters import Environment, Manifest, ManifestBase
 from app.domain.attempts import (
     BaseOnDisk,
     Checkpointed,
@@ -31,19 +32,21 @@ from app.domain.attempts import (
     TrainOrder,
 )
 from app.domain.errors import LeaseLostError, VerituneError
-from app.domain.jobs import JobError, JobStatus
+from app.domain.jobs import JobError, JobStatus, Metric
 from app.domain.specs import servable_by
 from app.queue.base import kinds_of
 from app.services.attempts import Leased
 from app.services.plans import Prepared
 from worker.bases import ensure_base
 from worker.child import GRACE, Child
+from worker.event_file import NAME, write_event_file
 from worker.heartbeat import Heartbeat
 
 MODULES = {"train": "worker.training"}
 """Kind of job → the module whose process does its work."""
 
 FLUSH_SECONDS = 1.0
+METRICS_AT_ONCE = 1_000
 PACE_UPDATES = 20
 LEAVE_SECONDS = 45.0
 """How long a child may take to write its checkpoint when this worker is told to go."""
@@ -62,6 +65,7 @@ class _Watch:
     asked: str | None = None
     kill_at: float | None = None
     last: Finished | Failed | None = None
+    environment: Environment | None = None
 
 
 class Supervisor:
@@ -113,7 +117,8 @@ class Supervisor:
         path.write_text(order.model_dump_json(), encoding="utf-8")
         watch = _Watch(Child(MODULES[leased.kind], path))
         try:
-            self._watch(leased, watch, heartbeat)
+            self._watch(leased, prepared, watch, heartbeat)
+            self._keep_artifacts(leased, directory / "artifacts")
             self._conclude(leased, prepared, watch)
         finally:
             watch.child.kill()
@@ -141,7 +146,7 @@ class Supervisor:
             schedule=prepared.schedule,
         )
 
-    def _watch(self, leased: Leased, watch: _Watch, heartbeat: Heartbeat) -> None:
+    def _watch(self, leased: Leased, prepared: Prepared, watch: _Watch, heartbeat: Heartbeat) -> None:
         """Until the child's output ends: write what it tells, and pass the user's wishes on."""
         while True:
             if heartbeat.lost.is_set():
@@ -156,7 +161,7 @@ class Supervisor:
             if event is None:
                 self._flush(leased, watch, soon=True)
                 return
-            self._hear(leased, watch, event)
+            self._hear(leased, prepared, watch, event)
 
     def _pass_on(self, watch: _Watch, status: JobStatus) -> None:
         wish: str | None = None
@@ -171,7 +176,7 @@ class Supervisor:
             watch.kill_at = None
             watch.child.kill()
 
-    def _hear(self, leased: Leased, watch: _Watch, event: ChildEvent) -> None:
+    def _hear(self, leased: Leased, prepared: Prepared, watch: _Watch, event: ChildEvent) -> None:
         match event:
             case Metrics():
                 watch.batch.append(event)
@@ -182,9 +187,11 @@ class Supervisor:
                 self._attempts.evaluated(leased.lease, event)
             case Checkpointed():
                 self._flush(leased, watch, soon=True)
-                self._attempts.checkpoint(leased.lease, event)
+                manifest = self._manifest(leased, prepared, watch, event)
+                self._attempts.checkpoint(leased.lease, event, manifest)
                 shutil.rmtree(event.path, ignore_errors=True)  # only now: the child may be several checkpoints ahead
             case Started():
+                watch.environment = Environment(device=event.device, precision=event.precision, threads=event.threads)
                 what = f"{event.precision} on {event.device}, {event.trainable_parameters:,} trainable parameters"
                 data = event.model_dump(exclude={"event"})
                 self._attempts.tell(leased.lease, "training", what, data=data)
@@ -206,7 +213,7 @@ class Supervisor:
         status = watch.child.wait()
         match watch.last:
             case Finished(outcome="succeeded", adapter=Path() as adapter):
-                manifest = self._manifest(leased, prepared, watch.last)
+                manifest = self._manifest(leased, prepared, watch, watch.last)
                 self._services.adapters.publish(leased.lease, leased.name, adapter, manifest)
                 log.info("attempt_published", job=leased.job_id)
             case Failed() as failed:
@@ -220,7 +227,31 @@ class Supervisor:
                 ending = f"signal {-status}" if status < 0 else f"exit status {status}"
                 self._attempts.release(leased.lease, f"the training process died ({ending})", strike=True)
 
-    def _manifest(self, leased: Leased, prepared: Prepared, finished: Finished) -> Manifest:
+    def _keep_artifacts(self, leased: Leased, directory: Path) -> None:
+        """Store what the child left for the user, and the metrics of all attempts for TensorBoard."""
+        try:
+            directory.mkdir(exist_ok=True)
+            write_event_file(self._all_metrics(leased), self._began(leased), directory / NAME)
+            for path in sorted(directory.iterdir()):
+                self._services.artifacts.put(leased.lease, path)
+        except LeaseLostError:
+            raise
+        except Exception:  # hours of training must not be lost for a log of them
+            log.exception("artifacts_lost", job=leased.job_id)
+            self._attempts.tell(leased.lease, "artifacts_lost", "the job's artifacts could not be stored", "warning")
+
+    def _began(self, leased: Leased) -> float:
+        began = self._services.jobs.get(leased.job_id).started_at
+        return began.timestamp() if began else 0.0
+
+    def _all_metrics(self, leased: Leased) -> Iterator[Metric]:
+        after, more = 0, True
+        while more:
+            found, more = self._services.jobs.metrics(leased.job_id, after, METRICS_AT_ONCE)
+            yield from found
+            after = found[-1].update if found else after
+
+    def _manifest(self, leased: Leased, prepared: Prepared, watch: _Watch, made: Finished | Checkpointed) -> Manifest:
         spec = prepared.spec
         return Manifest(
             job_id=leased.job_id,
@@ -238,8 +269,9 @@ class Supervisor:
             format=spec.format().model_dump(),
             max_sequence_length=prepared.limit,
             seed=spec.seed,
-            metrics=finished.metrics,
-            packages=finished.packages,
+            metrics=made.metrics,
+            packages=made.packages,
+            environment=watch.environment,
             code_revision=version("veritune"),
             servable_by=servable_by(spec.adapter),
             created_at=datetime.now(UTC),

@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import WithJsonSchema
@@ -23,7 +23,8 @@ from app.api.dependencies import (
 )
 from app.api.routing import TypedRoute
 from app.composition import Services
-from app.domain.jobs import TERMINAL, Checkpoint, Event, Job, JobStatus, Metric, Wish
+from app.domain.adapters import Adapter, PublishRequest
+from app.domain.jobs import TERMINAL, Artifact, Checkpoint, Event, Job, JobStatus, Metric, Wish
 from app.domain.plans import Plan
 from app.domain.specs import spec_examples
 
@@ -41,6 +42,29 @@ LastEventId = Annotated[
     int | None,
     Header(alias="Last-Event-ID", ge=0, le=2**31 - 1, description="In a stream, goes before `after`."),
 ]
+Update = Annotated[
+    int,
+    Path(
+        ge=1,
+        le=2**31 - 1,
+        description="The update whose checkpoint it is.",
+        openapi_examples={"the last": {"value": "30", "summary": "the last update of the job that `make demo` leaves"}},
+    ),
+]
+Publish = Annotated[
+    PublishRequest,
+    Body(openapi_examples={"named": {"value": {"name": "demo-checkpoint"}}, "by job and update": {"value": {}}}),
+]
+ArtifactName = Annotated[
+    str,
+    Path(
+        min_length=1,
+        max_length=200,
+        description="The file's name.",
+        openapi_examples={"rows.jsonl": {"value": "rows.jsonl", "summary": "each row's loss"}},
+    ),
+]
+_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _EVENTS = event_stream(
     {"$ref": "#/components/schemas/Event"},
     {"description": "The event's kind"},
@@ -158,5 +182,51 @@ def metrics(services: ServicesDep, job: Named, after: Seq = 0, limit: Many = 1_0
 
 @router.get("/{job}/checkpoints", summary="A job's resumable states", responses=problems(404))
 def checkpoints(services: ServicesDep, job: Named) -> Page[Checkpoint]:
-    """Newest first. A paused or interrupted job goes on from the first of them."""
+    """Newest first. A paused or interrupted job goes on from the first of them; `best` has the lowest validation loss.
+
+    The last two and the best are kept, and go some time after the job has ended.
+    """
     return Page(data=services.jobs.checkpoints(job), has_more=False)
+
+
+@router.post(
+    "/{job}/checkpoints/{update}/publish",
+    status_code=201,
+    summary="Publish a checkpoint as an adapter",
+    response_model=Adapter,
+    responses=problems(404, 409),
+)
+def publish(
+    services: ServicesDep, job: Named, update: Update, asked: Publish, body: RawBody, key: IdempotencyKey = None
+) -> Response:
+    """The weights of that update become an adapter of their own, while the job runs or after it."""
+
+    def work() -> tuple[int, dict[str, Any]]:
+        return 201, services.checkpoints.publish(job, update, asked.name).model_dump(mode="json")
+
+    same = f"{job}\n{update}\n".encode() + body
+    status, answer = services.idempotency.once("POST /jobs/checkpoints/publish", key, same, work)
+    return JSONResponse(answer, status, {"Location": f"/adapters/{answer['id']}"})
+
+
+@router.get("/{job}/artifacts", summary="Files that a job left", responses=problems(404))
+def artifacts(services: ServicesDep, job: Named) -> Page[Artifact]:
+    """By name: `rows.jsonl`, the loss that was last seen of each row; `events.out.tfevents`, for TensorBoard.
+
+    They come when an attempt ends, well or not, and are replaced when the next one does.
+    """
+    return Page(data=services.artifacts.of(job), has_more=False)
+
+
+@router.get(
+    "/{job}/artifacts/{name}",
+    summary="Download a file that a job left",
+    response_class=StreamingResponse,
+    responses={200: {"content": _BYTES, "description": "The file"}, **problems(404)},
+)
+def artifact(services: ServicesDep, job: Named, name: ArtifactName) -> StreamingResponse:
+    """`rows.jsonl`: JSON lines of {line, part, tokens, labelled_tokens, loss, update}, for each row that was kept."""
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(
+        services.artifacts.stream(job, name), media_type="application/octet-stream", headers=headers
+    )

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import typer
 import uvicorn
 from pydantic import ValidationError
 
-from app.cli import corpora, demo, demo_state, models, up
+from app.cli import corpora, demo, models, up
+from app.cli.client import RequestError, client_of
+from app.cli.rerun import rerun
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.errors import VerituneError
@@ -99,8 +102,23 @@ def demo_command(
     """Upload, train, publish, and judge held-out claims with base and adapter, side by side."""
     try:
         demo.demo(_settings(), examples, keep=keep)
-    except demo_state.DemoError as error:
+    except (demo.DemoError, RequestError) as error:
         raise _ended(str(error)) from None
+
+
+@application.command("rerun")
+def rerun_command(job: str) -> None:
+    """Submit a job of the running service once more, with everything pinned: the same adapter on the same machine."""
+    with client_of(_settings()) as client:
+        try:
+            again, manifest = rerun(client, job)
+        except RequestError as error:
+            raise _ended(str(error)) from None
+        except httpx.TransportError:
+            raise _ended(f"no service answers at {client.base_url}; start it with `veritune up`") from None
+    typer.echo(f"{again['id']}  {again['name']}  queued")
+    if manifest and (where := manifest["environment"]):
+        typer.echo(f"to the bit the same with {where['precision']} on {where['device']}, {where['threads']} threads")
 
 
 @models_application.command("fetch")

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from app.cli.demo_state import DEMO, SPEC, DemoError, get, leave_paused, ok, store_prediction, upload
-from app.settings import LOOPBACK, Settings
+from app.cli.client import client_of, get, ok
+from app.cli.demo_state import DEMO, SPEC, leave_paused, store_prediction, upload
+from app.settings import Settings
 
 START_SECONDS = 600.0
 CLAIMS = 48
@@ -26,6 +27,10 @@ CLAIMS = 48
 
 ALONE_CLAIMS = 15
 CONFIDENCE_Z = 1.96
+
+
+class DemoError(Exception):
+    """Why the demo stopped, in words for a newcomer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Judged:
 
 
 def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
-    """Raises DemoError."""
+    """Raises DemoError, and RequestError when the service refuses a step."""
     missing = [n for n in ("train.jsonl", "heldout.jsonl", "corpus.jsonl") if not (examples / n).is_file()]
     if missing:
         raise DemoError(
@@ -73,10 +78,7 @@ def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
 @contextmanager
 def _service(settings: Settings, console: Console, *, keep: bool) -> Iterator[httpx.Client]:
     """A client of the running service, which is started when it does not run."""
-    host = settings.host if settings.host in LOOPBACK else "127.0.0.1"
-    key = {"Authorization": f"Bearer {settings.key.get_secret_value()}"} if settings.key else {}
-    url = f"http://{host}:{settings.port}"
-    with httpx.Client(base_url=url, headers=key, timeout=600, trust_env=False) as client:
+    with client_of(settings) as client:
         if _status(client) is not None:
             yield client
             return

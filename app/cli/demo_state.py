@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 
+from app.cli.client import ok
+
 DEMO = "demo"
 LATER = "demo-later"
 LATER_ROWS = 24
@@ -20,22 +22,6 @@ SPEC: dict[str, Any] = {
     "seed": 42,
 }
 CLAIM = "The Danube flows into the Black Sea."
-
-
-class DemoError(Exception):
-    """Why the demo stopped, in words for a newcomer."""
-
-
-def ok(response: httpx.Response) -> dict[str, Any]:
-    """The answer; DemoError when it is a problem."""
-    answer: dict[str, Any] = response.json()
-    if not response.is_success:
-        raise DemoError(f"{response.request.method} {response.request.url.path}: {answer.get('detail', answer)}")
-    return answer
-
-
-def get(client: httpx.Client, path: str) -> dict[str, Any]:
-    return ok(client.get(path))
 
 
 def upload(client: httpx.Client, route: str, name: str, filename: str, content: bytes) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
 from app.db.repositories.adapters import Adapters
+from app.db.repositories.artifacts import Artifacts
+from app.db.repositories.holdings import Holdings
 from app.db.repositories.jobs import Jobs
 from app.db.repositories.keys import IdempotencyKeys
 from app.db.repositories.predictions import Predictions
@@ -59,6 +61,14 @@ class Unit:
     @cached_property
     def adapters(self) -> Adapters:
         return Adapters(self.session)
+
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        return Artifacts(self.session)
+
+    @cached_property
+    def holdings(self) -> Holdings:
+        return Holdings(self.session)
 
     @cached_property
     def aliases(self) -> Aliases:

@@ -106,6 +106,8 @@ class MetricRow(Base):
 
 
 class CheckpointRow(Base):
+    """`manifest`: what an adapter of these weights would say of itself; null in a row of a version that knew none."""
+
     __tablename__ = "checkpoints"
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
@@ -113,10 +115,26 @@ class CheckpointRow(Base):
     digest: Mapped[str] = mapped_column(DIGEST)
     files: Mapped[dict[str, Any]]
     bytes: Mapped[int] = mapped_column(BigInteger)
+    validation_loss: Mapped[float | None] = mapped_column(Double)
+    manifest: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime]
+
+
+class ArtifactRow(Base):
+    """A file that a job leaves for its user beside the adapter."""
+
+    __tablename__ = "artifacts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(NAME, primary_key=True)
+    digest: Mapped[str] = mapped_column(DIGEST)
+    bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
 
 
 class AdapterRow(Base):
+    """`job_id`: the job that ended with it, of which there is one at most; null for a checkpoint that was published."""
+
     __tablename__ = "adapters"
     __table_args__ = (UniqueConstraint("job_id"),)
 

@@ -7,10 +7,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from app.domain.specs import Name
+
 Kind = Literal["peft", "full"]
 WEIGHTS: dict[Kind, str] = {"peft": "adapter_model.safetensors", "full": "model.safetensors"}
 CONFIG: dict[Kind, str] = {"peft": "adapter_config.json", "full": "config.json"}
 """What an adapter's directory computes with: a PEFT adapter's, or a whole model's."""
+
+BESIDES: dict[Kind, tuple[str, ...]] = {
+    "peft": (),
+    "full": ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+}
+"""Files that belong to it too, where its base has them."""
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -26,8 +34,19 @@ class ManifestBase(_Word):
     digest: str
 
 
+class Environment(_Word):
+    """Where a training ran: another device, number format or count of threads adds up in another order."""
+
+    device: str
+    precision: str
+    threads: int
+
+
 class Manifest(_Word):
-    """What produced an adapter: enough to repeat the run. Lies outside the digest and never changes."""
+    """What produced an adapter: enough to repeat the run. Lies outside the digest and never changes.
+
+    `environment` is null in a manifest of a version that did not note it.
+    """
 
     schema_version: Literal[1] = 1
     job_id: str
@@ -43,6 +62,7 @@ class Manifest(_Word):
     seed: int
     metrics: dict[str, float]
     packages: dict[str, str]
+    environment: Environment | None = None
     code_revision: str
     servable_by: tuple[str, ...]
     created_at: datetime
@@ -62,6 +82,12 @@ class Adapter(_Word):
     bytes: int
     manifest: Manifest
     created_at: datetime
+
+
+class PublishRequest(_Word):
+    """How to publish a checkpoint. `name`: unique among adapters; made from the job's and the update when left out."""
+
+    name: Name | None = None
 
 
 def adapter_digest(weights: str, config: bytes) -> str:
@@ -103,6 +129,8 @@ def model_card(name: str, manifest: Manifest) -> str:
     """The README.md beside the weights: what they are, what made them, how to load them."""
     loss = manifest.metrics.get("loss")
     trained = f"- final loss: {loss:.4f}\n" if loss is not None else ""
+    held_out = manifest.metrics.get("validation_loss")
+    trained += f"- loss on validation rows: {held_out:.4f}\n" if held_out is not None else ""
     approach = (manifest.spec.get("adapter") or {}).get("type", "full")
     library = {"peft": "peft", "full": "transformers"}[manifest.kind]
     what = {"peft": "adapter", "full": "model"}[manifest.kind]

@@ -169,9 +169,23 @@ class Metric(_Word):
 
 
 class Checkpoint(_Word):
-    """A resumable state of a job. `digest` is that of its manifest."""
+    """A resumable state of a job. `digest` is that of its manifest.
+
+    `best`: the one with the lowest validation loss. It is kept, and so are the last two.
+    """
 
     update: int
     digest: str
     created_at: datetime
     bytes: int
+    validation_loss: float | None = None
+    best: bool = False
+
+
+class Artifact(_Word):
+    """A file that a job leaves beside its adapter. `digest` is its SHA-256."""
+
+    name: str
+    bytes: int
+    digest: str
+    created_at: datetime

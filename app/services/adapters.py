@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import select
-
 from app.db import Database, Unit
 from app.db.tables import AdapterRow
 from app.domain.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, Manifest, adapter_digest, model_card
@@ -116,10 +114,10 @@ class Adapters:
         self._drop(set(row.files), row)
 
     def _drop(self, files: set[str], row: AdapterRow) -> None:
-        """Delete files of an adapter that is not published, as far as no published one shares them."""
+        """Delete files of an adapter that is not published, as far as nothing that is kept shares them."""
         with self._database.read() as unit:
-            needed = {blob for files in unit.session.scalars(select(AdapterRow.files)) for blob in files.values()}
-        for digest in {row.files[name] for name in files} - needed:
+            unneeded = unit.holdings.unneeded({row.files[name] for name in files})
+        for digest in unneeded:
             self._blobs.delete(digest)
 
     def archive(self, reference: str) -> tuple[str, Iterator[bytes]]:
@@ -199,7 +197,7 @@ def _view(row: AdapterRow, aliases: dict[str, list[str]]) -> Adapter:
             "name": row.name,
             "digest": row.digest,
             "kind": row.kind,
-            "job_id": row.job_id,
+            "job_id": row.manifest["job_id"],
             "base_model": row.base_model,
             "aliases": tuple(sorted(aliases.get(row.id, []))),
             "bytes": row.bytes,

@@ -8,10 +8,12 @@ from typing import Any
 
 from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
+from app.domain.adapters import Manifest
 from app.domain.attempts import Checkpointed, Evaluated, Metrics
 from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobStatus, Lease, Progress
 from app.domain.specs import TrainSpec
 from app.domain.splits import Part
+from app.services.jobs import best_of
 from app.services.plans import Plans, Prepared
 from app.storage import Blobs
 
@@ -118,8 +120,11 @@ class Attempts:
                 values = {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
                 unit.jobs.add_to_metric(lease.job_id, found.update, values)
 
-    def checkpoint(self, lease: Lease, written: Checkpointed) -> None:
-        """Upload a checkpoint and commit its row; older ones than the last two go."""
+    def checkpoint(self, lease: Lease, written: Checkpointed, manifest: Manifest | None = None) -> None:
+        """Upload a checkpoint and commit its row; of the older ones only the last and the best stay.
+
+        `manifest`: what an adapter of these weights would say of itself.
+        """
         files = {path.name: self._blobs.put_file(path) for path in sorted(written.path.iterdir())}
         row = CheckpointRow(
             job_id=lease.job_id,
@@ -127,6 +132,8 @@ class Attempts:
             digest=written.digest,
             files={name: blob.digest for name, blob in files.items()},
             bytes=sum(blob.size for blob in files.values()),
+            validation_loss=written.validation_loss,
+            manifest=manifest and manifest.model_dump(mode="json"),
             created_at=datetime.now(UTC),
         )
         with self._database.write() as unit:
@@ -134,11 +141,12 @@ class Attempts:
             unit.jobs.put_checkpoint(row)
             told = {"update": written.update, "bytes": row.bytes}
             unit.jobs.tell(lease.job_id, "checkpoint", f"checkpoint at update {written.update}", "info", told)
-            stale = unit.jobs.checkpoints(lease.job_id)[CHECKPOINTS_KEPT:]
+            kept = unit.jobs.checkpoints(lease.job_id)
+            stale = [old for old in kept[CHECKPOINTS_KEPT:] if old is not best_of(kept)]
             for old in stale:
                 unit.jobs.drop_checkpoint(old)
             unit.session.flush()
-            lost = {blob for old in stale for blob in old.files.values()} - unit.jobs.checkpoint_blobs()
+            lost = unit.holdings.unneeded({blob for old in stale for blob in old.files.values()})
         for digest in lost:
             self._blobs.delete(digest)
 

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from sqlalchemy.exc import IntegrityError
 
 from app.db import Database, Unit
-from app.db.tables import JobRow
+from app.db.tables import CheckpointRow, JobRow
 from app.domain.errors import ConflictError, NotFoundError
 from app.domain.identity import new_id
 from app.domain.jobs import WISHES, Checkpoint, Event, Job, JobError, JobStatus, Metric, Progress, Wish
@@ -137,9 +137,27 @@ class Jobs:
         with self._database.read() as unit:
             job = _found(unit, reference)
             rows = unit.jobs.checkpoints(job.id)
+        best = best_of(rows)
         return [
-            Checkpoint(update=row.update, digest=row.digest, created_at=row.created_at, bytes=row.bytes) for row in rows
+            Checkpoint(
+                update=row.update,
+                digest=row.digest,
+                created_at=row.created_at,
+                bytes=row.bytes,
+                validation_loss=row.validation_loss,
+                best=row is best,
+            )
+            for row in rows
         ]
+
+
+def best_of(rows: Sequence[CheckpointRow]) -> CheckpointRow | None:
+    """The checkpoint with the lowest validation loss; None where none was evaluated."""
+    return min(
+        (row for row in rows if row.validation_loss is not None),
+        key=lambda row: (row.validation_loss, row.update),
+        default=None,
+    )
 
 
 def _found(unit: Unit, reference: str) -> JobRow:

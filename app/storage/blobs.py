@@ -66,6 +66,13 @@ class Blobs:
             return False
         return True
 
+    def size(self, digest: str) -> int:
+        """Bytes of the blob. NotFoundError when it is not there."""
+        try:
+            return int(obstore.head(self._store, _key(digest))["size"])
+        except FileNotFoundError:
+            raise _gone(digest) from None
+
     def get_bytes(self, digest: str) -> bytes:
         return b"".join(self.stream(digest))
 
@@ -74,7 +81,7 @@ class Blobs:
         try:
             result = obstore.get(self._store, _key(digest))
         except FileNotFoundError:
-            raise NotFoundError(f"the stored bytes {digest[:12]}… are gone", code="blob_lost") from None
+            raise _gone(digest) from None
         for chunk in result.stream(min_chunk_size=CHUNK):
             yield bytes(chunk)
 
@@ -109,6 +116,10 @@ def hash_file(path: Path) -> tuple[str, int]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return digest, path.stat().st_size
+
+
+def _gone(digest: str) -> NotFoundError:
+    return NotFoundError(f"the stored bytes {digest[:12]}… are gone", code="blob_lost")
 
 
 def _key(digest: str) -> str:

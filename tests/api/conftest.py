@@ -20,7 +20,7 @@ from app.composition import Services, compose
 from app.db.base import Base
 from app.db.migrating import migrate
 from app.domain.adapters import CONFIG, WEIGHTS, Kind, Manifest, ManifestBase
-from app.domain.attempts import Metrics
+from app.domain.attempts import Checkpointed, Metrics
 from app.domain.base_models import BaseModelDescription
 from app.domain.devices import DeviceDescription
 from app.domain.jobs import Lease
@@ -235,21 +235,18 @@ def metric(update: int, loss: float | None = 1.5) -> Metrics:
     )
 
 
-def make_adapter(services: Services, lease: Lease, directory: Path, name: str) -> str:
-    """Publish an adapter for a leased job, as the supervisor does at its end; returns its id."""
+def manifest_of(services: Services, lease: Lease) -> Manifest:
+    """What an adapter of a leased job says of itself."""
     job = services.jobs.get(lease.job_id)
     base = services.base_models.get(job.spec.base_model)
     kind: Kind = "full" if job.spec.adapter is None else "peft"
-    directory.mkdir(parents=True)
-    (directory / WEIGHTS[kind]).write_bytes(b"weights of " + name.encode())
-    (directory / CONFIG[kind]).write_text('{"peft_type": "LORA", "r": 16}')
-    manifest = Manifest(
+    return Manifest(
         job_id=lease.job_id,
         kind=kind,
         base=ManifestBase(name=base.name, revision="1", digest=base.digest),
         quantization=job.spec.quantization and job.spec.quantization.model_dump(),
         spec=job.spec.model_dump(mode="json"),
-        dataset_digest="0" * 64,
+        dataset_digest=services.datasets.get(job.spec.dataset).digest,
         dataset_rows=4,
         protected_share=0.0,
         format=ReactFormat().model_dump(mode="json"),
@@ -261,9 +258,33 @@ def make_adapter(services: Services, lease: Lease, directory: Path, name: str) -
         servable_by=("veritune",),
         created_at=datetime.now(UTC),
     )
-    published = services.adapters.publish(lease, name, directory, manifest)
+
+
+def write_adapter(directory: Path, name: str, kind: Kind = "peft") -> Path:
+    directory.mkdir(parents=True)
+    (directory / WEIGHTS[kind]).write_bytes(b"weights of " + name.encode())
+    (directory / CONFIG[kind]).write_text('{"peft_type": "LORA", "r": 16}')
+    return directory
+
+
+def make_adapter(services: Services, lease: Lease, directory: Path, name: str) -> str:
+    """Publish an adapter for a leased job, as the supervisor does at its end; returns its id."""
+    manifest = manifest_of(services, lease)
+    published = services.adapters.publish(lease, name, write_adapter(directory, name, manifest.kind), manifest)
     assert published is not None
     return published
+
+
+def make_checkpoint(services: Services, lease: Lease, directory: Path, update: int, loss: float | None = None) -> None:
+    """Store a checkpoint of a leased job that can be published."""
+    written = Checkpointed(
+        update=update,
+        path=write_adapter(directory, f"update {update}"),
+        digest=str(update % 10) * 64,
+        validation_loss=loss,
+    )
+    manifest = manifest_of(services, lease).model_copy(update={"metrics": {"updates": update}})
+    services.attempts.checkpoint(lease, written, manifest)
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from app.cli.demo_state import DEMO, LATER, LATER_ROWS, SPEC, get, leave_paused, ok, store_prediction, upload
+from app.cli.client import get, ok
+from app.cli.demo_state import DEMO, LATER, LATER_ROWS, SPEC, leave_paused, store_prediction, upload
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.base_models import BaseModelDescription
@@ -20,7 +21,7 @@ from app.generation import ScriptedGenerator
 from app.main import create_app
 from app.queue import MemoryDoorbell
 from app.settings import Settings
-from tests.api.conftest import CPU, lease, listening, make_adapter, reads_the_page, walk
+from tests.api.conftest import CPU, lease, listening, make_adapter, make_checkpoint, reads_the_page, walk
 from tests.conftest import ROOT, dataset_jsonl
 
 METHODS = ("get", "post", "delete")
@@ -159,7 +160,11 @@ def demo(tmp_path: Path, tiny_cache: Path) -> Iterator[httpx.Client]:
         upload(client, "/datasets", DEMO, train.name, train.read_bytes())
         ok(client.post("/jobs", json=SPEC | {"name": DEMO}))
         leave_paused(client, train)
-        make_adapter(served, lease(served), tmp_path / "adapter", DEMO)
+        held = lease(served)
+        make_checkpoint(served, held, tmp_path / "checkpoint", SPEC["trainer"]["train_steps"])
+        (tmp_path / "rows.jsonl").write_text("{}")
+        served.artifacts.put(held, tmp_path / "rows.jsonl")
+        make_adapter(served, held, tmp_path / "adapter", DEMO)
         store_prediction(client, DEMO)
         yield client
 
@@ -168,7 +173,7 @@ def test_every_documented_body_is_accepted_as_it_stands(demo: httpx.Client) -> N
     for method, path, operation in operations(demo.get("/openapi.json").json()):
         content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
         for name, example in content.get("examples", {}).items():
-            answer = demo.request(method, path, json=example["value"])
+            answer = tried_out(demo, (method, path, operation), json=example["value"])
             assert answer.is_success, (path, name, answer.text)
             assert "event: error" not in answer.text
 
@@ -181,7 +186,7 @@ def test_the_examples_claims_find_their_pages(demo: httpx.Client) -> None:
             assert seen["evidence"], example
 
 
-def tried_out(client: httpx.Client, one: Operation) -> httpx.Response:
+def tried_out(client: httpx.Client, one: Operation, **body: Any) -> httpx.Response:
     """The answer to an operation whose parameters are as the documentation fills them in."""
     method, path, operation = one
     query = {}
@@ -191,7 +196,7 @@ def tried_out(client: httpx.Client, one: Operation) -> httpx.Response:
                 path = path.replace(f"{{{parameter['name']}}}", example["value"])
             else:
                 query[parameter["name"]] = example["value"]
-    return client.request(method, path, params=query)
+    return client.request(method, path, params=query, **body)
 
 
 def test_every_path_runs_with_its_examples(demo: httpx.Client) -> None:

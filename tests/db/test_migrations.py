@@ -55,6 +55,18 @@ def test_rows_of_the_first_version_stay_and_its_code_goes_on_writing(empty_url: 
         with found.engine.begin() as connection:
             connection.execute(text(f"INSERT INTO predictions (id, answer, created_at) VALUES ('{name}', '{{}}', 1.5)"))
             connection.execute(text(f"INSERT INTO encodings (key, blob, summary) VALUES ('{name}', 'blob', '{{}}')"))
+            connection.execute(
+                text(
+                    "INSERT INTO jobs (id, kind, name, status, spec, epoch, attempts, strikes, event_seq, created_at) "
+                    f"VALUES ('{name}', 'train', '{name}', 'queued', '{{}}', 0, 0, 0, 0, 1.5)"
+                )
+            )
+            connection.execute(
+                text(
+                    'INSERT INTO checkpoints (job_id, "update", digest, files, bytes, created_at) '
+                    f"VALUES ('{name}', 1, 'digest', '{{}}', 1, 1.5)"
+                )
+            )
 
     write("before")
     migrate(empty_url)
@@ -63,7 +75,8 @@ def test_rows_of_the_first_version_stay_and_its_code_goes_on_writing(empty_url: 
     with found.engine.begin() as connection:
         predictions = connection.execute(text("SELECT id, name FROM predictions ORDER BY id")).all()
         encodings = connection.execute(text("SELECT key, dataset FROM encodings ORDER BY key")).all()
-    for rows in (predictions, encodings):
+        checkpoints = connection.execute(text("SELECT job_id, validation_loss FROM checkpoints ORDER BY job_id")).all()
+    for rows in (predictions, encodings, checkpoints):
         assert [tuple(row) for row in rows] == [("after", None), ("and again", None), ("before", None)]
     found.engine.dispose()
 

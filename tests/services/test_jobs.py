@@ -176,6 +176,7 @@ def test_a_zombie_changes_no_row(services: Services, hasty: Attempts, job: Job, 
         lambda: hasty.record(zombie, [metrics(1)], 1.0),
         lambda: hasty.evaluated(zombie, validation(1)),
         lambda: hasty.checkpoint(zombie, Checkpointed(update=1, path=directory, digest="0" * 64)),
+        lambda: services.artifacts.put(zombie, directory / "manifest.json"),
         lambda: hasty.fail(zombie, JobError(code="x", message="x")),
         lambda: hasty.release(zombie, "done", strike=False),
     ]
@@ -186,6 +187,7 @@ def test_a_zombie_changes_no_row(services: Services, hasty: Attempts, job: Job, 
     assert (services.jobs.get(job.id), services.jobs.events(job.id, 0, 100)) == before
     assert services.jobs.metrics(job.id, 0, 10) == ([], False)
     assert services.jobs.checkpoints(job.id) == []
+    assert services.artifacts.of(job.id) == []
 
 
 def test_too_many_lost_workers_fail_the_job_with_a_hint(services: Services, hasty: Attempts, job: Job) -> None:

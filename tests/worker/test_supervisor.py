@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.composition import Services, compose
 from app.domain.adapters import adapter_digest
@@ -103,6 +104,10 @@ def test_a_job_runs_to_a_published_adapter(
     assert adapter.aliases == ("default",)
     assert adapter.manifest.dataset_rows == 8
     assert adapter.manifest.base.name == "tiny"
+    assert adapter.manifest.environment is not None
+    assert adapter.manifest.environment.device == "cpu"
+    assert adapter.manifest.environment.precision in ("fp32", "bf16")
+    assert 1 <= adapter.manifest.environment.threads <= len(os.sched_getaffinity(0))
     _name, stream = services.adapters.archive(adapter.id)
     with zipfile.ZipFile(BytesIO(b"".join(stream))) as archive:
         assert sorted(archive.namelist()) == [
@@ -143,6 +148,20 @@ def test_what_held_out_rows_say_is_told_and_decides(services: Services, supervis
     assert manifest.metrics["validation_loss"] == min(loss for loss, _ in by_update.values())
     assert manifest.metrics["test_loss"] == told[-1]["loss"]
     assert manifest.dataset_rows == 4
+
+    losses = [json.loads(line) for line in b"".join(services.artifacts.stream(job.id, "rows.jsonl")).splitlines()]
+    assert [row["part"] for row in losses] == ["train", "validation", "test"] * 4
+    assert all(row["loss"] for row in losses)
+    event_file = tmp_path / "events.out.tfevents"
+    event_file.write_bytes(b"".join(services.artifacts.stream(job.id, event_file.name)))
+    scalars = EventAccumulator(str(event_file)).Reload().Scalars("train/loss")
+    assert {e.step: e.value for e in scalars} == pytest.approx({m.update: m.loss for m in found}, rel=1e-6)
+
+    best = next(checkpoint for checkpoint in services.jobs.checkpoints(job.id) if checkpoint.best)
+    again = services.checkpoints.publish(job.id, best.update, "best")
+    assert again.digest == services.adapters.get(str(done.adapter_id)).digest
+    assert again.manifest.metrics["updates"] == best.update == manifest.metrics["best_update"]
+    assert again.manifest.environment == manifest.environment
 
 
 def test_the_same_job_twice_gives_the_same_adapter(
@@ -198,6 +217,7 @@ def test_pause_writes_a_checkpoint_and_resume_goes_on_from_it(
     thread.join(30)
     paused = services.jobs.get(job.id)
     assert paused.status in (JobStatus.PAUSED, JobStatus.SUCCEEDED)
+    assert [artifact.name for artifact in services.artifacts.of(job.id)] == ["events.out.tfevents", "rows.jsonl"]
     if paused.status is JobStatus.PAUSED:
         assert services.jobs.checkpoints(job.id)[0].update > 0
         services.jobs.wish(job.id, Wish.RESUME)

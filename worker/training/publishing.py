@@ -14,13 +14,13 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from app.domain.adapters import BESIDES
 from app.domain.attempts import BaseOnDisk
 from worker.training.approaches import Approach
 from worker.training.masters import MasterWeights
 
 Tensors = dict[str, torch.Tensor]
 NAME = "default"
-NOT_COPIED = ("*.safetensors", "*.index.json")
 METADATA = {"format": "pt"}
 
 
@@ -43,14 +43,16 @@ def write_files(approach: Approach, masters: MasterWeights, base: BaseOnDisk, di
 
 
 def _write_model(approach: Approach, base: BaseOnDisk, directory: Path) -> None:
-    """The base's directory with other weights, in the dtype that computed with them."""
-    shutil.copytree(base.path, directory, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
-    path = directory / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """What a base's directory holds, with other weights, in the dtype that computed with them."""
+    for name in BESIDES["full"]:
+        if (base.path / name).exists():
+            shutil.copy(base.path / name, directory / name)
+    config: dict[str, Any] = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     weights = {name: p.detach().cpu().contiguous() for name, p in approach.parameters().items()}
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    written = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(written, encoding="utf-8")
     save_file(weights, directory / "model.safetensors", metadata=METADATA)
 
 

@@ -17,6 +17,7 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    delete,
     func,
     insert,
     literal,
@@ -31,7 +32,7 @@ from app.db.repositories.paging import behind
 from app.db.repositories.rows import first, put
 from app.db.tables import CheckpointRow, EventRow, JobRow, MetricRow
 from app.domain.errors import LeaseLostError
-from app.domain.jobs import LEASED, MAX_ATTEMPTS, JobStatus, Lease
+from app.domain.jobs import LEASED, MAX_ATTEMPTS, TERMINAL, JobStatus, Lease
 
 S = JobStatus
 
@@ -192,12 +193,26 @@ class Jobs:
         wanted = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
         return list(self._session.scalars(wanted.order_by(CheckpointRow.update.desc())))
 
-    def checkpoint_blobs(self) -> set[str]:
-        """The blobs that checkpoints of any job need: identical runs share theirs."""
-        return {blob for files in self._session.scalars(select(CheckpointRow.files)) for blob in files.values()}
+    def find_checkpoint(self, job_id: str, update: int) -> CheckpointRow | None:
+        wanted = select(CheckpointRow).where(CheckpointRow.job_id == job_id, CheckpointRow.update == update)
+        return first(self._session, wanted)
 
     def drop_checkpoint(self, row: CheckpointRow) -> None:
         self._session.delete(row)
+
+    def has_checkpoints_of_ended(self, before: datetime) -> bool:
+        """Whether a job that ended before then still has one."""
+        wanted = select(CheckpointRow.job_id).where(CheckpointRow.job_id.in_(_ended(before))).limit(1)
+        return self._session.scalar(wanted) is not None
+
+    def drop_checkpoints_of_ended(self, before: datetime) -> list[dict[str, str]]:
+        """Delete those; the files that each had."""
+        gone = delete(CheckpointRow).where(CheckpointRow.job_id.in_(_ended(before))).returning(CheckpointRow.files)
+        return list(self._session.scalars(gone))
+
+
+def _ended(before: datetime) -> Select[str]:
+    return select(JobRow.id).where(JobRow.finished_at < before, JobRow.status.in_([s.value for s in TERMINAL]))
 
 
 def _fence(lease: Lease) -> tuple[Any, ...]:

@@ -1,0 +1,35 @@
+"""`veritune rerun JOB`: a job once more with everything pinned, so that it can give the same adapter to the bit."""
+
+from typing import Any
+
+import httpx
+
+from app.cli.client import RequestError, get, ok
+
+
+def rerun(client: httpx.Client, reference: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(the new job, the manifest of what the old one published if it did).
+
+    Raises RequestError, also when the base model or the dataset is no longer what the manifest names.
+    """
+    job = get(client, f"/jobs/{reference}")
+    manifest = get(client, f"/adapters/{job['adapter_id']}")["manifest"] if job["adapter_id"] else None
+    if manifest is not None:
+        _check_unchanged(client, job, manifest)
+    return ok(client.post("/jobs", json=pinned(job))), manifest
+
+
+def pinned(job: dict[str, Any]) -> dict[str, Any]:
+    """The spec that was run, without its name, which is taken, and with the length that the deployment filled in."""
+    spec: dict[str, Any] = job["spec"]
+    length = {"global_max_sequence_length": job["plan"]["max_sequence_length"]}
+    return spec | {"name": None, "preprocessing": spec["preprocessing"] | length}
+
+
+def _check_unchanged(client: httpx.Client, job: dict[str, Any], manifest: dict[str, Any]) -> None:
+    base = manifest["base"]
+    listed = {model["name"]: model["digest"] for model in get(client, "/base-models")["data"]}
+    if listed.get(base["name"]) != base["digest"]:
+        raise RequestError(f"{base['name']} is no longer the base model that {job['name']} was trained on")
+    if get(client, f"/datasets/{job['spec']['dataset']}")["digest"] != manifest["dataset_digest"]:
+        raise RequestError(f"the dataset is no longer the one that {job['name']} was trained on")

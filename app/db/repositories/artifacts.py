@@ -1,0 +1,20 @@
+"""Files that jobs leave beside their adapters."""
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.db.repositories.rows import put
+from app.db.tables import ArtifactRow
+
+
+class Artifacts:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def put(self, row: ArtifactRow) -> None:
+        put(self._session, row)
+
+    def of(self, job_id: str) -> list[ArtifactRow]:
+        """By name."""
+        wanted = select(ArtifactRow).where(ArtifactRow.job_id == job_id).order_by(ArtifactRow.name)
+        return list(self._session.scalars(wanted))

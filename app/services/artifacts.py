@@ -1,0 +1,57 @@
+"""Artifacts: files that a job leaves for its user beside the adapter."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from app.db import Database, Unit
+from app.db.tables import ArtifactRow, JobRow
+from app.domain.errors import NotFoundError
+from app.domain.jobs import Artifact, Lease
+from app.services.jobs import unknown_job
+from app.storage import Blobs
+
+
+class Artifacts:
+    def __init__(self, database: Database, blobs: Blobs) -> None:
+        self._database = database
+        self._blobs = blobs
+
+    def put(self, lease: Lease, path: Path) -> None:
+        """Store a file under its own name. What an earlier attempt left under that name is replaced."""
+        blob = self._blobs.put_file(path)
+        row = ArtifactRow(
+            job_id=lease.job_id, name=path.name, digest=blob.digest, bytes=blob.size, created_at=datetime.now(UTC)
+        )
+        with self._database.write() as unit:
+            unit.jobs.write(lease, owner=lease.owner)
+            before = {old.digest for old in unit.artifacts.of(lease.job_id) if old.name == path.name}
+            unit.artifacts.put(row)
+            lost = unit.holdings.unneeded(before)
+        for digest in lost:
+            self._blobs.delete(digest)
+
+    def of(self, reference: str) -> list[Artifact]:
+        """A job's artifacts, by name."""
+        with self._database.read() as unit:
+            rows = unit.artifacts.of(_found(unit, reference).id)
+        return [Artifact(name=row.name, bytes=row.bytes, digest=row.digest, created_at=row.created_at) for row in rows]
+
+    def stream(self, reference: str, name: str) -> Iterator[bytes]:
+        """The bytes of one. NotFoundError before the first of them."""
+        with self._database.read() as unit:
+            job = _found(unit, reference)
+            rows = unit.artifacts.of(job.id)
+        found = next((row for row in rows if row.name == name), None)
+        if found is None:
+            there = ", ".join(row.name for row in rows) or "none yet"
+            raise NotFoundError(f"{job.name} has no artifact {name!r}; it has: {there}", code="unknown_artifact")
+        self._blobs.size(found.digest)
+        return self._blobs.stream(found.digest)
+
+
+def _found(unit: Unit, reference: str) -> JobRow:
+    row = unit.jobs.find(reference)
+    if row is None:
+        raise unknown_job(reference)
+    return row

@@ -1,0 +1,110 @@
+"""Checkpoints after they are written: which are kept and for how long, and how one becomes an adapter."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy.exc import IntegrityError
+
+from app.db import Database, Unit
+from app.db.tables import AdapterRow, CheckpointRow, JobRow
+from app.domain.adapters import (
+    BESIDES,
+    CARD,
+    CONFIG,
+    MANIFEST,
+    WEIGHTS,
+    Adapter,
+    Manifest,
+    adapter_digest,
+    model_card,
+)
+from app.domain.errors import ConflictError, NotFoundError
+from app.domain.identity import new_id
+from app.services.adapters import Adapters
+from app.services.jobs import unknown_job
+from app.services.naming import check_name
+from app.storage import Blobs
+
+
+class Checkpoints:
+    def __init__(self, database: Database, blobs: Blobs, adapters: Adapters) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._adapters = adapters
+
+    def publish(self, reference: str, update: int, name: str | None) -> Adapter:
+        """Make the weights of one of a job's updates an adapter of its own, while the job runs or after it.
+
+        The checkpoint's files are shared, not copied; the adapter stays when the checkpoint goes.
+        """
+        check_name(name)
+        with self._database.read() as unit:
+            job, checkpoint = _found(unit, reference, update)
+        if checkpoint.manifest is None:
+            raise ConflictError(
+                f"the checkpoint of update {update} was written by a version that could not publish one",
+                code="not_publishable",
+            )
+        row = self._row(job, checkpoint, Manifest.model_validate(checkpoint.manifest), name)
+        try:
+            with self._database.write() as unit:
+                _found(unit, job.id, update)  # its files are there as long as its row, or the adapter's
+                unit.adapters.add(row)
+                told = {"adapter_id": row.id, "digest": row.digest, "update": update}
+                message = f"the checkpoint of update {update} was published as {row.id}"
+                unit.jobs.tell(job.id, "checkpoint_published", message, "info", told)
+        except IntegrityError:
+            raise ConflictError(
+                f"there is an adapter named {row.name!r} already; choose another name", code="name_taken"
+            ) from None
+        self._adapters.on_disk(row.digest)
+        return self._adapters.get(row.id)
+
+    def _row(self, job: JobRow, checkpoint: CheckpointRow, manifest: Manifest, name: str | None) -> AdapterRow:
+        named = name or f"{job.name}-{checkpoint.update}"
+        weights, config = WEIGHTS[manifest.kind], CONFIG[manifest.kind]
+        belonging = (weights, config, *BESIDES[manifest.kind])
+        files = {file: checkpoint.files[file] for file in belonging if file in checkpoint.files}
+        size = sum(self._blobs.size(digest) for digest in files.values())
+        document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
+        for file, text in ((MANIFEST, document), (CARD, model_card(named, manifest))):
+            blob = self._blobs.put_bytes(text.encode())
+            files[file], size = blob.digest, size + blob.size
+        return AdapterRow(
+            id=new_id("adp"),
+            name=named,
+            digest=adapter_digest(files[weights], self._blobs.get_bytes(files[config])),
+            kind=manifest.kind,
+            job_id=None,
+            base_model=manifest.base.name,
+            files=files,
+            manifest=manifest.model_dump(mode="json"),
+            bytes=size,
+            created_at=datetime.now(UTC),
+        )
+
+    def expire(self, hours: float) -> int:
+        """Remove the checkpoints of jobs that ended so many hours ago or longer; how many there were."""
+        before = datetime.now(UTC) - timedelta(hours=hours)
+        with self._database.read() as unit:
+            if not unit.jobs.has_checkpoints_of_ended(before):
+                return 0
+        with self._database.write() as unit:
+            gone = unit.jobs.drop_checkpoints_of_ended(before)
+            lost = unit.holdings.unneeded({blob for files in gone for blob in files.values()})
+        for digest in lost:
+            self._blobs.delete(digest)
+        return len(gone)
+
+
+def _found(unit: Unit, reference: str, update: int) -> tuple[JobRow, CheckpointRow]:
+    job = unit.jobs.find(reference)
+    if job is None:
+        raise unknown_job(reference)
+    found = unit.jobs.find_checkpoint(job.id, update)
+    if found is None:
+        there = ", ".join(str(row.update) for row in unit.jobs.checkpoints(job.id)) or "none"
+        raise NotFoundError(
+            f"{job.name} has no checkpoint of update {update}; kept are: {there}", code="unknown_checkpoint"
+        )
+    return job, found
