@@ -99,7 +99,7 @@ class Supervisor:
 
     def _attempt(self, leased: Leased, directory: Path, heartbeat: Heartbeat) -> None:
         try:
-            prepared = self._attempts.prepare(leased)
+            prepared = self._attempts.prepare(leased, self._services.settings.worker_name)
             order = self._order(leased, prepared, directory)
         except LeaseLostError:
             raise
@@ -135,7 +135,7 @@ class Supervisor:
             rows=rows,
             directory=directory,
             resume_from=resume,
-            spec=prepared.spec,
+            spec=prepared.ordered,
             schedule=prepared.schedule,
         )
 
@@ -203,6 +203,7 @@ class Supervisor:
             case Finished(outcome="succeeded", adapter=Path() as adapter):
                 manifest = self._manifest(leased, prepared, watch.last)
                 self._services.adapters.publish(leased.lease, leased.name, adapter, manifest)
+                self._remember_pace(prepared, watch.last)
                 log.info("attempt_published", job=leased.job_id)
             case Failed() as failed:
                 error = JobError(code=failed.code, message=failed.message, hint=failed.hint)
@@ -214,6 +215,12 @@ class Supervisor:
             case _:
                 ending = f"signal {-status}" if status < 0 else f"exit status {status}"
                 self._attempts.release(leased.lease, f"the training process died ({ending})", strike=True)
+
+    def _remember_pace(self, prepared: Prepared, finished: Finished) -> None:
+        """For plans of later jobs: what this device made of this base."""
+        if pace := finished.metrics.get("tokens_per_second"):
+            served = self._services.base_models.served_digest(prepared.base, prepared.spec.quantization)
+            self._services.devices.measured(self._services.settings.worker_name, served, pace)
 
     def _manifest(self, leased: Leased, prepared: Prepared, finished: Finished) -> Manifest:
         spec = prepared.spec

@@ -19,6 +19,7 @@ from app.composition import Services, compose
 from app.domain.adapters import adapter_digest
 from app.domain.jobs import Job, JobStatus, Wish
 from tests.conftest import dataset_jsonl
+from worker.device import describe_device
 from worker.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow
@@ -120,6 +121,23 @@ def test_a_job_runs_to_a_published_adapter(
             assert tensors.get_tensor(key).abs().max() > 0, key
     assert adapter.digest == adapter_digest(services.blobs.put_file(weights).digest, config)
     assert not list(services.settings.work_path.glob("job_*"))
+
+
+def test_the_pace_of_a_job_tells_what_the_next_will_take(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job]
+) -> None:
+    services.devices.report(services.settings.worker_name, describe_device(("gpu",)))
+    job = submit(**TRAINER)
+    assert job.plan is not None
+    assert (job.plan.fits, job.plan.seconds) == (True, None)
+    supervisor.work()
+    (device,) = services.devices.all()
+    assert list(device.tokens_per_second) == [
+        services.base_models.served_digest(services.base_models.get(None), job.spec.quantization)
+    ]
+    again = services.jobs.plan({"dataset": job.spec.dataset, "trainer": TRAINER})
+    assert again.seconds is not None
+    assert again.seconds > 0
 
 
 def test_the_same_job_twice_gives_the_same_adapter(

@@ -29,10 +29,6 @@ ALIKE = 0.25
 """How far the fast form's hidden states may be from transformers', as a share of their norm: rounding to sixteen bits
 over thirty layers was seen to give 0.07 on nonsense, another architecture gives about 1."""
 
-CHECKPOINTING_FROM = 1_000_000_000
-"""Parameters of the base from which `enable_gradient_checkpointing: auto` means yes on a GPU."""
-
-
 Hidden = Callable[[Batch], torch.Tensor]
 
 
@@ -73,9 +69,8 @@ def load_trainee(
     adapted.train()  # before any forward: in eval mode bitsandbytes repacks 4-bit weights on a CPU
     _check_head(model)
     whole: Any = model
-    hidden = _hidden(
-        model, adapted, recompute=_checkpointing(spec.trainer.enable_gradient_checkpointing, model, device)
-    )
+    # The plan has decided what auto means here, and the order's spec says so.
+    hidden = _hidden(model, adapted, recompute=spec.trainer.enable_gradient_checkpointing is True)
     return Trainee(adapted, model.base_model, hidden, whole.get_output_embeddings(), whole.config.vocab_size)
 
 
@@ -174,12 +169,6 @@ def _check_targets(model: PreTrainedModel, adapter: LoraAdapter) -> None:
             f"adapter.target_modules names nothing in this base model: {', '.join(unmatched)}",
             f"its linear layers are {', '.join(known)}; or leave it at all-linear",
         )
-
-
-def _checkpointing(wanted: bool | str, model: PreTrainedModel, device: torch.device) -> bool:
-    if isinstance(wanted, bool):
-        return wanted
-    return device.type != "cpu" and model.num_parameters() > CHECKPOINTING_FROM
 
 
 def _hidden(model: PreTrainedModel, adapted: PeftModel, *, recompute: bool) -> Hidden:
