@@ -2,8 +2,7 @@
 
 from typing import Any
 
-FAMILY = frozenset({"llama", "mistral", "qwen2"})
-"""`model_type` of the architectures whose layers are those of Llama and nothing more (SmolLM is one of them)."""
+from app.domain.architectures import FAMILY
 
 
 def window_of(config: Any) -> int | None:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from app.domain.devices import DeviceDescription
+from worker.processor import cpu_here
 
 
 def describe_device(queues: tuple[str, ...]) -> DeviceDescription:
@@ -23,7 +24,14 @@ def describe_device(queues: tuple[str, ...]) -> DeviceDescription:
             cores=cores,
             queues=queues,
         )
-    return DeviceDescription(type="cpu", model=_cpu_model(), bytes=_memory(), cores=cores, queues=queues)
+    return DeviceDescription(
+        type="cpu",
+        model=_cpu_model(),
+        bytes=_memory(),
+        bfloat16=cpu_here().fast_bf16,
+        cores=cores,
+        queues=queues,
+    )
 
 
 def _first_gpu() -> tuple[str, str, str] | None:

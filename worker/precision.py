@@ -4,10 +4,11 @@
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
+
+from worker.processor import Cpu, cpu_here
 
 
 class Fp16UnsafeError(Exception):
@@ -32,23 +33,6 @@ FP16 = Precision("fp16", torch.float16, scaled=True)
 FP32 = Precision("fp32", torch.float32, scaled=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Cpu:
-    """A processor by its maker and its instruction sets, as Linux names them."""
-
-    vendor: str = ""
-    flags: frozenset[str] = frozenset()
-
-    @property
-    def fast_bf16(self) -> bool:
-        """Whether bfloat16 products beat float32 ones.
-
-        With AMX they do by far. With AVX512_BF16 alone they do on AMD; Intel issues one such product every other
-        cycle against two float32 ones a cycle: 80 against 147 GFLOP/s a core were measured.
-        """
-        return "amx_bf16" in self.flags or ("avx512_bf16" in self.flags and self.vendor == "AuthenticAMD")
-
-
 def precision_for(
     capability: tuple[int, int] | None, cpu: Cpu, fp16: Literal["safe", "unsafe", "unknown"]
 ) -> Precision:
@@ -67,18 +51,7 @@ def precision_for(
     return FP16
 
 
-def read_cpu(cpuinfo: str) -> Cpu:
-    """The first processor of a /proc/cpuinfo text."""
-    facts: dict[str, str] = {}
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    return Cpu(facts.get("vendor_id", ""), frozenset(facts.get("flags", "").split()))
-
-
 def precision_here(device: torch.device, fp16: Literal["safe", "unsafe", "unknown"]) -> Precision:
     """The precision for `device` on this machine."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = read_cpu(cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else Cpu()
-    return precision_for(capability, cpu, fp16)
+    return precision_for(capability, cpu_here(), fp16)

@@ -105,7 +105,7 @@ class Supervisor:
 
     def _attempt(self, leased: Leased, directory: Path, heartbeat: Heartbeat) -> None:
         try:
-            prepared = self._attempts.prepare(leased)
+            prepared = self._attempts.prepare(leased, self._services.settings.worker_name)
             order = self._order(leased, prepared, directory)
         except LeaseLostError:
             raise
@@ -142,7 +142,7 @@ class Supervisor:
             rows=rows,
             directory=directory,
             resume_from=resume,
-            spec=prepared.spec,
+            spec=prepared.ordered,
             schedule=prepared.schedule,
         )
 
@@ -215,6 +215,7 @@ class Supervisor:
             case Finished(outcome="succeeded", adapter=Path() as adapter):
                 manifest = self._manifest(leased, prepared, watch, watch.last)
                 self._services.adapters.publish(leased.lease, leased.name, adapter, manifest)
+                self._remember_pace(prepared, watch.last)
                 log.info("attempt_published", job=leased.job_id)
             case Failed() as failed:
                 error = JobError(code=failed.code, message=failed.message, hint=failed.hint)
@@ -250,6 +251,12 @@ class Supervisor:
             found, more = self._services.jobs.metrics(leased.job_id, after, METRICS_AT_ONCE)
             yield from found
             after = found[-1].update if found else after
+
+    def _remember_pace(self, prepared: Prepared, finished: Finished) -> None:
+        """For plans of later jobs: what this device made of this base."""
+        if pace := finished.metrics.get("tokens_per_second"):
+            served = self._services.base_models.served_digest(prepared.base, prepared.spec.quantization)
+            self._services.devices.measured(self._services.settings.worker_name, served, pace)
 
     def _manifest(self, leased: Leased, prepared: Prepared, watch: _Watch, made: Finished | Checkpointed) -> Manifest:
         spec = prepared.spec

@@ -24,6 +24,7 @@ from app.api.dependencies import (
 from app.api.routing import TypedRoute
 from app.composition import Services
 from app.domain.adapters import Adapter, PublishRequest
+from app.domain.devices import CARDS
 from app.domain.jobs import TERMINAL, Artifact, Checkpoint, Event, Job, JobStatus, Metric, Wish
 from app.domain.plans import Plan
 from app.domain.specs import spec_examples
@@ -65,6 +66,15 @@ ArtifactName = Annotated[
     ),
 ]
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+On = Annotated[
+    str | None,
+    Query(
+        min_length=1,
+        max_length=200,
+        description=f"Name of a device of `GET /devices`, or a card: {', '.join(CARDS)}. Else the trainer's device.",
+        openapi_examples={name: {"value": name, "summary": card.model} for name, card in CARDS.items()},
+    ),
+]
 _EVENTS = event_stream(
     {"$ref": "#/components/schemas/Event"},
     {"description": "The event's kind"},
@@ -74,9 +84,12 @@ KEEP_ALIVE = ": still here\n\n"
 
 
 @router.post("/plan", summary="What a job would take", responses=problems(404))
-def plan(services: ServicesDep, spec: Spec) -> Plan:
-    """Rows, tokens, over-length rows and what the policy does to each, updates. Nothing is queued."""
-    return services.jobs.plan(spec)
+def plan(services: ServicesDep, spec: Spec, device: On = None) -> Plan:
+    """Rows, tokens, what the policy does to over-length rows, updates, memory by part, time. Nothing is queued.
+
+    `fits` says whether the memory suffices; where it does not, `remedies` are changes of the config with which it does.
+    """
+    return services.jobs.plan(spec, device)
 
 
 @router.post("", status_code=201, summary="Submit a job", response_model=Job, responses=problems(404, 409))
@@ -84,7 +97,7 @@ def submit(services: ServicesDep, spec: Spec, body: RawBody, key: IdempotencyKey
     """Queue a training job from a declarative config; only `dataset` is required.
 
     Unknown keys are refused with a did-you-mean; what this version does not run yet is refused with
-    `code: not_yet_supported`.
+    `code: not_yet_supported`; what the trainer's memory does not hold with `code: does_not_fit` and changes that help.
     """
 
     def work() -> tuple[int, dict[str, Any]]:

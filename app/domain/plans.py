@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
+from app.domain.memory import Load, Memory
 from app.domain.specs import TrainSpec
 
 TOKENS_PER_MICRO_BATCH = {"cpu": 768, "gpu": 4_096}
@@ -91,6 +92,19 @@ class Schedule(_Word):
         """Whether the validation rows are looked at behind this update."""
         return self.evaluate_every > 0 and update > 0 and (update % self.evaluate_every == 0 or update == self.updates)
 
+    def load(self, longest: int) -> Load:
+        """The largest micro-batch that can come about, when the longest row has `longest` tokens."""
+        rows = self.rows_per_update if self.max_rows is None else min(self.max_rows, self.rows_per_update)
+        tokens = max(longest, min(self.max_tokens, rows * longest))
+        return Load(tokens, longest, tokens)
+
+
+class Remedy(_Word):
+    """A change of the config with which the job fits its device: it was planned again with it. `bytes`: the peak."""
+
+    change: dict[str, JsonValue]
+    bytes: int
+
 
 class RowNote(_Word):
     """What the over-length policy does to one row. `tokens` before, `kept_tokens` after (0: dropped)."""
@@ -103,7 +117,13 @@ class RowNote(_Word):
 
 
 class Plan(_Word):
-    """What a training job would take. `overlength` lists at most 100 rows; the counts are exact.
+    """What a training job would take.
+
+    `device`: the one that it is planned for, with `device_bytes` of memory, or `unknown`. `memory`: None where the
+    device or the model's sizes are not known, and then `fits` is None too. `seconds`: of training, by the pace of the
+    last job over this base on that device. `gradient_checkpointing`: what `auto` came to.
+    `remedies`: where it does not fit, changes with each of which it does. `overlength` lists the first rows only unless
+    all are asked for; the counts are exact.
 
     `rows` = trained + validation + test + dropped. Lengths, tokens and branches are those of the rows trained on.
     """
@@ -130,5 +150,12 @@ class Plan(_Word):
     rows_per_update: int
     tokens_per_micro_batch: int
     warmup_updates: int
+    trainable_parameters: int | None = None
+    gradient_checkpointing: bool = False
+    memory: Memory | None = None
+    device_bytes: int | None = None
+    fits: bool | None = None
+    remedies: tuple[Remedy, ...] = ()
+    seconds: float | None = None
     overlength: tuple[RowNote, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -74,9 +74,10 @@ class Attempts:
         with self._database.write() as unit:
             return unit.jobs.renew(lease, self.lease_seconds)
 
-    def prepare(self, leased: Leased) -> Prepared:
-        """The spec's references, resolved again for this attempt; its encoded rows come from the blob store."""
-        return self._plans.prepare(leased.spec.model_dump(mode="json"))
+    def prepare(self, leased: Leased, worker: str) -> Prepared:
+        """The spec's references, resolved again for this attempt on the device of `worker`; its encoded rows come from
+        the blob store."""
+        return self._plans.prepare(leased.spec.model_dump(mode="json"), worker=worker)
 
     def fetch(self, digest: str, path: Path) -> Path:
         return self._blobs.fetch(digest, path)

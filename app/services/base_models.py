@@ -1,5 +1,6 @@
 """Base models: the deployment's allow-list. Written by the operator's CLI, read by everybody."""
 
+import json
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.db import Database
 from app.db.tables import BaseModelRow
+from app.domain.architectures import Architecture
 from app.domain.base_models import BaseModelDescription, served_base_digest
 from app.domain.encoding import Encoder, Tokenization
 from app.domain.errors import InvalidError, NotFoundError, Problem
@@ -41,6 +43,7 @@ class BaseModels:
         self._blobs = blobs
         self._default = default
         self._tokenization = lru_cache(maxsize=8)(self._load_tokenization)
+        self._sizes = lru_cache(maxsize=64)(self._load_sizes)
 
     def register(self, description: BaseModelDescription) -> None:
         """Write the row of a model that `python -m worker.models` has put on this host."""
@@ -80,6 +83,10 @@ class BaseModels:
     def describe(self, row: BaseModelRow) -> BaseModelDescription:
         return BaseModelDescription.model_validate(row.description)
 
+    def sizes(self, row: BaseModelRow) -> Architecture | None:
+        """What config.json tells of the layers; None for an architecture that names them otherwise."""
+        return self._sizes(row.config)
+
     def served_digest(self, row: BaseModelRow, quantization: Quantization | None) -> str:
         """What inference is asked for when the base itself is to answer."""
         return served_base_digest(row.digest, quantization)
@@ -100,6 +107,9 @@ class BaseModels:
 
     def _load_tokenization(self, digest: str, bos_id: int | None, eos_id: int) -> Tokenization:
         return load_tokenization(self._blobs.get_bytes(digest), bos_id=bos_id, eos_id=eos_id)
+
+    def _load_sizes(self, digest: str) -> Architecture | None:
+        return Architecture.of(json.loads(self._blobs.get_bytes(digest)))
 
     def _view(self, row: BaseModelRow) -> BaseModelView:
         known = self.describe(row)

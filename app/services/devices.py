@@ -3,7 +3,9 @@
 from datetime import UTC, datetime, timedelta
 
 from app.db import Database
-from app.domain.devices import Device, DeviceDescription
+from app.domain.devices import CARDS, Device, DeviceDescription, NamedDevice
+from app.domain.errors import InvalidError, Problem
+from app.domain.reading import did_you_mean
 
 ONLINE = timedelta(seconds=60)
 
@@ -19,6 +21,28 @@ class Devices:
             paces = known.get(name, {}).get("tokens_per_second", {}) | description.tokens_per_second
             merged = description.model_copy(update={"tokens_per_second": paces})
             unit.devices.put(name, merged.model_dump(mode="json"))
+
+    def measured(self, name: str, served_base: str, tokens_per_second: float) -> None:
+        """Remember a job's pace over a served base, if this host has reported itself."""
+        with self._database.write() as unit:
+            known = {row.name: row.description for row in unit.devices.all()}
+            if name in known:
+                described = DeviceDescription.model_validate(known[name])
+                paces = described.tokens_per_second | {served_base: round(tokens_per_second, 1)}
+                unit.devices.put(name, known[name] | {"tokens_per_second": paces})
+
+    def find(self, name: str) -> Device | None:
+        return next((device for device in self.all() if device.name == name), None)
+
+    def named(self, name: str) -> NamedDevice:
+        """The device of that name, or the card of that kind. Raises InvalidError for what is neither."""
+        found = self.find(name) or CARDS.get(name)
+        if found is None:
+            known = [*(device.name for device in self.all()), *CARDS]
+            hint = did_you_mean(name, known) or ""
+            problem = Problem(("query", "device"), f"no worker reported {name!r}, and no card is called so", hint)
+            raise InvalidError(f"the device {name!r} is not known; {hint}", code="unknown_device", problems=(problem,))
+        return found
 
     def all(self) -> list[Device]:
         now = datetime.now(UTC)

@@ -1,5 +1,6 @@
 """Jobs as users see them: submit, list, follow, cancel, pause, resume. What workers do is in `attempts`."""
 
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -10,10 +11,11 @@ from sqlalchemy.exc import IntegrityError
 
 from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
-from app.domain.errors import ConflictError, NotFoundError
+from app.domain.errors import ConflictError, InvalidError, Loc, NotFoundError, Problem
 from app.domain.identity import new_id
 from app.domain.jobs import WISHES, Checkpoint, Event, Job, JobError, JobStatus, Metric, Progress, Wish
 from app.domain.plans import Plan
+from app.domain.remedies import Change
 from app.domain.specs import JobKind, TrainSpec
 from app.queue import Doorbell
 from app.services.plans import Plans, Prepared
@@ -42,13 +44,17 @@ class Jobs:
         self._plans = plans
         self._doorbell = doorbell
 
-    def plan(self, data: Any) -> Plan:
-        """What a job with this config would take. Queues nothing."""
-        return self._plans.prepare(data).plan
+    def plan(self, data: Any, device: str | None = None) -> Plan:
+        """What a job with this config would take, on `device` or on the deployment's trainer. Queues nothing."""
+        return self._plans.with_remedies(self._plans.prepare(data, device=device)).plan
 
     def submit(self, data: Any) -> Job:
-        """Queue a job. The worker is told only after the row is committed."""
-        prepared = self._plans.prepare(data)
+        """Queue a job. The worker is told only after the row is committed.
+
+        Raises InvalidError when it does not fit the trainer's memory, with what would.
+        """
+        prepared = self._plans.with_remedies(self._plans.prepare(data))
+        _refuse_what_does_not_fit(prepared.plan)
         row = _row(prepared)
         try:
             with self._database.write() as unit:
@@ -165,6 +171,32 @@ def _found(unit: Unit, reference: str) -> JobRow:
     if row is None:
         raise unknown_job(reference)
     return row
+
+
+def _refuse_what_does_not_fit(plan: Plan) -> None:
+    if plan.fits is not False or plan.memory is None or plan.device_bytes is None:
+        return
+    takes = f"{_gibibytes(plan.memory.total)}, and {plan.device} has {_gibibytes(plan.device_bytes)}"
+    found = tuple(
+        Problem(
+            _place(remedy.change),
+            f"takes {takes}",
+            f"with {json.dumps(remedy.change)} it takes {_gibibytes(remedy.bytes)}",
+        )
+        for remedy in plan.remedies
+    )
+    way_out = f"; {found[0].hint}" if found else "; nothing that could be changed makes it fit"
+    raise InvalidError(f"the job takes {takes}{way_out}", code="does_not_fit", problems=found)
+
+
+def _place(change: Change) -> Loc:
+    """The innermost key that a change begins with."""
+    key, value = next(iter(change.items()))
+    return (key, *_place(value)) if isinstance(value, dict) and value else (key,)
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def unknown_job(reference: str) -> NotFoundError:

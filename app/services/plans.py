@@ -1,18 +1,36 @@
 """Plans: a config is read, its references are resolved, its rows are encoded and counted. Nothing is queued."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from app.db import Database
 from app.db.tables import BaseModelRow, DatasetRow
+from app.domain.devices import NamedDevice
 from app.domain.errors import InvalidError, NotFoundError, Problem
-from app.domain.plans import Plan, Schedule
+from app.domain.memory import Memory, memory_of
+from app.domain.plans import Plan, Remedy, Schedule
 from app.domain.reading import read_spec
+from app.domain.remedies import Change, changed, families, together
 from app.domain.specs import Feature, TrainSpec
+from app.domain.trainables import trainable_parameters
 from app.services.base_models import BaseModels
 from app.services.devices import Devices
 from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
 from app.services.splits import check_parts, check_split_column, empty_parts
+
+CHECKPOINTING_FROM = 1_000_000_000
+"""Parameters of the base from which `enable_gradient_checkpointing: auto` means yes where memory cannot be reckoned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a job takes on a device. `memory` and `fits` are None where that cannot be known."""
+
+    recompute: bool
+    memory: Memory | None = None
+    fits: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +40,19 @@ class Prepared:
     spec: TrainSpec
     dataset: DatasetRow
     base: BaseModelRow
+    device: NamedDevice | None
     rows: str
     summary: EncodingSummary
     schedule: Schedule
     limit: int
+    need: Need
     plan: Plan
+
+    @property
+    def ordered(self) -> TrainSpec:
+        """The spec as a child gets it: what `auto` left to the plan is decided."""
+        decided = self.spec.trainer.model_copy(update={"enable_gradient_checkpointing": self.need.recompute})
+        return self.spec.model_copy(update={"trainer": decided})
 
 
 class Plans:
@@ -44,22 +70,106 @@ class Plans:
         self._devices = devices
         self._cap = max_sequence_length
 
-    def prepare(self, data: Any) -> Prepared:
-        """Everything that can be known before the job runs. Raises InvalidError with every problem's place."""
+    def prepare(self, data: Any, *, worker: str | None = None, device: str | None = None) -> Prepared:
+        """Everything that can be known before the job runs. Raises InvalidError with every problem's place.
+
+        `worker`: the trainer that the job is to run on, when that is settled; `device`: the one, or the card, that was
+        asked about. Without both it is the deployment's trainer.
+        """
         spec = read_spec(data)
         dataset = self._dataset(spec)
         base = self._base_models.get(spec.base_model)
+        target = self._devices.named(device) if device else self._trainer(worker)
+        return self._prepare(spec, dataset, base, target)
+
+    def with_remedies(self, prepared: Prepared) -> Prepared:
+        """The same; where the job does not fit its device, with changes that were planned again and do fit."""
+        if prepared.need.fits is not False:
+            return prepared
+        remedies = tuple(self._remedies(prepared))
+        return replace(prepared, plan=prepared.plan.model_copy(update={"remedies": remedies}))
+
+    def _trainer(self, worker: str | None) -> NamedDevice | None:
+        own = self._devices.find(worker) if worker else None
+        return own or self._devices.trainer()
+
+    def _prepare(
+        self, spec: TrainSpec, dataset: DatasetRow, base: BaseModelRow, device: NamedDevice | None
+    ) -> Prepared:
         limit = self._limit(spec, base)
         rows, summary = self._encodings.of(
             dataset, spec, base.tokenizer, limit, lambda: self._base_models.encoder(base, spec.format())
         )
         refuse_overlength(summary, limit)
         check_parts(spec, summary)
-        device = self._devices.trainer()
         on: Literal["cpu", "gpu"] = "gpu" if device is not None and device.type == "gpu" else "cpu"
         schedule = Schedule.of(spec, summary.trained, summary.longest, on, summary.validation)
-        plan = _plan(spec, base.name, dataset.name, device.name if device else "unknown", limit, summary, schedule)
-        return Prepared(spec, dataset, base, rows, summary, schedule, limit, plan)
+        need = self._need(spec, base, device, schedule, summary.longest)
+        name = device.name if device else "unknown"
+        plan = _plan(spec, base.name, dataset.name, name, limit, summary, schedule)
+        costs = self._costs(spec, base, device, schedule, summary, need)
+        whole = plan.model_copy(update=costs)
+        return Prepared(spec, dataset, base, device, rows, summary, schedule, limit, need, whole)
+
+    def _need(
+        self, spec: TrainSpec, base: BaseModelRow, device: NamedDevice | None, schedule: Schedule, longest: int
+    ) -> Need:
+        """`auto` recomputes activations only where they would not fit otherwise: it costs another forward pass."""
+        described, sizes = self._base_models.describe(base), self._base_models.sizes(base)
+        wanted = spec.trainer.enable_gradient_checkpointing
+        if device is None or sizes is None:
+            gpu = device is not None and device.type == "gpu"
+            return Need(gpu and described.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted)
+        load, machine = schedule.load(longest), device.machine
+        for recompute in (False, True) if wanted == "auto" else (wanted,):
+            memory = memory_of(sizes, spec, load, machine, recompute=recompute, stored=described.bytes)
+            need = Need(recompute, memory, memory.total <= device.bytes)
+            if need.fits:
+                break
+        return need
+
+    def _costs(
+        self,
+        spec: TrainSpec,
+        base: BaseModelRow,
+        device: NamedDevice | None,
+        schedule: Schedule,
+        summary: EncodingSummary,
+        need: Need,
+    ) -> dict[str, Any]:
+        sizes = self._base_models.sizes(base)
+        served = self._base_models.served_digest(base, spec.quantization)
+        pace = device.tokens_per_second.get(served) if device else None
+        tokens = summary.tokens * schedule.updates / schedule.updates_per_epoch
+        return {
+            "device_bytes": device.bytes if device else None,
+            "trainable_parameters": trainable_parameters(sizes, spec) if sizes else None,
+            "gradient_checkpointing": need.recompute,
+            "memory": need.memory,
+            "fits": need.fits,
+            "seconds": round(tokens / pace, 1) if pace else None,
+        }
+
+    def _remedies(self, prepared: Prepared) -> list[Remedy]:
+        """One for each kind of change that suffices alone; else the least of several together."""
+        longest, spec = prepared.summary.longest, prepared.spec
+        alone = families(spec, prepared.schedule, longest, recompute=prepared.need.recompute)
+        if found := [remedy for family in alone if (remedy := self._mildest(prepared, family))]:
+            return found
+        remedy = self._mildest(prepared, together(spec, longest))
+        return [remedy] if remedy else []
+
+    def _mildest(self, prepared: Prepared, family: list[Change]) -> Remedy | None:
+        """The first change of a family with which the job fits."""
+        for change in family:
+            try:
+                spec = changed(prepared.spec, change)
+                again = self._prepare(spec, prepared.dataset, prepared.base, prepared.device)
+            except (ValidationError, InvalidError):
+                continue  # the change does not go with the rest of the config, or leaves no row
+            if again.need.fits and again.need.memory:
+                return Remedy(change=change, bytes=again.need.memory.total)
+        return None
 
     def _dataset(self, spec: TrainSpec) -> DatasetRow:
         with self._database.read() as unit:

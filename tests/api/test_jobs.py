@@ -13,7 +13,7 @@ from app.composition import Services
 from app.domain.attempts import Checkpointed
 from app.domain.jobs import Job, JobError
 from app.queue import MemoryDoorbell
-from tests.api.conftest import lease, make_adapter, metric, nothing_left, places, problem, traces, walk
+from tests.api.conftest import CPU, lease, make_adapter, metric, nothing_left, places, problem, traces, walk
 from tests.conftest import SHARED
 
 SSE = {"Accept": "text/event-stream"}
@@ -58,6 +58,29 @@ def test_a_plan_queues_nothing(client: TestClient, served: Services, dataset: st
     with nothing_left(served):
         plan = client.post("/jobs/plan", json={"dataset": "rows", "trainer": {"train_steps": 7}})
         assert (plan.status_code, plan.json()["total_updates"], plan.json()["device"]) == (200, 7, "unknown")
+
+
+def test_a_plan_for_a_card(client: TestClient, dataset: str) -> None:
+    plan = client.post("/jobs/plan?device=t4", json={"dataset": "rows"}).json()
+    assert (plan["device"], plan["fits"], plan["remedies"]) == ("t4", True, [])
+    assert plan["memory"]["total"] < plan["device_bytes"] == int(14.5 * 2**30)
+    document = problem(client.post("/jobs/plan?device=a11", json={"dataset": "rows"}), 422, "unknown_device")
+    assert places(document) == ["query.device"]
+    assert document["errors"][0]["hint"] == "did you mean 'a10'?"
+
+
+def test_a_job_that_the_trainer_cannot_hold_is_refused(client: TestClient, served: Services, dataset: str) -> None:
+    """Its memory lacks a hundred bytes for four rows at a time; the hints say what would do."""
+    spec = {"dataset": "rows", "trainer": {"batch_size": 4, "enable_gradient_checkpointing": False}}
+    served.devices.report("host", CPU)
+    size = client.post("/jobs/plan", json=spec).json()["memory"]["total"] - 100
+    served.devices.report("host", CPU.model_copy(update={"bytes": size}))
+    client.post("/jobs/plan", json=spec)
+    with nothing_left(served):
+        document = problem(client.post("/jobs", json=spec), 422, "does_not_fit")
+    assert places(document) == ["trainer.enable_gradient_checkpointing", "trainer.batch_size"]
+    assert '{"trainer": {"batch_size": 2}}' in document["errors"][1]["hint"]
+    assert client.post("/jobs", json={"dataset": "rows", "trainer": {"batch_size": 2}}).status_code == 201
 
 
 def test_the_users_own_config(client: TestClient, dataset: str) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from worker.precision import BF16, FP16, FP32, INITIAL_SCALE, Cpu, Fp16UnsafeError, Precision, precision_for, read_cpu
+from worker.precision import BF16, FP16, FP32, INITIAL_SCALE, Fp16UnsafeError, Precision, precision_for
+from worker.processor import Cpu, read_cpu
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 

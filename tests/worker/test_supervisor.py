@@ -20,6 +20,7 @@ from app.composition import Services, compose
 from app.domain.adapters import adapter_digest
 from app.domain.jobs import Job, JobStatus, Wish
 from tests.conftest import dataset_jsonl
+from worker.device import describe_device
 from worker.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow
@@ -162,6 +163,23 @@ def test_what_held_out_rows_say_is_told_and_decides(services: Services, supervis
     assert again.digest == services.adapters.get(str(done.adapter_id)).digest
     assert again.manifest.metrics["updates"] == best.update == manifest.metrics["best_update"]
     assert again.manifest.environment == manifest.environment
+
+
+def test_the_pace_of_a_job_tells_what_the_next_will_take(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job]
+) -> None:
+    services.devices.report(services.settings.worker_name, describe_device(("gpu",)))
+    job = submit(**TRAINER)
+    assert job.plan is not None
+    assert (job.plan.fits, job.plan.seconds) == (True, None)
+    supervisor.work()
+    (device,) = services.devices.all()
+    assert list(device.tokens_per_second) == [
+        services.base_models.served_digest(services.base_models.get(None), job.spec.quantization)
+    ]
+    again = services.jobs.plan({"dataset": job.spec.dataset, "trainer": TRAINER})
+    assert again.seconds is not None
+    assert again.seconds > 0
 
 
 def test_the_same_job_twice_gives_the_same_adapter(

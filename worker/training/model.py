@@ -29,10 +29,6 @@ ALIKE = 0.25
 """How far the fast form's hidden states may be from transformers', as a share of their norm: rounding to sixteen bits
 over thirty layers was seen to give 0.07 on nonsense, another architecture gives about 1."""
 
-CHECKPOINTING_FROM = 1_000_000_000
-"""Parameters of the base from which `enable_gradient_checkpointing: auto` means yes on a GPU."""
-
-
 Hidden = Callable[[Batch], torch.Tensor]
 
 
@@ -69,9 +65,8 @@ def load_trainee(
     approach.module.train()  # before any forward: in eval mode bitsandbytes repacks 4-bit weights on a CPU
     _check_head(model)
     whole: Any = model
-    hidden = _hidden(
-        model, approach, recompute=_checkpointing(spec.trainer.enable_gradient_checkpointing, model, device)
-    )
+    # The plan has decided what auto means here, and the order's spec says so.
+    hidden = _hidden(model, approach, recompute=spec.trainer.enable_gradient_checkpointing is True)
     return Trainee(approach, model.base_model, hidden, whole.get_output_embeddings(), whole.config.vocab_size)
 
 
@@ -123,12 +118,6 @@ def _load_base(
 
 def _bytes(base: Path) -> int:
     return sum(path.stat().st_size for path in base.glob("*.safetensors"))
-
-
-def _checkpointing(wanted: bool | str, model: PreTrainedModel, device: torch.device) -> bool:
-    if isinstance(wanted, bool):
-        return wanted
-    return device.type != "cpu" and model.num_parameters() > CHECKPOINTING_FROM
 
 
 def _hidden(model: PreTrainedModel, approach: Approach, *, recompute: bool) -> Hidden:

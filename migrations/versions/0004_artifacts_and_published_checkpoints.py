@@ -1,13 +1,13 @@
 """artifacts of jobs, and what a checkpoint needs to be published
 
-Revision: 0005
+Revision: 0004
 Before it: 0003
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0005"
+revision = "0004"
 down_revision = "0003"
 branch_labels = None
 depends_on = None

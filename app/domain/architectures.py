@@ -1,0 +1,130 @@
+"""Architectures: the sizes of a language model's layers, as its config.json has them. Pure numbers, no weights."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+FAMILY = frozenset({"llama", "mistral", "qwen2"})
+"""`model_type` of the architectures whose layers are those of Llama and nothing more (SmolLM is one of them)."""
+
+
+class Architecture(BaseModel):
+    """The sizes of a decoder-only model.
+
+    `family`: whether its layers are those of Llama and nothing more, which training and serving have forms of their
+    own for. `qkv_bias`: whether the projections to queries, keys and values add one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool = False
+    family: bool = True
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self | None:
+        """The sizes in a config.json; None where it does not tell them by the usual names."""
+        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+        if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
+            return None
+        kind = config.get("model_type")
+        try:
+            return cls(
+                hidden=hidden,
+                layers=config["num_hidden_layers"],
+                heads=heads,
+                kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or hidden // heads,
+                intermediate=config["intermediate_size"],
+                vocabulary=config["vocab_size"],
+                tied=bool(config.get("tie_word_embeddings", False)),
+                qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
+                family=_is_family(config),
+            )
+        except (KeyError, ValidationError):
+            return None
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name of each linear layer of one decoder layer → (inputs, outputs)."""
+        return {
+            "q_proj": (self.hidden, self.queries),
+            "k_proj": (self.hidden, self.keys),
+            "v_proj": (self.hidden, self.keys),
+            "o_proj": (self.queries, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all linear layers but the head: those that quantisation packs."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
+    def other_parameters(self) -> int:
+        """Embeddings, the head where it is one of its own, norms and biases: those that stay as they are."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        biases = self.layers * (self.queries + 2 * self.keys) if self.qkv_bias else 0
+        return embeddings + biases + (2 * self.layers + 1) * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.other_parameters
+
+
+def _is_family(config: Mapping[str, Any]) -> bool:
+    looks_back = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    plain = config.get("hidden_act", "silu") == "silu" and not config.get("attention_dropout")
+    return config.get("model_type") in FAMILY and plain and looks_back is None
+
+
+def _llama(hidden: int, layers: int, kv_heads: int, intermediate: int, vocabulary: int) -> Architecture:
+    return Architecture(
+        hidden=hidden,
+        layers=layers,
+        heads=hidden // 128,
+        kv_heads=kv_heads,
+        head_dim=128,
+        intermediate=intermediate,
+        vocabulary=vocabulary,
+        tied=False,
+    )
+
+
+KNOWN: dict[str, Architecture] = {
+    "Llama-2-7B": _llama(4096, 32, 32, 11_008, 32_000),
+    "Llama-3.1-8B": _llama(4096, 32, 8, 14_336, 128_256),
+    "Mistral-7B": _llama(4096, 32, 8, 14_336, 32_768),
+    "Qwen2.5-7B": _llama(3584, 28, 4, 18_944, 152_064).model_copy(update={"qkv_bias": True}),
+    "SmolLM2-135M": Architecture(
+        hidden=576,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        intermediate=1536,
+        vocabulary=49_152,
+        tied=True,
+    ),
+}
+"""Published sizes, to reckon with: nothing here can be trained unless the deployment lists it."""

@@ -1,0 +1,182 @@
+"""What training takes of a device's memory, part by part, from sizes alone. Pure arithmetic: no tensors, no device.
+
+One-sided by intent: never below what a run is seen to take, and at most a quarter above. `docs/plan.md` has the
+measurements. The terms follow `worker.training`: what `llama.Kept` holds, what `masters` and `loss` allocate.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from app.domain.architectures import Architecture
+from app.domain.specs import LoraAdapter, Quantization, TrainSpec
+from app.domain.trainables import fast_form, fast_kept, stock_kept, trainable_parameters
+
+MASTER = 4
+"""Bytes of a float32: masters, their summed gradients, and each of AdamW's two moments."""
+
+LOGITS_AT_ONCE = 512
+"""Labelled positions whose logits exist together: the chunk of `worker.training.loss`."""
+
+DENSE_LIMIT = 2**30
+"""On a CPU, a base of at most this many bytes on disk is kept dequantised after it was quantised."""
+
+SCORES_UP_TO = 1_024
+"""Longest row whose attention scores a CPU holds whole: `attention.PLAIN_UP_TO`."""
+
+CONTEXT = {"cpu": 800 << 20, "gpu": 600 << 20}
+"""What a process takes before its first tensor: on a CPU the libraries, on a GPU context, kernels and workspaces."""
+
+FRAGMENTATION = 0.05
+"""Share of what comes and goes that the allocator cannot give out again."""
+
+
+class Memory(BaseModel):
+    """Bytes by part, and `total`, the peak.
+
+    `activations`: what the forward pass keeps and the working memory of the layer whose gradient is computed.
+    `logits`, that working memory with `quantization_buffers`, and `checkpoint` (copies of masters and moments) take
+    turns, so `total` may be less than the sum. `reserve`: context and fragmentation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    quantization_buffers: int
+    checkpoint: int
+    reserve: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The largest micro-batch: its tokens, those of its longest row, and its positions with a loss."""
+
+    tokens: int
+    longest: int
+    labelled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What of a device decides how much is taken. `compute`: bytes of the number format that products are in."""
+
+    kind: Literal["cpu", "gpu"]
+    compute: int
+
+
+GPU16 = Machine("gpu", 2)
+
+
+def memory_of(
+    sizes: Architecture, spec: TrainSpec, load: Load, machine: Machine, *, recompute: bool, stored: int
+) -> Memory:
+    """What training by `spec` takes at its peak. `stored`: bytes of the base's weights on disk."""
+    trained = trainable_parameters(sizes, spec)
+    compute = machine.compute
+    whole = spec.adapter is None
+    packed = None if machine.kind == "cpu" and stored <= DENSE_LIMIT else spec.quantization
+    persistent = {
+        "weights": _weights(sizes, packed, compute),
+        "adapter": trained * (MASTER if whole else MASTER + compute),
+        "gradients": trained * (MASTER + compute),
+        "optimizer": trained * 2 * MASTER,
+    }
+    layer = _layer(sizes, spec, load, compute)
+    kept = _kept(sizes, layer, load, compute, recompute=recompute)
+    working = _working(sizes, load, machine) + (load.tokens * layer if recompute else 0)
+    buffers = _unpacked(sizes, packed, compute) + _composed(sizes, spec, compute)
+    logits = _logits(sizes, load, compute)
+    checkpoint = trained * 3 * MASTER
+    moving = max(kept + max(logits, working + buffers), checkpoint)
+    reserve = CONTEXT[machine.kind] + int(FRAGMENTATION * moving)
+    return Memory(
+        **persistent,
+        activations=kept + working,
+        logits=logits,
+        quantization_buffers=buffers,
+        checkpoint=checkpoint,
+        reserve=reserve,
+        total=sum(persistent.values()) + moving + reserve,
+    )
+
+
+def _weights(sizes: Architecture, packed: Quantization | None, compute: int) -> int:
+    """4 bits: blocks of 64 with a scale each, a float32 or, quantised again, a byte and a float32 for 256 of them.
+    8 bits: a float32 for every row."""
+    linear, others = sizes.linear_parameters, sizes.other_parameters * compute
+    if packed is None:
+        return linear * compute + others
+    if packed.bits == 8:
+        rows = sizes.layers * sum(outputs for _, outputs in sizes.linears.values())
+        return linear + rows * 4 + others
+    blocks = linear // 64
+    return linear // 2 + (blocks + blocks // 64 if packed.double_quant else blocks * 4) + others
+
+
+def _unpacked(sizes: Architecture, packed: Quantization | None, compute: int) -> int:
+    """One layer's weight in the format of products, and its scales in float32."""
+    if packed is None:
+        return 0
+    largest = max(inputs * outputs for inputs, outputs in sizes.linears.values())
+    return largest * compute + largest // 16
+
+
+def _composed(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
+    """DoRA adds base and adapter up to see the norm of the whole weight, and again for its gradient."""
+    if not (isinstance(spec.adapter, LoraAdapter) and spec.adapter.use_dora):
+        return 0
+    largest = max(inputs * outputs for inputs, outputs in sizes.linears.values())
+    return largest * (8 + 4 * compute)
+
+
+def _layer(sizes: Architecture, spec: TrainSpec, load: Load, compute: int) -> int:
+    """Bytes a token that one layer keeps. The stock form keeps a mask, too, of which token sees which."""
+    if fast_form(sizes, spec):
+        return fast_kept(sizes, spec, compute)
+    return stock_kept(sizes, spec, compute) + compute * load.tokens
+
+
+def _kept(sizes: Architecture, layer: int, load: Load, compute: int, *, recompute: bool) -> int:
+    """What the forward pass keeps: of every layer all it needs, or with `recompute` only its input.
+
+    Beside that the last norm's float32 input, hidden states, and of the positions with a loss a copy and its gradient.
+    """
+    width = compute * sizes.hidden
+    layers = sizes.layers * (width if recompute else layer)
+    return load.tokens * (layers + 4 * sizes.hidden + width) + load.labelled * 2 * width
+
+
+def _working(sizes: Architecture, load: Load, machine: Machine) -> int:
+    """What a layer's backward pass takes while it runs: the more of its gated unit and its attention."""
+    hidden, queries, keys, inner = sizes.hidden, sizes.queries, sizes.keys, sizes.intermediate
+    gated = load.tokens * (machine.compute * 3 * (inner + hidden) + 12 * hidden)
+    streams = load.tokens * machine.compute * (2 * hidden + queries + 3 * (queries + 2 * keys))
+    return max(gated, streams + _scores(sizes, load, machine)) + _masks(sizes, load, machine)
+
+
+def _scores(sizes: Architecture, load: Load, machine: Machine) -> int:
+    """Attention of one row. A fused kernel holds no scores, but gradients of each head's keys and values."""
+    fused = load.longest * machine.compute * 5 * sizes.queries
+    if machine.kind == "gpu":
+        return fused
+    row = min(load.longest, SCORES_UP_TO)
+    return max(fused, sizes.heads * row * row * (12 + machine.compute))
+
+
+def _masks(sizes: Architecture, load: Load, machine: Machine) -> int:
+    """Which token sees which, for the whole update; on a CPU in float32 for each query head of a group."""
+    if machine.kind == "gpu":
+        return load.tokens * load.longest
+    return load.tokens * min(load.longest, SCORES_UP_TO) * 4 * (sizes.heads // sizes.kv_heads)
+
+
+def _logits(sizes: Architecture, load: Load, compute: int) -> int:
+    """A chunk's logits, in float32 too, with log-probabilities and the gradients of both."""
+    return min(LOGITS_AT_ONCE, load.labelled) * sizes.vocabulary * (12 + compute)

@@ -1,0 +1,97 @@
+"""What of a model a spec trains, counted from sizes alone: parameters, and what each token's backward pass needs."""
+
+from app.domain.architectures import Architecture
+from app.domain.specs import AdaloraAdapter, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter, TrainSpec
+
+IA3_OUTPUTS = ("k_proj", "v_proj")
+IA3_INPUTS = ("down_proj",)
+"""Where ia3 scales by default: what comes out of the first, what goes into the second."""
+
+
+def fast_form(sizes: Architecture, spec: TrainSpec) -> bool:
+    """Whether `worker.training.llama` has this by hand: plain LoRA without dropout over the Llama family."""
+    adapter = spec.adapter
+    plain = isinstance(adapter, LoraAdapter) and not adapter.use_dora and not adapter.dropout
+    return plain and sizes.family
+
+
+def targets(sizes: Architecture, spec: TrainSpec) -> dict[str, tuple[int, int]]:
+    """The linear layers of one decoder layer that LoRA stands beside: name → (inputs, outputs)."""
+    named = getattr(spec.adapter, "target_modules", None)
+    if named is None or named == "all-linear":
+        return sizes.linears
+    endings = {name.rpartition(".")[2] for name in named}
+    return {name: shape for name, shape in sizes.linears.items() if name in endings}
+
+
+def rank(spec: TrainSpec) -> int:
+    """Rank of each down-projection; 0 where there is none."""
+    match spec.adapter:
+        case LoraAdapter(r=r):
+            return r
+        case AdaloraAdapter(init_r=r):
+            return r
+    return 0
+
+
+def trainable_parameters(sizes: Architecture, spec: TrainSpec) -> int:
+    """How many numbers the job learns."""
+    match spec.adapter:
+        case None:
+            return sizes.parameters
+        case LoraAdapter(use_dora=dora):
+            beside = sum(rank(spec) * (i + o) + (o if dora else 0) for i, o in targets(sizes, spec).values())
+            return sizes.layers * beside + _head(sizes, spec)
+        case AdaloraAdapter():
+            return sizes.layers * sum(rank(spec) * (i + o + 1) for i, o in targets(sizes, spec).values())
+        case Ia3Adapter() as ia3:
+            return sizes.layers * sum(_ia3_widths(sizes, ia3))
+        case AdaptionPromptAdapter(adapter_len=length, adapter_layers=layers):
+            return min(layers or sizes.layers, sizes.layers) * (length * sizes.hidden + 1)
+
+
+def _head(sizes: Architecture, spec: TrainSpec) -> int:
+    """LoRA beside the output layer, where the spec names that too."""
+    named = getattr(spec.adapter, "target_modules", ())
+    return rank(spec) * (sizes.hidden + sizes.vocabulary) if "lm_head" in named else 0
+
+
+def _ia3_widths(sizes: Architecture, ia3: Ia3Adapter) -> list[int]:
+    inner = IA3_INPUTS if ia3.feedforward_modules is None else ia3.feedforward_modules
+    named = (*IA3_OUTPUTS, *IA3_INPUTS) if ia3.target_modules is None else ia3.target_modules
+    linears = {name: sizes.linears[name] for name in named if name in sizes.linears}
+    return [inputs if name in inner else outputs for name, (inputs, outputs) in linears.items()]
+
+
+def fast_kept(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
+    """Bytes a token that a layer keeps for its backward pass in the fast form: the fields of `llama.Kept`."""
+    streams = 2 * sizes.hidden + 2 * sizes.queries + 2 * sizes.keys + 2 * sizes.intermediate
+    return compute * (streams + rank(spec) * len(targets(sizes, spec))) + 2 * 4
+
+
+def stock_kept(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
+    """The same in transformers' own form with PEFT's layers in it: an estimate, close for what was measured.
+
+    Norms keep float32; attention keeps keys and values once for each query head; the gated unit keeps three streams.
+    """
+    base = 8 * sizes.hidden + compute * (4 * sizes.queries + 3 * sizes.intermediate) + 2 * 4
+    return base + compute * _adapters_kept(sizes, spec)
+
+
+def _adapters_kept(sizes: Architecture, spec: TrainSpec) -> int:
+    """Numbers a token that one layer's adapters keep."""
+    shared = 2 * sizes.hidden + sizes.intermediate
+    chosen = targets(sizes, spec).values()
+    inputs, outputs = sum(i for i, _ in chosen), sum(o for _, o in chosen)
+    match spec.adapter:
+        case None:
+            return shared + 2 * sizes.hidden
+        case LoraAdapter(dropout=dropout, use_dora=dora):
+            # Dropout gives each adapted layer an input of its own, and a mask beside it; DoRA keeps both outputs.
+            return rank(spec) * len(chosen) + (2 * inputs if dropout else shared) + (2 * outputs if dora else 0)
+        case AdaloraAdapter(dropout=dropout):
+            return rank(spec) * len(chosen) + (2 * inputs if dropout else shared)
+        case Ia3Adapter() as ia3:
+            return sum(_ia3_widths(sizes, ia3))
+        case AdaptionPromptAdapter(adapter_len=length):
+            return 2 * sizes.queries + 2 * length * sizes.heads

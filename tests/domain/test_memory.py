@@ -1,0 +1,130 @@
+"""The memory model's own arithmetic: sizes from a config.json, and what more of anything costs."""
+
+from typing import Any
+
+import pytest
+
+from app.domain.architectures import KNOWN, Architecture
+from app.domain.memory import GPU16, Load, Machine, Memory, memory_of
+from app.domain.specs import TrainSpec
+from app.domain.trainables import trainable_parameters
+
+SEVEN = KNOWN["Llama-2-7B"]
+LARGE = 1 << 40
+LOAD = Load(1024, 256, 300)
+
+
+def taken(load: Load = LOAD, *, recompute: bool = False, **spec: Any) -> Memory:
+    asked = TrainSpec.model_validate({"dataset": "d", **spec})
+    return memory_of(SEVEN, asked, load, GPU16, recompute=recompute, stored=LARGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Llama-2-7B", 6_738_415_616),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Mistral-7B", 7_248_023_552),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("SmolLM2-135M", 134_515_008),
+    ],
+)
+def test_published_models_have_their_published_number_of_parameters(name: str, parameters: int) -> None:
+    assert KNOWN[name].parameters == parameters
+
+
+def test_sizes_are_read_from_a_config() -> None:
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18_944,
+        "vocab_size": 152_064,
+        "sliding_window": 131_072,
+        "use_sliding_window": False,
+    }
+    assert Architecture.of(config) == KNOWN["Qwen2.5-7B"]
+    windowed = Architecture.of(config | {"use_sliding_window": True})
+    assert windowed is not None
+    assert not windowed.family
+
+
+@pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"])
+def test_a_config_that_does_not_tell_gives_no_sizes(missing: str) -> None:
+    config = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 400,
+    }
+    assert Architecture.of(config) is not None
+    assert Architecture.of({key: value for key, value in config.items() if key != missing}) is None
+
+
+@pytest.mark.parametrize(
+    ("adapter", "parameters"),
+    [
+        ({"type": "lora", "r": 16}, 39_976_960),
+        ({"type": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]}, 4_194_304),
+        ({"type": "ia3"}, 614_400),
+        ({"type": "adaption_prompt", "adapter_len": 10, "adapter_layers": 30}, 1_228_830),
+        (None, SEVEN.parameters),
+    ],
+)
+def test_trainable_parameters_are_those_that_peft_prints(adapter: Any, parameters: int) -> None:
+    spec = TrainSpec.model_validate({"dataset": "d", "adapter": adapter, "quantization": None})
+    assert trainable_parameters(SEVEN, spec) == parameters
+
+
+def test_nf4_weights_take_the_published_size() -> None:
+    assert 3.5e9 < taken().weights < 3.9e9  # published: 3.6 GB, with double quantisation
+
+
+def test_fewer_bits_take_less() -> None:
+    four, single, eight, none = (
+        taken(quantization=quantization).weights
+        for quantization in ({"bits": 4}, {"bits": 4, "double_quant": False}, {"bits": 8}, None)
+    )
+    assert four < single < eight < none == 2 * SEVEN.parameters
+
+
+def test_what_is_trained_costs_twenty_bytes_a_parameter_in_sixteen_bits() -> None:
+    memory = taken()
+    assert memory.adapter + memory.gradients + memory.optimizer == 20 * 39_976_960
+
+
+def test_recomputing_keeps_a_layers_input_and_no_more() -> None:
+    whole, inputs = taken().activations, taken(recompute=True).activations
+    assert inputs < whole / 4
+
+
+def test_logits_are_paid_for_one_chunk_at_a_time() -> None:
+    assert taken(Load(4096, 512, 512)).logits == taken(Load(4096, 512, 4096)).logits
+    assert taken(Load(4096, 512, 256)).logits == taken(Load(4096, 512, 512)).logits // 2
+
+
+def test_parts_that_take_turns_are_not_added_up() -> None:
+    memory = taken()
+    parts = sum(memory.model_dump(exclude={"total"}).values())
+    assert memory.total < parts
+    assert memory.total > memory.weights + memory.adapter + memory.gradients + memory.optimizer + memory.activations
+
+
+def test_full_fine_tuning_holds_one_copy_of_the_weights_beside_the_masters() -> None:
+    memory = taken(adapter=None, quantization=None)
+    assert memory.weights == 2 * SEVEN.parameters
+    assert memory.adapter == 4 * SEVEN.parameters
+
+
+def test_a_small_base_stays_unpacked_on_a_cpu() -> None:
+    small = KNOWN["SmolLM2-135M"]
+    spec, load = TrainSpec.model_validate({"dataset": "d"}), Load(768, 256, 200)
+    dense, packed = (
+        memory_of(small, spec, load, Machine("cpu", 2), recompute=False, stored=stored) for stored in (1 << 28, LARGE)
+    )
+    assert (dense.weights, dense.quantization_buffers) == (2 * small.parameters, 0)
+    assert packed.weights < dense.weights
+    assert packed.quantization_buffers > 0

@@ -1,0 +1,68 @@
+"""The memory model against the recipe's own update at the sizes of a 7B model: on the meta device, without weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from peft import AdaLoraConfig, IA3Config, LoraConfig
+
+from app.domain import memory
+from app.domain.architectures import KNOWN, Architecture
+from app.domain.memory import CONTEXT, GPU16, Load, memory_of
+from app.domain.specs import TrainSpec
+from benchmarks.shape_only import Seen, rows_of, run_update
+from worker.training import attention, loss, model
+
+SEVEN = KNOWN["Llama-2-7B"]
+TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+LORA: dict[str, Any] = {"lora_alpha": 32, "target_modules": "all-linear", **TASK}
+ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
+    "lora": ({"type": "lora", "r": 16}, lambda: LoraConfig(r=16, **LORA)),
+    "dropout": ({"type": "lora", "r": 16, "dropout": 0.05}, lambda: LoraConfig(r=16, lora_dropout=0.05, **LORA)),
+    "dora": ({"type": "lora", "r": 16, "use_dora": True}, lambda: LoraConfig(r=16, use_dora=True, **LORA)),
+    "adalora": ({"type": "adalora"}, lambda: AdaLoraConfig(init_r=12, target_r=8, total_step=100, **LORA)),
+    "ia3": ({"type": "ia3"}, lambda: IA3Config(**TASK)),
+}
+
+
+def share(sizes: Architecture, adapter: str, seen: Seen, load: Load, *, recompute: bool, packed: bool) -> float:
+    """The model's figure over what was seen, both without what a process takes before its first tensor."""
+    asked = {"dataset": "d", "adapter": ADAPTERS[adapter][0], "quantization": {"bits": 4} if packed else None}
+    spec = TrainSpec.model_validate(asked)
+    taken = memory_of(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40)
+    return (taken.total - CONTEXT["gpu"]) / seen.peak
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("name", "adapter", "packed"),
+    [
+        ("Llama-2-7B", "lora", True),
+        ("Llama-2-7B", "lora", False),
+        ("Qwen2.5-7B", "lora", True),
+        ("SmolLM2-135M", "lora", True),
+        ("SmolLM2-135M", "dropout", True),
+        ("SmolLM2-135M", "dora", True),
+        ("SmolLM2-135M", "adalora", True),
+        ("SmolLM2-135M", "ia3", False),
+    ],
+)
+def test_the_model_is_never_below_the_recipe_and_at_most_a_quarter_above(
+    name: str, adapter: str, packed: bool, recompute: bool
+) -> None:
+    batch, sizes = rows_of(2048, 512, 0.33), KNOWN[name]
+    seen = run_update(sizes, ADAPTERS[adapter][1](), batch, recompute=recompute, packed=packed, stock=adapter != "lora")
+    load = Load(batch.tokens, 512, batch.labelled)
+    assert 1.0 <= share(sizes, adapter, seen, load, recompute=recompute, packed=packed) <= 1.25
+
+
+def test_a_token_of_a_7b_model_keeps_at_most_seven_and_a_half_megabytes() -> None:
+    batch = rows_of(512, 256, 0.33)
+    seen = run_update(SEVEN, ADAPTERS["lora"][1](), batch, recompute=False, packed=True, stock=False)
+    assert seen.kept / batch.tokens < 7.5e6
+
+
+def test_the_model_reckons_with_the_trainers_own_bounds() -> None:
+    assert memory.LOGITS_AT_ONCE == loss.CHUNK
+    assert memory.SCORES_UP_TO == attention.PLAIN_UP_TO
+    assert memory.DENSE_LIMIT == model.DENSE_LIMIT
