@@ -22,6 +22,9 @@ from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
 CHECKPOINTING_FROM = 1_000_000_000
 """Parameters of the base from which `enable_gradient_checkpointing: auto` means yes where memory cannot be reckoned."""
 
+ROWS_LISTED = 100
+"""Over-length rows that a plan lists unless all are asked for: a job carries its plan through every answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
@@ -237,6 +240,6 @@ def _plan(base: str, dataset: str, device: str, limit: int, summary: EncodingSum
         rows_per_update=schedule.rows_per_update,
         tokens_per_micro_batch=schedule.max_tokens,
         warmup_updates=schedule.warmup_updates,
-        overlength=summary.notes,
+        overlength=summary.notes[:ROWS_LISTED],
         warnings=tuple(warnings),
     )
