@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -75,6 +75,13 @@ On = Annotated[
         openapi_examples={name: {"value": name, "summary": card.model} for name, card in CARDS.items()},
     ),
 ]
+Rows = Annotated[
+    Literal["first", "all"],
+    Query(
+        description="Over-length rows that are listed: the first 100, or all, of which 10,000 are noted.",
+        openapi_examples={"all": {"value": "all"}, "first": {"value": "first"}},
+    ),
+]
 _EVENTS = event_stream(
     {"$ref": "#/components/schemas/Event"},
     {"description": "The event's kind"},
@@ -84,12 +91,12 @@ KEEP_ALIVE = ": still here\n\n"
 
 
 @router.post("/plan", summary="What a job would take", responses=problems(404))
-def plan(services: ServicesDep, spec: Spec, device: On = None) -> Plan:
+def plan(services: ServicesDep, spec: Spec, device: On = None, rows: Rows = "first") -> Plan:
     """Rows, tokens, what the policy does to over-length rows, updates, memory by part, time. Nothing is queued.
 
     `fits` says whether the memory suffices; where it does not, `remedies` are changes of the config with which it does.
     """
-    return services.jobs.plan(spec, device)
+    return services.jobs.plan(spec, device, every_row=rows == "all")
 
 
 @router.post("", status_code=201, summary="Submit a job", response_model=Job, responses=problems(404, 409))

@@ -17,22 +17,23 @@ from app.db import Database
 from app.db.tables import DatasetRow, EncodingRow
 from app.domain.attempts import EncodedBranch, EncodedRow
 from app.domain.datasets import read_canonical
-from app.domain.encoding import Encoder
+from app.domain.encoding import Encoded, Encoder
 from app.domain.errors import InvalidError, NotFoundError, Problem
 from app.domain.plans import Lengths, RowNote
+from app.domain.reading import MOST_PROBLEMS
 from app.domain.specs import TrainSpec
 from app.domain.splits import Part, drawn_part
 from app.domain.trajectories import Trajectory
 from app.storage import Blobs
 from app.storage.blobs import hash_file
 
-NOTES_LISTED = 100
-REVISION = 2
+NOTES_KEPT = 10_000
+REVISION = 3
 """Raised when the same inputs would give other ids, so that blobs of an older version are not reused."""
 
 
 class EncodingSummary(BaseModel):
-    """What encoding a dataset under one policy gave. `notes` lists at most 100 rows; the counts are exact.
+    """What encoding a dataset under one policy gave. `notes` lists at most 10,000 rows; the counts are exact.
 
     `branches`, `tokens`, `labelled_tokens` and `lengths` are those of the rows that are trained on, `longest` is that
     of all.
@@ -150,7 +151,7 @@ class _Tally:
         self.notes: list[RowNote] = []
 
     def note(self, note: RowNote) -> None:
-        if len(self.notes) < NOTES_LISTED:
+        if len(self.notes) < NOTES_KEPT:
             self.notes.append(note)
 
     def row(self, row: EncodedRow, labelled: int) -> EncodedRow:
@@ -196,16 +197,21 @@ def _fitted(
 ) -> Trajectory | None:
     """The trajectory as the over-length policy leaves it; None when it is dropped. The ending is never cut."""
     policy = spec.preprocessing.overlength
-    before = encoder.length(encoder.form.segments(trajectory))
+    whole = _encoded(trajectory, spec, encoder)
+    before = len(whole.ids)
     if policy == "trim_observations":
         shorter = encoder.trim_observations(trajectory, limit)
-        after = encoder.length(encoder.form.segments(shorter.trajectory))
-        if after <= limit:
+        left = _encoded(shorter.trajectory, spec, encoder) if shorter.observations else whole
+        if len(left.ids) <= limit:
             if shorter.observations:
                 tally.trimmed += 1
                 tally.protected += shorter.protected
                 action = "protected" if shorter.protected else "trimmed"
-                tally.note(RowNote(line=line, tokens=before, kept_tokens=after, action=action))
+                lost = whole.labelled - left.labelled
+                kept = len(left.ids)
+                tally.note(
+                    RowNote(line=line, tokens=before, kept_tokens=kept, action=action, labelled_tokens_lost=lost)
+                )
             return shorter.trajectory
     elif before <= limit:
         return trajectory
@@ -214,14 +220,17 @@ def _fitted(
         tally.note(RowNote(line=line, tokens=before, kept_tokens=0, action="refused"))
         return None
     tally.dropped += 1
-    labelled = encoder.encode(encoder.form.segments(trajectory)).labelled
-    tally.note(RowNote(line=line, tokens=before, kept_tokens=0, action="dropped", labelled_tokens_lost=labelled))
+    tally.note(RowNote(line=line, tokens=before, kept_tokens=0, action="dropped", labelled_tokens_lost=whole.labelled))
     return None
 
 
+def _encoded(trajectory: Trajectory, spec: TrainSpec, encoder: Encoder) -> Encoded:
+    observations = spec.trainer.train_on_observations
+    return encoder.encode(encoder.form.segments(trajectory, train_on_observations=observations))
+
+
 def _row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, tally: _Tally) -> EncodedRow:
-    observations, part = spec.trainer.train_on_observations, _part(trajectory, line, spec)
-    whole = encoder.encode(encoder.form.segments(trajectory, train_on_observations=observations))
+    whole, part = _encoded(trajectory, spec, encoder), _part(trajectory, line, spec)
     if not _has_branch(line, spec):
         return tally.row(EncodedRow(line=line, ids=whole.ids, trained=whole.trained, part=part), whole.labelled)
     branch = encoder.encode(encoder.form.branch_segments(trajectory))
@@ -254,7 +263,8 @@ def refuse_overlength(summary: EncodingSummary, limit: int) -> None:
     """InvalidError when the policy is `refuse` and rows were too long, or when no row is left."""
     if summary.refused:
         found = tuple(
-            Problem(("dataset", "rows", n.line), f"{n.tokens} tokens; at most {limit} fit") for n in summary.notes
+            Problem(("dataset", "rows", n.line), f"{n.tokens} tokens; at most {limit} fit")
+            for n in summary.notes[:MOST_PROBLEMS]
         )
         raise InvalidError(
             f"{summary.refused} rows are longer than {limit} tokens and preprocessing.overlength is refuse; "

@@ -44,9 +44,14 @@ class Jobs:
         self._plans = plans
         self._doorbell = doorbell
 
-    def plan(self, data: Any, device: str | None = None) -> Plan:
-        """What a job with this config would take, on `device` or on the deployment's trainer. Queues nothing."""
-        return self._plans.with_remedies(self._plans.prepare(data, device=device)).plan
+    def plan(self, data: Any, device: str | None = None, *, every_row: bool = False) -> Plan:
+        """What a job with this config would take, on `device` or on the deployment's trainer. Queues nothing.
+
+        `every_row`: list all over-length rows that were noted, not the first only.
+        """
+        prepared = self._plans.with_remedies(self._plans.prepare(data, device=device))
+        listed = {"overlength": prepared.summary.notes} if every_row else {}
+        return prepared.plan.model_copy(update=listed)
 
     def submit(self, data: Any) -> Job:
         """Queue a job. The worker is told only after the row is committed.

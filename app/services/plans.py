@@ -23,6 +23,9 @@ from app.services.splits import check_parts, check_split_column, empty_parts
 CHECKPOINTING_FROM = 1_000_000_000
 """Parameters of the base from which `enable_gradient_checkpointing: auto` means yes where memory cannot be reckoned."""
 
+ROWS_LISTED = 100
+"""Over-length rows that a plan lists unless all are asked for: a job carries its plan through every answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
@@ -251,6 +254,6 @@ def _plan(
         rows_per_update=schedule.rows_per_update,
         tokens_per_micro_batch=schedule.max_tokens,
         warmup_updates=schedule.warmup_updates,
-        overlength=summary.notes,
+        overlength=summary.notes[:ROWS_LISTED],
         warnings=tuple(warnings),
     )
