@@ -66,15 +66,15 @@ def train_here(base: Path, rows: int, length: int, rank: int, *, recompute: bool
     torch.set_num_threads(1)
     precision = precision_here(device, "unknown")
     before = process.memory_info().rss
-    trainee = load_trainee(base, spec_of(rank, recompute=recompute), precision, device, lambda _: None)
-    masters = MasterWeights(trainee.parameters(), precision.compute)
+    trainee = load_trainee(base, spec_of(rank, recompute=recompute), 1, precision, device, lambda _: None)
+    masters = MasterWeights(trainee.approach.parameters(), precision.compute)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-4)
     batch = rows_of(rows * length, length, LABELLED)
     loaded = process.memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
     for _ in range(UPDATES):
         hidden = trainee.hidden(batch)
-        backward_loss(hidden, trainee.head, batch.predictors, batch.targets, 1.0)
+        backward_loss(hidden, trainee.head, batch, 1.0)
         masters.collect()
         optimizer.step()
         masters.reset()

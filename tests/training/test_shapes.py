@@ -84,11 +84,11 @@ def test_tensors_that_live_on_a_cpu_are_those_of_the_model(tiny_base: Path, draw
     adapter, batch = {"type": "lora", "r": rank}, rows_of(rows * length, length, draw.choice([0.1, 0.9]))
     asked = {"dataset": "d", "adapter": adapter, "trainer": {"enable_gradient_checkpointing": bool(recompute)}}
     spec = TrainSpec.model_validate(asked)
-    trainee = model.load_trainee(tiny_base, spec, FP32, torch.device("cpu"), lambda _: None)
-    masters = MasterWeights(trainee.parameters(), torch.float32)
+    trainee = model.load_trainee(tiny_base, spec, 1, FP32, torch.device("cpu"), lambda _: None)
+    masters = MasterWeights(trainee.approach.parameters(), torch.float32)
     with LiveBytes() as live:
         states = trainee.hidden(batch)
-        loss.backward_loss(states, trainee.head, batch.predictors, batch.targets, 1.0)
+        loss.backward_loss(states, trainee.head, batch, 1.0)
     sizes = Architecture.of(json.loads((tiny_base / "config.json").read_text()))
     assert sizes is not None
     assert trainable_parameters(sizes, spec) == masters.flat.numel()
