@@ -25,7 +25,7 @@ from app.api.routing import TypedRoute
 from app.composition import Services
 from app.domain.devices import CARDS
 from app.domain.jobs import TERMINAL, Checkpoint, Event, Job, JobStatus, Metric, Wish
-from app.domain.plans import Plan
+from app.domain.plans import Plan, plan_example
 from app.domain.specs import spec_examples
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=TypedRoute)
@@ -66,7 +66,11 @@ _EVENTS = event_stream(
 KEEP_ALIVE = ": still here\n\n"
 
 
-@router.post("/plan", summary="What a job would take", responses=problems(404))
+@router.post(
+    "/plan",
+    summary="What a job would take",
+    responses={200: {"content": {"application/json": {"example": plan_example()}}}, **problems(404)},
+)
 def plan(services: ServicesDep, spec: Spec, device: On = None, rows: Rows = "first") -> Plan:
     """Rows, tokens, what the policy does to over-length rows, updates, memory by part, time. Nothing is queued.
 

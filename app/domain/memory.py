@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.domain.architectures import Architecture
 from app.domain.specs import LoraAdapter, Quantization, TrainSpec
-from app.domain.trainables import fast_form, fast_kept, stock_kept, trainable_parameters
+from app.domain.trainables import fast_form, fast_kept, rank, stock_kept, trainable_parameters
 
 MASTER = 4
 """Bytes of a float32: masters, their summed gradients, and each of AdamW's two moments."""
@@ -25,11 +25,11 @@ DENSE_LIMIT = 2**30
 SCORES_UP_TO = 1_024
 """Longest row whose attention scores a CPU holds whole: `attention.PLAIN_UP_TO`."""
 
-CONTEXT = {"cpu": 800 << 20, "gpu": 600 << 20}
+CONTEXT = {"cpu": 920 << 20, "gpu": 600 << 20}
 """What a process takes before its first tensor: on a CPU the libraries, on a GPU context, kernels and workspaces."""
 
-FRAGMENTATION = 0.05
-"""Share of what comes and goes that the allocator cannot give out again."""
+FRAGMENTATION = {"cpu": 0.30, "gpu": 0.05}
+"""What the allocator cannot give out again, as a share of what comes and goes: a C library's more than torch's own."""
 
 
 class Memory(BaseModel):
@@ -89,13 +89,13 @@ def memory_of(
         "optimizer": trained * 2 * MASTER,
     }
     layer = _layer(sizes, spec, load, compute)
-    kept = _kept(sizes, layer, load, compute, recompute=recompute)
-    working = _working(sizes, load, machine) + (load.tokens * layer if recompute else 0)
+    kept = _kept(sizes, layer, load, compute, recompute=recompute) + _places(sizes, load, machine)
+    working = _working(sizes, spec, load, machine) + (load.tokens * layer if recompute else 0)
     buffers = _unpacked(sizes, packed, compute) + _composed(sizes, spec, compute)
     logits = _logits(sizes, load, compute)
     checkpoint = trained * 3 * MASTER
     moving = max(kept + max(logits, working + buffers), checkpoint)
-    reserve = CONTEXT[machine.kind] + int(FRAGMENTATION * moving)
+    reserve = CONTEXT[machine.kind] + int(FRAGMENTATION[machine.kind] * moving)
     return Memory(
         **persistent,
         activations=kept + working,
@@ -153,12 +153,15 @@ def _kept(sizes: Architecture, layer: int, load: Load, compute: int, *, recomput
     return load.tokens * (layers + 4 * sizes.hidden + width) + load.labelled * 2 * width
 
 
-def _working(sizes: Architecture, load: Load, machine: Machine) -> int:
-    """What a layer's backward pass takes while it runs: the more of its gated unit and its attention."""
+def _working(sizes: Architecture, spec: TrainSpec, load: Load, machine: Machine) -> int:
+    """What a layer's backward pass takes while it runs: the more of its gated unit and its attention, gradients of its
+    down-projections and of its parameters."""
     hidden, queries, keys, inner = sizes.hidden, sizes.queries, sizes.keys, sizes.intermediate
     gated = load.tokens * (machine.compute * 3 * (inner + hidden) + 12 * hidden)
     streams = load.tokens * machine.compute * (2 * hidden + queries + 3 * (queries + 2 * keys))
-    return max(gated, streams + _scores(sizes, load, machine)) + _masks(sizes, load, machine)
+    ranks = load.tokens * machine.compute * 2 * rank(spec) * len(sizes.linears)
+    parameters = trainable_parameters(sizes, spec) // sizes.layers * machine.compute
+    return max(gated, streams + _scores(sizes, load, machine)) + ranks + parameters
 
 
 def _scores(sizes: Architecture, load: Load, machine: Machine) -> int:
@@ -167,16 +170,22 @@ def _scores(sizes: Architecture, load: Load, machine: Machine) -> int:
     if machine.kind == "gpu":
         return fused
     row = min(load.longest, SCORES_UP_TO)
-    return max(fused, sizes.heads * row * row * (12 + machine.compute))
+    rounded = machine.compute if machine.compute < 4 else 0
+    return max(fused, sizes.heads * row * row * (12 + rounded))
 
 
-def _masks(sizes: Architecture, load: Load, machine: Machine) -> int:
-    """Which token sees which, for the whole update; on a CPU in float32 for each query head of a group."""
+def _places(sizes: Architecture, load: Load, machine: Machine) -> int:
+    """Where tokens stand and which sees which, for the whole update: ids, rotary angles and masks.
+
+    On a CPU a mask is in float32 and there once for each query head of a group.
+    """
+    angles = load.tokens * (2 * sizes.head_dim * machine.compute + 4 * 8)
     if machine.kind == "gpu":
-        return load.tokens * load.longest
-    return load.tokens * min(load.longest, SCORES_UP_TO) * 4 * (sizes.heads // sizes.kv_heads)
+        return angles + load.tokens * load.longest
+    return angles + load.tokens * min(load.longest, SCORES_UP_TO) * 4 * (sizes.heads // sizes.kv_heads)
 
 
 def _logits(sizes: Architecture, load: Load, compute: int) -> int:
-    """A chunk's logits, in float32 too, with log-probabilities and the gradients of both."""
-    return min(LOGITS_AT_ONCE, load.labelled) * sizes.vocabulary * (12 + compute)
+    """A chunk's logits, in float32 too, with log-probabilities and the gradients of both; and what goes back from them
+    to the hidden states, for the chunk and for all positions."""
+    return min(LOGITS_AT_ONCE, load.labelled) * (sizes.vocabulary * (12 + compute) + 2 * sizes.hidden * compute)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -145,3 +145,49 @@ class Plan(_Word):
     seconds: float | None = None
     overlength: tuple[RowNote, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+def plan_example() -> dict[str, Any]:
+    """An answer for the documentation: the demo's dataset, planned for a T4."""
+    return {
+        "kind": "train",
+        "base_model": "smollm2-135m",
+        "dataset": "demo",
+        "device": "t4",
+        "rows": 240,
+        "rows_trained": 240,
+        "rows_trimmed": 0,
+        "rows_protected": 0,
+        "rows_dropped": 0,
+        "protected_share": 0.0,
+        "max_sequence_length": 2048,
+        "lengths": {"count": 240, "minimum": 133, "median": 153, "p95": 217, "maximum": 246, "total": 40034},
+        "tokens_per_epoch": 40792,
+        "labelled_tokens_per_epoch": 16192,
+        "verdict_branches": 58,
+        "total_updates": 45,
+        "updates_per_epoch": 15,
+        "rows_per_update": 16,
+        "tokens_per_micro_batch": 4096,
+        "warmup_updates": 2,
+        "trainable_parameters": 4884480,
+        "gradient_checkpointing": False,
+        "memory": {
+            "weights": 111462336,
+            "adapter": 29306880,
+            "gradients": 29306880,
+            "optimizer": 39075840,
+            "activations": 1552295936,
+            "logits": 353501184,
+            "quantization_buffers": 1824768,
+            "checkpoint": 58613760,
+            "reserve": 720316620,
+            "total": 2752888972,
+        },
+        "device_bytes": 15569256448,
+        "fits": True,
+        "remedies": [],
+        "seconds": None,
+        "overlength": [],
+        "warnings": [],
+    }

@@ -16,6 +16,8 @@ from app.cli.demo_state import DEMO, LATER, LATER_ROWS, SPEC, get, leave_paused,
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.base_models import BaseModelDescription
+from app.domain.devices import CARDS
+from app.domain.plans import Plan
 from app.generation import ScriptedGenerator
 from app.main import create_app
 from app.queue import MemoryDoorbell
@@ -110,6 +112,14 @@ def test_json_examples_fit_their_schemas(document: dict[str, Any]) -> None:
             jsonschema.validate(example["value"], resolved(content["schema"], document))
             checked += 1
     assert checked >= 6
+
+
+def test_the_example_of_a_plan_is_one(document: dict[str, Any]) -> None:
+    answer = document["paths"]["/jobs/plan"]["post"]["responses"]["200"]["content"]["application/json"]
+    jsonschema.validate(answer["example"], resolved(answer["schema"], document))
+    assert Plan.model_validate(answer["example"]).fits
+    asked = document["paths"]["/jobs/plan"]["post"]["parameters"]
+    assert set(asked[0]["examples"]) == set(CARDS)
 
 
 def test_the_key_shows_when_one_is_set(services: Services, document: dict[str, Any]) -> None:

@@ -1,17 +1,25 @@
 """The memory model against the recipe's own update at the sizes of a 7B model: on the meta device, without weights."""
 
+import json
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig
 
 from app.domain import memory
 from app.domain.architectures import KNOWN, Architecture
-from app.domain.memory import CONTEXT, GPU16, Load, memory_of
+from app.domain.memory import CONTEXT, FRAGMENTATION, GPU16, Load, Machine, memory_of
 from app.domain.specs import TrainSpec
+from app.domain.trainables import trainable_parameters
+from benchmarks.live import LiveBytes
 from benchmarks.shape_only import Seen, rows_of, run_update
+from worker.precision import FP32
 from worker.training import attention, loss, model
+from worker.training.masters import MasterWeights
 
 SEVEN = KNOWN["Llama-2-7B"]
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -66,3 +74,26 @@ def test_the_model_reckons_with_the_trainers_own_bounds() -> None:
     assert memory.LOGITS_AT_ONCE == loss.CHUNK
     assert memory.SCORES_UP_TO == attention.PLAIN_UP_TO
     assert memory.DENSE_LIMIT == model.DENSE_LIMIT
+
+
+@pytest.mark.parametrize("drawn", range(24))
+def test_tensors_that_live_on_a_cpu_are_those_of_the_model(tiny_base: Path, drawn: int) -> None:
+    """The tiny model really trained, at settings that the test draws."""
+    draw = random.Random(drawn)
+    length, rows, rank, recompute = draw.choice([64, 128, 400]), draw.randint(1, 8), draw.choice([2, 4, 8]), drawn % 2
+    adapter, batch = {"type": "lora", "r": rank}, rows_of(rows * length, length, draw.choice([0.1, 0.9]))
+    asked = {"dataset": "d", "adapter": adapter, "trainer": {"enable_gradient_checkpointing": bool(recompute)}}
+    spec = TrainSpec.model_validate(asked)
+    trainee = model.load_trainee(tiny_base, spec, FP32, torch.device("cpu"), lambda _: None)
+    masters = MasterWeights(trainee.parameters(), torch.float32)
+    with LiveBytes() as live:
+        states = trainee.hidden(batch)
+        loss.backward_loss(states, trainee.head, batch.predictors, batch.targets, 1.0)
+    sizes = Architecture.of(json.loads((tiny_base / "config.json").read_text()))
+    assert sizes is not None
+    assert trainable_parameters(sizes, spec) == masters.flat.numel()
+    load = Load(batch.tokens, length, batch.labelled)
+    taken = memory_of(sizes, spec, load, Machine("cpu", 4), recompute=bool(recompute), stored=1 << 20)
+    standing = taken.weights + taken.adapter + taken.gradients + taken.optimizer
+    moving = (taken.total - standing - taken.reserve) * (1 + FRAGMENTATION["gpu"])  # these bytes come in no heap
+    assert 1.0 <= (standing + moving) / (standing + max(live.peak, taken.checkpoint)) <= 1.25

@@ -1,0 +1,157 @@
+"""The memory model against measurements, and beside published figures: `python -m benchmarks.memory`.
+
+Two ways: resident memory of fresh processes that train SmolLM2-135M on this CPU, and the recipe's update at the sizes
+of models that do not fit here, on the meta device.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from peft import LoraConfig
+
+from app.domain.architectures import KNOWN
+from app.domain.memory import CONTEXT, GPU16, Load, Machine, memory_of
+from app.domain.specs import TrainSpec
+from benchmarks.machine import ROOT, machine, revision
+from worker.processor import cpu_here
+
+RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
+CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
+SMALL = KNOWN["SmolLM2-135M"]
+GRID: tuple[dict[str, Any], ...] = tuple(
+    {"rows": rows, "length": length, "rank": rank, "recompute": recompute}
+    for rows, length, rank, recompute in (
+        (1, 256, 8, False),
+        (4, 256, 8, False),
+        (8, 256, 8, False),
+        (2, 1024, 8, False),
+        (4, 256, 64, False),
+        (4, 256, 8, True),
+        (8, 256, 8, True),
+        (2, 1024, 8, True),
+        (4, 256, 64, True),
+    )
+)
+UPDATES = 3
+LABELLED = 0.33
+
+
+def spec_of(rank: int, *, recompute: bool) -> TrainSpec:
+    asked = {
+        "dataset": "d",
+        "adapter": {"type": "lora", "r": rank},
+        "trainer": {"enable_gradient_checkpointing": recompute},
+    }
+    return TrainSpec.model_validate(asked)
+
+
+def train_here(base: Path, rows: int, length: int, rank: int, *, recompute: bool) -> dict[str, int]:
+    """In a fresh process: bytes resident before the model is loaded, when it is, and at the peak of some updates."""
+    import torch
+
+    from benchmarks.shape_only import rows_of
+    from worker.precision import precision_here
+    from worker.training.loss import backward_loss
+    from worker.training.masters import MasterWeights
+    from worker.training.model import load_trainee
+
+    process, device = psutil.Process(), torch.device("cpu")
+    torch.set_num_threads(1)
+    precision = precision_here(device, "unknown")
+    before = process.memory_info().rss
+    trainee = load_trainee(base, spec_of(rank, recompute=recompute), precision, device, lambda _: None)
+    masters = MasterWeights(trainee.parameters(), precision.compute)
+    optimizer = torch.optim.AdamW([masters.flat], lr=1e-4)
+    batch = rows_of(rows * length, length, LABELLED)
+    loaded = process.memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
+    for _ in range(UPDATES):
+        hidden = trainee.hidden(batch)
+        backward_loss(hidden, trainee.head, batch.predictors, batch.targets, 1.0)
+        masters.collect()
+        optimizer.step()
+        masters.reset()
+        masters.by_name()
+    return {"before": before, "loaded": loaded, "peak": _peak(), "labelled": batch.labelled}
+
+
+def _peak() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def measured(base: Path, stored: int, **setting: Any) -> dict[str, Any]:
+    """One setting: what the plan says, and what a fresh process was seen to take at its peak."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", str(base), json.dumps(setting)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    tokens = setting["rows"] * setting["length"]
+    here = Machine("cpu", 2 if cpu_here().fast_bf16 else 4)
+    spec = spec_of(setting["rank"], recompute=setting["recompute"])
+    load = Load(tokens, setting["length"], seen["labelled"])
+    planned = memory_of(SMALL, spec, load, here, recompute=setting["recompute"], stored=stored)
+    return {**setting, **seen, "planned": planned.model_dump(), "ratio": round(planned.total / seen["peak"], 3)}
+
+
+def shapes(name: str, tokens: int, length: int, *, recompute: bool, packed: bool, stock: bool) -> dict[str, Any]:
+    """The same for a model's sizes alone, without what a process takes before its first tensor."""
+    from benchmarks.shape_only import rows_of, run_update
+
+    began = time.perf_counter()
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    batch = rows_of(tokens, length, LABELLED)
+    seen = run_update(KNOWN[name], config, batch, recompute=recompute, packed=packed, stock=stock)
+    found = {
+        "model": name,
+        "tokens": tokens,
+        "length": length,
+        "recompute": recompute,
+        "packed": packed,
+        "stock": stock,
+        "kept_bytes_a_token": round(seen.kept / tokens),
+        "weights": seen.weights,
+        "peak": seen.peak,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    if stock:
+        return found
+    spec = TrainSpec.model_validate({"dataset": "d", "quantization": {"bits": 4} if packed else None})
+    planned = memory_of(
+        KNOWN[name], spec, Load(tokens, length, batch.labelled), GPU16, recompute=recompute, stored=1 << 40
+    )
+    return found | {"planned": planned.total, "ratio": round((planned.total - CONTEXT["gpu"]) / seen.peak, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--child", nargs=2, metavar=("BASE", "SETTING"), help="train in this process and print bytes")
+    parser.add_argument("--base", type=Path, default=next(CACHE.glob("models/*"), None), help="where SmolLM2-135M is")
+    asked = parser.parse_args()
+    if asked.child:
+        print(json.dumps(train_here(Path(asked.child[0]), **json.loads(asked.child[1]))))
+        return
+    stored = sum(path.stat().st_size for path in asked.base.glob("*.safetensors"))
+    found: dict[str, Any] = {"machine": machine(), "revision": revision(), "cpu": [], "shapes": []}
+    for setting in GRID:
+        found["cpu"].append(measured(asked.base, stored, **setting))
+        print(json.dumps(found["cpu"][-1]), flush=True)
+    for name in KNOWN:
+        for recompute in (False, True):
+            found["shapes"].append(shapes(name, 2048, 512, recompute=recompute, packed=True, stock=False))
+            print(json.dumps(found["shapes"][-1]), flush=True)
+    for recompute in (False, True):
+        found["shapes"].append(shapes("Llama-2-7B", 2048, 512, recompute=recompute, packed=True, stock=True))
+        print(json.dumps(found["shapes"][-1]), flush=True)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
