@@ -4,6 +4,7 @@ One-sided by intent: never below what a run is seen to take, and at most a quart
 measurements. The terms follow `worker.training`: what `llama.Kept` holds, what `masters` and `loss` allocate.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,10 @@ DENSE_LIMIT = 2**30
 """On a CPU, a base of at most this many bytes on disk is kept dequantised after it was quantised."""
 
 SCORES_UP_TO = 1_024
-"""Longest row whose attention scores a CPU holds whole: `attention.PLAIN_UP_TO`."""
+"""Longest row whose attention scores a CPU holds: `attention.PLAIN_UP_TO`."""
+
+SCORES_OF_A_BLOCK = 128
+"""Queries, more or less, whose scores it holds at once: `attention.BLOCK`."""
 
 CONTEXT = {"cpu": 920 << 20, "gpu": 600 << 20}
 """What a process takes before its first tensor: on a CPU the libraries, on a GPU context, kernels and workspaces."""
@@ -171,18 +175,26 @@ def _scores(sizes: Architecture, load: Load, machine: Machine) -> int:
         return fused
     row = min(load.longest, SCORES_UP_TO)
     rounded = machine.compute if machine.compute < 4 else 0
-    return max(fused, sizes.heads * row * row * (12 + rounded))
+    sums = row * 4 * 2 * (sizes.queries + sizes.keys)  # the row's gradients, in float32, and its queries once more
+    return max(fused, sizes.heads * _block(row) * row * (12 + rounded) + sums)
+
+
+def _block(row: int) -> int:
+    """Queries of a row whose scores a CPU holds at once."""
+    return math.ceil(row / max(1, round(row / SCORES_OF_A_BLOCK)))
 
 
 def _places(sizes: Architecture, load: Load, machine: Machine) -> int:
     """Where tokens stand and which sees which, for the whole update: ids, rotary angles and masks.
 
-    On a CPU a mask is in float32 and there once for each query head of a group.
+    On a CPU a mask is in float32 and there once for each query head of a group: for each block of queries over the keys
+    of the same block, and for a branch over those of its whole row.
     """
     angles = load.tokens * (2 * sizes.head_dim * machine.compute + 4 * 8)
     if machine.kind == "gpu":
         return angles + load.tokens * load.longest
-    return angles + load.tokens * min(load.longest, SCORES_UP_TO) * 4 * (sizes.heads // sizes.kv_heads)
+    row = min(load.longest, SCORES_UP_TO)
+    return angles + (load.tokens + row) * _block(row) * 4 * (sizes.heads // sizes.kv_heads)
 
 
 def _logits(sizes: Architecture, load: Load, compute: int) -> int:

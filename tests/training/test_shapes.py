@@ -73,6 +73,7 @@ def test_a_token_of_a_7b_model_keeps_at_most_seven_and_a_half_megabytes() -> Non
 def test_the_model_reckons_with_the_trainers_own_bounds() -> None:
     assert memory.LOGITS_AT_ONCE == loss.CHUNK
     assert memory.SCORES_UP_TO == attention.PLAIN_UP_TO
+    assert memory.SCORES_OF_A_BLOCK == attention.BLOCK
     assert memory.DENSE_LIMIT == model.DENSE_LIMIT
 
 
