@@ -9,7 +9,8 @@ IA3_INPUTS = ("down_proj",)
 
 
 def fast_form(sizes: Architecture, spec: TrainSpec) -> bool:
-    """Whether `worker.training.llama` has this by hand: plain LoRA without dropout over the Llama family."""
+    """Whether this is reckoned as `worker.training.llama` has it by hand: plain LoRA over the Llama family. Dropout
+    runs there too, with a mask besides, and is reckoned as the larger stock form."""
     adapter = spec.adapter
     plain = isinstance(adapter, LoraAdapter) and not adapter.use_dora and not adapter.dropout
     return plain and sizes.family
