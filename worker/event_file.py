@@ -3,10 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from app.domain.jobs import Metric
 
 NAME = "events.out.tfevents"
@@ -29,6 +25,11 @@ def write_event_file(metrics: Iterable[Metric], began: float, path: Path) -> Pat
 
     What an update has not (a loss that is not finite, no validation) is left out of it.
     """
+    # Here, because a runner's supervisor trains nothing, and its image has no library of the trainer's.
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
     clock = began
     with path.open("wb") as file:
         records = RecordWriter(file)
