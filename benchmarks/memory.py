@@ -7,6 +7,7 @@ of models that do not fit here, on the meta device.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -17,10 +18,13 @@ import psutil
 from peft import LoraConfig
 
 from app.domain.architectures import KNOWN
+from app.domain.attempts import EncodedRow
 from app.domain.memory import CONTEXT, GPU16, Load, Machine, memory_of
 from app.domain.specs import TrainSpec
 from benchmarks.machine import ROOT, machine, revision
+from worker.environment import for_tensors
 from worker.processor import cpu_here
+from worker.training.batches import Batch, collate
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
@@ -39,8 +43,10 @@ GRID: tuple[dict[str, Any], ...] = tuple(
         (4, 256, 64, True),
     )
 )
-UPDATES = 3
+UPDATES = 30
 LABELLED = 0.33
+SHORTEST = 0.4
+"""Of the longest row: rows differ, as those of a dataset do, and so does what the C library makes of its heap."""
 
 
 def spec_of(rank: int, *, recompute: bool) -> TrainSpec:
@@ -56,30 +62,44 @@ def train_here(base: Path, rows: int, length: int, rank: int, *, recompute: bool
     """In a fresh process: bytes resident before the model is loaded, when it is, and at the peak of some updates."""
     import torch
 
-    from benchmarks.shape_only import rows_of
     from worker.precision import precision_here
     from worker.training.loss import backward_loss
     from worker.training.masters import MasterWeights
     from worker.training.model import load_trainee
 
     process, device = psutil.Process(), torch.device("cpu")
-    torch.set_num_threads(1)
     precision = precision_here(device, "unknown")
     before = process.memory_info().rss
     trainee = load_trainee(base, spec_of(rank, recompute=recompute), 1, precision, device, lambda _: None)
     masters = MasterWeights(trainee.approach.parameters(), precision.compute)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-4)
-    batch = rows_of(rows * length, length, LABELLED)
     loaded = process.memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
-    for _ in range(UPDATES):
+    labelled = 0
+    for update in range(UPDATES):
+        batch = mixed_rows(rows, length, update)
+        labelled = max(labelled, batch.labelled)
         hidden = trainee.hidden(batch)
         backward_loss(hidden, trainee.head, batch, 1.0)
         masters.collect()
         optimizer.step()
         masters.reset()
         masters.by_name()
-    return {"before": before, "loaded": loaded, "peak": _peak(), "labelled": batch.labelled}
+    return {"before": before, "loaded": loaded, "peak": _peak(), "labelled": labelled}
+
+
+def mixed_rows(rows: int, length: int, seed: int) -> Batch:
+    """As many rows as `rows` of `length` tokens have room for: one that long, the others of any length."""
+    draw, left, found = random.Random(seed), rows * length, list[int]()
+    while left >= SHORTEST * length:
+        found.append(min(left, draw.randint(int(SHORTEST * length), length) if found else length))
+        left -= found[-1]
+    return collate(
+        [
+            EncodedRow(line=1, ids=(5,) * size, trained=((size - max(1, round(LABELLED * size)), size),))
+            for size in found
+        ]
+    )
 
 
 def _peak() -> int:
@@ -90,8 +110,7 @@ def _peak() -> int:
 def measured(base: Path, stored: int, **setting: Any) -> dict[str, Any]:
     """One setting: what the plan says, and what a fresh process was seen to take at its peak."""
     command = [sys.executable, "-m", "benchmarks.memory", "--child", str(base), json.dumps(setting)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=for_tensors())
     seen = json.loads(done.stdout.splitlines()[-1])
     tokens = setting["rows"] * setting["length"]
     here = Machine("cpu", 2 if cpu_here().fast_bf16 else 4)

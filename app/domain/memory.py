@@ -5,7 +5,7 @@ measurements. The terms follow `worker.training`: what `llama.Kept` holds, what 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +28,9 @@ SCORES_UP_TO = 1_024
 
 SCORES_OF_A_BLOCK = 128
 """Queries, more or less, whose scores it holds at once: `attention.BLOCK`."""
+
+MULTIPLE = 32
+"""What the fast form rounds a micro-batch's tokens up to: `llama.MULTIPLE`."""
 
 CONTEXT = {"cpu": 920 << 20, "gpu": 600 << 20}
 """What a process takes before its first tensor: on a CPU the libraries, on a GPU context, kernels and workspaces."""
@@ -82,6 +85,8 @@ def memory_of(
     sizes: Architecture, spec: TrainSpec, load: Load, machine: Machine, *, recompute: bool, stored: int
 ) -> Memory:
     """What training by `spec` takes at its peak. `stored`: bytes of the base's weights on disk."""
+    if fast_form(sizes, spec):
+        load = replace(load, tokens=load.tokens + -load.tokens % MULTIPLE)
     trained = trainable_parameters(sizes, spec)
     compute = machine.compute
     whole = spec.adapter is None

@@ -12,10 +12,10 @@ from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
 from tests.training.conftest import apart, make_rows
 from worker.precision import FP32
-from worker.training import attention
+from worker.training import attention, llama
 from worker.training.batches import Batch, collate
 from worker.training.fans import Fan
-from worker.training.llama import LlamaBackbone
+from worker.training.llama import MULTIPLE, LlamaBackbone
 from worker.training.model import Trainee, load_trainee
 
 ROWS = make_rows(8)
@@ -96,6 +96,19 @@ def test_states_and_gradients_are_those_of_stock_peft(tmp_path: Path, architectu
     assert isinstance(trainee.hidden, LlamaBackbone)
     for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("shift", [0, 1, MULTIPLE - 1])
+def test_what_rounds_a_batch_up_changes_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
+    """The batch is rounded up by no token, by one, and by all but one."""
+    trainee = loaded(tiny_base)
+    tokens = collate(ROWS).tokens
+    monkeypatch.setattr(llama, "MULTIPLE", 1)
+    plain = run(trainee, trainee.hidden)
+    assert plain[0].shape[0] == tokens
+    monkeypatch.setattr(llama, "MULTIPLE", tokens + shift)
+    for mine, theirs in zip(run(trainee, trainee.hidden), plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "o_proj", "gate_proj"]])

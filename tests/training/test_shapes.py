@@ -18,7 +18,7 @@ from app.domain.trainables import trainable_parameters
 from benchmarks.live import LiveBytes
 from benchmarks.shape_only import Seen, rows_of, run_update
 from worker.precision import FP32
-from worker.training import attention, loss, model
+from worker.training import attention, llama, loss, model
 from worker.training.masters import MasterWeights
 
 SEVEN = KNOWN["Llama-2-7B"]
@@ -73,6 +73,7 @@ def test_a_token_of_a_7b_model_keeps_at_most_seven_and_a_half_megabytes() -> Non
 def test_the_model_reckons_with_the_trainers_own_bounds() -> None:
     assert memory.LOGITS_AT_ONCE == loss.CHUNK
     assert memory.SCORES_UP_TO == attention.PLAIN_UP_TO
+    assert memory.MULTIPLE == llama.MULTIPLE
     assert memory.SCORES_OF_A_BLOCK == attention.BLOCK
     assert memory.DENSE_LIMIT == model.DENSE_LIMIT
 

@@ -26,6 +26,11 @@ from worker.training.attention import (
 )
 from worker.training.batches import Batch
 from worker.training.fans import Fan
+from worker.training.packing import Row
+
+MULTIPLE = 32
+"""What a micro-batch's tokens are rounded up to. Each new shape is paid for with kernels that are made for it, and with
+memory: blocks of ever new sizes fit into no hole that others left."""
 
 
 class Kept(NamedTuple):
@@ -175,16 +180,26 @@ class LlamaBackbone:
         self._recompute = recompute
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        states = self._model.embed_tokens(batch.ids)
-        cos, sin = (angles[0].chunk(2, -1)[0] for angles in self._model.rotary_emb(states, batch.positions[None]))
-        places = Places(Rope(cos, sin), spans_of(batch.rows, self._group, states.device))
+        ids, positions, rows = _filled(batch)
+        states = self._model.embed_tokens(ids)
+        cos, sin = (angles[0].chunk(2, -1)[0] for angles in self._model.rotary_emb(states, positions[None]))
+        places = Places(Rope(cos, sin), spans_of(rows, self._group, states.device))
         node: Any = _Node.apply
         for layer in self._layers:
             # Drawn from the global generator, whose state is part of a checkpoint.
             seed = int(torch.randint(2**62, ())) if layer.drops and self._model.training else None
             states = node(layer, places, self._recompute, seed, states, *layer.parameters)
-        out: torch.Tensor = self._model.norm(states)
+        out: torch.Tensor = self._model.norm(states[: batch.tokens])
         return out
+
+
+def _filled(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[Row, ...]]:
+    """(ids, positions, rows) of `batch` and of a row behind it that nobody reads, up to a multiple of `MULTIPLE`."""
+    missing = -batch.tokens % MULTIPLE
+    if not missing:
+        return batch.ids, batch.positions, batch.rows
+    ids, positions = (functional.pad(numbers, (0, missing)) for numbers in (batch.ids, batch.positions))
+    return ids, positions, (*batch.rows, Row(batch.tokens, missing))
 
 
 def llama_backbone(adapted: nn.Module, model: Any, *, recompute: bool) -> LlamaBackbone | None:
