@@ -37,7 +37,7 @@ up: model ## Run the service until Ctrl-C: http://127.0.0.1:8000/docs
 
 test: model ## Lint, types, imports, and all tests but the slow suites
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest -q -m "not chaos"
+	@$(BIN)/python -m pytest -q -m "not chaos and not acceptance"
 
 check: $(READY) ## Lint, types and import rules
 	@$(BIN)/ruff format --check --quiet .
@@ -49,7 +49,7 @@ format: $(READY) ## Put the code in shape
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --fix --quiet .
 
-acceptance: model ## The user's whole CSV and configuration, one epoch, through HTTP
+acceptance: model ## The user's whole CSV, one epoch, through HTTP: embedded, and over Postgres and Redis
 	@VERITUNE_E2E_ROWS=270 $(BIN)/python -m pytest -q tests/e2e/test_main_job.py
 
 chaos: model ## Kill every process while jobs run and claims are judged

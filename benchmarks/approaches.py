@@ -108,21 +108,22 @@ def _loss(trainee: Trainee, held: list[EncodedRow], order: TrainOrder) -> float:
 
 def _difference(trainee: Trainee, order: TrainOrder, prompts: list[list[int]]) -> float:
     models = Models(EngineSettings(device="cpu", dtype="float32"))
-    base = models.activate(_served(order), [])
+    base = models.activate(served(order), [])
     trainee.approach.module.eval()
     worst = 0.0
     for prompt in prompts:
         store = KeyValues(base.layers)
         store.reserve(1, len(prompt))
-        served = store.prefill(models.forward, 0, prompt, 0)
+        theirs = store.prefill(models.forward, 0, prompt, 0)
         with torch.no_grad():
             batch = collate([EncodedRow(line=1, ids=tuple(prompt), trained=())])
             mine = trainee.head(trainee.hidden(batch)[-1:])[0]
-        worst = max(worst, float((served - mine).abs().max()))
+        worst = max(worst, float((theirs - mine).abs().max()))
     return round(worst, 6)
 
 
-def _served(order: TrainOrder) -> ServedModel:
+def served(order: TrainOrder) -> ServedModel:
+    """What `order` has published, as the engine is asked for it."""
     directory, held = str(order.directory / "adapter"), order.spec.quantization
     full = order.spec.adapter is None
     return ServedModel(

@@ -43,7 +43,7 @@ GRID: tuple[dict[str, Any], ...] = tuple(
         (4, 256, 64, True),
     )
 )
-UPDATES = 30
+UPDATES = 16
 LABELLED = 0.33
 SHORTEST = 0.4
 """Of the longest row: rows differ, as those of a dataset do, and so does what the C library makes of its heap."""
@@ -149,10 +149,14 @@ def shapes(name: str, tokens: int, length: int, *, recompute: bool, packed: bool
     return found | {"planned": planned.total, "ratio": round((planned.total - CONTEXT["gpu"]) / seen.peak, 3)}
 
 
+def _cached() -> Path | None:
+    return next((found.parent for found in CACHE.glob("models/*/config.json")), None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=2, metavar=("BASE", "SETTING"), help="train in this process and print bytes")
-    parser.add_argument("--base", type=Path, default=next(CACHE.glob("models/*"), None), help="where SmolLM2-135M is")
+    parser.add_argument("--base", type=Path, default=_cached(), help="where SmolLM2-135M is")
     asked = parser.parse_args()
     if asked.child:
         print(json.dumps(train_here(Path(asked.child[0]), **json.loads(asked.child[1]))))

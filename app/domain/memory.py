@@ -1,7 +1,8 @@
 """What training takes of a device's memory, part by part, from sizes alone. Pure arithmetic: no tensors, no device.
 
-One-sided by intent: never below what a run is seen to take, and at most a quarter above. `docs/plan.md` has the
-measurements. The terms follow `worker.training`: what `llama.Kept` holds, what `masters` and `loss` allocate.
+One-sided by intent: never below what a run is seen to take, and at most a quarter above, but for the smallest jobs
+on a CPU. `docs/plan.md` has the measurements. The terms follow `worker.training`: what `llama.Kept` holds, what
+`masters` and `loss` allocate.
 """
 
 import math
@@ -32,8 +33,9 @@ SCORES_OF_A_BLOCK = 128
 MULTIPLE = 32
 """What the fast form rounds a micro-batch's tokens up to: `llama.MULTIPLE`."""
 
-CONTEXT = {"cpu": 920 << 20, "gpu": 600 << 20}
-"""What a process takes before its first tensor: on a CPU the libraries, on a GPU context, kernels and workspaces."""
+CONTEXT = {"cpu": 1_500 << 20, "gpu": 600 << 20}
+"""What a process takes beside its tensors: on a CPU the libraries, what loading left in the heap and kernels made for
+each shape, on a GPU context, kernels and workspaces."""
 
 FRAGMENTATION = {"cpu": 0.30, "gpu": 0.05}
 """What the allocator cannot give out again, as a share of what comes and goes: a C library's more than torch's own."""

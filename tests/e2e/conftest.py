@@ -145,7 +145,7 @@ def redis_server() -> Iterator[str]:
         process.wait(10)
 
 
-@pytest.fixture(scope="module", params=["embedded", "scaled"])
+@pytest.fixture(scope="module", params=["embedded", pytest.param("scaled", marks=pytest.mark.acceptance)])
 def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """The embedded default; and the same with two settings changed: Postgres, and a Redis of its own."""
     with ExitStack() as stack:

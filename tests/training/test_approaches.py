@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempts import EncodedRow, TrainOrder
-from app.domain.specs import shares_its_base
+from benchmarks.approaches import served
 from tests.training.conftest import OrderFactory
 from worker.inference.adapters import Models
 from worker.inference.kv import KeyValues
-from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 from worker.precision import FP32
 from worker.quantization import bitsandbytes_config
@@ -71,18 +70,8 @@ def logits_of(trainee: Trainee) -> torch.Tensor:
 
 
 def served_logits(order: TrainOrder) -> torch.Tensor:
-    directory, held = str(order.directory / "adapter"), order.spec.quantization
-    full = order.spec.adapter is None
-    served = ServedModel(
-        digest="adapter",
-        base_digest="base" if shares_its_base(order.spec.adapter) else "its own",
-        base_path=directory if full else str(order.base.path),
-        quantization=held and {"bits": held.bits, "type": held.quant_type, "double": held.double_quant},
-        adapter_path=None if full else directory,
-        max_model_len=512,
-    )
     models = Models(EngineSettings(dtype="float32"))
-    models.activate(served, [])
+    models.activate(served(order), [])
     store = KeyValues(2)
     store.reserve(1, len(IDS))
     store.prefill(models.forward, 0, IDS[:-1], 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -119,6 +120,23 @@ def test_a_bad_end_is_one_event_in_words(make_order: OrderFactory, start: Start)
     assert "line 7" in last["message"]
     assert "Traceback" not in json.dumps(child.seen)
     assert "Traceback" in child.errors()
+
+
+def test_a_full_disk_ends_the_job_in_words_and_leaves_the_checkpoint_before(
+    make_order: OrderFactory, start: Start
+) -> None:
+    order = make_order(updates=LONG, every=40)
+    child = start(order)
+    first = child.until("checkpoint")
+    # As little room as a full disk has, for this process alone.
+    resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (4_096, 4_096))
+    last, status = child.finish()
+    assert (status, last["event"], last["code"]) == (1, "failed", "disk"), last
+    assert "space" in last["hint"]
+    kept = checkpoints_in(order.directory / "checkpoints")
+    assert kept[-1] == Path(first["path"])
+    assert verify(kept[-1]) == first["digest"]
+    assert not (order.directory / "adapter").exists()
 
 
 def test_an_order_that_cannot_be_read_fails_in_words(tmp_path: Path) -> None:

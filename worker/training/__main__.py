@@ -8,14 +8,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from app.domain.attempts import Failed, TrainOrder
 from worker.training.channel import Channel
 from worker.training.errors import TrainingError
 
 NICENESS = 10
 """Somebody waits for an answer, nobody for an update: on cores that both share, the engine goes first."""
+
+FILE_ERROR = "I/O error: "
+"""How safetensors says it."""
 
 
 def main(path: Path) -> int:
@@ -46,10 +47,10 @@ def _failed(error: Exception) -> Failed:
             hint="set trainer.batch_size to 1, trainer.enable_gradient_checkpointing to true, "
             "or a smaller global_max_sequence_length",
         )
-    if isinstance(error, OSError) and not isinstance(error, ValidationError):
+    if reason := _of_a_file(error):
         return Failed(
             code="disk",
-            message=f"a file could not be read or written: {error.strerror or error}",
+            message=f"a file could not be read or written: {reason}",
             hint="check the free space and the permissions of the work directory",
         )
     return Failed(
@@ -57,6 +58,16 @@ def _failed(error: Exception) -> Failed:
         message=f"training stopped at {type(error).__name__}: {error}",
         hint="this is a fault of the trainer; its log has the place",
     )
+
+
+def _of_a_file(error: Exception) -> str | None:
+    """What the system said, if `error` is about a file. Safetensors has no type of its own for that."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = isinstance(error, SafetensorError) and FILE_ERROR in str(error)
+    return str(error).rpartition(FILE_ERROR)[2] if found else None
 
 
 if __name__ == "__main__":
