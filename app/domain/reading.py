@@ -40,12 +40,12 @@ def read_spec(data: Any) -> TrainSpec:
         items = error.errors(include_url=False)
         found = problems_of(items, data, TrainSpec)
         code = next((item["type"] for item in items if item["type"] in SPEC_CODES), "invalid_spec")
-        raise InvalidError(_headline(found), code=code, problems=found) from None
+        raise InvalidError(headline(found), code=code, problems=found) from None
     if missing := not_yet_supported(spec):
         found = tuple(
             Problem(place, f"{what} is understood, but this version does not run it yet") for place, what in missing
         )
-        raise NotYetSupportedError(_headline(found), problems=found)
+        raise NotYetSupportedError(headline(found), problems=found)
     return spec
 
 
@@ -55,7 +55,7 @@ def _other_kind(kind: Any) -> InvalidError:
         message = f"jobs of kind {kind} are not run by this version; train is"
         return NotYetSupportedError(message, problems=(Problem(("kind",), message),))
     problem = Problem(("kind",), f"{str(kind)[:LONGEST_WORD]!r} is no kind of job", did_you_mean(str(kind), known))
-    return InvalidError(_headline((problem,)), code="invalid_spec", problems=(problem,))
+    return InvalidError(headline((problem,)), code="invalid_spec", problems=(problem,))
 
 
 def problems_of(
@@ -148,7 +148,7 @@ def _closest(word: str, known: Sequence[str]) -> str | None:
     return names[close[0]] if close else None
 
 
-def _headline(found: tuple[Problem, ...]) -> str:
+def headline(found: Sequence[Problem]) -> str:
     first = found[0]
     place = ".".join(str(part) for part in first.loc) or "the document"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

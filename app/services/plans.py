@@ -19,6 +19,7 @@ from app.services.base_models import BaseModels
 from app.services.devices import Devices
 from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
 from app.services.splits import check_parts, check_split_column, empty_parts
+from app.services.targets import check_targets
 
 CHECKPOINTING_FROM = 1_000_000_000
 """Parameters of the base from which `enable_gradient_checkpointing: auto` means yes where memory cannot be reckoned."""
@@ -99,6 +100,7 @@ class Plans:
     def _prepare(
         self, spec: TrainSpec, dataset: DatasetRow, base: BaseModelRow, device: NamedDevice | None
     ) -> Prepared:
+        check_targets(spec, self._base_models.sizes(base))
         limit = self._limit(spec, base)
         rows, summary = self._encodings.of(
             dataset, spec, base.tokenizer, limit, lambda: self._base_models.encoder(base, spec.format())

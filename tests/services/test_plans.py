@@ -43,6 +43,37 @@ def test_without_a_device_nothing_is_reckoned_and_nothing_refused(services: Serv
     services.jobs.submit({"dataset": dataset})
 
 
+@pytest.mark.parametrize(
+    ("adapter", "place", "said", "way_out"),
+    [
+        ({"type": "lora", "target_modules": ["q_proj", "v_prj"]}, ("target_modules", 1), "'v_prj'", "'v_proj'"),
+        (
+            {"type": "adalora", "init_r": 4, "target_r": 2, "target_modules": ["x"]},
+            ("target_modules", 0),
+            "'x'",
+            "q_proj",
+        ),
+        ({"type": "lora", "r": 65}, ("r",), "65 is more than k_proj has", "at most 32"),
+        ({"type": "lora", "r": 65, "target_modules": ["q_proj"]}, ("r",), "more than q_proj has", "at most 64"),
+        ({"type": "adalora", "init_r": 65, "target_r": 2}, ("init_r",), "65 is more than k_proj has", "at most 32"),
+    ],
+)
+def test_layers_and_ranks_that_the_base_does_not_have_are_refused_at_once(
+    services: Services, dataset: str, adapter: dict[str, Any], place: tuple[str | int, ...], said: str, way_out: str
+) -> None:
+    with pytest.raises(InvalidError) as refused:
+        services.jobs.submit({"dataset": dataset, "adapter": adapter})
+    (problem,) = refused.value.problems
+    assert problem.loc == ("adapter", *place)
+    assert said in problem.message
+    assert way_out in (problem.hint or "")
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["layers.0.self_attn.q_proj"], ["self_attn.v_proj", "down_proj"]])
+def test_layers_may_be_named_in_any_way_that_finds_them(services: Services, dataset: str, names: list[str]) -> None:
+    services.jobs.submit({"dataset": dataset, "adapter": {"type": "lora", "r": 4, "target_modules": names}})
+
+
 def test_the_trainers_memory_is_what_counts(services: Services, dataset: str) -> None:
     has(services, 1 << 30)
     plan = services.jobs.plan({"dataset": dataset})

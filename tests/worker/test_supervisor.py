@@ -330,7 +330,7 @@ def test_target_modules_that_match_nothing_fail_with_the_childs_reason(
     path = tmp_path / "rows.jsonl"
     path.write_bytes(dataset_jsonl())
     dataset = services.datasets.create(path, "rows.jsonl", None, None, {})[0]
-    adapter = {"type": "lora", "target_modules": ["nowhere_proj"]}
+    adapter = {"type": "lora", "target_modules": ["layers.99.self_attn.q_proj"]}
     job = services.jobs.submit({"dataset": dataset.id, "adapter": adapter})
     assert supervisor.work()
     failed = services.jobs.get(job.id)

@@ -1,0 +1,45 @@
+"""What a spec asks of its base model's layers, against their sizes."""
+
+from app.domain.architectures import Architecture
+from app.domain.errors import InvalidError, Problem
+from app.domain.reading import did_you_mean, headline
+from app.domain.specs import AdaloraAdapter, LoraAdapter, TrainSpec
+from app.domain.trainables import rank, targets
+
+OTHERS = ("lm_head",)
+"""Linear layers outside the decoder's."""
+
+
+def check_targets(spec: TrainSpec, sizes: Architecture | None) -> None:
+    """InvalidError for a layer's name that the base does not have, and for a rank that one of them does not have.
+
+    Only where the names are known: other architectures are looked at when they are loaded.
+    """
+    adapter = spec.adapter
+    if sizes is None or not sizes.family or not isinstance(adapter, LoraAdapter | AdaloraAdapter):
+        return
+    known = (*sizes.linears, *OTHERS)
+    named = [] if isinstance(adapter.target_modules, str) else adapter.target_modules
+    problems = [
+        Problem(
+            ("adapter", "target_modules", place),
+            f"{name!r} names no linear layer of this base model",
+            did_you_mean(name, known),
+        )
+        for place, name in enumerate(named)
+        if name.rpartition(".")[2] not in known
+    ]
+    if not problems and (narrow := _narrower(sizes, spec)):
+        name, (inputs, outputs) = narrow
+        place = "r" if isinstance(adapter, LoraAdapter) else "init_r"
+        message = f"a rank of {rank(spec)} is more than {name} has, which is {inputs} × {outputs}"
+        hint = f"use at most {min(inputs, outputs)}, or other target_modules"
+        problems.append(Problem(("adapter", place), message, hint))
+    if problems:
+        raise InvalidError(headline(problems), code="invalid_spec", problems=tuple(problems))
+
+
+def _narrower(sizes: Architecture, spec: TrainSpec) -> tuple[str, tuple[int, int]] | None:
+    """The narrowest layer that the adapter stands beside, where its rank is more than that."""
+    narrowest = min(targets(sizes, spec).items(), key=lambda layer: min(layer[1]), default=None)
+    return narrowest if narrowest and rank(spec) > min(narrowest[1]) else None
