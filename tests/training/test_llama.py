@@ -111,6 +111,17 @@ def test_what_rounds_a_batch_up_changes_nothing(tiny_base: Path, monkeypatch: py
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
+def test_layers_see_few_different_numbers_of_tokens(tiny_base: Path) -> None:
+    trainee, seen = loaded(tiny_base), list[int]()
+    module: Any = trainee.backbone
+    module.embed_tokens.register_forward_hook(lambda _module, _given, states: seen.append(states.shape[0]))
+    for rows in range(1, len(ROWS) + 1):
+        batch = collate(ROWS[:rows])
+        assert trainee.hidden(batch).shape[0] == batch.tokens
+        assert 0 <= seen[-1] - batch.tokens < MULTIPLE
+    assert {tokens % MULTIPLE for tokens in seen} == {0}
+
+
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "o_proj", "gate_proj"]])
 def test_layers_without_an_adapter_are_passed_through(tiny_base: Path, modules: list[str]) -> None:
     trainee = loaded(tiny_base, adapter={"type": "lora", "r": 4, "use_rslora": True, "target_modules": modules})
