@@ -7,7 +7,11 @@ import subprocess
 from pathlib import Path
 
 from app.domain.devices import DeviceDescription
+from worker.cgroup import memory_limit
 from worker.processor import cpu_here
+
+WORKER_ITSELF = 256 << 20
+"""Bytes that a worker takes beside its child, which come out of the same limit."""
 
 
 def describe_device(queues: tuple[str, ...]) -> DeviceDescription:
@@ -53,4 +57,7 @@ def _cpu_model() -> str:
 
 
 def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The machine's, or what its container leaves to a child."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = memory_limit()
+    return physical if limit is None or limit >= physical else max(0, limit - WORKER_ITSELF)
