@@ -12,6 +12,7 @@ from app.domain.attempts import EncodedRow
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 from worker.training.batches import batches_of_update, micro_batches, read_rows, rows_of_update
+from worker.training.llama import MULTIPLE
 
 SIZES = (64, 500, 2_000, 8_000)
 UPDATES_TIMED = 12
@@ -19,9 +20,9 @@ MICROSECOND = 1e6
 
 
 def filling(rows: Sequence[EncodedRow], spec: TrainSpec, epochs: int = 3) -> dict[str, dict[str, float]]:
-    """For both kinds of device: padding, the share of the token budget that is filled, the most that any packing of
-    the same updates could fill, and how even an update's micro-batches are: their tokens over their number times the
-    largest of them."""
+    """For both kinds of device: padding (what rounds a micro-batch up), the share of the token budget that is filled,
+    the most that any packing of the same updates could fill, and how even an update's micro-batches are: their tokens
+    over their number times the largest of them."""
     lengths = [len(row.all_ids) for row in rows]
     devices: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
     return {
@@ -31,19 +32,21 @@ def filling(rows: Sequence[EncodedRow], spec: TrainSpec, epochs: int = 3) -> dic
 
 
 def _filling(lengths: list[int], schedule: Schedule, spec: TrainSpec, epochs: int) -> dict[str, float]:
-    budget, tokens, groups, fewest, room = schedule.max_tokens, 0, 0, 0, 0
+    budget, tokens, groups, fewest, room, rounded = schedule.max_tokens, 0, 0, 0, 0, 0
     for update in range(1, epochs * schedule.updates_per_epoch + 1):
         chosen = [lengths[index] for index in rows_of_update(update, schedule, spec.seed)]
         tokens += sum(chosen)
         packed = micro_batches(chosen, schedule.max_rows, budget)
+        sizes = [sum(chosen[index] for index in group) for group in packed]
         groups += len(packed)
-        room += len(packed) * max(sum(chosen[index] for index in group) for group in packed)
+        room += len(packed) * max(sizes)
+        rounded += sum(-(-size // MULTIPLE) * MULTIPLE for size in sizes)
         fewest += math.ceil(sum(chosen) / budget)
     return {
         "rows": len(lengths),
         "rows_per_update": schedule.rows_per_update,
         "token_budget": budget,
-        "padding_share": 0.0,
+        "padding_share": round(1 - tokens / rounded, 4),
         "micro_batches": groups,
         "filled": round(tokens / (groups * budget), 4),
         "even": round(tokens / room, 4),

@@ -58,7 +58,7 @@ def run_update(
     adapted, model = shapes_of(sizes, config, packed=packed)
     there = batch.to(META)
     fast = None if stock else llama_backbone(adapted, model.base_model, recompute=recompute)
-    hidden = fast or _stock(model, recompute=recompute)
+    hidden = fast or stock_form(model, recompute=recompute)
     weights = bytes_of(_frozen(model))
     masters = MasterWeights({n: p for n, p in adapted.named_parameters() if p.requires_grad}, COMPUTE)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-4)
@@ -68,7 +68,7 @@ def run_update(
     gradients = [p.grad for p in computed if p.grad is not None]
     trained = bytes_of([masters.flat, masters.gradient, *moments, *computed, *gradients])
     held = {p.untyped_storage()._cdata for p in [*adapted.parameters(), *adapted.buffers()]}
-    with _kernels_of_a_gpu(), LiveBytes() as live:
+    with kernels_of_a_gpu(), LiveBytes() as live:
         with kept_for_backward(held) as kept:
             states = hidden(there)
         backward_loss(states, model.lm_head, there, 1.0)
@@ -79,15 +79,17 @@ def run_update(
     return Seen(weights, trained, sum(kept.values()), live.peak)
 
 
-def shapes_of(sizes: Architecture, config: PeftConfig, *, packed: bool) -> tuple[PeftModel, Any]:
-    """(the adapted model, the model itself), all of it without storage."""
+def shapes_of(
+    sizes: Architecture, config: PeftConfig, *, packed: bool, compute: torch.dtype = COMPUTE
+) -> tuple[PeftModel, Any]:
+    """(the adapted model, the model itself), all of it without storage; the adapter's own parameters in `compute`."""
     with META:
         model: Any = LlamaForCausalLM(_config(sizes))
-        model = model.to(COMPUTE)
+        model = model.to(compute)
         if packed:
             for layer in model.model.layers:
-                _pack(layer.self_attn)
-                _pack(layer.mlp)
+                _pack(layer.self_attn, compute)
+                _pack(layer.mlp, compute)
         model.requires_grad_(False)
         with warnings.catch_warnings():
             # PEFT asks transformers for a property by its old name
@@ -95,7 +97,7 @@ def shapes_of(sizes: Architecture, config: PeftConfig, *, packed: bool) -> tuple
             adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(COMPUTE)
+            parameter.data = parameter.data.to(compute)
     adapted.train()
     assert isinstance(adapted, PeftModel)
     return adapted, model
@@ -118,19 +120,19 @@ def _config(sizes: Architecture) -> LlamaConfig:
     return config
 
 
-def _pack(block: nn.Module) -> None:
+def _pack(block: nn.Module, compute: torch.dtype) -> None:
     for name, linear in list(block.named_children()):
         if isinstance(linear, nn.Linear):
             untyped: Any = Linear4bit
             packed = untyped(linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type="nf4")
-            packed.weight = _packed_weight(linear.weight)
-            packed.compute_dtype, packed.compute_type_is_set = COMPUTE, True
+            packed.weight = _packed_weight(linear.weight, compute)
+            packed.compute_dtype, packed.compute_type_is_set = compute, True
             if linear.bias is not None:
                 packed.bias = linear.bias
             setattr(block, name, packed)
 
 
-def _packed_weight(weight: torch.Tensor) -> Params4bit:
+def _packed_weight(weight: torch.Tensor, compute: torch.dtype) -> Params4bit:
     """What `quantize_4bit` with double quantisation makes of a weight."""
     blocks = weight.numel() // 64
     state: Any = QuantState
@@ -140,7 +142,7 @@ def _packed_weight(weight: torch.Tensor) -> Params4bit:
         code=torch.empty(16),
         blocksize=64,
         quant_type="nf4",
-        dtype=COMPUTE,
+        dtype=compute,
         offset=torch.empty(()),
         state2=state(absmax=torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32),
     )
@@ -160,7 +162,7 @@ def _frozen(model: nn.Module) -> Iterator[torch.Tensor]:
             yield from (state.absmax, state.state2.absmax)
 
 
-def _stock(model: Any, *, recompute: bool) -> Any:
+def stock_form(model: Any, *, recompute: bool) -> Any:
     """As `worker.training.model` has it for what the fast form does not fit."""
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -178,7 +180,7 @@ def _stock(model: Any, *, recompute: bool) -> Any:
 
 
 @contextmanager
-def _kernels_of_a_gpu() -> Iterator[None]:
+def kernels_of_a_gpu() -> Iterator[None]:
     """On the meta device torch would write attention out, all scores of all heads; a GPU has kernels that do not."""
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused):
         yield

@@ -119,7 +119,7 @@ def _counts(figures: dict[str, Any]) -> str:
     ]
     for device, fill in figures["filling"].items():
         filled = (
-            f"{fill['filled']:.1%} | {fill['filled_at_most']:.1%} | {fill['even']:.1%} | {fill['padding_share']:.0%}"
+            f"{fill['filled']:.1%} | {fill['filled_at_most']:.1%} | {fill['even']:.1%} | {fill['padding_share']:.1%}"
         )
         rows.append(f"| {device} | {fill['token_budget']} tokens | {filled} |")
     rows += ["", "| rows | reading, µs a token | choosing and collating, µs a token |", "|---|---|---|"]

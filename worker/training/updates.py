@@ -8,6 +8,7 @@ from app.domain.attempts import EncodedRow, Log, TrainOrder
 from worker.training.batches import Batch, batches_of_update
 from worker.training.channel import Channel
 from worker.training.loss import backward_loss
+from worker.training.masters import MasterWeights
 from worker.training.memory import largest_that_fits, smaller, suffices
 from worker.training.model import Trainee
 from worker.training.state import RunState
@@ -59,14 +60,18 @@ def add_gradients(
 def backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> list[float]:
     """Each row's summed loss; the gradients of their mean over `labelled` tokens are added up in the masters."""
     weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
-    by_row = []
-    for batch in batches:
-        there = batch.to(state.device)
-        hidden = trainee.hidden(there)
-        by_row.append(backward_loss(hidden, trainee.head, there, weight))
-        state.masters.collect()
+    by_row = [micro_step(trainee, state.masters, batch, weight) for batch in batches]
     sums: list[float] = torch.cat(by_row).tolist()  # the first and only wait for the device in all micro-batches
     return sums
+
+
+def micro_step(trainee: Trainee, masters: MasterWeights, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+    """Each row's summed loss, [rows]; its gradients times `weight` are added to the masters'. Nothing in here waits for
+    the device of `weight`."""
+    there = batch.to(weight.device)
+    by_row = backward_loss(trainee.hidden(there), trainee.head, there, weight)
+    masters.collect()
+    return by_row
 
 
 def gradient_norm(state: RunState) -> float:
