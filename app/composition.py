@@ -74,7 +74,7 @@ class Services:
     def plans(self) -> Plans:
         encodings = Encodings(self.database, self.blobs)
         cap = self.settings.max_sequence_length
-        return Plans(self.database, self.base_models, encodings, self.devices, cap)
+        return Plans(self.database, self.base_models, encodings, self.devices, self.adapters, cap)
 
     @cached_property
     def jobs(self) -> Jobs:

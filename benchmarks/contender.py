@@ -63,8 +63,8 @@ def environment(own: dict[str, str], threads: int) -> dict[str, str]:
     return {**os.environ, **own, **fixed, "VERITUNE_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 
 
-def run(command: list[str], env: dict[str, str]) -> Run:
-    """The process to its end. Raises BenchmarkError, with what it wrote to stderr, when it fails."""
+def run(command: list[str], env: dict[str, str], given: str = "") -> Run:
+    """The process to its end, with `given` as its input. Raises BenchmarkError, with its stderr, when it fails."""
     done, began = Run(), time.perf_counter()
     with tempfile.TemporaryFile() as errors:
         # A pipe as stdin that stays open: the training child takes its end for the death of its supervisor.
@@ -72,6 +72,9 @@ def run(command: list[str], env: dict[str, str]) -> Run:
             command, env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
         )
         try:
+            assert process.stdin is not None
+            process.stdin.write(given.encode())
+            process.stdin.flush()
             _listen(process, done, began)
         finally:
             if process.poll() is None:

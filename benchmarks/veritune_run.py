@@ -1,6 +1,6 @@
 """Veritune as a contender: the real training child with a work order, read from the events it tells.
 
-python -m benchmarks.veritune_run ORDER     the same child, with the base kept in 4 bits however small it is
+python -m benchmarks.veritune_run     the same child, with the base kept in 4 bits however small it is
 """
 
 import sys
@@ -19,10 +19,9 @@ PACKED_CHILD = "benchmarks.veritune_run"
 def veritune(work: Work, directory: Path, threads: int, *, packed: bool = False) -> dict[str, Any]:
     """One run. `packed`: without the dequantised copy that a small base gets on a processor."""
     directory.mkdir(parents=True)
-    order = directory / "order.json"
-    order.write_text(work.order(directory).model_dump_json(), encoding="utf-8")
     module = PACKED_CHILD if packed else CHILD
-    done = run([sys.executable, "-m", module, str(order)], environment(TENSORS, threads))
+    order = work.order(directory).model_dump_json() + "\n"
+    done = run([sys.executable, "-m", module], environment(TENSORS, threads), order)
     return _figures(done, directory / "adapter")
 
 
@@ -55,13 +54,13 @@ def median_pace(updates: list[dict[str, Any]]) -> float:
     return round(median(float(update["tokens"] / update["seconds"]) for update in counted), 1)
 
 
-def _packed(order: Path) -> int:
+def _packed() -> int:
     from worker.training import __main__ as child
     from worker.training import model
 
     model.DENSE_LIMIT = 0
-    return child.main(order)
+    return child.main()
 
 
 if __name__ == "__main__":
-    sys.exit(_packed(Path(sys.argv[1])))
+    sys.exit(_packed())

@@ -4,6 +4,7 @@ The model is a two-layer Llama with grouped-query attention; its tokenizer is a 
 every text encodes. It knows nothing of Veritune: any test may use it as a base or an adapter directory.
 """
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ def make_tiny_model(directory: Path, seed: int = 0) -> Path:
     model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def without_pad(directory: Path) -> None:
+    """Take the pad token away from the model in `directory`, as many published models have none."""
+    for name, key in (("tokenizer_config.json", "pad_token"), ("config.json", "pad_token_id")):
+        settings = json.loads((directory / name).read_text())
+        del settings[key]
+        (directory / name).write_text(json.dumps(settings))
 
 
 def make_tiny_adapter(model_dir: Path, directory: Path, seed: int, r: int = 4) -> Path:

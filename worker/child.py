@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
@@ -23,14 +22,15 @@ log = structlog.get_logger(__name__)
 
 
 class Child:
-    """`python -m MODULE ORDER`: commands down its stdin, events up its stdout, stderr to ours.
+    """`python -m MODULE`: an order and then commands down its stdin, events up its stdout, stderr to ours.
 
     Its stdin closes with this process, however that ends, and the child leaves when it does.
     """
 
-    def __init__(self, module: str, order: Path) -> None:
+    def __init__(self, module: str) -> None:
+        self.module = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(order)],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -44,6 +44,14 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def begin(self, order: str) -> None:
+        """Hand it its work, one line of JSON. Once in its life, before any command."""
+        self._write(order)
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
@@ -59,9 +67,12 @@ class Child:
 
     def tell(self, command: Command) -> None:
         """Send a command. A child that is gone hears nothing, which its end will tell."""
+        self._write(command.model_dump_json())
+
+    def _write(self, line: str) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError, ValueError):
-            self._process.stdin.write(command.model_dump_json().encode() + b"\n")
+            self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
 
     def wait(self) -> int:
@@ -81,3 +92,36 @@ class Child:
             with contextlib.suppress(OSError):
                 stream.close() if stream else None
         return status
+
+
+class Spares:
+    """Children that have been started before there is work for them: importing takes them seconds, and half a gigabyte.
+
+    One for each module, for one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Child] = {}
+
+    def keep(self, module: str) -> None:
+        """Have one wait, unless one does."""
+        waiting = self._waiting.get(module)
+        if waiting is None or not waiting.running:
+            self._end(module)
+            self._waiting[module] = Child(module)
+
+    def take(self, module: str) -> Child:
+        """The one that waits, or a new one."""
+        waiting = self._waiting.get(module)
+        if waiting is not None and waiting.running:
+            return self._waiting.pop(module)
+        self._end(module)
+        return Child(module)
+
+    def dismiss(self) -> None:
+        for module in list(self._waiting):
+            self._end(module)
+
+    def _end(self, module: str) -> None:
+        if (child := self._waiting.pop(module, None)) is not None:
+            child.kill()

@@ -33,6 +33,7 @@ class Slot:
         try:
             while self._supervisor.work():
                 pass
+            self._supervisor.warm_up()
         finally:
             self._busy.release()
 
@@ -46,7 +47,7 @@ class Slot:
         self._over.set()
         self._supervisor.leave()
         with self._busy:
-            return
+            self._supervisor.dismiss()
 
     def _poll(self) -> None:
         swept = -EXPIRE_SECONDS

@@ -38,7 +38,7 @@ from app.queue.base import kinds_of
 from app.services.attempts import Leased
 from app.services.plans import Prepared
 from worker.bases import ensure_base
-from worker.child import GRACE, Child
+from worker.child import GRACE, Child, Spares
 from worker.event_file import NAME, write_event_file
 from worker.heartbeat import Heartbeat
 
@@ -77,6 +77,17 @@ class Supervisor:
         self._owner = owner
         self._kinds = tuple(kind for kind in kinds_of(queues) if kind in MODULES)
         self._leaving = threading.Event()
+        self._spares = Spares()
+
+    def warm_up(self) -> None:
+        """Have the next job's process wait for it, with all that it imports. Only between jobs."""
+        if not self._leaving.is_set() and self._services.settings.warm_start:
+            for kind in self._kinds:
+                self._spares.keep(MODULES[kind])
+
+    def dismiss(self) -> None:
+        """End what waits for a job that this worker will not take."""
+        self._spares.dismiss()
 
     def leave(self) -> None:
         """SIGTERM: checkpoint what runs, put it back into the queue, take nothing more."""
@@ -113,10 +124,9 @@ class Supervisor:
             hint = error.problems[0].hint if error.problems else None
             self._attempts.fail(leased.lease, JobError(code=error.code, message=error.detail, hint=hint))
             return
-        path = directory / "order.json"
-        path.write_text(order.model_dump_json(), encoding="utf-8")
-        watch = _Watch(Child(MODULES[leased.kind], path))
+        watch = _Watch(self._spares.take(MODULES[leased.kind]))
         try:
+            watch.child.begin(order.model_dump_json())
             self._watch(leased, prepared, watch, heartbeat)
             self._keep_artifacts(leased, directory / "artifacts")
             self._conclude(leased, prepared, watch)
@@ -142,6 +152,7 @@ class Supervisor:
             rows=rows,
             directory=directory,
             resume_from=resume,
+            start_from=self._services.adapters.on_disk(prepared.start) if prepared.start else None,
             spec=prepared.ordered,
             schedule=prepared.schedule,
         )

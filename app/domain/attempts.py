@@ -1,7 +1,7 @@
 """One worker's go at a job: the order it gets, the commands it hears, the events it tells.
 
-The supervisor writes a work order as JSON into the attempt's directory and starts the child with its path. Commands
-go down the child's stdin and events come up its stdout, one JSON object a line; stderr is for people.
+A work order goes down the child's stdin first, and commands after it; events come up its stdout. One JSON object a
+line; stderr is for people.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ class TrainOrder(_Word):
 
     `rows`: JSON lines of `EncodedRow`. `directory`: the attempt's own; the child writes `checkpoints/`, `adapter/` and
     `artifacts/`, files that the job's user may have, there. `resume_from`: a checkpoint directory that an earlier
-    attempt committed.
+    attempt committed. `start_from`: the directory of a published adapter whose weights are the first.
     """
 
     kind: Literal["train"] = "train"
@@ -43,6 +43,7 @@ class TrainOrder(_Word):
     rows: Path
     directory: Path
     resume_from: Path | None
+    start_from: Path | None = None
     spec: TrainSpec
     schedule: Schedule
 

@@ -76,6 +76,8 @@ class Prompt(_Spec):
 
 
 class _Adapter(_Spec):
+    """`pretrained_adapter_weights`: a published adapter of the same shape, by id or name, to start from."""
+
     pretrained_adapter_weights: Reference | None = None
 
 
@@ -93,6 +95,16 @@ class LoraAdapter(_Adapter):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        if self.pretrained_adapter_weights is not None and self.init_lora_weights in ("pissa", "olora"):
+            raise _disagree(
+                f"the weights begin either as pretrained_adapter_weights or as {self.init_lora_weights} makes them; "
+                "leave one of the two out",
+                "pretrained_adapter_weights",
+            )
+        return self
 
     @property
     def scale_alpha(self) -> float:
@@ -116,6 +128,12 @@ class AdaloraAdapter(_Adapter):
                 f"adalora begins with init_r {self.init_r} ranks and ends with fewer, but target_r says "
                 f"{self.target_r}; use a target_r below init_r",
                 "target_r",
+            )
+        if self.pretrained_adapter_weights is not None:
+            raise _disagree(
+                "adalora begins with ranks of its own, and is published as plain LoRA; to train such an adapter "
+                "further, use {type: lora}",
+                "pretrained_adapter_weights",
             )
         return self
 
@@ -375,13 +393,7 @@ PAIRINGS: dict[str, dict[str, str | None]] = {
 
 def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
     """(place, what) of everything in the spec that parses but that this version does not run."""
-    adapter = spec.adapter
     asked: list[tuple[bool, tuple[str, ...], str]] = [
-        (
-            adapter is not None and adapter.pretrained_adapter_weights is not None,
-            ("adapter", "pretrained_adapter_weights"),
-            "starting from a trained adapter",
-        ),
         (spec.backend.processes > 1, ("backend", "processes"), "more than one process"),
         (spec.backend.strategy is not None, ("backend", "strategy"), "a distribution strategy"),
     ]

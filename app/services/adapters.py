@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from app.db import Database, Unit
 from app.db.tables import AdapterRow
@@ -81,6 +82,14 @@ class Adapters:
         with self._database.read() as unit:
             row = _found(unit, reference)
             return _view(row, unit.aliases.of(RESOURCE))
+
+    def config(self, reference: str) -> dict[str, Any]:
+        """Its adapter_config.json, or a whole model's config.json."""
+        with self._database.read() as unit:
+            row = _found(unit, reference)
+        name = CONFIG["full" if row.kind == "full" else "peft"]
+        document: dict[str, Any] = json.loads(self._blobs.get_bytes(row.files[name]))
+        return document
 
     def default(self) -> Adapter | None:
         """The promoted adapter, if any."""

@@ -15,10 +15,12 @@ from app.domain.reading import read_spec
 from app.domain.remedies import Change, changed, families, together
 from app.domain.specs import Feature, TrainSpec
 from app.domain.trainables import trainable_parameters
+from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.devices import Devices
 from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
 from app.services.splits import check_parts, check_split_column, empty_parts
+from app.services.starts import pin_start
 from app.services.targets import check_targets
 
 CHECKPOINTING_FROM = 1_000_000_000
@@ -39,11 +41,13 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A spec with what it refers to. `rows` is the blob of encoded rows; `limit` the sequence length in tokens."""
+    """A spec with what it refers to. `rows` is the blob of encoded rows; `limit` the sequence length in tokens;
+    `start` the digest of the adapter whose weights the training starts from."""
 
     spec: TrainSpec
     dataset: DatasetRow
     base: BaseModelRow
+    start: str | None
     device: NamedDevice | None
     rows: str
     summary: EncodingSummary
@@ -66,12 +70,14 @@ class Plans:
         base_models: BaseModels,
         encodings: Encodings,
         devices: Devices,
+        adapters: Adapters,
         max_sequence_length: int,
     ) -> None:
         self._database = database
         self._base_models = base_models
         self._encodings = encodings
         self._devices = devices
+        self._adapters = adapters
         self._cap = max_sequence_length
 
     def prepare(self, data: Any, *, worker: str | None = None, device: str | None = None) -> Prepared:
@@ -100,7 +106,9 @@ class Plans:
     def _prepare(
         self, spec: TrainSpec, dataset: DatasetRow, base: BaseModelRow, device: NamedDevice | None
     ) -> Prepared:
-        check_targets(spec, self._base_models.sizes(base))
+        sizes = self._base_models.sizes(base)
+        check_targets(spec, sizes)
+        spec, start = pin_start(spec, base, sizes, self._adapters)
         limit = self._limit(spec, base)
         rows, summary = self._encodings.of(
             dataset, spec, base.tokenizer, limit, lambda: self._base_models.encoder(base, spec.format())
@@ -111,10 +119,10 @@ class Plans:
         schedule = Schedule.of(spec, summary.trained, summary.longest, on, summary.validation)
         need = self._need(spec, base, device, schedule, summary.longest)
         name = device.name if device else "unknown"
-        plan = _plan(spec, base.name, dataset.name, name, limit, summary, schedule)
+        plan = _plan(spec, base.name, dataset, name, limit, summary, schedule)
         costs = self._costs(spec, base, device, schedule, summary, need)
         whole = plan.model_copy(update=costs)
-        return Prepared(spec, dataset, base, device, rows, summary, schedule, limit, need, whole)
+        return Prepared(spec, dataset, base, start, device, rows, summary, schedule, limit, need, whole)
 
     def _need(
         self, spec: TrainSpec, base: BaseModelRow, device: NamedDevice | None, schedule: Schedule, longest: int
@@ -219,14 +227,14 @@ def _check_feature(place: str, feature: Feature, ours: str, theirs: str | None) 
 def _plan(
     spec: TrainSpec,
     base: str,
-    dataset: str,
+    dataset: DatasetRow,
     device: str,
     limit: int,
     summary: EncodingSummary,
     schedule: Schedule,
 ) -> Plan:
     share = summary.protected / summary.kept
-    warnings = empty_parts(spec, summary)
+    warnings = [*empty_parts(spec, summary), *_one_sided(dataset)]
     if summary.dropped:
         warnings.append(f"{summary.dropped} rows do not fit {limit} tokens and are dropped; see overlength")
     if share > 0.05:
@@ -236,7 +244,7 @@ def _plan(
         )
     return Plan(
         base_model=base,
-        dataset=dataset,
+        dataset=dataset.name,
         device=device,
         rows=summary.rows,
         rows_trained=summary.trained,
@@ -259,3 +267,11 @@ def _plan(
         overlength=summary.notes[:ROWS_LISTED],
         warnings=tuple(warnings),
     )
+
+
+def _one_sided(dataset: DatasetRow) -> list[str]:
+    """A model that never sees another verdict learns to say this one, whatever it reads."""
+    labels = [label for label, rows in dataset.report["labels"].items() if rows]
+    if len(labels) != 1:
+        return []
+    return [f"every row of the dataset ends in {labels[0]}: the model will learn to say that; add rows of the others"]

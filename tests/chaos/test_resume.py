@@ -6,32 +6,49 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from app.cli.models import fetch
 from app.composition import Services
 from app.domain.jobs import Job, JobStatus
+from app.settings import Settings
 from tests.conftest import dataset_jsonl
+from tests.e2e.conftest import MODEL_CACHE
 from worker.supervisor import Supervisor
 
 pytestmark = pytest.mark.chaos
 
-EVERY = 8
-SPEC = {
-    "adapter": {"type": "lora", "r": 4, "dropout": 0.05},
-    "quantization": {"bits": 4},
-    "trainer": {
-        "train_steps": 120,
-        "effective_batch_size": 6,
-        "batch_size": 1,  # six micro-batches an update: most moments lie inside an accumulation
-        "steps_per_checkpoint": EVERY,
-        "learning_rate": 1e-3,
-    },
-}
+BASES = {"tiny": (120, 8), "smollm2-135m": (20, 3)}
+"""Base model → (updates of a job, updates between its checkpoints)."""
+
 KILLS = 10
 IN_A_CHECKPOINT = 4
 """So many of the kills hit a child that is writing a checkpoint."""
+
+
+def spec_of(base: str) -> dict[str, Any]:
+    updates, every = BASES[base]
+    return {
+        "base_model": base,
+        "adapter": {"type": "lora", "r": 4, "dropout": 0.05},
+        "quantization": {"bits": 4},
+        "trainer": {
+            "train_steps": updates,
+            "effective_batch_size": 6,
+            "batch_size": 1,  # six micro-batches an update: most moments lie inside an accumulation
+            "steps_per_checkpoint": every,
+            "learning_rate": 1e-3,
+        },
+    }
+
+
+@pytest.fixture
+def settings(settings: Settings, base: str) -> Settings:
+    """The tiny model in a cache of its own; the real one where `make model` has put it."""
+    return settings if base == "tiny" else settings.model_copy(update={"cache": MODEL_CACHE})
 
 
 @pytest.fixture
@@ -75,8 +92,8 @@ def kill_while_writing(services: Services, job: Job) -> None:
     raise AssertionError("no checkpoint was seen being written")
 
 
-def kill_at_random(services: Services, job: Job, chance: random.Random) -> None:
-    after = chance.randrange(1, 80)
+def kill_at_random(services: Services, job: Job, chance: random.Random, updates: int) -> None:
+    after = chance.randrange(1, 2 * updates // 3)
     end = time.monotonic() + 120
     while last_update(services, job) < after:
         assert time.monotonic() < end
@@ -87,20 +104,24 @@ def kill_at_random(services: Services, job: Job, chance: random.Random) -> None:
     process.kill()
 
 
-def test_ten_killed_jobs_publish_what_an_undisturbed_one_does(services: Services, dataset: str) -> None:
+@pytest.mark.parametrize("base", BASES)
+def test_ten_killed_jobs_publish_what_an_undisturbed_one_does(services: Services, dataset: str, base: str) -> None:
+    if base not in {known.name for known in services.base_models.all()}:
+        fetch(services, base)
     supervisor, chance = Supervisor(services, "worker-1", ("gpu",)), random.Random(11)
-    reference = services.jobs.submit({"dataset": dataset, "name": "undisturbed", **SPEC})
+    spec, (updates, every) = spec_of(base), BASES[base]
+    reference = services.jobs.submit({"dataset": dataset, "name": "undisturbed", **spec})
     assert supervisor.work()
     wanted = digest(services, reference)
 
     for number in range(KILLS):
-        job = services.jobs.submit({"dataset": dataset, "name": f"killed-{number}", **SPEC})
+        job = services.jobs.submit({"dataset": dataset, "name": f"killed-{number}", **spec})
         attempt = threading.Thread(target=supervisor.work)
         attempt.start()
         if number < IN_A_CHECKPOINT:
             kill_while_writing(services, job)
         else:
-            kill_at_random(services, job, chance)
+            kill_at_random(services, job, chance, updates)
         attempt.join(60)
         assert not attempt.is_alive()
         assert services.jobs.get(job.id).status is JobStatus.QUEUED
@@ -109,5 +130,5 @@ def test_ten_killed_jobs_publish_what_an_undisturbed_one_does(services: Services
         assert supervisor.work()
 
         began = [e.data for e in services.jobs.events(job.id, 0, 1_000)[0] if e.kind == "training"]
-        assert reached - began[-1]["resumed_from_update"] <= EVERY
+        assert reached - began[-1]["resumed_from_update"] <= every
         assert digest(services, job) == wanted

@@ -262,8 +262,6 @@ def test_an_initialiser_that_would_change_a_quantised_base(initialiser: str, bit
 @pytest.mark.parametrize(
     ("asked", "place"),
     [
-        ({"adapter": {"type": "lora", "pretrained_adapter_weights": "adp_1"}},
-         ("adapter", "pretrained_adapter_weights")),
         ({"backend": {"processes": 2}}, ("backend", "processes")),
         ({"backend": {"strategy": "ddp"}}, ("backend", "strategy")),
     ],
@@ -292,6 +290,18 @@ def test_all_that_is_not_run_yet_is_listed_at_once() -> None:
             "down_proj",
         ),
         ({"type": "ia3", "target_modules": ["k_proj"]}, None, ("adapter", "feedforward_modules"), "both"),
+        (
+            {"type": "adalora", "pretrained_adapter_weights": "adp_1"},
+            None,
+            ("adapter", "pretrained_adapter_weights"),
+            "{type: lora}",
+        ),
+        (
+            {"type": "lora", "init_lora_weights": "olora", "pretrained_adapter_weights": "adp_1"},
+            None,
+            ("adapter", "pretrained_adapter_weights"),
+            "either",
+        ),
     ],
 )
 def test_keys_of_an_adapter_that_do_not_go_together(

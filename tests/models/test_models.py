@@ -25,7 +25,7 @@ from app.domain.base_models import (
     served_base_digest,
 )
 from app.domain.specs import Quantization
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, without_pad
 from worker.models.describe import fp16_safety, sha256_of
 from worker.models.errors import ModelError
 from worker.models.fetch import is_commit
@@ -99,6 +99,12 @@ def test_a_tokenizer_that_puts_something_in_front_names_it(base: Path, store: Mo
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(base / "tokenizer.json"))
     assert store.obtain("tiny", DirectorySource(path=base)).bos_id == 0
+
+
+def test_without_a_pad_token_the_end_of_sequence_pads(base: Path, store: ModelStore) -> None:
+    without_pad(base)
+    found = store.obtain("tiny", DirectorySource(path=base))
+    assert found.pad_id == found.eos_id == 1
 
 
 def without_tokenizer(base: Path) -> None:

@@ -202,3 +202,13 @@ def test_sizes_that_config_json_does_not_tell_are_no_reason_to_refuse(
 
 def test_changes_add_up_within_a_section() -> None:
     assert merged({"trainer": {"a": 1}, "b": 2}, {"trainer": {"c": 3}}) == {"trainer": {"a": 1, "c": 3}, "b": 2}
+
+
+def test_a_dataset_of_one_verdict_is_warned_about(services: Services, dataset: str, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    rows = [{"claim": f"It is {n}.", "trajectories": trajectory_text("REFUTES", "Rhine", "It is.")} for n in range(3)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    services.datasets.create(path, path.name, None, "one", {})
+    (warning,) = services.jobs.plan({"dataset": "one"}).warnings
+    assert "every row of the dataset ends in REFUTES" in warning
+    assert services.jobs.plan({"dataset": dataset}).warnings == ()

@@ -62,6 +62,7 @@ def make_order(tiny_base: Path, tmp_path: Path) -> OrderFactory:
         name: str = "attempt",
         base: Path = tiny_base,
         resume_from: Path | None = None,
+        start_from: Path | None = None,
     ) -> TrainOrder:
         directory = tmp_path / name
         directory.mkdir()
@@ -81,6 +82,7 @@ def make_order(tiny_base: Path, tmp_path: Path) -> OrderFactory:
             rows=path,
             directory=directory,
             resume_from=resume_from,
+            start_from=start_from,
             spec=parsed,
             schedule=schedule.model_copy(update={"checkpoint_every": every, "max_tokens": 96}),
         )
@@ -93,6 +95,7 @@ class Child:
     """A training child as its supervisor sees it."""
 
     process: subprocess.Popen[str]
+    directory: Path
     seen: list[dict[str, Any]] = field(default_factory=list)
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -109,11 +112,14 @@ class Child:
                 return event
         raise AssertionError(f"no {kind} event came: {self.seen}\n{self.errors()}")
 
-    def command(self, *words: str) -> None:
+    def write(self, line: str) -> None:
         assert self.process.stdin is not None
-        for word in words:
-            self.process.stdin.write(json.dumps({"command": word}) + "\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
+
+    def command(self, *words: str) -> None:
+        for word in words:
+            self.write(json.dumps({"command": word}))
 
     def finish(self) -> tuple[dict[str, Any], int]:
         """(the last event, the exit status)."""
@@ -125,20 +131,19 @@ class Child:
         return [event for event in self.seen if event["event"] == "metrics"]
 
     def errors(self) -> str:
-        return Path(str(self.process.args[-1])).with_name("stderr").read_text()  # type: ignore[index]
+        return (self.directory / "stderr").read_text()
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[[TrainOrder], Child]]:
-    """Start `python -m worker.training` on an order; whatever still runs at the end of the test is killed."""
+    """Start `python -m worker.training` on an order, or on what is `given` in its place; whatever still runs at the end
+    of the test is killed."""
     children: list[Child] = []
 
-    def begin(order: TrainOrder) -> Child:
-        path = order.directory / "order.json"
-        path.write_text(order.model_dump_json())
+    def begin(order: TrainOrder, given: str | None = "the order") -> Child:
         with (order.directory / "stderr").open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "worker.training", str(path)],
+                [sys.executable, "-m", "worker.training"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -146,7 +151,9 @@ def start() -> Iterator[Callable[[TrainOrder], Child]]:
                 cwd=ROOT,
                 env={"PATH": "/usr/bin:/bin", "VERITUNE_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
-        children.append(Child(process))
+        children.append(Child(process, order.directory))
+        if given is not None:
+            children[-1].write(order.model_dump_json() if given == "the order" else given)
         return children[-1]
 
     yield begin

@@ -197,3 +197,44 @@ def test_what_does_not_fit_the_base_is_refused(
         trained(make_order({"adapter": adapter, "quantization": None}), monkeypatch)
     assert raised.value.code == code
     assert words in str(raised.value.hint)
+
+
+NO_STEP = {"learning_rate": 1e-12}
+"""An update that leaves the weights as they are, but for rounding."""
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("lora over nf4", LORA),
+        ("rslora", LORA | {"use_rslora": True}),
+        ("dora", LORA | {"use_dora": True}),
+        ("pissa", {"type": "lora", "r": 8, "alpha": 8}),
+        ("adalora", {"type": "lora", "r": 6, "alpha": 6}),
+        ("ia3", {"type": "ia3"}),
+        ("adaption_prompt", {"type": "adaption_prompt", "adapter_len": 4}),
+    ],
+)
+def test_a_training_starts_from_the_weights_of_an_adapter(
+    make_order: OrderFactory, monkeypatch: pytest.MonkeyPatch, first: str, then: dict[str, Any]
+) -> None:
+    adapter, quantization, rate = APPROACHES[first]
+    spec = {"adapter": adapter, "quantization": quantization, "trainer": {"learning_rate": rate}}
+    earlier = make_order(spec, updates=8, name="earlier")
+    before, _events = trained(earlier, monkeypatch)
+    start = earlier.directory / "adapter"
+    named = then | {"pretrained_adapter_weights": "adp_1"}
+    spec |= {"adapter": named, "trainer": NO_STEP}
+    after, events = trained(make_order(spec, updates=1, name="later", start_from=start), monkeypatch)
+    torch.testing.assert_close(logits_of(after), logits_of(before), rtol=1e-3, atol=1e-3)
+    assert any("taking over" in event.get("message", "") for event in events)
+
+
+def test_weights_of_another_shape_are_no_start(make_order: OrderFactory) -> None:
+    earlier = make_order({"adapter": LORA}, updates=1, name="earlier")
+    recipe.train(earlier, Channel(io.BytesIO(), io.BytesIO()))
+    wider = {"adapter": {"type": "lora", "r": 5, "pretrained_adapter_weights": "adp_1"}}
+    later = make_order(wider, updates=1, name="later", start_from=earlier.directory / "adapter")
+    with pytest.raises(TrainingError) as refused:
+        recipe.train(later, Channel(io.BytesIO(), io.BytesIO()))
+    assert refused.value.code == "adapter_does_not_fit"

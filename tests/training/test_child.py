@@ -4,20 +4,20 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from app.domain.attempts import CHILD_EVENT, EncodedRow, TrainOrder
-from tests.training.conftest import ROOT, Child, OrderFactory
+from tests.training.conftest import Child, OrderFactory
 from worker.training.__main__ import NICENESS
 from worker.training.checkpoints import checkpoints_in, verify
 
-Start = Callable[[TrainOrder], Child]
+Start = Callable[..., Child]
 
 DROPOUT = {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}}
 LONG = 5_000
@@ -139,14 +139,27 @@ def test_a_full_disk_ends_the_job_in_words_and_leaves_the_checkpoint_before(
     assert not (order.directory / "adapter").exists()
 
 
-def test_an_order_that_cannot_be_read_fails_in_words(tmp_path: Path) -> None:
-    (tmp_path / "order.json").write_text("{}")
-    done = subprocess.run(
-        [sys.executable, "-m", "worker.training", str(tmp_path / "order.json")],
-        stdin=subprocess.PIPE,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode in (1, 3)  # its stdin ends at once, which may be seen first
+def test_an_order_that_cannot_be_read_fails_in_words(make_order: OrderFactory, start: Start) -> None:
+    child = start(make_order(), given="{}")
+    last, status = child.finish()
+    assert (status, last["event"], last["code"]) == (1, "failed", "unexpected")
+
+
+def test_a_child_waits_for_an_order_that_comes_later(make_order: OrderFactory, start: Start) -> None:
+    order = make_order(updates=1)
+    child = start(order, given=None)
+    memory = psutil.Process(child.process.pid).memory_info
+    end = time.monotonic() + 60
+    while memory().rss < 200 << 20:  # torch is there
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert child.process.poll() is None
+    child.write(order.model_dump_json())
+    assert child.finish()[0]["outcome"] == "succeeded", child.errors()
+
+
+def test_a_child_whose_order_never_comes_ends_with_its_stdin(make_order: OrderFactory, start: Start) -> None:
+    child = start(make_order(), given=None)
+    assert child.process.stdin is not None
+    child.process.stdin.close()
+    assert child.process.wait(20) == 3

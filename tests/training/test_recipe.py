@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempts import TrainOrder
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, without_pad
 from tests.training.conftest import OrderFactory, make_rows
 from worker.precision import BF16, FP16, Precision
 from worker.training import recipe
@@ -87,8 +87,13 @@ def test_a_float16_overflow_is_skipped_and_the_scale_comes_down(
 ) -> None:
     monkeypatch.setattr(recipe, "precision_here", lambda *_: FP16)
     monkeypatch.setattr("worker.training.state.INITIAL_SCALE", 2.0**20)
-    seen = metrics(run(make_order({"trainer": {"learning_rate_scheduler": {"warmup_fraction": 0.9}}}, updates=16)))
+    events = run(make_order({"trainer": {"learning_rate_scheduler": {"warmup_fraction": 0.9}}}, updates=16))
+    seen = metrics(events)
     skipped = [m["skipped"] for m in seen]
+    told = [event for event in events if event["event"] == "log" and "is skipped" in event["message"]]
+    assert [log["data"]["update"] for log in told] == [m["update"] for m in seen if m["skipped"]]
+    scales = [log["data"]["loss_scale"] for log in told]
+    assert scales == [2.0**19 / 2**step for step in range(len(told))]
     assert skipped[0]
     assert not skipped[-1]
     rates = [m["learning_rate"] for m in seen]
@@ -107,6 +112,7 @@ def test_losses_that_are_not_finite_are_shown_and_end_the_job(make_order: OrderF
     assert refused.value.code == "not_finite"
     seen = metrics([json.loads(line) for line in out.getvalue().splitlines()])
     assert [(m["loss"], m["skipped"]) for m in seen] == [(None, True)] * 5
+    assert b"update 5 is skipped: its loss is not finite" in out.getvalue()
 
 
 def test_a_checkpoint_of_other_work_is_refused(make_order: OrderFactory) -> None:
@@ -137,6 +143,17 @@ def test_without_any_sound_checkpoint_it_starts_from_the_beginning(make_order: O
 
 def test_one_row_is_enough(make_order: OrderFactory) -> None:
     assert run(make_order(rows=make_rows(1), updates=2))[-1]["outcome"] == "succeeded"
+
+
+def test_a_base_without_a_pad_token_trains_as_one_with_it(make_order: OrderFactory, tmp_path: Path) -> None:
+    """Rows are packed, not padded."""
+    base = make_tiny_model(tmp_path / "base")
+    without_pad(base)
+    orders = [make_order(updates=2, name="with"), make_order(updates=2, name="without", base=base)]
+    for order in orders:
+        run(order)
+    written = [order.directory / "adapter" / "adapter_model.safetensors" for order in orders]
+    assert written[0].read_bytes() == written[1].read_bytes()
 
 
 def test_the_same_order_gives_the_same_adapter_and_another_seed_another_one(make_order: OrderFactory) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app.composition import Services, compose
 from app.domain.adapters import adapter_digest
+from app.domain.errors import InvalidError
 from app.domain.jobs import Job, JobStatus, Wish
 from tests.conftest import dataset_jsonl
 from worker.device import describe_device
@@ -375,3 +377,76 @@ def _start_owner(settings: dict[str, object], tmp_path: Path) -> int:
     document = tmp_path / "settings.json"
     document.write_text(json.dumps(settings))
     return os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-c", code, str(document)])
+
+
+def test_a_child_that_waits_gets_the_next_job(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job]
+) -> None:
+    supervisor.warm_up()
+    supervisor.warm_up()
+    (waiting,) = children()
+    job = submit(**TRAINER)
+    assert supervisor.work()
+    assert services.jobs.get(job.id).status is JobStatus.SUCCEEDED
+    assert not waiting.is_running()
+    assert children() == []
+
+
+def test_a_child_that_died_waiting_costs_no_job(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job]
+) -> None:
+    supervisor.warm_up()
+    (waiting,) = children()
+    waiting.kill()
+    until(lambda: waiting.status() == psutil.STATUS_ZOMBIE)
+    job = submit(**TRAINER)
+    assert supervisor.work()
+    done = services.jobs.get(job.id)
+    assert (done.status, done.attempts) == (JobStatus.SUCCEEDED, 1)
+
+
+def test_nothing_waits_in_a_worker_that_leaves_or_that_was_told_not_to(
+    services: Services, supervisor: Supervisor
+) -> None:
+    supervisor.warm_up()
+    supervisor.leave()
+    supervisor.dismiss()
+    supervisor.warm_up()
+    assert children() == []
+    cold = compose(services.settings.model_copy(update={"warm_start": False}))
+    Supervisor(cold, "worker-2", ("gpu",)).warm_up()
+    Supervisor(services, "worker-3", ("cpu",)).warm_up()
+    cold.close()
+    assert children() == []
+
+
+def test_a_job_goes_on_from_a_published_adapter(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job], tmp_path: Path
+) -> None:
+    first = submit(**TRAINER)
+    assert supervisor.work()
+    name = services.adapters.get(str(services.jobs.get(first.id).adapter_id)).name
+    spec: dict[str, Any] = {"dataset": first.spec.dataset, "trainer": TRAINER}
+
+    def going_on(**adapter: object) -> dict[str, Any]:
+        return spec | {"adapter": {"type": "lora", "r": 4, "pretrained_adapter_weights": name} | adapter}
+
+    later = services.jobs.submit(going_on())
+    assert later.spec.adapter is not None
+    assert later.spec.adapter.pretrained_adapter_weights == services.jobs.get(first.id).adapter_id
+    assert supervisor.work()
+    losses = {job.id: [m.loss for m in services.jobs.metrics(job.id, 0, 100)[0]] for job in (first, later)}
+    assert losses[later.id][0] < 0.9 * losses[first.id][0]  # type: ignore[operator]
+
+    for wrong, said in (
+        ({"r": 2}, "has r 4, alpha 8"),
+        ({"target_modules": ["q_proj"]}, "target_modules"),
+        ({"use_rslora": True}, "use_rslora False"),
+        ({"pretrained_adapter_weights": "nobody"}, "no adapter 'nobody'"),
+    ):
+        with pytest.raises(InvalidError, match=said) as refused:
+            services.jobs.submit(going_on(**wrong))
+        assert refused.value.problems[0].loc == ("adapter", "pretrained_adapter_weights")
+    services.adapters.delete(name)
+    with pytest.raises(InvalidError, match="no adapter"):
+        services.jobs.submit(going_on())

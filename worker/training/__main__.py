@@ -1,4 +1,4 @@
-"""`python -m worker.training ORDER.json`: one attempt at one training job.
+"""`python -m worker.training`: one attempt at one training job, whose order is the first line of stdin.
 
 Exit status 0: finished, paused or stopped; 1: failed, as the last event says; 3: the supervisor is gone.
 """
@@ -6,7 +6,6 @@ Exit status 0: finished, paused or stopped; 1: failed, as the last event says; 3
 import os
 import sys
 import traceback
-from pathlib import Path
 
 from app.domain.attempts import Failed, TrainOrder
 from worker.training.channel import Channel
@@ -19,15 +18,14 @@ FILE_ERROR = "I/O error: "
 """How safetensors says it."""
 
 
-def main(path: Path) -> int:
+def main() -> int:
     os.nice(NICENESS)
     channel = Channel.open()
     try:
-        order = TrainOrder.model_validate_json(path.read_bytes())
-        # Imported late: torch takes seconds, and the channel listens meanwhile.
+        # Imported here: torch takes seconds. The channel listens meanwhile, and the order may come later still.
         from worker.training.recipe import train
 
-        train(order, channel)
+        train(TrainOrder.model_validate_json(channel.order()), channel)
     except Exception as error:
         traceback.print_exc()
         channel.tell(_failed(error))
@@ -71,4 +69,4 @@ def _of_a_file(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main())

@@ -5,10 +5,21 @@ PEFT puts the adapters in. What it publishes differently from how it trained is 
 
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, AdaptionPromptConfig, IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -56,6 +67,22 @@ def approach_of(model: PreTrainedModel, adapter: AdapterSpec | None, updates: in
     approach = Approach(adapted)
     initial = {name: p.detach().clone() for name, p in approach.parameters().items()} if changed else {}
     return Approach(adapted, initial)
+
+
+def fill(approach: Approach, directory: Path) -> None:
+    """Give a fresh adapter the weights of the one in `directory`. Raises TrainingError where they do not fit."""
+    module: Any = approach.module
+    weights = load_file(directory / "adapter_model.safetensors")
+    wanted = get_peft_model_state_dict(module, save_embedding_layers=False)
+    other = {name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape}
+    if other or weights.keys() - wanted.keys():
+        raise TrainingError(
+            "adapter_does_not_fit",
+            f"the weights to start from are not those of this adapter: {len(other)} are missing or of another shape, "
+            f"{len(weights.keys() - wanted.keys())} have no place",
+            "set adapter to what those weights were trained as",
+        )
+    set_peft_model_state_dict(module, weights)
 
 
 def _config(adapter: AdapterSpec, model: PreTrainedModel, updates: int) -> PeftConfig:

@@ -1,4 +1,5 @@
-"""The line to the supervisor: events up stdout, commands down stdin. It knows nothing of training.
+"""The line to the supervisor: down stdin the work order and then commands, up stdout events. It knows nothing of
+training.
 
 Nothing but events may reach the supervisor's pipe, so stdout is moved away before any library is imported, and
 what they print goes to stderr. When stdin ends, the supervisor is dead and so is this process.
@@ -8,6 +9,7 @@ import os
 import sys
 import threading
 from collections import deque
+from queue import SimpleQueue
 from typing import BinaryIO
 
 from pydantic import ValidationError
@@ -19,12 +21,13 @@ SUPERVISOR_DEAD = 3
 
 
 class Channel:
-    """Events out, commands in; commands wait here until the recipe asks for them."""
+    """An order and commands in, events out; commands wait here until the recipe asks for them."""
 
     def __init__(self, out: BinaryIO, commands: BinaryIO) -> None:
         self._out = out
         self._in = commands
         self._lock = threading.Lock()
+        self._order: SimpleQueue[bytes] = SimpleQueue()
         self._waiting: deque[Command] = deque()
 
     @classmethod
@@ -48,6 +51,10 @@ class Channel:
         except BrokenPipeError:
             os._exit(SUPERVISOR_DEAD)
 
+    def order(self) -> bytes:
+        """The first line, as soon as it is there: this process may have been started before there was any work."""
+        return self._order.get()
+
     def next_command(self) -> Command | None:
         """The oldest command not yet asked for, or None."""
         return self._waiting.popleft() if self._waiting else None
@@ -57,6 +64,8 @@ class Channel:
         return bool(self._waiting)
 
     def _watch(self) -> None:
+        if order := self._in.readline():
+            self._order.put(order)
         for line in self._in:
             try:
                 self._waiting.append(Command.model_validate_json(line))

@@ -16,7 +16,7 @@ from app.domain.specs import Quantization, TrainSpec
 from worker.architecture import window_of, windows_of
 from worker.precision import Precision
 from worker.quantization import bitsandbytes_config
-from worker.training.approaches import Approach, approach_of
+from worker.training.approaches import Approach, approach_of, fill
 from worker.training.batches import Batch, collate
 from worker.training.errors import TrainingError
 from worker.training.llama import llama_backbone
@@ -53,8 +53,10 @@ def load_trainee(
     precision: Precision,
     device: torch.device,
     say: Callable[[str], None],
+    start_from: Path | None = None,
 ) -> Trainee:
-    """The base of the order with what `spec` trains of it, fresh and drawn from the global seed."""
+    """The base of the order with what `spec` trains of it: fresh and drawn from the global seed, or with the weights of
+    the adapter in `start_from`."""
     disable_bars: Any = transformers_logging.disable_progress_bar
     disable_bars()
     say("checking the base model's weights")
@@ -62,6 +64,9 @@ def load_trainee(
     say("loading base model" if spec.quantization is None else "loading and quantising base model")
     model = _load_base(base, spec.quantization, precision, device)
     approach = approach_of(model, spec.adapter, updates)
+    if start_from is not None:
+        say("taking over the weights of a trained adapter")
+        fill(approach, start_from)
     approach.module.train()  # before any forward: in eval mode bitsandbytes repacks 4-bit weights on a CPU
     _check_head(model)
     whole: Any = model

@@ -42,7 +42,13 @@ def train(order: TrainOrder, channel: Channel) -> None:
 
     torch.manual_seed(spec.seed)
     trainee = load_trainee(
-        order.base.path, spec, schedule.updates, precision, device, lambda text: channel.tell(Log(message=text))
+        order.base.path,
+        spec,
+        schedule.updates,
+        precision,
+        device,
+        lambda text: channel.tell(Log(message=text)),
+        order.start_from,
     )
     every_row = read_rows(order.rows, trainee.vocab_size)
     rows, validation, test = _parts(order, every_row)
@@ -90,6 +96,8 @@ def train(order: TrainOrder, channel: Channel) -> None:
             progress.skipped_in_a_row = 0
         state.scaler.update()
         masters.reset()
+        if skipped:
+            channel.tell(_skipped(update, loss, state))
 
         seconds = time.perf_counter() - began
         progress.update = update
@@ -135,6 +143,15 @@ def train(order: TrainOrder, channel: Channel) -> None:
         channel.tell(Log(message="ranks that are left", data=dict(state.ranks.kept())))
     adapter = write_published(trainee.approach, masters, order.base, order.directory)
     channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=_packages(), metrics=totals))
+
+
+def _skipped(update: int, loss: float, state: RunState) -> Log:
+    """That an update left the weights as they were, and what the loss is multiplied by from here on."""
+    what = "gradients are" if math.isfinite(loss) else "loss is"
+    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
+    scaled = "" if scale is None else f"; the loss is scaled by {scale:g} from here on"
+    message = f"update {update} is skipped: its {what} not finite{scaled}"
+    return Log(level="warning", message=message, data={"update": update, "loss_scale": scale})
 
 
 def _parts(order: TrainOrder, rows: list[EncodedRow]) -> tuple[list[EncodedRow], HeldOut, HeldOut]:
