@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(default=2.0, gt=0, description="How often a worker looks for work without a doorbell.")
     warm_start: bool = Field(
         default=True,
-        description="Keep a training process ready while there is no job: one starts 6 s sooner, for 0.5 GB.",
+        description="Keep a training process ready while there is no job: one starts 4 s sooner, for 0.5 GB.",
     )
     checkpoint_ttl_hours: float = Field(
         default=24.0, ge=0, description="How long the checkpoints of a job stay once it has ended."
