@@ -108,13 +108,13 @@ def _loss(trainee: Trainee, held: list[EncodedRow], order: TrainOrder) -> float:
 
 def _difference(trainee: Trainee, order: TrainOrder, prompts: list[list[int]]) -> float:
     models = Models(EngineSettings(device="cpu", dtype="float32"))
-    base = models.activate(served(order), [])
+    base = models.load(served(order), [])
     trainee.approach.module.eval()
     worst = 0.0
     for prompt in prompts:
         store = KeyValues(base.layers)
         store.reserve(1, len(prompt))
-        theirs = store.prefill(models.forward, 0, prompt, 0)
+        theirs = store.prefill(models.forward([served(order)]), 0, prompt, 0)
         with torch.no_grad():
             batch = collate([EncodedRow(line=1, ids=tuple(prompt), trained=())])
             mine = trainee.head(trainee.hidden(batch)[-1:])[0]

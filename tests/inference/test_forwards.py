@@ -1,6 +1,8 @@
 """The lean forward of the Llama family: the same logits as transformers and PEFT give, over prompts and over steps."""
 
 import gc
+import itertools
+import random
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from worker.inference.forwards import StockForward
 from worker.inference.kv import KeyValues
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
+from worker.processor import cpu_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
 SETTINGS = EngineSettings(device="cpu", dtype="float32")
@@ -57,9 +60,9 @@ def save(base: Path, model: Any) -> Path:
     return base
 
 
-def adapter(base: Path, directory: Path, **config: Any) -> Path:
+def adapter(base: Path, directory: Path, rank: int = 4, **config: Any) -> Path:
     model: Any = AutoModelForCausalLM.from_pretrained(base)
-    adapted: Any = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **config))
+    adapted: Any = get_peft_model(model, LoraConfig(r=rank, task_type="CAUSAL_LM", **config))
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -67,9 +70,9 @@ def adapter(base: Path, directory: Path, **config: Any) -> Path:
     return directory
 
 
-def served(base: Path, adapter: Path | None = None) -> ServedModel:
+def served(base: Path, adapter: Path | None = None, digest: str = "") -> ServedModel:
     return ServedModel(
-        digest="adapter" if adapter else "base",
+        digest=digest or ("adapter" if adapter else "base"),
         base_digest="base",
         base_path=str(base),
         adapter_path=str(adapter) if adapter else None,
@@ -77,14 +80,19 @@ def served(base: Path, adapter: Path | None = None) -> ServedModel:
     )
 
 
-def answers(models: Models) -> list[torch.Tensor]:
-    """Logits behind each prompt, and behind three more tokens of all of them together."""
+def answers(models: Models, *rows: ServedModel) -> list[torch.Tensor]:
+    """Logits behind each prompt, and behind three more tokens of all of them together; each row by its own model, or
+    all by one."""
+    answering = rows if len(rows) > 1 else rows * len(PROMPTS)
     store = KeyValues(2)
     store.reserve(len(PROMPTS), 100)
-    found = [store.prefill(models.forward, row, prompt, 0) for row, prompt in enumerate(PROMPTS)]
+    found = [
+        store.prefill(models.forward([model]), row, prompt, 0)
+        for row, (model, prompt) in enumerate(zip(answering, PROMPTS, strict=True))
+    ]
     for step in range(3):
         lengths = [len(prompt) + step for prompt in PROMPTS]
-        found += store.decode(models.forward, [11 + step] * len(PROMPTS), lengths).unbind()
+        found += store.decode(models.forward(answering), [11 + step] * len(PROMPTS), lengths).unbind()
     return found
 
 
@@ -112,20 +120,29 @@ def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Pa
     wanted = {"base": alone(AutoModelForCausalLM.from_pretrained(base))}
     for name, directory in made.items():
         wanted[name] = alone(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory))
+    known = {name: served(base, made.get(name), name) for name in ("base", "all", "some")}
     for name in ("base", "all", "some", "base"):
-        models.activate(served(base, made.get(name)).model_copy(update={"digest": name}), [])
-        assert not isinstance(models.forward, StockForward)
-        assert_same(answers(models), wanted[name])
+        models.load(known[name], [])
+        assert not isinstance(models.forward([known[name]]), StockForward)
+        assert_same(answers(models, known[name]), wanted[name])
+    for mixed in (("all", "some", "base"), ("some", "all", "some"), ("base", "base", "all"), ("all", "base", "some")):
+        assert len({models.lane(known[name]) for name in mixed}) == 1
+        found = answers(models, *(known[name] for name in mixed))
+        rows = [mixed[place % len(PROMPTS)] for place in range(len(found))]
+        assert_same(found, [wanted[name][place] for place, name in enumerate(rows)])
 
 
 def test_bfloat16_answers_as_transformers_do_in_bfloat16(tmp_path: Path) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
     models = Models(SETTINGS.model_copy(update={"dtype": "bfloat16"}))
-    models.activate(served(base), [])
+    models.load(served(base), [])
     exact = alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     stock = alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16))
     off = [float((one - other).norm() / other.norm()) for one, other in zip(stock, exact, strict=True)]
-    mine = [float((one - other).norm() / other.norm()) for one, other in zip(answers(models), exact, strict=True)]
+    mine = [
+        float((one - other).norm() / other.norm())
+        for one, other in zip(answers(models, served(base)), exact, strict=True)
+    ]
     assert max(mine) < 2 * max(off)
     assert sum(mine) < 1.5 * sum(off)
 
@@ -134,14 +151,59 @@ def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: P
     base = save(tmp_path / "base", FAMILY["llama"]())
     directory = adapter(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
     models = Models(SETTINGS)
-    models.activate(served(base, directory), [])
-    assert isinstance(models.forward, StockForward)
-    assert_same(answers(models), alone(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory)))
+    model = served(base, directory)
+    models.load(model, [])
+    assert isinstance(models.forward([model]), StockForward)
+    assert models.lane(model) != models.lane(served(base))
+    assert_same(
+        answers(models, model), alone(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory))
+    )
 
 
 def test_a_dropped_base_gives_its_memory_back(shelf: Shelf) -> None:
     models = Models(SETTINGS.model_copy(update={"max_bases": 1}))
-    first = weakref.ref(models.activate(shelf.served("first", base_digest="first"), []).model)
-    models.activate(shelf.served("second", base_digest="second"), [])
+    first = weakref.ref(models.load(shelf.served("first", base_digest="first"), []).model)
+    models.load(shelf.served("second", base_digest="second"), [])
     gc.collect()
     assert first() is None
+
+
+def many(base: Path, directory: Path, count: int) -> dict[str, ServedModel]:
+    """Adapters of different ranks beside different layers."""
+    chosen = ["all-linear", ["q_proj", "down_proj"], ["v_proj"], ["gate_proj", "o_proj", "k_proj"]]
+    made = {}
+    for number in range(count):
+        torch.manual_seed(number)
+        name, rank = f"a{number}", 1 + 3 * number % 8
+        path = adapter(base, directory / name, rank, target_modules=chosen[number % len(chosen)])
+        made[name] = served(base, path, name)
+    return made
+
+
+def test_adapters_come_and_go_between_places(tmp_path: Path) -> None:
+    """Whatever a batch before had in which place, each row is answered by its own adapter."""
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    known = many(base, tmp_path, 9) | {"base": served(base)}
+    models = Models(SETTINGS)
+    for model in known.values():
+        models.load(model, [])
+    wanted = {name: answers(models, model) for name, model in known.items()}
+    draw = random.Random(3)
+    for _ in range(40):
+        rows = [draw.choice(list(known)) for _ in PROMPTS]
+        found = answers(models, *(known[name] for name in rows))
+        assert_same(found, [wanted[rows[place % len(PROMPTS)]][place] for place in range(len(found))])
+
+
+@pytest.mark.skipif(not cpu_here().fast_bf16, reason="rows are bit-equal where bfloat16 is the processor's own")
+def test_in_bfloat16_a_row_has_the_same_bits_alone_and_in_company(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    known = many(base, tmp_path, 5) | {"base": served(base)}
+    models = Models(SETTINGS.model_copy(update={"dtype": "bfloat16"}))
+    for model in known.values():
+        models.load(model, [])
+    wanted = {name: answers(models, model) for name, model in known.items()}
+    for rows in itertools.permutations(known, len(PROMPTS)):
+        found = answers(models, *(known[name] for name in rows))
+        for place, logits in enumerate(found):
+            assert torch.equal(logits, wanted[rows[place % len(PROMPTS)]][place]), (rows, place)

@@ -13,17 +13,19 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.inference.conftest import NF4, PROMPT, Shelf
 from worker.inference.adapters import Models
-from worker.inference.bases import Base, ModelError
+from worker.inference.bases import ModelError
+from worker.inference.kv import KeyValues
+from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_adapters=1, max_bases=1, max_rank=8)
 
 
-def logits(base: Base) -> torch.Tensor:
-    """What a base says of the usual prompt, with whatever adapter is active."""
-    with torch.inference_mode():
-        said: torch.Tensor = base.model(input_ids=torch.tensor([PROMPT])).logits
-    return said
+def logits(models: Models, served: ServedModel) -> torch.Tensor:
+    """What a model says behind the usual prompt."""
+    store = KeyValues(models.load(served, []).layers)
+    store.reserve(1, len(PROMPT))
+    return store.prefill(models.forward([served]), 0, PROMPT, 0)
 
 
 def spoilt(shelf: Shelf, folder: Path, config: dict[str, Any] | None = None) -> Path:
@@ -37,11 +39,11 @@ def spoilt(shelf: Shelf, folder: Path, config: dict[str, Any] | None = None) -> 
 def refusal(shelf: Shelf, adapter: Path) -> str:
     """Why an adapter is refused; the base must be left as it was, and take a good adapter after it."""
     models = Models(SETTINGS)
-    before = logits(models.activate(shelf.served("base"), []))
+    before = logits(models, shelf.served("base"))
     with pytest.raises(ModelError) as caught:
-        models.activate(shelf.served("bad", adapter), [])
-    assert torch.equal(logits(models.activate(shelf.served("base"), [])), before)
-    assert not torch.equal(logits(models.activate(shelf.served("one", shelf.one), [])), before)
+        models.load(shelf.served("bad", adapter), [])
+    assert torch.equal(logits(models, shelf.served("base")), before)
+    assert not torch.equal(logits(models, shelf.served("one", shelf.one)), before)
     assert str(adapter) not in str(caught.value)
     return str(caught.value)
 
@@ -55,41 +57,43 @@ def test_nf4_is_served_as_the_function_that_training_sees(shelf: Shelf) -> None:
         bnb_4bit_compute_dtype=torch.float32,
     )
     stock = AutoModelForCausalLM.from_pretrained(shelf.base, dtype=torch.float32, quantization_config=config).train()
-    trained_on = stock(input_ids=torch.tensor([PROMPT])).logits.detach()
+    trained_on = stock(input_ids=torch.tensor([PROMPT])).logits[0, -1].detach()
 
     models = Models(SETTINGS)
-    served = models.activate(shelf.served("nf4", base_digest="nf4", quantization=NF4), [])
+    model = shelf.served("nf4", base_digest="nf4", quantization=NF4)
+    served = models.load(model, [])
 
     assert any(isinstance(module, Linear4bit) for module in stock.modules())
     assert not any(isinstance(module, Linear4bit) for module in served.model.modules())
-    torch.testing.assert_close(logits(served), trained_on, rtol=1e-4, atol=1e-4)
-    plain = Models(SETTINGS).activate(shelf.served("base"), [])
-    assert (logits(plain) - trained_on).abs().max() > 0.1  # quantisation is not nothing here
+    torch.testing.assert_close(logits(models, model), trained_on, rtol=1e-4, atol=1e-4)
+    assert (
+        logits(Models(SETTINGS), shelf.served("base")) - trained_on
+    ).abs().max() > 0.1  # quantisation is not nothing here
 
 
 def test_one_adapter_at_a_time_and_none_for_the_base(shelf: Shelf) -> None:
     models = Models(SETTINGS)
-    base = logits(models.activate(shelf.served("base"), []))
-    one = logits(models.activate(shelf.served("one", shelf.one), []))
-    two = logits(models.activate(shelf.served("two", shelf.two), []))
+    base = logits(models, shelf.served("base"))
+    one = logits(models, shelf.served("one", shelf.one))
+    two = logits(models, shelf.served("two", shelf.two))
 
     assert models.adapters == 1  # the least recently used one went
-    assert torch.equal(logits(models.activate(shelf.served("base"), [])), base)
-    assert torch.equal(logits(models.activate(shelf.served("one", shelf.one), [])), one)
+    assert torch.equal(logits(models, shelf.served("base")), base)
+    assert torch.equal(logits(models, shelf.served("one", shelf.one)), one)
     assert not torch.equal(one, two)
 
 
 def test_what_is_in_use_is_never_dropped(shelf: Shelf) -> None:
     models = Models(SETTINGS)
     one, two = shelf.served("one", shelf.one), shelf.served("two", shelf.two)
-    models.activate(one, [])
+    models.load(one, [])
 
-    models.activate(two, [one])
+    models.load(two, [one])
     assert models.adapters == 2
 
-    models.activate(shelf.served("other", base_digest="other"), [one])
+    models.load(shelf.served("other", base_digest="other"), [one])
     assert models.bases == 2
-    models.activate(shelf.served("third", base_digest="third"), [])
+    models.load(shelf.served("third", base_digest="third"), [])
     assert models.bases == 1
 
 
@@ -148,5 +152,5 @@ def test_a_missing_base_is_refused_without_its_path(shelf: Shelf, tmp_path: Path
     gone = shelf.served("base").model_copy(update={"base_path": str(tmp_path / "gone")})
 
     with pytest.raises(ModelError, match="base model base cannot be loaded") as caught:
-        Models(SETTINGS).activate(gone, [])
+        Models(SETTINGS).load(gone, [])
     assert "gone" not in str(caught.value)

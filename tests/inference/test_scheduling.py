@@ -73,6 +73,18 @@ def test_sequences_of_one_model_share_their_decode_steps(shelf: Shelf) -> None:
     assert desk.scheduler.stats.generation_tokens == 80
 
 
+def test_adapters_over_one_base_share_their_decode_steps(shelf: Shelf) -> None:
+    desk = Desk()
+    for i in range(8):
+        model = (shelf.served("base"), shelf.served("one", shelf.one), shelf.served("two", shelf.two))[i % 3]
+        desk.ask(f"r{i}", model, tokens=10, prompt=4 + i)
+
+    desk.run()
+
+    assert desk.scheduler.stats.decode_steps == 9
+    assert desk.scheduler.stats.generation_tokens == 80
+
+
 def test_a_batch_never_exceeds_its_slots(shelf: Shelf) -> None:
     desk = Desk(max_batch=3)
     for i in range(7):

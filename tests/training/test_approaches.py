@@ -71,11 +71,11 @@ def logits_of(trainee: Trainee) -> torch.Tensor:
 
 def served_logits(order: TrainOrder) -> torch.Tensor:
     models = Models(EngineSettings(dtype="float32"))
-    models.activate(served(order), [])
+    models.load(served(order), [])
     store = KeyValues(2)
     store.reserve(1, len(IDS))
-    store.prefill(models.forward, 0, IDS[:-1], 0)
-    return store.decode(models.forward, IDS[-1:], [len(IDS) - 1])[0]
+    store.prefill(models.forward([served(order)]), 0, IDS[:-1], 0)
+    return store.decode(models.forward([served(order)]), IDS[-1:], [len(IDS) - 1])[0]
 
 
 def stock_logits(order: TrainOrder) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Which model answers: bases and the adapters over them, loaded on demand and dropped by LRU.
 
-One base holds all its LoRA adapters; at any moment one of them, or none, is active. An adapter of another kind has a
-base for itself, which answers as that adapter and nothing else. Knows no requests.
+Where the lean forward serves a base, LoRA adapters lie beside it in memory, and the rows of one batch may have any mix
+of them. Elsewhere PEFT has one of them, or none, switched on for a whole batch. An adapter of another kind has a base
+for itself, which answers as that adapter and nothing else. Knows no requests.
 """
 
 import gc
@@ -9,7 +10,7 @@ import hashlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 from safetensors.torch import load_file
 
 from worker.inference.bases import Base, ModelError, compute_device, compute_dtype, load_base
-from worker.inference.forwards import Forward, LayerLora, StockForward, lean_forward, loras_of
+from worker.inference.forwards import Forward, StockForward, lean_forward
+from worker.inference.loras import LayerLora, read_lora
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 
@@ -33,31 +35,37 @@ UNKNOWN = ""  # adding or removing an adapter may change which ones PEFT has swi
 
 
 class AdaptedBase:
-    """A base and its loaded adapters, least recently used first."""
+    """A base and its loaded adapters, least recently used first: beside its lean forward, or under PEFT's names."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
         self.peft: PeftModel | None = None
         self.active: str | None = None
-        self.loaded: OrderedDict[str, str] = OrderedDict()
+        self.loaded: OrderedDict[str, list[LayerLora] | str] = OrderedDict()
         self._stock = StockForward(base.model)
         self._lean = lean_forward(base.model)
-        self._loras: dict[str, list[LayerLora] | None] = {}
+        self._stack = None if self._lean is None else self._lean.stack()
         self._alone = False
 
-    def forward(self, digest: str | None) -> Forward:
-        """The forward that answers as the adapter which was activated, or as the base for None."""
-        if self._lean is None:
-            return self._stock
-        if digest is None:
-            return self._lean
-        loras = self._loras[digest]
-        return self._stock if loras is None else partial(self._lean, loras=loras)
+    def mixes(self, digest: str | None) -> bool:
+        """Whether a batch may hold this adapter, or the base for None, beside others."""
+        return self._lean is not None and (digest is None or not isinstance(self.loaded[digest], str))
 
-    def activate(self, digest: str | None) -> None:
-        """Make the next forward answer as this adapter, or as the base for None."""
-        if digest is not None:
+    def forward(self, digests: Sequence[str | None]) -> Forward:
+        """The forward of a batch whose rows answer as these adapters, or as the base for None. Where they do not mix,
+        they are all the same."""
+        named = [digest for digest in dict.fromkeys(digests) if digest is not None]
+        for digest in named:
             self.loaded.move_to_end(digest)
+        if self._lean is None or self._stack is None or not self.mixes(digests[0]):
+            self._switch_on(digests[0])
+            return self._stock
+        beside = {digest: own for digest in named if not isinstance(own := self.loaded[digest], str)}
+        mix = self._stack.mix(digests, beside)
+        return self._lean if mix is None else partial(self._lean, mix=mix)
+
+    def _switch_on(self, digest: str | None) -> None:
+        """Make PEFT answer as this adapter, or as the base for None."""
         if self.peft is None or digest == self.active or self._alone:
             return
         tuner: Any = self.peft.base_model
@@ -65,7 +73,7 @@ class AdaptedBase:
             tuner.disable_adapter_layers()
         else:
             tuner.enable_adapter_layers()
-            tuner.set_adapter(self.loaded[digest], inference_mode=True)
+            tuner.set_adapter(str(self.loaded[digest]), inference_mode=True)
         self.active = digest
 
     def load(self, digest: str, directory: Path, max_rank: int) -> None:
@@ -75,6 +83,14 @@ class AdaptedBase:
         if self._alone or (self.loaded and not shared):
             raise ModelError(f"adapter {digest} cannot share its base model with others")
         weights = _read_weights(digest, directory)
+        if self._lean is not None and isinstance(config, LoraConfig):
+            try:
+                beside = read_lora(config, weights, self._lean.linears)
+            except Exception as error:
+                raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
+            if beside is not None:
+                self.loaded[digest] = beside
+                return
         name = "a" + hashlib.sha256(digest.encode()).hexdigest()[:24]  # PEFT allows no dots in names
         try:
             self._inject(name, config)
@@ -86,13 +102,15 @@ class AdaptedBase:
             self.active = UNKNOWN
         self.loaded[digest] = name
         self._alone = not shared
-        self._loras[digest] = loras_of(self.base.model, name) if shared and self._lean is not None else None
 
     def drop(self, digest: str) -> None:
         """Forget an adapter and give its memory back."""
-        self._forget(self.loaded.pop(digest))
-        del self._loras[digest]
-        self.active = UNKNOWN
+        loaded = self.loaded.pop(digest)
+        if isinstance(loaded, str):
+            self._forget(loaded)
+            self.active = UNKNOWN
+        elif self._stack is not None:
+            self._stack.forget(digest)
 
     def _inject(self, name: str, config: PeftConfig) -> None:
         if self.peft is None:
@@ -135,13 +153,6 @@ class Models:
         self.device = compute_device(settings)
         self.dtype = compute_dtype(settings, self.device)
         self._bases: OrderedDict[str, AdaptedBase] = OrderedDict()
-        self._forward: Forward | None = None
-
-    @property
-    def forward(self) -> Forward:
-        """The forward of the model that was activated last."""
-        assert self._forward is not None
-        return self._forward
 
     @property
     def bases(self) -> int:
@@ -153,22 +164,27 @@ class Models:
         """How many adapters are loaded, over all bases."""
         return sum(len(adapted.loaded) for adapted in self._bases.values())
 
-    def activate(self, served: ServedModel, in_use: Collection[ServedModel]) -> Base:
-        """Make `served` the model of the next forward, loading what is absent.
+    def load(self, served: ServedModel, in_use: Collection[ServedModel]) -> Base:
+        """Have `served` in memory, and say what its base is.
 
         What `in_use` names is never dropped to make room. Raises ModelError.
         """
         adapted = self._adapted(served, in_use)
-        if served.adapter_path is None:
-            adapted.activate(None)
-            self._forward = adapted.forward(None)
-            return adapted.base
-        if served.digest not in adapted.loaded:
+        if served.adapter_path is not None and served.digest not in adapted.loaded:
             self._make_room(adapted, {model.digest for model in in_use})
             adapted.load(served.digest, Path(served.adapter_path), self._settings.max_rank)
-        adapted.activate(served.digest)
-        self._forward = adapted.forward(served.digest)
         return adapted.base
+
+    def lane(self, served: ServedModel) -> Hashable:
+        """What the models of one batch have in common. `served` is loaded."""
+        adapter = served.digest if served.adapter_path else None
+        mixes = self._bases[served.base_digest].mixes(adapter)
+        return served.base_digest if mixes else (served.base_digest, adapter)
+
+    def forward(self, rows: Sequence[ServedModel]) -> Forward:
+        """The forward of a batch whose rows answer as these models, which are loaded and of one lane."""
+        adapted = self._bases[rows[0].base_digest]
+        return adapted.forward([model.digest if model.adapter_path else None for model in rows])
 
     def _adapted(self, served: ServedModel, in_use: Collection[ServedModel]) -> AdaptedBase:
         if served.base_digest not in self._bases:
@@ -182,7 +198,6 @@ class Models:
         idle = [digest for digest in self._bases if digest not in kept]
         for digest in idle[: max(0, len(self._bases) - self._settings.max_bases + 1)]:
             del self._bases[digest]
-            self._forward = None  # it may be this base's, and holds its weights
             gc.collect()  # modules and their PEFT wrapper refer to each other
 
     def _make_room(self, adapted: AdaptedBase, kept: set[str]) -> None:

@@ -5,7 +5,7 @@ fewer kernels. Knows no requests and no caches of prefixes.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from worker.architecture import is_llama
+from worker.inference.loras import LayerLora, Lora, Mix, Stack
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache], torch.Tensor]
 """(ids [rows, n], positions [rows, n], mask [rows or 1, 1, n, visible], store) → the last logits [rows, V] in float32.
@@ -24,22 +25,6 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache], torch.Tens
 
 USUAL_ROWS = 16
 """Rows of a decode step that the layout of weights is chosen for; any other number works on it too."""
-
-
-class Lora(NamedTuple):
-    """`a`: [Σ rank, in]; `b`: [Σ rank, Σ out], scaled, zero where a rank belongs to another output."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-
-
-class LayerLora(NamedTuple):
-    """One layer's LoRA by the input that is read; None where an adapter leaves those products alone."""
-
-    qkv: Lora | None = None
-    o: Lora | None = None
-    gate_up: Lora | None = None
-    down: Lora | None = None
 
 
 class StockForward:
@@ -67,9 +52,15 @@ class LlamaForward:
     def __init__(self, model: PreTrainedModel) -> None:
         whole: Any = model
         self._inner, self._head = whole.model, _Product(whole.lm_head.weight, whole.lm_head.bias)
+        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         config = model.config
         self._kv_heads, self._heads = int(config.num_key_value_heads), int(config.num_attention_heads)
         self._layers = [_Layer(module) for module in whole.model.layers]
+
+    def stack(self) -> Stack:
+        """Room for adapters over this model."""
+        first = self._layers[0]
+        return Stack(len(self._layers), first.widths, self._inner.embed_tokens.weight)
 
     def __call__(
         self,
@@ -77,15 +68,15 @@ class LlamaForward:
         positions: torch.Tensor,
         mask: torch.Tensor,
         store: Cache,
-        loras: list[LayerLora] | None = None,
+        mix: Mix | None = None,
     ) -> torch.Tensor:
         states = self._inner.embed_tokens(ids)
         cos, sin = (angles.chunk(2, -1)[0][:, :, None] for angles in self._inner.rotary_emb(states, positions))
         group = self._heads // self._kv_heads
         mask = mask.repeat(1, 1, group, 1)  # the queries of a group stand one behind the other
-        given = loras or [LayerLora()] * len(self._layers)
-        for layer, kept, lora in zip(self._layers, store.layers, given, strict=True):
-            states = layer.run(states, (cos, sin), mask, kept, lora, self._kv_heads)
+        loras, chosen = mix or Mix([LayerLora()] * len(self._layers))
+        for layer, kept, lora in zip(self._layers, store.layers, loras, strict=True):
+            states = layer.run(states, (cos, sin), mask, kept, lora, chosen, self._kv_heads)
         logits: torch.Tensor = self._head(self._inner.norm(states[:, -1])).float()
         return logits
 
@@ -123,11 +114,17 @@ class _Joined:
             module.weight = nn.Parameter(weight[start:end], requires_grad=False)
             start = end
         self._product = _Product(weight, bias)
+        self.widths = (weight.shape[1], weight.shape[0])
 
-    def __call__(self, x: torch.Tensor, lora: Lora | None) -> torch.Tensor:
-        """[tokens, in] → [tokens, Σ out]."""
+    def __call__(self, x: torch.Tensor, lora: Lora | None, chosen: torch.Tensor | None) -> torch.Tensor:
+        """[tokens, in] → [tokens, Σ out]. `chosen`: as in `Mix`."""
         out = self._product(x)
-        return out if lora is None else out.addmm_(functional.linear(x, lora.a), lora.b)
+        if lora is None:
+            return out
+        down = functional.linear(x, lora.a)
+        if chosen is not None:
+            down.view(*chosen.shape[:2], -1).mul_(chosen)
+        return out.addmm_(down, lora.b)
 
 
 class _Layer:
@@ -139,6 +136,7 @@ class _Layer:
         self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
         self._down = _Joined(mlp.down_proj)
         self._width, self._scaling = int(attention.head_dim), float(attention.scaling)
+        self.widths = [joined.widths for joined in (self._qkv, self._o, self._gate_up, self._down)]
 
     def run(
         self,
@@ -147,20 +145,21 @@ class _Layer:
         mask: torch.Tensor,
         kept: Any,
         lora: LayerLora,
+        chosen: torch.Tensor | None,
         kv_heads: int,
     ) -> torch.Tensor:
         rows, length, _ = states.shape
         x = states.flatten(0, 1)
-        heads = self._qkv(self._norm_in(x), lora.qkv).view(rows, length, -1, self._width)
+        heads = self._qkv(self._norm_in(x), lora.qkv, chosen).view(rows, length, -1, self._width)
         turned = _rotate(heads[:, :, :-kv_heads], *angles)
         q, k = turned[:, :, :-kv_heads], turned[:, :, -kv_heads:]
         keys, values = kept.update(k.transpose(1, 2), heads[:, :, -kv_heads:].transpose(1, 2))
         grouped = q.reshape(rows, length, kv_heads, -1, self._width).permute(0, 2, 3, 1, 4).flatten(2, 3)
         seen = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self._scaling)
         seen = seen.view(rows, kv_heads, -1, length, self._width).permute(0, 3, 1, 2, 4).reshape(rows * length, -1)
-        x = self._o(seen, lora.o).add_(x)
-        gate, up = self._gate_up(self._norm_middle(x), lora.gate_up).chunk(2, -1)
-        out = self._down(functional.silu(gate).mul_(up), lora.down).add_(x)
+        x = self._o(seen, lora.o, chosen).add_(x)
+        gate, up = self._gate_up(self._norm_middle(x), lora.gate_up, chosen).chunk(2, -1)
+        out = self._down(functional.silu(gate).mul_(up), lora.down, chosen).add_(x)
         return out.view(states.shape)
 
 
@@ -177,41 +176,3 @@ def lean_forward(model: PreTrainedModel) -> LlamaForward | None:
     linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
     dense = all(type(module) is nn.Linear for module in linears)
     return LlamaForward(model) if is_llama(model.config) and dense else None
-
-
-def loras_of(model: PreTrainedModel, name: str) -> list[LayerLora] | None:
-    """The weights of the PEFT adapter `name` for the lean forward; None where it has parts outside those products."""
-    untyped: Any = model
-    found, used = [], 0
-    for layer in untyped.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        fans = (
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-            [mlp.gate_proj, mlp.up_proj],
-            [mlp.down_proj],
-        )
-        found.append(LayerLora(*(_joined_lora(fan, name) for fan in fans)))
-        used += 2 * sum(_has(module, name) for fan in fans for module in fan)
-    own = [key for key, _ in model.named_parameters() if f".{name}." in key or key.endswith(f".{name}")]
-    return found if len(own) == used else None
-
-
-def _has(module: Any, name: str) -> bool:
-    return hasattr(module, "lora_A") and name in module.lora_A
-
-
-def _joined_lora(fan: list[Any], name: str) -> Lora | None:
-    adapted = [module for module in fan if _has(module, name)]
-    if not adapted:
-        return None
-    downs = torch.cat([module.lora_A[name].weight for module in adapted])
-    ups = downs.new_zeros(downs.shape[0], sum(module.out_features for module in fan))
-    rank = column = 0
-    for module in fan:
-        if _has(module, name):
-            up = module.lora_B[name].weight
-            ups[rank : rank + up.shape[1], column : column + up.shape[0]] = up.t() * module.scaling[name]
-            rank += up.shape[1]
-        column += module.out_features
-    return Lora(downs, ups)

@@ -1,12 +1,12 @@
-"""Who decodes next: requests grouped by served model, joining and leaving between decode steps.
+"""Who decodes next: requests grouped by what one batch can answer, joining and leaving between decode steps.
 
-One model is active at a time, so each group decodes together and groups take turns; slots are shared between
-groups, so nobody starves. Knows no processes and no HTTP.
+Adapters over one base mix in a batch where they can; a group's adapters take turns in joining, groups take turns in
+decoding, and slots are shared between groups: so nobody starves. Knows no processes and no HTTP.
 """
 
 import logging
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 from worker.inference.adapters import Models
 from worker.inference.bases import Base, ModelError
@@ -21,15 +21,48 @@ log = logging.getLogger(__name__)
 
 
 class Group:
-    """The requests of one served model. `live` sequences and the rows of `store` are in the same order."""
+    """The requests that one batch can answer. `live` sequences and the rows of `store` are in the same order."""
 
-    def __init__(self, served: ServedModel) -> None:
-        self.served = served
-        self.key = (served.digest, served.base_digest)
-        self.waiting: deque[Generate] = deque()
+    def __init__(self, lane: Hashable, base_digest: str) -> None:
+        self.lane, self.base_digest = lane, base_digest
         self.live: list[Sequence] = []
         self.store: KeyValues | None = None
         self.steps = 0
+        self._waiting: OrderedDict[str, deque[Generate]] = OrderedDict()
+
+    @property
+    def waiting(self) -> list[Generate]:
+        """In the order in which they came, adapter by adapter."""
+        return [request for queue in self._waiting.values() for request in queue]
+
+    def wait(self, request: Generate) -> None:
+        self._waiting.setdefault(request.model.digest, deque()).append(request)
+
+    @property
+    def next(self) -> Generate:
+        """Who joins next: adapters take turns. There must be one."""
+        return next(iter(self._waiting.values()))[0]
+
+    def take(self) -> Generate:
+        digest, queue = next(iter(self._waiting.items()))
+        request = queue.popleft()
+        self._waiting.move_to_end(digest)
+        if not queue:
+            del self._waiting[digest]
+        return request
+
+    def forget(self, request_id: str) -> None:
+        """Nobody waits for this answer any more."""
+        for digest, queue in list(self._waiting.items()):
+            left = deque(request for request in queue if request.id != request_id)
+            if left:
+                self._waiting[digest] = left
+            else:
+                del self._waiting[digest]
+
+    def clear(self) -> None:
+        self.live.clear()
+        self._waiting.clear()
 
 
 class Scheduler:
@@ -39,7 +72,7 @@ class Scheduler:
         self._models = models
         self._settings = settings
         self._send = send
-        self._groups: OrderedDict[tuple[str, str], Group] = OrderedDict()
+        self._groups: OrderedDict[Hashable, Group] = OrderedDict()
         self._grammars = Grammars(settings.max_grammars)
         self._prefixes = PrefixCache(settings.prefix_cache_bytes)
         self._position_bytes: dict[str, int] = {}
@@ -63,15 +96,19 @@ class Scheduler:
         )
 
     def add(self, request: Generate) -> None:
-        """Queue a request behind those of the same served model."""
-        key = (request.model.digest, request.model.base_digest)
-        group = self._groups.setdefault(key, Group(request.model))
-        group.waiting.append(request)
+        """Queue a request behind those of the same served model, which is loaded for it."""
+        try:
+            self._models.load(request.model, self._in_use())
+        except ModelError as error:
+            self._fail(request.id, 422, str(error), "model")
+            return
+        lane = self._models.lane(request.model)
+        self._groups.setdefault(lane, Group(lane, request.model.base_digest)).wait(request)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its slot is free at once."""
         for group in list(self._groups.values()):
-            group.waiting = deque(request for request in group.waiting if request.id != request_id)
+            group.forget(request_id)
             for row, sequence in enumerate(group.live):
                 if sequence.id == request_id:
                     self._leave(group, row)
@@ -83,15 +120,12 @@ class Scheduler:
         group = next(self._runnable())
         group.steps += 1
         try:
-            base = self._models.activate(group.served, [one.served for one in self._in_use()])
             if self._may_admit(group):
-                self._admit(group, base)
+                self._admit(group)
             else:
                 self._decode(group)
-        except ModelError as error:
-            self._fail_group(group, 422, str(error), "model")
         except Exception as error:
-            log.exception("a turn of %s failed", group.served.digest)
+            log.exception("a turn over %s failed", group.base_digest)
             self._fail_group(group, 500, f"the engine failed on this batch: {type(error).__name__}")
         self._pass_on(group)
 
@@ -102,18 +136,18 @@ class Scheduler:
     def _runnable(self) -> Iterator[Group]:
         return (group for group in self._groups.values() if group.live or self._may_admit(group))
 
-    def _in_use(self) -> list[Group]:
-        return [group for group in self._groups.values() if group.live]
+    def _in_use(self) -> list[ServedModel]:
+        return [sequence.model for group in self._groups.values() for sequence in group.live]
 
     def _pass_on(self, group: Group) -> None:
         self._dismiss_if_idle(group)
-        if group.key in self._groups and group.steps >= self._settings.slice_steps:
+        if group.lane in self._groups and group.steps >= self._settings.slice_steps:
             group.steps = 0
-            self._groups.move_to_end(group.key)
+            self._groups.move_to_end(group.lane)
 
     def _dismiss_if_idle(self, group: Group) -> None:
         if not group.live and not group.waiting:
-            self._groups.pop(group.key, None)
+            self._groups.pop(group.lane, None)
 
     def _may_admit(self, group: Group) -> bool:
         if not group.waiting or self._running >= self._settings.max_batch:
@@ -126,39 +160,42 @@ class Scheduler:
 
     def _fits(self, group: Group) -> bool:
         """Whether the stores stay within their budget when the group's next request joins."""
-        request = group.waiting[0]
+        request = group.next
         store = group.store or KeyValues(0)
         rows, capacity = store.sizes_with(len(group.live) + 1, len(request.prompt) + request.sampling.max_tokens)
-        wanted = rows * capacity * self._position_bytes.get(group.served.base_digest, 0)
+        wanted = rows * capacity * self._position_bytes.get(group.base_digest, 0)
         others = sum(
-            other.store.rows * other.store.capacity * self._position_bytes[other.served.base_digest]
+            other.store.rows * other.store.capacity * self._position_bytes[other.base_digest]
             for other in self._groups.values()
             if other is not group and other.store is not None
         )
         return wanted + others <= self._settings.kv_bytes
 
-    def _admit(self, group: Group, base: Base) -> None:
-        request = group.waiting.popleft()
+    def _admit(self, group: Group) -> None:
+        request = group.take()
         try:
+            base = self._models.load(request.model, self._in_use())
             sequence = Sequence(request, base, self._grammars)
             self._prefill(group, base, sequence)
         except RequestError as error:
             self._fail(request.id, error.status, error.message, error.param)
+        except ModelError as error:
+            self._fail(request.id, 422, str(error), "model")
         except Exception as error:
-            log.exception("the prefill of a request to %s failed", group.served.digest)
+            log.exception("the prefill of a request to %s failed", request.model.digest)
             self._fail(request.id, 500, f"the engine failed on this request: {type(error).__name__}")
 
     def _prefill(self, group: Group, base: Base, sequence: Sequence) -> None:
         group.store = group.store or KeyValues(base.layers, self._models.device)
         row, ids = len(group.live), sequence.prompt
         group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
-        match = self._prefixes.find(group.key, ids)
+        match = self._prefixes.find(sequence.reads_as, ids)
         if match:
             sequence.cached = min(match.length, len(ids) - 1)  # the last token must be read for its logits
             group.store.restore(row, match.snapshot, sequence.cached)
-        logits = group.store.prefill(self._models.forward, row, ids, sequence.cached)
+        logits = group.store.prefill(self._models.forward([sequence.model]), row, ids, sequence.cached)
         sequence.length = len(ids)
-        self._position_bytes[group.served.base_digest] = group.store.position_bytes
+        self._position_bytes[group.base_digest] = group.store.position_bytes
         self._count(prefills=1, prompt_tokens=len(ids), prefix_queries=len(ids), prefix_hits=sequence.cached)
         sequence.advance(logits)
         group.live.append(sequence)
@@ -168,7 +205,8 @@ class Scheduler:
     def _decode(self, group: Group) -> None:
         assert group.store is not None
         tokens = [sequence.tokens[-1] for sequence in group.live]
-        logits = group.store.decode(self._models.forward, tokens, [sequence.length for sequence in group.live])
+        forward = self._models.forward([sequence.model for sequence in group.live])
+        logits = group.store.decode(forward, tokens, [sequence.length for sequence in group.live])
         self._count(decode_steps=1, generation_tokens=len(tokens))
         for row in reversed(range(len(tokens))):  # backwards: whoever leaves is replaced by one already seen
             sequence = group.live[row]
@@ -193,8 +231,8 @@ class Scheduler:
     def _remember(self, group: Group, row: int) -> None:
         sequence = group.live[row]
         read = sequence.tokens[: sequence.length]
-        if group.store is not None and self._prefixes.worth_keeping(group.key, read):
-            self._prefixes.keep(group.key, read, group.store.snapshot(row, len(read)))
+        if group.store is not None and self._prefixes.worth_keeping(sequence.reads_as, read):
+            self._prefixes.keep(sequence.reads_as, read, group.store.snapshot(row, len(read)))
 
     def _leave(self, group: Group, row: int) -> None:
         last = group.live.pop()
@@ -206,8 +244,7 @@ class Scheduler:
     def _fail_group(self, group: Group, status: int, message: str, param: str | None = None) -> None:
         for request_id in [*(s.id for s in group.live), *(request.id for request in group.waiting)]:
             self._fail(request_id, status, message, param)
-        group.live.clear()
-        group.waiting.clear()
+        group.clear()
 
     def _fail(self, request_id: str, status: int, message: str, param: str | None = None) -> None:
         self._send(Failed(id=request_id, status=status, message=message, param=param))

@@ -27,6 +27,7 @@ class Sequence:
     def __init__(self, request: Generate, base: Base, grammars: Grammars) -> None:
         """Raises RequestError when the request does not fit the model."""
         self.id = request.id
+        self.model = request.model
         self.stream = request.stream
         self.sampling = request.sampling
         self._base = base
@@ -40,6 +41,11 @@ class Sequence:
         self._text = AnswerText(self.sampling.stop, self.sampling.include_stop_str_in_output)
         self._logprobs: list[TokenLogprobs] = []
         self._sent = 0
+
+    @property
+    def reads_as(self) -> tuple[str, str]:
+        """Whose keys and values these are: another adapter's, or those over another base, are of no use."""
+        return self.model.digest, self.model.base_digest
 
     @property
     def produced(self) -> int:

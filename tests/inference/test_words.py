@@ -1,0 +1,129 @@
+"""Sixteen adapters, each trained to say a word of its own, in one batch: nobody answers with another's."""
+
+import io
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from app.domain.attempts import BaseOnDisk, EncodedRow, TrainOrder
+from app.domain.plans import Schedule
+from app.domain.specs import TrainSpec
+from tests.tiny import make_tiny_model
+from worker.inference.adapters import Models
+from worker.inference.loras import Mix, Stack
+from worker.inference.protocol import Sampling, ServedModel
+from worker.inference.scheduler import Scheduler
+from worker.inference.wire import EngineSettings, Finished, Generate, ToFront
+from worker.precision import FP32
+from worker.training import recipe
+from worker.training.channel import Channel
+
+COUNT, LETTERS = 16, 4
+PROMPTS = [list(range(30, 41)), list(range(90, 97)), list(range(200, 223)), [300, 17, 254]]
+MODULES = ["all-linear", ["q_proj", "v_proj", "down_proj"], ["gate_proj", "up_proj", "down_proj", "o_proj"]]
+
+
+def word(number: int) -> list[int]:
+    """Token ids: every adapter's own."""
+    return [100 + number, 250 - number, 150 + 2 * number, 300 + number]
+
+
+def train(base: Path, directory: Path, number: int) -> ServedModel:
+    """An adapter whose rank and layers are not all alike."""
+    directory.mkdir()
+    rows = [
+        EncodedRow(line=line, ids=(*prompt, *word(number)), trained=((len(prompt), len(prompt) + LETTERS),))
+        for line, prompt in enumerate(PROMPTS, 1)
+    ]
+    (directory / "rows.jsonl").write_text("".join(f"{row.model_dump_json()}\n" for row in rows))
+    adapter = {"type": "lora", "r": 2 + number % 5, "target_modules": MODULES[number % len(MODULES)]}
+    trainer = {"train_steps": 40, "effective_batch_size": len(rows), "learning_rate": 2e-2}
+    spec = TrainSpec.model_validate({"dataset": "d", "adapter": adapter, "quantization": None, "trainer": trainer})
+    order = TrainOrder(
+        job_id="job",
+        epoch=1,
+        base=BaseOnDisk(path=base, digest="0" * 64, name="tiny", revision="r1"),
+        rows=directory / "rows.jsonl",
+        directory=directory,
+        resume_from=None,
+        spec=spec,
+        schedule=Schedule.of(spec, len(rows), 64, "cpu", 0).model_copy(update={"checkpoint_every": 1_000}),
+    )
+    recipe.train(order, Channel(io.BytesIO(), io.BytesIO()))
+    return ServedModel(
+        digest=f"speaker{number}",
+        base_digest="base",
+        base_path=str(base),
+        adapter_path=str(directory / "adapter"),
+        max_model_len=256,
+    )
+
+
+@pytest.fixture(scope="module")
+def speakers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServedModel]]:
+    folder = tmp_path_factory.mktemp("speakers")
+    base = make_tiny_model(folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "precision_here", lambda *_: FP32)
+        yield [train(base, folder / str(number), number) for number in range(COUNT)]
+
+
+def answered(speakers: list[ServedModel], at_once: int) -> dict[tuple[str, int], list[int]]:
+    """(adapter, prompt) → the answer, with so many requests at once."""
+    settings = EngineSettings(device="cpu", dtype="float32", max_batch=at_once, prefix_cache_bytes=0)
+    said: list[ToFront] = []
+    scheduler = Scheduler(Models(settings), settings, said.append)
+    asked = [(model, place) for place in range(len(PROMPTS)) for model in speakers]
+    sampling = Sampling(max_tokens=LETTERS, temperature=0, ignore_eos=True)
+    for model, place in asked:
+        name = f"{model.digest}/{place}"
+        scheduler.add(Generate(id=name, model=model, prompt=PROMPTS[place], sampling=sampling))
+    while scheduler.busy:
+        scheduler.turn()
+    by_id = {message.id: message.token_ids for message in said if isinstance(message, Finished)}
+    return {(model.digest, place): by_id[f"{model.digest}/{place}"] for model, place in asked}
+
+
+@pytest.fixture(scope="module")
+def alone(speakers: list[ServedModel]) -> dict[tuple[str, int], list[int]]:
+    return answered(speakers, at_once=1)
+
+
+def test_everybody_says_the_word_that_was_learned(alone: dict[tuple[str, int], list[int]]) -> None:
+    learned = [answer == word(int(name.removeprefix("speaker"))) for (name, _place), answer in alone.items()]
+    assert sum(learned) >= 0.9 * len(learned)
+
+
+def test_one_adapter_does_not_answer_as_another(
+    speakers: list[ServedModel], alone: dict[tuple[str, int], list[int]]
+) -> None:
+    pairs = [
+        alone[one.digest, place] != alone[other.digest, place]
+        for one, other in combinations(speakers, 2)
+        for place in range(len(PROMPTS))
+    ]
+    assert sum(pairs) >= 0.95 * len(pairs)
+
+
+@pytest.mark.parametrize("at_once", [5, 64])
+def test_in_company_each_answer_is_the_one_alone(
+    speakers: list[ServedModel], alone: dict[tuple[str, int], list[int]], at_once: int
+) -> None:
+    assert answered(speakers, at_once) == alone
+
+
+def test_two_places_swapped_would_be_noticed(
+    speakers: list[ServedModel], alone: dict[tuple[str, int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mix = Stack.mix
+
+    def swapped(self: Stack, *given: object) -> Mix | None:
+        found = mix(self, *given)  # type: ignore[arg-type]
+        if found is None or found.chosen is None:
+            return found
+        return found._replace(chosen=found.chosen[:, [1, 0, *range(2, found.chosen.shape[1])]])
+
+    monkeypatch.setattr(Stack, "mix", swapped)
+    assert answered(speakers, at_once=64) != alone
