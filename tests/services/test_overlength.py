@@ -11,6 +11,7 @@ from app.composition import Services
 from app.domain.attempts import EncodedRow
 from app.domain.base_models import BaseModelDescription
 from app.domain.datasets import read_canonical
+from app.domain.errors import InvalidError
 from tests.conftest import ROOT, SHARED, trajectory_text
 
 LIMIT = 256
@@ -75,3 +76,24 @@ def test_the_users_csv_at_256_tokens_names_every_shortened_row_and_keeps_every_v
         assert note is None or (note.tokens, note.kept_tokens) == (len(whole.ids), len(row.ids))
         last = row.trained[-1]
         assert f"Finish[{trajectory.verdict.value}]" in encoder.tokens.decode(row.ids[last[0] : last[1]])
+
+
+@pytest.mark.parametrize("policy", ["trim_observations", "drop"])
+def test_where_no_row_fits_the_job_is_refused(services: Services, tmp_path: Path, policy: str) -> None:
+    """What is too long here is a thought, which nothing may shorten."""
+    text = trajectory_text("SUPPORTS", "Rhine", "It is.").replace("tells enough", "tells enough " * 60)
+    path = tmp_path / "thoughts.jsonl"
+    path.write_text(json.dumps({"claim": "It is long.", "trajectories": text}))
+    upload(services, path, "thoughts")
+    spec = {"dataset": "thoughts", "preprocessing": {"global_max_sequence_length": 64, "overlength": policy}}
+    with pytest.raises(InvalidError, match="no row fits 64 tokens") as refused:
+        services.jobs.submit(spec)
+    assert refused.value.code == "no_row_fits"
+
+
+def test_the_policy_refuse_names_the_rows(services: Services, long_rows: str) -> None:
+    spec = {"dataset": long_rows, "preprocessing": {"global_max_sequence_length": LIMIT, "overlength": "refuse"}}
+    with pytest.raises(InvalidError, match="150 rows are longer than 256 tokens") as refused:
+        services.jobs.submit(spec)
+    assert refused.value.code == "rows_too_long"
+    assert refused.value.problems[0].loc == ("dataset", "rows", 1)
