@@ -1,9 +1,11 @@
 """Turns and slots, the prefix cache and the text of an answer, without processes."""
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 
 from tests.inference.conftest import Shelf
+from worker.inference import scheduler
 from worker.inference.adapters import Models
 from worker.inference.kv import Snapshot
 from worker.inference.prefix_cache import PrefixCache
@@ -34,7 +36,12 @@ class Desk:
     @property
     def finished(self) -> list[str]:
         """Who was answered, in order."""
-        return [message.id for message in self.said if isinstance(message, Finished)]
+        return list(self.answers)
+
+    @property
+    def answers(self) -> dict[str, list[int]]:
+        """Their token ids, in the order in which they were finished."""
+        return {message.id: message.token_ids for message in self.said if isinstance(message, Finished)}
 
 
 def test_a_crowd_at_one_adapter_does_not_starve_another(shelf: Shelf) -> None:
@@ -111,6 +118,50 @@ def test_the_store_of_keys_and_values_keeps_to_its_budget(shelf: Shelf) -> None:
 
     assert max(running) == 2
     assert len(desk.finished) == 5
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "CHUNK", 16)
+    monkeypatch.setattr(scheduler, "READ_AT_ONCE", 16)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_long_prompt_holds_nobody_up(shelf: Shelf) -> None:
+    desk = Desk()
+    desk.ask("short", shelf.served("one", shelf.one), tokens=20)
+    desk.scheduler.turn()
+    desk.ask("long", shelf.served("two", shelf.two), tokens=5, prompt=380)
+
+    desk.run()
+
+    assert desk.finished == ["short", "long"]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_prompts_are_read_whole_while_others_leave_and_are_cancelled(shelf: Shelf) -> None:
+    models = [shelf.served("base"), shelf.served("one", shelf.one), shelf.served("two", shelf.two)]
+    asked = {f"r{i}": (models[i % 3], 3 + i % 7, 5 + 61 * i % 300) for i in range(24)}
+    alone: dict[str, list[int]] = {}
+    for name, (model, tokens, prompt) in asked.items():
+        desk = Desk(prefix_cache_bytes=0)
+        desk.ask(name, model, tokens, prompt)
+        desk.run()
+        alone |= desk.answers
+
+    desk = Desk(max_batch=6, prefix_cache_bytes=0)
+    for name, (model, tokens, prompt) in asked.items():
+        desk.ask(name, model, tokens, prompt)
+    gone: list[str] = []
+    while desk.scheduler.busy:
+        desk.scheduler.turn()
+        reading = [group.reading for group in desk.scheduler._groups.values()]
+        if len(gone) < 4 and reading[:1] and reading[0] is not None and len(desk.finished) > 3 * len(gone):
+            gone.append(reading[0].id)
+            desk.scheduler.cancel(gone[-1])
+
+    assert len(gone) == 4
+    assert desk.answers == {name: answer for name, answer in alone.items() if name not in gone}
 
 
 def test_a_cancelled_request_is_gone_at_once(shelf: Shelf) -> None:

@@ -13,7 +13,9 @@ from worker.inference.forwards import Forward
 
 BLOCK = 32  # attention over a multiple of 32 positions gives a row the same bits alone and in company
 GROWTH = 256
-CHUNK = 512
+CHUNK = 256
+"""Tokens of a prompt that one forward reads."""
+
 CPU = torch.device("cpu")
 
 Snapshot = list[tuple[torch.Tensor, torch.Tensor]]

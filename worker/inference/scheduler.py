@@ -1,17 +1,19 @@
 """Who decodes next: requests grouped by what one batch can answer, joining and leaving between decode steps.
 
-Adapters over one base mix in a batch where they can; a group's adapters take turns in joining, groups take turns in
-decoding, and slots are shared between groups: so nobody starves. Knows no processes and no HTTP.
+Adapters over one base mix in a batch where they can; a group's adapters take turns in joining, long prompts are read
+in chunks between decode steps, groups take turns, and slots are shared between groups: so nobody starves. Knows no
+processes and no HTTP.
 """
 
 import logging
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator
 
 from worker.inference.adapters import Models
-from worker.inference.bases import Base, ModelError
+from worker.inference.bases import ModelError
 from worker.inference.constraints import Grammars
-from worker.inference.kv import KeyValues
+from worker.inference.group import Group
+from worker.inference.kv import CHUNK, KeyValues
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import ServedModel
 from worker.inference.sequence import RequestError, Sequence
@@ -20,49 +22,8 @@ from worker.inference.wire import EngineSettings, Failed, Generate, Stats, ToFro
 log = logging.getLogger(__name__)
 
 
-class Group:
-    """The requests that one batch can answer. `live` sequences and the rows of `store` are in the same order."""
-
-    def __init__(self, lane: Hashable, base_digest: str) -> None:
-        self.lane, self.base_digest = lane, base_digest
-        self.live: list[Sequence] = []
-        self.store: KeyValues | None = None
-        self.steps = 0
-        self._waiting: OrderedDict[str, deque[Generate]] = OrderedDict()
-
-    @property
-    def waiting(self) -> list[Generate]:
-        """In the order in which they came, adapter by adapter."""
-        return [request for queue in self._waiting.values() for request in queue]
-
-    def wait(self, request: Generate) -> None:
-        self._waiting.setdefault(request.model.digest, deque()).append(request)
-
-    @property
-    def next(self) -> Generate:
-        """Who joins next: adapters take turns. There must be one."""
-        return next(iter(self._waiting.values()))[0]
-
-    def take(self) -> Generate:
-        digest, queue = next(iter(self._waiting.items()))
-        request = queue.popleft()
-        self._waiting.move_to_end(digest)
-        if not queue:
-            del self._waiting[digest]
-        return request
-
-    def forget(self, request_id: str) -> None:
-        """Nobody waits for this answer any more."""
-        for digest, queue in list(self._waiting.items()):
-            left = deque(request for request in queue if request.id != request_id)
-            if left:
-                self._waiting[digest] = left
-            else:
-                del self._waiting[digest]
-
-    def clear(self) -> None:
-        self.live.clear()
-        self._waiting.clear()
+READ_AT_ONCE = 512
+"""Tokens of prompts that are read between two decode steps, about: a long prompt holds nobody up for longer."""
 
 
 class Scheduler:
@@ -108,20 +69,16 @@ class Scheduler:
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its slot is free at once."""
         for group in list(self._groups.values()):
-            group.forget(request_id)
-            for row, sequence in enumerate(group.live):
-                if sequence.id == request_id:
-                    self._leave(group, row)
-                    break
+            group.cancel(request_id)
             self._dismiss_if_idle(group)
 
     def turn(self) -> None:
-        """One unit of work: admit one request (its prefill) or decode one step of a group."""
+        """One unit of work: read a chunk of one prompt, or decode one step of a group."""
         group = next(self._runnable())
         group.steps += 1
         try:
-            if self._may_admit(group):
-                self._admit(group)
+            if self._may_read(group) and (group.read < READ_AT_ONCE or not group.live):
+                self._read(group)
             else:
                 self._decode(group)
         except Exception as error:
@@ -131,13 +88,13 @@ class Scheduler:
 
     @property
     def _running(self) -> int:
-        return sum(len(group.live) for group in self._groups.values())
+        return sum(len(group.seated) for group in self._groups.values())
 
     def _runnable(self) -> Iterator[Group]:
-        return (group for group in self._groups.values() if group.live or self._may_admit(group))
+        return (group for group in self._groups.values() if group.live or self._may_read(group))
 
     def _in_use(self) -> list[ServedModel]:
-        return [sequence.model for group in self._groups.values() for sequence in group.live]
+        return [sequence.model for group in self._groups.values() for sequence in group.seated]
 
     def _pass_on(self, group: Group) -> None:
         self._dismiss_if_idle(group)
@@ -146,10 +103,13 @@ class Scheduler:
             self._groups.move_to_end(group.lane)
 
     def _dismiss_if_idle(self, group: Group) -> None:
-        if not group.live and not group.waiting:
+        if group.idle:
             self._groups.pop(group.lane, None)
 
-    def _may_admit(self, group: Group) -> bool:
+    def _may_read(self, group: Group) -> bool:
+        """Whether a prompt is being read, or the next one may be begun."""
+        if group.reading is not None:
+            return True
         if not group.waiting or self._running >= self._settings.max_batch:
             return False
         others_wait = any(other.waiting for other in self._groups.values() if other is not group)
@@ -165,27 +125,31 @@ class Scheduler:
         rows, capacity = store.sizes_with(len(group.live) + 1, len(request.prompt) + request.sampling.max_tokens)
         wanted = rows * capacity * self._position_bytes.get(group.base_digest, 0)
         others = sum(
-            other.store.rows * other.store.capacity * self._position_bytes[other.base_digest]
+            other.store.rows * other.store.capacity * self._position_bytes.get(other.base_digest, 0)
             for other in self._groups.values()
             if other is not group and other.store is not None
         )
         return wanted + others <= self._settings.kv_bytes
 
-    def _admit(self, group: Group) -> None:
-        request = group.take()
+    def _read(self, group: Group) -> None:
+        """The next chunk of the prompt that is being read, or the first one of the next prompt."""
+        request_id = group.reading.id if group.reading else group.next.id
         try:
-            base = self._models.load(request.model, self._in_use())
-            sequence = Sequence(request, base, self._grammars)
-            self._prefill(group, base, sequence)
+            sequence = group.reading or self._begin(group)
+            self._read_chunk(group, sequence)
         except RequestError as error:
-            self._fail(request.id, error.status, error.message, error.param)
+            self._give_up(group, request_id, error.status, error.message, error.param)
         except ModelError as error:
-            self._fail(request.id, 422, str(error), "model")
+            self._give_up(group, request_id, 422, str(error), "model")
         except Exception as error:
-            log.exception("the prefill of a request to %s failed", request.model.digest)
-            self._fail(request.id, 500, f"the engine failed on this request: {type(error).__name__}")
+            log.exception("the prompt of a request over %s could not be read", group.base_digest)
+            self._give_up(group, request_id, 500, f"the engine failed on this request: {type(error).__name__}")
 
-    def _prefill(self, group: Group, base: Base, sequence: Sequence) -> None:
+    def _begin(self, group: Group) -> Sequence:
+        """Give the next request a row, with what is known of its prompt's keys and values."""
+        request = group.take()
+        base = self._models.load(request.model, self._in_use())
+        sequence = Sequence(request, base, self._grammars)
         group.store = group.store or KeyValues(base.layers, self._models.device)
         row, ids = len(group.live), sequence.prompt
         group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
@@ -193,17 +157,34 @@ class Scheduler:
         if match:
             sequence.cached = min(match.length, len(ids) - 1)  # the last token must be read for its logits
             group.store.restore(row, match.snapshot, sequence.cached)
-        logits = group.store.prefill(self._models.forward([sequence.model]), row, ids, sequence.cached)
-        sequence.length = len(ids)
-        self._position_bytes[group.base_digest] = group.store.position_bytes
+        sequence.length = sequence.cached
         self._count(prefills=1, prompt_tokens=len(ids), prefix_queries=len(ids), prefix_hits=sequence.cached)
-        sequence.advance(logits)
-        group.live.append(sequence)
-        self._count(generation_tokens=1)
-        self._report(group, row)
+        group.reading = sequence
+        return sequence
+
+    def _read_chunk(self, group: Group, sequence: Sequence) -> None:
+        assert group.store is not None
+        row, ids = len(group.live), sequence.prompt
+        end = min(sequence.length + CHUNK, len(ids))
+        forward = self._models.forward([sequence.model])
+        logits = group.store.prefill(forward, row, ids[:end], sequence.length)
+        group.read += end - sequence.length
+        sequence.length = end
+        self._position_bytes[group.base_digest] = group.store.position_bytes
+        if end == len(ids):
+            sequence.advance(logits)
+            group.reading = None
+            group.live.append(sequence)
+            self._count(generation_tokens=1)
+            self._report(group, row)
+
+    def _give_up(self, group: Group, request_id: str, status: int, message: str, param: str | None = None) -> None:
+        group.reading = None
+        self._fail(request_id, status, message, param)
 
     def _decode(self, group: Group) -> None:
         assert group.store is not None
+        group.read = 0
         tokens = [sequence.tokens[-1] for sequence in group.live]
         forward = self._models.forward([sequence.model for sequence in group.live])
         logits = group.store.decode(forward, tokens, [sequence.length for sequence in group.live])
@@ -215,7 +196,7 @@ class Scheduler:
                 sequence.advance(logits[row])
             except RequestError as error:
                 self._fail(sequence.id, error.status, error.message, error.param)
-                self._leave(group, row)
+                group.leave(row)
             else:
                 self._report(group, row)
 
@@ -224,7 +205,7 @@ class Scheduler:
         if sequence.finish is not None:
             self._send(sequence.finished())
             self._remember(group, row)
-            self._leave(group, row)
+            group.leave(row)
         elif sequence.stream:
             self._send(sequence.piece())
 
@@ -234,15 +215,8 @@ class Scheduler:
         if group.store is not None and self._prefixes.worth_keeping(sequence.reads_as, read):
             self._prefixes.keep(sequence.reads_as, read, group.store.snapshot(row, len(read)))
 
-    def _leave(self, group: Group, row: int) -> None:
-        last = group.live.pop()
-        if row < len(group.live):
-            assert group.store is not None
-            group.store.move(len(group.live), row, last.length)
-            group.live[row] = last
-
     def _fail_group(self, group: Group, status: int, message: str, param: str | None = None) -> None:
-        for request_id in [*(s.id for s in group.live), *(request.id for request in group.waiting)]:
+        for request_id in [*(s.id for s in group.seated), *(request.id for request in group.waiting)]:
             self._fail(request_id, status, message, param)
         group.clear()
 
