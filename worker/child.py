@@ -28,7 +28,6 @@ class Child:
     """
 
     def __init__(self, module: str) -> None:
-        self.module = module
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
