@@ -137,6 +137,9 @@ def test_an_adapter_of_another_base_is_refused(shelf: Shelf, tmp_path: Path) -> 
     [
         ({"peft_type": "LOHA"}, "type LOHA"),
         ({"r": 9}, "rank 9"),
+        ({"r": "9"}, "no whole number"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "no whole number"),
+        ({"lora_alpha": None}, "does not fit"),
         ({"init_lora_weights": "pissa_niter_4"}, "convert"),
         ({"target_modules": ["nothing"]}, "does not fit"),
         ({"target_modules": 7}, "a"),

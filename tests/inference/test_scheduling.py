@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from tests.inference.conftest import Shelf
 from worker.inference import scheduler
 from worker.inference.adapters import Models
+from worker.inference.bases import Base
 from worker.inference.kv import Snapshot
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import Sampling, ServedModel
@@ -190,6 +191,25 @@ def test_a_bad_model_fails_its_own_requests_only(shelf: Shelf) -> None:
     assert desk.finished == ["good"]
     (failed,) = [message for message in desk.said if isinstance(message, Failed)]
     assert (failed.id, failed.status, failed.param) == ("bad", 422, "model")
+
+
+def test_a_fault_while_a_model_is_loaded_ends_no_other_request(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk()
+    desk.ask("before", shelf.served("base"))
+    load = Models.load
+
+    def broken(self: Models, served: ServedModel, in_use: list[ServedModel]) -> Base:
+        if served.digest == "one":
+            raise ZeroDivisionError
+        return load(self, served, in_use)
+
+    monkeypatch.setattr(Models, "load", broken)
+    desk.ask("bad", shelf.served("one", shelf.one))
+    desk.run()
+
+    assert desk.finished == ["before"]
+    (failed,) = [message for message in desk.said if isinstance(message, Failed)]
+    assert (failed.id, failed.status) == ("bad", 500)
 
 
 def snapshot(tokens: int) -> Snapshot:

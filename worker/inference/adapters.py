@@ -226,7 +226,10 @@ def _check_lora(digest: str, config: LoraConfig, max_rank: int) -> None:
     initialiser: Any = config.init_lora_weights
     if isinstance(initialiser, str) and initialiser.lower().startswith(CHANGES_THE_BASE):
         raise ModelError(f"adapter {digest} was initialised by {initialiser}: convert it to plain LoRA first")
-    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    if not all(isinstance(rank, int) for rank in ranks):
+        raise ModelError(f"adapter {digest} has a rank that is no whole number")
+    rank = max(ranks)
     if rank > max_rank:
         raise ModelError(f"adapter {digest} has rank {rank}; at most {max_rank} is served")
 

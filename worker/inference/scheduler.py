@@ -60,10 +60,10 @@ class Scheduler:
         """Queue a request behind those of the same served model, which is loaded for it."""
         try:
             self._models.load(request.model, self._in_use())
-        except ModelError as error:
-            self._fail(request.id, 422, str(error), "model")
+            lane = self._models.lane(request.model)
+        except Exception as error:
+            self._refuse(request.id, error)
             return
-        lane = self._models.lane(request.model)
         self._groups.setdefault(lane, Group(lane, request.model.base_digest)).wait(request)
 
     def cancel(self, request_id: str) -> None:
@@ -137,13 +137,9 @@ class Scheduler:
         try:
             sequence = group.reading or self._begin(group)
             self._read_chunk(group, sequence)
-        except RequestError as error:
-            self._give_up(group, request_id, error.status, error.message, error.param)
-        except ModelError as error:
-            self._give_up(group, request_id, 422, str(error), "model")
         except Exception as error:
-            log.exception("the prompt of a request over %s could not be read", group.base_digest)
-            self._give_up(group, request_id, 500, f"the engine failed on this request: {type(error).__name__}")
+            group.reading = None
+            self._refuse(request_id, error)
 
     def _begin(self, group: Group) -> Sequence:
         """Give the next request a row, with what is known of its prompt's keys and values."""
@@ -177,10 +173,6 @@ class Scheduler:
             group.live.append(sequence)
             self._count(generation_tokens=1)
             self._report(group, row)
-
-    def _give_up(self, group: Group, request_id: str, status: int, message: str, param: str | None = None) -> None:
-        group.reading = None
-        self._fail(request_id, status, message, param)
 
     def _decode(self, group: Group) -> None:
         assert group.store is not None
@@ -219,6 +211,17 @@ class Scheduler:
         for request_id in [*(s.id for s in group.seated), *(request.id for request in group.waiting)]:
             self._fail(request_id, status, message, param)
         group.clear()
+
+    def _refuse(self, request_id: str, error: Exception) -> None:
+        """Say in words why one request has no answer; the others go on."""
+        match error:
+            case RequestError():
+                self._fail(request_id, error.status, error.message, error.param)
+            case ModelError():
+                self._fail(request_id, 422, str(error), "model")
+            case _:
+                log.error("a request could not be begun", exc_info=error)
+                self._fail(request_id, 500, f"the engine failed on this request: {type(error).__name__}")
 
     def _fail(self, request_id: str, status: int, message: str, param: str | None = None) -> None:
         self._send(Failed(id=request_id, status=status, message=message, param=param))
