@@ -12,9 +12,10 @@ from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
 from worker.inference.adapters import Models
-from worker.inference.loras import Mix, Stack
+from worker.inference.loras import Mix
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
+from worker.inference.stack import Stack
 from worker.inference.wire import EngineSettings, Finished, Generate, ToFront
 from worker.precision import FP32
 from worker.training import recipe

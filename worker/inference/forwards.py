@@ -14,17 +14,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from worker.architecture import is_llama
-from worker.inference.loras import LayerLora, Lora, Mix, Stack
+from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer, PackedLora
+from worker.inference.products import Product
+from worker.inference.stack import Stack
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache], torch.Tensor]
 """(ids [rows, n], positions [rows, n], mask [rows or 1, 1, n, visible], store) → the last logits [rows, V] in float32.
 
 `store.layers[i].update(keys, values)` writes the new positions and gives all visible ones.
 """
-
-
-USUAL_ROWS = 16
-"""Rows of a decode step that the layout of weights is chosen for; any other number works on it too."""
 
 
 class StockForward:
@@ -51,7 +49,7 @@ class LlamaForward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         whole: Any = model
-        self._inner, self._head = whole.model, _Product(whole.lm_head.weight, whole.lm_head.bias)
+        self._inner, self._head = whole.model, Product(whole.lm_head.weight, whole.lm_head.bias)
         self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         config = model.config
         self._kv_heads, self._heads = int(config.num_key_value_heads), int(config.num_attention_heads)
@@ -73,33 +71,13 @@ class LlamaForward:
         states = self._inner.embed_tokens(ids)
         cos, sin = (angles.chunk(2, -1)[0][:, :, None] for angles in self._inner.rotary_emb(states, positions))
         group = self._heads // self._kv_heads
-        mask = mask.repeat(1, 1, group, 1)  # the queries of a group stand one behind the other
+        hidden = torch.zeros(mask.shape, dtype=states.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        mask = hidden.repeat(1, 1, group, 1)  # the queries of a group stand one behind the other
         loras, chosen = mix or Mix([LayerLora()] * len(self._layers))
         for layer, kept, lora in zip(self._layers, store.layers, loras, strict=True):
             states = layer.run(states, (cos, sin), mask, kept, lora, chosen, self._kv_heads)
         logits: torch.Tensor = self._head(self._inner.norm(states[:, -1])).float()
         return logits
-
-
-class _Product:
-    """x → x·Wᵀ + b. In bfloat16 on a CPU the weight is kept once more in the layout that the kernel reads: laid out
-    anew for every product, a step of 16 rows takes nearly twice as long."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
-        fitting = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
-        kernels: Any = torch.ops.mkldnn
-        library: Any = torch.backends.mkldnn
-        self._packed = None
-        if fitting and library.is_available() and kernels._is_mkldnn_bf16_supported():
-            self._packed = kernels._reorder_linear_weight(weight, USUAL_ROWS)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
-            return functional.linear(x, self._weight, self._bias)
-        kernels: Any = torch.ops.mkldnn
-        out: torch.Tensor = kernels._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return out
 
 
 class _Joined:
@@ -113,18 +91,18 @@ class _Joined:
             end = start + module.weight.shape[0]
             module.weight = nn.Parameter(weight[start:end], requires_grad=False)
             start = end
-        self._product = _Product(weight, bias)
+        self._product = Product(weight, bias)
         self.widths = (weight.shape[1], weight.shape[0])
 
-    def __call__(self, x: torch.Tensor, lora: Lora | None, chosen: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, lora: Lora | PackedLora | None, chosen: torch.Tensor | None) -> torch.Tensor:
         """[tokens, in] → [tokens, Σ out]. `chosen`: as in `Mix`."""
         out = self._product(x)
         if lora is None:
             return out
-        down = functional.linear(x, lora.a)
+        down = lora.down(x)
         if chosen is not None:
             down.view(*chosen.shape[:2], -1).mul_(chosen)
-        return out.addmm_(down, lora.b)
+        return lora.up(down, out)
 
 
 class _Layer:
@@ -144,7 +122,7 @@ class _Layer:
         angles: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor,
         kept: Any,
-        lora: LayerLora,
+        lora: LayerLora | PackedLayer,
         chosen: torch.Tensor | None,
         kv_heads: int,
     ) -> torch.Tensor:

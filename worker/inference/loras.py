@@ -13,6 +13,9 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from torch.nn import functional
+
+from worker.inference.products import Product
 
 FANS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The layers that read one input, in the order of `LayerLora`'s fields."""
@@ -32,6 +35,29 @@ class Lora(NamedTuple):
     a: torch.Tensor
     b: torch.Tensor
 
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, in] → [tokens, Σ rank]."""
+        return functional.linear(x, self.a)
+
+    def up(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[tokens, Σ rank] brought up and added to `out` [tokens, Σ out]."""
+        return out.addmm_(x, self.b)
+
+
+class PackedLora:
+    """The same, laid out for many decode steps; to the bit the same results."""
+
+    def __init__(self, lora: Lora) -> None:
+        self._a, self._b = Product(lora.a), Product(lora.b.t())
+
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Lora.down`."""
+        return self._a(x)
+
+    def up(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """As `Lora.up`."""
+        return self._b.onto(x, out)
+
 
 class LayerLora(NamedTuple):
     """One layer's LoRA by the input that is read; None where an adapter leaves those products alone."""
@@ -42,11 +68,20 @@ class LayerLora(NamedTuple):
     down: Lora | None = None
 
 
-class Mix(NamedTuple):
-    """Stacked adapters, layer by layer. `chosen`: [rows, places, 1], one where a row's own adapter lies and zero
-    elsewhere; None where all rows have the only one."""
+class PackedLayer(NamedTuple):
+    """`LayerLora`, packed."""
 
-    layers: list[LayerLora]
+    qkv: PackedLora | None
+    o: PackedLora | None
+    gate_up: PackedLora | None
+    down: PackedLora | None
+
+
+class Mix(NamedTuple):
+    """Adapters, layer by layer. `chosen`: [rows, places, 1], one where a row's own adapter lies and zero elsewhere;
+    None where all rows have the only one."""
+
+    layers: Sequence[LayerLora | PackedLayer]
     chosen: torch.Tensor | None = None
 
 
@@ -105,80 +140,3 @@ def _joined(number: int, fan: tuple[str, ...], parts: dict[str, Lora], linears: 
             rank += part.b.shape[0]
         column += linears[name].out_features
     return Lora(downs, ups)
-
-
-class Stack:
-    """Places for adapters, side by side in memory. A batch reads the first few: those that it needs are moved there."""
-
-    def __init__(self, layers: int, widths: Sequence[tuple[int, int]], like: torch.Tensor) -> None:
-        """`widths`: what each joined product reads and gives. `like`: whose dtype and device the weights have."""
-        self._count, self._widths, self._like = layers, widths, like
-        self._places: dict[str, int] = {}
-        self._room = 0
-        self._ranks = [0] * len(FANS)
-        self._layers: list[LayerLora] = []
-
-    def mix(self, rows: Sequence[str | None], adapters: dict[str, list[LayerLora]]) -> Mix | None:
-        """What a batch reads whose rows have these of the `adapters`; None where no row has one."""
-        wanted = list(dict.fromkeys(row for row in rows if row is not None))
-        if not wanted:
-            return None
-        if len(wanted) == 1 and None not in rows:
-            return Mix(adapters[wanted[0]])
-        used = 1 << (len(wanted) - 1).bit_length()
-        self._make_room(used, [adapters[name] for name in wanted])
-        for name in wanted:
-            if self._places.get(name, used) >= used:
-                self._place(name, used, wanted, adapters[name])
-        chosen = self._like.new_zeros(len(rows), used, 1)
-        for place, row in enumerate(rows):
-            if row is not None:
-                chosen[place, self._places[row]] = 1
-        return Mix([self._first(layer, used) for layer in self._layers], chosen)
-
-    def forget(self, name: str) -> None:
-        """An adapter is gone, and its place free."""
-        self._places.pop(name, None)
-
-    def _make_room(self, places: int, adapters: Sequence[list[LayerLora]]) -> None:
-        """At least so many places, each at least as wide as these adapters. Who lay in others is moved in anew."""
-        needed = [max(_rank(layer[fan]) for adapter in adapters for layer in adapter) for fan in range(len(FANS))]
-        ranks = [max(had, need) for had, need in zip(self._ranks, needed, strict=True)]
-        if places <= self._room and ranks == self._ranks:
-            return
-        self._places.clear()
-        self._layers.clear()  # before the new ones: both need not fit
-        self._room, self._ranks = max(places, self._room), ranks
-        self._layers += [LayerLora(*map(self._empty, ranks, self._widths)) for _ in range(self._count)]
-
-    def _empty(self, rank: int, widths: tuple[int, int]) -> Lora | None:
-        a, b = (self._like.new_zeros(self._room * rank, width) for width in widths)
-        return Lora(a, b) if rank else None
-
-    def _place(self, name: str, used: int, wanted: Sequence[str], adapter: list[LayerLora]) -> None:
-        """Move an adapter into one of the first `used` places that no other wanted one has."""
-        taken = {self._places[other] for other in wanted if other in self._places}
-        place = next(free for free in range(used) if free not in taken)
-        self._places = {other: there for other, there in self._places.items() if there != place}
-        self._places[name] = place
-        for stacked, own in zip(self._layers, adapter, strict=True):
-            for rank, target, source in zip(self._ranks, stacked, own, strict=True):
-                if target is not None:
-                    _fill(target, source, place * rank, rank)
-
-    def _first(self, layer: LayerLora, places: int) -> LayerLora:
-        ends = [places * rank for rank in self._ranks]
-        return LayerLora(*(lora and Lora(lora.a[:end], lora.b[:end]) for lora, end in zip(layer, ends, strict=True)))
-
-
-def _fill(target: Lora, source: Lora | None, start: int, rank: int) -> None:
-    """`source` into the `rank` rows from `start` on, and zeros behind it."""
-    own = _rank(source)
-    for whole, part in zip(target, source or (), strict=False):
-        whole[start : start + own] = part
-    for whole in target:
-        whole[start + own : start + rank] = 0
-
-
-def _rank(lora: Lora | None) -> int:
-    return 0 if lora is None else lora.a.shape[0]

@@ -1,0 +1,108 @@
+"""Places of adapters: filled once, laid out for the kernel once they stay, given back once less would do."""
+
+import pytest
+import torch
+
+from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer
+from worker.inference.stack import PATIENCE, WORTH_PACKING, Stack
+from worker.precision import cpu_here
+
+WIDTHS = [(32, 64), (32, 32), (32, 96), (48, 32)]
+LAYERS = 2
+
+
+def adapter(seed: int, rank: int, dtype: torch.dtype = torch.float32) -> list[LayerLora]:
+    """Beside every product of every layer, at this rank."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def lora(widths: tuple[int, int]) -> Lora:
+        down, up = widths
+        drawn = torch.randn(rank, down + up, generator=draw).to(dtype)
+        return Lora(drawn[:, :down].contiguous(), drawn[:, down:].contiguous())
+
+    return [LayerLora(*map(lora, WIDTHS)) for _ in range(LAYERS)]
+
+
+def stack(dtype: torch.dtype = torch.float32) -> Stack:
+    return Stack(LAYERS, WIDTHS, torch.zeros(1, dtype=dtype))
+
+
+def added(mix: Mix | None, x: torch.Tensor) -> list[torch.Tensor]:
+    """What each layer's first product gets from the adapters: x [rows, 32] → [rows, 64]."""
+    assert mix is not None
+    found = []
+    for layer in mix.layers:
+        assert layer.qkv is not None
+        down = layer.qkv.down(x)
+        if mix.chosen is not None:
+            down.view(*mix.chosen.shape[:2], -1).mul_(mix.chosen)
+        found.append(layer.qkv.up(down, torch.zeros(len(x), 64, dtype=x.dtype)))
+    return found
+
+
+@pytest.mark.skipif(not cpu_here().fast_bf16, reason="only bfloat16 of the processor's own has another layout")
+def test_places_that_stay_are_laid_out_for_the_kernel_and_give_the_same_bits() -> None:
+    held = stack(torch.bfloat16)
+    adapters = {str(n): adapter(n, 1 + 2 * n, torch.bfloat16) for n in range(4)}
+    x = torch.randn(4, 32).bfloat16()
+    first = held.mix(list(adapters), adapters)
+    for _ in range(WORTH_PACKING):
+        last = held.mix(list(adapters), adapters)
+    assert first is not None
+    assert isinstance(first.layers[0], LayerLora)
+    assert last is not None
+    assert isinstance(last.layers[0], PackedLayer)
+    for one, other in zip(added(first, x), added(last, x), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not cpu_here().fast_bf16, reason="only bfloat16 of the processor's own has another layout")
+def test_whoever_takes_a_place_is_seen_in_the_kernels_layout_too() -> None:
+    held = stack(torch.bfloat16)
+    adapters = {str(n): adapter(n, 4, torch.bfloat16) for n in range(3)}
+    x = torch.randn(2, 32).bfloat16()
+    for _ in range(WORTH_PACKING + 1):
+        held.mix(["0", "1"], adapters)
+    for _ in range(WORTH_PACKING + 1):
+        mixed = held.mix(["2", "1"], adapters)
+    alone = [added(Mix(adapters[name]), x[row : row + 1]) for row, name in enumerate("21")]
+    for layer, rows in enumerate(added(mixed, x)):
+        assert torch.equal(rows, torch.cat([own[layer] for own in alone]))
+
+
+def test_one_wide_adapter_does_not_widen_all_places_for_good() -> None:
+    held = stack()
+    adapters = {"wide": adapter(0, 64), "a": adapter(1, 4), "b": adapter(2, 4)}
+    held.mix(["a", "b"], adapters)
+    narrow = held.bytes
+    held.mix(["wide", "a", "b", "a"], adapters)
+    assert held.bytes > 20 * narrow
+    for _ in range(PATIENCE):
+        held.mix(["a", "b"], adapters)
+    assert held.bytes > 20 * narrow, "gone before it was sure that nobody needs it"
+    held.mix(["a", "b"], adapters)
+    assert held.bytes == narrow
+
+
+def test_few_adapters_soon_read_few_places() -> None:
+    held = stack()
+    adapters = {str(n): adapter(n, 4) for n in range(8)}
+    held.mix(list(adapters), adapters)
+    for _ in range(PATIENCE + 1):
+        last = held.mix(["6", "7"], adapters)
+    assert last is not None
+    assert last.chosen is not None
+    assert last.chosen.shape[1] == 2
+    x = torch.randn(2, 32)
+    for layer, rows in enumerate(added(last, x)):
+        wanted = torch.cat([added(Mix(adapters[name]), x[row : row + 1])[layer] for row, name in enumerate("67")])
+        assert torch.allclose(rows, wanted, atol=1e-4)
+
+
+def test_who_was_needed_least_recently_gives_up_its_place() -> None:
+    held = stack()
+    adapters = {str(n): adapter(n, 4) for n in range(5)}
+    held.mix(["0", "1", "2", "3"], adapters)
+    held.mix(["3", "0", "2", None], adapters)
+    held.mix(["4", "3", None, None], adapters)
+    assert set(held._places) == {"0", "2", "3", "4"}
