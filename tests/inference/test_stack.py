@@ -5,7 +5,7 @@ import torch
 
 from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer
 from worker.inference.stack import PATIENCE, WORTH_PACKING, Stack
-from worker.precision import cpu_here
+from worker.processor import cpu_here
 
 WIDTHS = [(32, 64), (32, 32), (32, 96), (48, 32)]
 LAYERS = 2
