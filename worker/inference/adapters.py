@@ -20,7 +20,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 from safetensors.torch import load_file
 
 from worker.inference.bases import Base, ModelError, compute_device, compute_dtype, load_base
-from worker.inference.forwards import Forward, StockForward, lean_forward
+from worker.inference.forwards import StockForward, lean_forward
+from worker.inference.kv import Forward
 from worker.inference.loras import LayerLora, read_lora
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings

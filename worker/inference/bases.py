@@ -40,7 +40,8 @@ class Quantization(BaseModel):
 
 @dataclass(frozen=True)
 class Base:
-    """One served base. `vocabulary` is the width of the logits; `eos_ids` end an answer."""
+    """One served base. `vocabulary` is the width of the logits; `eos_ids` end an answer; `position_bytes` is about what
+    the keys and values of one position take, over all layers."""
 
     digest: str
     model: PreTrainedModel
@@ -50,6 +51,7 @@ class Base:
     vocabulary: int
     context: int
     layers: int
+    position_bytes: int
 
 
 def compute_device(settings: EngineSettings) -> torch.device:
@@ -90,6 +92,7 @@ def load_base(served: ServedModel, device: torch.device, dtype: torch.dtype) -> 
         vocabulary=int(config.get_text_config().vocab_size),
         context=_context(config.get_text_config(), served.base_digest),
         layers=int(config.get_text_config().num_hidden_layers),
+        position_bytes=_position_bytes(config.get_text_config(), dtype),
     )
 
 
@@ -132,6 +135,12 @@ def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
         value: int | Sequence[int] | None = getattr(source, "eos_token_id", None)
         found += [] if value is None else [value] if isinstance(value, int) else list(value)
     return tuple(dict.fromkeys(found))
+
+
+def _position_bytes(config: Any, dtype: torch.dtype) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * heads * width * dtype.itemsize * config.num_hidden_layers)
 
 
 def _context(config: Any, digest: str) -> int:

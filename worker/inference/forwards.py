@@ -4,25 +4,19 @@ The lean one joins the products that read one input (q, k and v; gate and up) an
 fewer kernels. Knows no requests and no caches of prefixes.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from worker.architecture import is_llama
+from worker.inference.kv import KeyValues, Part, Step
 from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer, PackedLora
 from worker.inference.products import Product
 from worker.inference.stack import Stack
-
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache], torch.Tensor]
-"""(ids [rows, n], positions [rows, n], mask [rows or 1, 1, n, visible], store) → the last logits [rows, V] in float32.
-
-`store.layers[i].update(keys, values)` writes the new positions and gives all visible ones.
-"""
 
 
 class StockForward:
@@ -31,16 +25,22 @@ class StockForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model
 
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, store: Cache) -> torch.Tensor:
+    def __call__(self, step: Step, store: KeyValues) -> torch.Tensor:
+        """Part by part: rows of different lengths are not padded to one shape."""
+        logits = torch.cat([self._logits(step, part, store) for part in step.parts])
+        return logits[step.wanted].float()
+
+    def _logits(self, step: Step, part: Part, store: KeyValues) -> torch.Tensor:
+        """Behind each row's last token, [rows, V]."""
         output = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=store,
+            input_ids=step.ids[part.tokens].view(part.height, -1),
+            position_ids=step.positions[part.tokens].view(part.height, -1),
+            attention_mask=part.mask,
+            past_key_values=store.aim(part),
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -1]
         return logits
 
 
@@ -60,24 +60,24 @@ class LlamaForward:
         first = self._layers[0]
         return Stack(len(self._layers), first.widths, self._inner.embed_tokens.weight)
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor,
-        store: Cache,
-        mix: Mix | None = None,
-    ) -> torch.Tensor:
-        states = self._inner.embed_tokens(ids)
-        cos, sin = (angles.chunk(2, -1)[0][:, :, None] for angles in self._inner.rotary_emb(states, positions))
-        group = self._heads // self._kv_heads
-        hidden = torch.zeros(mask.shape, dtype=states.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        mask = hidden.repeat(1, 1, group, 1)  # the queries of a group stand one behind the other
+    def __call__(self, step: Step, store: KeyValues, mix: Mix | None = None) -> torch.Tensor:
+        x = self._inner.embed_tokens(step.ids)
+        angles = [angle.chunk(2, -1)[0][0][:, None] for angle in self._inner.rotary_emb(x[None], step.positions[None])]
+        masks = [self._hidden(part.mask, x.dtype) for part in step.parts]
         loras, chosen = mix or Mix([LayerLora()] * len(self._layers))
+        if chosen is not None:
+            chosen = chosen.repeat_interleave(step.counts, 0)
         for layer, kept, lora in zip(self._layers, store.layers, loras, strict=True):
-            states = layer.run(states, (cos, sin), mask, kept, lora, chosen, self._kv_heads)
-        logits: torch.Tensor = self._head(self._inner.norm(states[:, -1])).float()
+            attend = _Attention(step.parts, masks, kept)
+            x = layer.run(x, angles, attend, lora, chosen)
+        last = step.counts.cumsum(0)[step.wanted] - 1
+        logits: torch.Tensor = self._head(self._inner.norm(x[last])).float()
         return logits
+
+    def _hidden(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As numbers to be added, once instead of in every layer; the queries of a group stand one behind the other."""
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        return added.repeat(1, 1, self._heads // self._kv_heads, 1)
 
 
 class _Joined:
@@ -114,31 +114,49 @@ class _Layer:
         self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
         self._down = _Joined(mlp.down_proj)
         self._width, self._scaling = int(attention.head_dim), float(attention.scaling)
+        self._kv_heads = attention.k_proj.weight.shape[0] // self._width
         self.widths = [joined.widths for joined in (self._qkv, self._o, self._gate_up, self._down)]
 
     def run(
         self,
-        states: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
-        kept: Any,
+        x: torch.Tensor,
+        angles: Sequence[torch.Tensor],
+        attend: "_Attention",
         lora: LayerLora | PackedLayer,
         chosen: torch.Tensor | None,
-        kv_heads: int,
     ) -> torch.Tensor:
-        rows, length, _ = states.shape
-        x = states.flatten(0, 1)
-        heads = self._qkv(self._norm_in(x), lora.qkv, chosen).view(rows, length, -1, self._width)
-        turned = _rotate(heads[:, :, :-kv_heads], *angles)
-        q, k = turned[:, :, :-kv_heads], turned[:, :, -kv_heads:]
-        keys, values = kept.update(k.transpose(1, 2), heads[:, :, -kv_heads:].transpose(1, 2))
-        grouped = q.reshape(rows, length, kv_heads, -1, self._width).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        seen = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self._scaling)
-        seen = seen.view(rows, kv_heads, -1, length, self._width).permute(0, 3, 1, 2, 4).reshape(rows * length, -1)
-        x = self._o(seen, lora.o, chosen).add_(x)
+        """[tokens, hidden] → [tokens, hidden]."""
+        heads = self._qkv(self._norm_in(x), lora.qkv, chosen).view(len(x), -1, self._width)
+        turned = _rotate(heads[:, : -self._kv_heads], *angles)
+        q, k, v = turned[:, : -self._kv_heads], turned[:, -self._kv_heads :], heads[:, -self._kv_heads :]
+        x = self._o(attend(q, k, v, self._scaling), lora.o, chosen).add_(x)
         gate, up = self._gate_up(self._norm_middle(x), lora.gate_up, chosen).chunk(2, -1)
-        out = self._down(functional.silu(gate).mul_(up), lora.down, chosen).add_(x)
-        return out.view(states.shape)
+        return self._down(functional.silu(gate).mul_(up), lora.down, chosen).add_(x)
+
+
+class _Attention:
+    """One layer's, over the parts of a step: each row sees its own positions."""
+
+    def __init__(self, parts: Sequence[Part], masks: Sequence[torch.Tensor], kept: Any) -> None:
+        self._parts, self._masks, self._kept = parts, masks, kept
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+        """q: [tokens, heads, head_dim]; k, v: [tokens, kv heads, head_dim] → [tokens, heads · head_dim]."""
+        seen = [
+            self._seen(part, mask, q[part.tokens], k[part.tokens], v[part.tokens], scaling)
+            for part, mask in zip(self._parts, self._masks, strict=True)
+        ]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
+
+    def _seen(
+        self, part: Part, mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        k, v = (new.view(part.height, -1, *new.shape[1:]).transpose(1, 2) for new in (k, v))
+        keys, values = self._kept.write(part, k, v)
+        rows, kv_heads, count, width = k.shape
+        grouped = q.view(rows, count, kv_heads, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        seen = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+        return seen.view(rows, kv_heads, -1, count, width).permute(0, 3, 1, 2, 4).reshape(rows * count, -1)
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -11,17 +11,17 @@ from worker.inference.wire import Generate
 
 
 class Group:
-    """`live` sequences have the first rows of `store`, in their order; the one that is being read has the next.
+    """`live` sequences have the first rows of `store`, in their order; those that are being read have the next.
 
-    `read`: tokens of prompts since the last decode step. `steps`: turns since the group was chosen.
+    `steps`: turns since the group was chosen.
     """
 
     def __init__(self, lane: Hashable, base_digest: str) -> None:
         self.lane, self.base_digest = lane, base_digest
         self.live: list[Sequence] = []
-        self.reading: Sequence | None = None
+        self.reading: list[Sequence] = []
         self.store: KeyValues | None = None
-        self.read = self.steps = 0
+        self.steps = 0
         self._waiting: OrderedDict[str, deque[Generate]] = OrderedDict()
 
     @property
@@ -32,7 +32,12 @@ class Group:
     @property
     def seated(self) -> list[Sequence]:
         """Those that have a row."""
-        return [*self.live, *([] if self.reading is None else [self.reading])]
+        return [*self.live, *self.reading]
+
+    @property
+    def unread(self) -> int:
+        """Tokens of prompts that are still to be read for those that have a row."""
+        return sum(len(sequence.prompt) - sequence.length for sequence in self.reading)
 
     @property
     def idle(self) -> bool:
@@ -62,27 +67,38 @@ class Group:
                 self._waiting[digest] = left
             else:
                 del self._waiting[digest]
-        if self.reading is not None and self.reading.id == request_id:
-            self.reading = None
-        for row, sequence in enumerate(self.live):
+        for row, sequence in enumerate(self.seated):
             if sequence.id == request_id:
                 self.leave(row)
                 return
 
     def leave(self, row: int) -> None:
-        """Free the row of a live sequence; others move so that the first rows stay the ones in use."""
-        last = self.live.pop()
-        behind = len(self.live)
-        if row < behind:
-            self._move(behind, row, last)
-            self.live[row] = last
-        if self.reading is not None:
-            self._move(behind + 1, behind, self.reading)
+        """Free a row; others move so that the first rows stay the ones in use."""
+        if row < len(self.live):
+            self._fill(self.live, row, 0)
+            row = len(self.live)  # which the first of those being read has now to fill
+            if self.reading:
+                self._move(row + len(self.reading), row, self.reading[-1])
+                self.reading.insert(0, self.reading.pop())
+        else:
+            self._fill(self.reading, row - len(self.live), len(self.live))
+
+    def promote(self) -> None:
+        """Whoever's prompt is read decodes from now on: they come first among those being read."""
+        while self.reading and self.reading[0].length == len(self.reading[0].prompt):
+            self.live.append(self.reading.pop(0))
 
     def clear(self) -> None:
         self.live.clear()
-        self.reading = None
+        self.reading.clear()
         self._waiting.clear()
+
+    def _fill(self, among: list[Sequence], place: int, first: int) -> None:
+        """Take one out of a run of rows that starts at `first`; the last of the run takes its row."""
+        last = among.pop()
+        if place < len(among):
+            self._move(first + len(among), first + place, last)
+            among[place] = last
 
     def _move(self, source: int, target: int, sequence: Sequence) -> None:
         assert self.store is not None

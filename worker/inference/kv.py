@@ -1,32 +1,67 @@
-"""Keys and values of the sequences that decode together, preallocated; and the two forwards that use them.
+"""Keys and values of the sequences that decode together, preallocated; and the steps that read and write them.
 
 A row is a sequence, filled from the left; its length is the caller's to remember. The store stands in for
 transformers' own cache, so any causal architecture runs on it unchanged. Knows no requests and no sampling.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from worker.inference.forwards import Forward
-
 BLOCK = 32  # attention over a multiple of 32 positions gives a row the same bits alone and in company
 GROWTH = 256
 CHUNK = 256
-"""Tokens of a prompt that one forward reads."""
+"""Tokens of prompts that one step reads."""
 
 CPU = torch.device("cpu")
 
 Snapshot = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-class _Window:
-    """Where the next forward writes and what it reads; one for all layers."""
+class Part(NamedTuple):
+    """Rows of one step that get equally many tokens.
 
-    rows: slice = slice(0, 0)
-    columns: slice | torch.Tensor = slice(0, 0)
-    visible: int = 0
+    `tokens`: where theirs stand among the step's, row by row. `columns`: which positions those are, the same for all
+    rows or one for each. `mask`: [rows or 1, 1, tokens a row, visible], true where a key is seen.
+    """
+
+    tokens: slice
+    rows: slice
+    columns: slice | torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def height(self) -> int:
+        """How many rows."""
+        return int(self.rows.stop - self.rows.start)
+
+
+class Step(NamedTuple):
+    """What one forward reads: `ids` and `positions` [tokens]; `counts` [rows], the tokens of each row in the order of
+    the parts; `wanted`: which of those rows' logits are, behind their last token."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    parts: list[Part]
+    counts: torch.Tensor
+    wanted: torch.Tensor
+
+
+class Read(NamedTuple):
+    """Tokens of a prompt for `row`, which holds the `start` positions before them. `last`: the prompt ends there."""
+
+    row: int
+    ids: list[int]
+    start: int
+    last: bool
+
+
+class _Window:
+    """The part that transformers' next forward is about; one for all layers."""
+
+    part: Part
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass hook is untyped
@@ -43,9 +78,12 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass 
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new positions; return all visible ones of the window's rows."""
-        self.lazy_initialization(key_states, value_states)
-        keys, values = self.stores
-        return self._write(keys, key_states), self._write(values, value_states)
+        return self.write(self.window.part, key_states, value_states)
+
+    def write(self, part: Part, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new positions of a part, [rows, heads, tokens a row, head_dim]; all visible ones of its rows."""
+        self.lazy_initialization(keys, values)
+        return _written(self.stores[0], part, keys), _written(self.stores[1], part, values)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate on first use, when shapes and precision are known."""
@@ -61,7 +99,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass 
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Never decisive: every forward here brings its own mask."""
-        return self.window.visible, 0
+        return self.window.part.mask.shape[-1], 0
 
     def get_seq_length(self) -> int:
         """Never decisive: every forward here brings its own positions."""
@@ -71,14 +109,6 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass 
         """No bound of its own."""
         return -1
 
-    def _write(self, store: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        window = self.window
-        if isinstance(window.columns, slice):
-            store[window.rows, :, window.columns] = state
-        else:
-            store[torch.arange(state.shape[0], device=state.device), :, window.columns] = state[:, :, 0]
-        return store[window.rows, :, : window.visible]
-
 
 class KeyValues:
     """The key-value store of one batch; rows 0 to n-1 are in use, without holes."""
@@ -86,15 +116,9 @@ class KeyValues:
     def __init__(self, layers: int, device: torch.device = CPU) -> None:
         self._device = device
         self._window = _Window()
-        self._layers = [_Layer(self._window) for _ in range(layers)]
-        self._cache = Cache(layers=[*self._layers])
+        self.layers = [_Layer(self._window) for _ in range(layers)]
+        self.cache = Cache(layers=[*self.layers])
         self.rows = self.capacity = 0
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one position of one row, over all layers; 0 before the first forward."""
-        stores = [store for layer in self._layers for store in layer.stores]
-        return sum(store.shape[1] * store.shape[3] * store.element_size() for store in stores)
 
     def sizes_with(self, rows: int, length: int) -> tuple[int, int]:
         """The (rows, capacity) that holding `rows` sequences of `length` positions would take."""
@@ -106,46 +130,59 @@ class KeyValues:
         sizes = self.sizes_with(rows, length)
         if sizes != (self.rows, self.capacity):
             self.rows, self.capacity = sizes
-            for layer in self._layers:
+            for layer in self.layers:
                 layer.resize(*sizes)
 
-    @torch.inference_mode()
-    def prefill(self, forward: Forward, row: int, ids: list[int], start: int) -> torch.Tensor:
-        """Read `ids[start:]` into `row`, which holds the positions before; return the last logits [V].
+    def aim(self, part: Part) -> Cache:
+        """The store as transformers' own cache, for a forward of this part."""
+        self._window.part = part
+        return self.cache
 
-        Runs in chunks, each one forward of a single sequence without padding.
-        """
+    @torch.inference_mode()
+    def step(
+        self, forward: "Forward", tokens: Sequence[int], lengths: Sequence[int], reads: Sequence[Read]
+    ) -> torch.Tensor:
+        """Append a token to each of the first rows, which hold `lengths` positions, and read parts of prompts into
+        others. Logits [first rows and reads that end a prompt, V]. A prompt's part is read without padding."""
+        parts = [self._decoding(lengths)] if tokens else []
+        at, wanted = len(tokens), list(range(len(tokens)))
+        for number, read in enumerate(reads, len(tokens)):
+            parts.append(self._reading(read, at))
+            at += len(read.ids)
+            wanted += [number] if read.last else []
+        step = Step(
+            ids=self._tensor([*tokens, *(token for read in reads for token in read.ids)]),
+            positions=self._tensor([*lengths, *(at for r in reads for at in range(r.start, r.start + len(r.ids)))]),
+            parts=parts,
+            counts=self._tensor([1] * len(tokens) + [len(read.ids) for read in reads]),
+            wanted=self._tensor(wanted),
+        )
+        return forward(step, self)
+
+    def prefill(self, forward: "Forward", row: int, ids: list[int], start: int) -> torch.Tensor:
+        """Read `ids[start:]` into `row`, which holds the positions before; return the last logits [V]."""
         logits = torch.empty(0)
         for begin in range(start, len(ids), CHUNK):
             end = min(begin + CHUNK, len(ids))
-            self._aim(slice(row, row + 1), slice(begin, end), end)
-            positions = torch.arange(begin, end, device=self._device)
-            mask = torch.arange(self._window.visible, device=self._device) <= positions[:, None]
-            tokens = torch.tensor([ids[begin:end]], device=self._device)
-            logits = forward(tokens, positions[None], mask[None, None], self._cache)
+            logits = self.step(forward, (), (), [Read(row, ids[begin:end], begin, end == len(ids))])
         return logits[0]
 
-    @torch.inference_mode()
-    def decode(self, forward: Forward, tokens: list[int], lengths: list[int]) -> torch.Tensor:
+    def decode(self, forward: "Forward", tokens: list[int], lengths: list[int]) -> torch.Tensor:
         """Append a token to each of the first rows, which hold `lengths` positions; return logits [n, V]."""
-        columns = torch.tensor(lengths, device=self._device)
-        self._aim(slice(0, len(tokens)), columns, max(lengths) + 1)
-        mask = torch.arange(self._window.visible, device=self._device) <= columns[:, None]
-        ids = torch.tensor(tokens, device=self._device)[:, None]
-        return forward(ids, columns[:, None], mask[:, None, None], self._cache)
+        return self.step(forward, tokens, lengths, ())
 
     @torch.inference_mode()
     def snapshot(self, row: int, length: int) -> Snapshot:
         """A copy of the first `length` positions of a row: keys and values a layer."""
         return [
             (keys[row, :, :length].clone(), values[row, :, :length].clone())
-            for keys, values in (layer.stores for layer in self._layers)
+            for keys, values in (layer.stores for layer in self.layers)
         ]
 
     @torch.inference_mode()
     def restore(self, row: int, snapshot: Snapshot, length: int) -> None:
         """Put the first `length` positions of a snapshot into a row."""
-        for layer, (keys, values) in zip(self._layers, snapshot, strict=True):
+        for layer, (keys, values) in zip(self.layers, snapshot, strict=True):
             layer.lazy_initialization(keys[None], values[None])
             layer.stores[0][row, :, :length] = keys[:, :length]
             layer.stores[1][row, :, :length] = values[:, :length]
@@ -153,13 +190,42 @@ class KeyValues:
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row over another one."""
-        for layer in self._layers:
+        for layer in self.layers:
             for store in layer.stores:
                 store[target, :, :length] = store[source, :, :length]
 
-    def _aim(self, rows: slice, columns: slice | torch.Tensor, length: int) -> None:
-        self._window.rows, self._window.columns = rows, columns
-        self._window.visible = -(-length // BLOCK) * BLOCK
+    def _decoding(self, lengths: Sequence[int]) -> Part:
+        columns = self._tensor(lengths)
+        mask = self._visible(max(lengths) + 1) <= columns[:, None]
+        return Part(slice(0, len(lengths)), slice(0, len(lengths)), columns, mask[:, None, None])
+
+    def _reading(self, read: Read, at: int) -> Part:
+        end = read.start + len(read.ids)
+        mask = self._visible(end) <= torch.arange(read.start, end, device=self._device)[:, None]
+        return Part(
+            slice(at, at + len(read.ids)), slice(read.row, read.row + 1), slice(read.start, end), mask[None, None]
+        )
+
+    def _visible(self, length: int) -> torch.Tensor:
+        """The positions that are looked at: the first `length`, and those that fill the last block."""
+        return torch.arange(-(-length // BLOCK) * BLOCK, device=self._device)
+
+    def _tensor(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, device=self._device, dtype=torch.long)
+
+
+Forward = Callable[[Step, KeyValues], torch.Tensor]
+"""A model's: the step's tokens go through it, their keys and values into the store; the wanted logits [wanted, V] come
+back in float32."""
+
+
+def _written(store: torch.Tensor, part: Part, state: torch.Tensor) -> torch.Tensor:
+    """`state` at the part's positions; the store as far as the part sees it."""
+    if isinstance(part.columns, slice):
+        store[part.rows, :, part.columns] = state
+    else:
+        store[torch.arange(state.shape[0], device=state.device), :, part.columns] = state[:, :, 0]
+    return store[part.rows, :, : part.mask.shape[-1]]
 
 
 def _store(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:

@@ -1,29 +1,27 @@
 """Who decodes next: requests grouped by what one batch can answer, joining and leaving between decode steps.
 
-Adapters over one base mix in a batch where they can; a group's adapters take turns in joining, long prompts are read
-in chunks between decode steps, groups take turns, and slots are shared between groups: so nobody starves. Knows no
-processes and no HTTP.
+Adapters over one base mix in a batch where they can; a group's adapters take turns in joining, prompts are read in
+chunks in the same steps in which others decode, groups take turns, and slots are shared between groups: so nobody
+starves. Knows no processes and no HTTP.
 """
 
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator
 
+import torch
+
 from worker.inference.adapters import Models
 from worker.inference.bases import ModelError
 from worker.inference.constraints import Grammars
 from worker.inference.group import Group
-from worker.inference.kv import CHUNK, KeyValues
+from worker.inference.kv import CHUNK, KeyValues, Read
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import ServedModel
 from worker.inference.sequence import RequestError, Sequence
 from worker.inference.wire import EngineSettings, Failed, Generate, Stats, ToFront
 
 log = logging.getLogger(__name__)
-
-
-READ_AT_ONCE = 512
-"""Tokens of prompts that are read between two decode steps, about: a long prompt holds nobody up for longer."""
 
 
 class Scheduler:
@@ -59,11 +57,12 @@ class Scheduler:
     def add(self, request: Generate) -> None:
         """Queue a request behind those of the same served model, which is loaded for it."""
         try:
-            self._models.load(request.model, self._in_use())
+            base = self._models.load(request.model, self._in_use())
             lane = self._models.lane(request.model)
         except Exception as error:
             self._refuse(request.id, error)
             return
+        self._position_bytes[request.model.base_digest] = base.position_bytes
         self._groups.setdefault(lane, Group(lane, request.model.base_digest)).wait(request)
 
     def cancel(self, request_id: str) -> None:
@@ -73,14 +72,14 @@ class Scheduler:
             self._dismiss_if_idle(group)
 
     def turn(self) -> None:
-        """One unit of work: read a chunk of one prompt, or decode one step of a group."""
+        """One step of a group: whoever may join begins, prompts are read a chunk further, the others decode."""
         group = next(self._runnable())
         group.steps += 1
         try:
-            if self._may_read(group) and (group.read < READ_AT_ONCE or not group.live):
-                self._read(group)
-            else:
-                self._decode(group)
+            while group.unread < CHUNK and self._may_join(group):
+                self._begin(group)
+            if group.seated:
+                self._step(group)
         except Exception as error:
             log.exception("a turn over %s failed", group.base_digest)
             self._fail_group(group, 500, f"the engine failed on this batch: {type(error).__name__}")
@@ -91,7 +90,7 @@ class Scheduler:
         return sum(len(group.seated) for group in self._groups.values())
 
     def _runnable(self) -> Iterator[Group]:
-        return (group for group in self._groups.values() if group.live or self._may_read(group))
+        return (group for group in self._groups.values() if group.seated or self._may_join(group))
 
     def _in_use(self) -> list[ServedModel]:
         return [sequence.model for group in self._groups.values() for sequence in group.seated]
@@ -106,15 +105,13 @@ class Scheduler:
         if group.idle:
             self._groups.pop(group.lane, None)
 
-    def _may_read(self, group: Group) -> bool:
-        """Whether a prompt is being read, or the next one may be begun."""
-        if group.reading is not None:
-            return True
+    def _may_join(self, group: Group) -> bool:
+        """Whether the next request may be begun."""
         if not group.waiting or self._running >= self._settings.max_batch:
             return False
         others_wait = any(other.waiting for other in self._groups.values() if other is not group)
         share = max(1, self._settings.max_batch // len(self._groups))
-        if others_wait and len(group.live) >= share:
+        if others_wait and len(group.seated) >= share:
             return False
         return self._running == 0 or self._fits(group)
 
@@ -122,8 +119,8 @@ class Scheduler:
         """Whether the stores stay within their budget when the group's next request joins."""
         request = group.next
         store = group.store or KeyValues(0)
-        rows, capacity = store.sizes_with(len(group.live) + 1, len(request.prompt) + request.sampling.max_tokens)
-        wanted = rows * capacity * self._position_bytes.get(group.base_digest, 0)
+        rows, capacity = store.sizes_with(len(group.seated) + 1, len(request.prompt) + request.sampling.max_tokens)
+        wanted = rows * capacity * self._position_bytes[group.base_digest]
         others = sum(
             other.store.rows * other.store.capacity * self._position_bytes.get(other.base_digest, 0)
             for other in self._groups.values()
@@ -131,23 +128,19 @@ class Scheduler:
         )
         return wanted + others <= self._settings.kv_bytes
 
-    def _read(self, group: Group) -> None:
-        """The next chunk of the prompt that is being read, or the first one of the next prompt."""
-        request_id = group.reading.id if group.reading else group.next.id
-        try:
-            sequence = group.reading or self._begin(group)
-            self._read_chunk(group, sequence)
-        except Exception as error:
-            group.reading = None
-            self._refuse(request_id, error)
-
-    def _begin(self, group: Group) -> Sequence:
+    def _begin(self, group: Group) -> None:
         """Give the next request a row, with what is known of its prompt's keys and values."""
         request = group.take()
+        try:
+            group.reading.append(self._seat(group, request))
+        except Exception as error:
+            self._refuse(request.id, error)
+
+    def _seat(self, group: Group, request: Generate) -> Sequence:
         base = self._models.load(request.model, self._in_use())
         sequence = Sequence(request, base, self._grammars)
         group.store = group.store or KeyValues(base.layers, self._models.device)
-        row, ids = len(group.live), sequence.prompt
+        row, ids = len(group.seated), sequence.prompt
         group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
         match = self._prefixes.find(sequence.reads_as, ids)
         if match:
@@ -155,42 +148,32 @@ class Scheduler:
             group.store.restore(row, match.snapshot, sequence.cached)
         sequence.length = sequence.cached
         self._count(prefills=1, prompt_tokens=len(ids), prefix_queries=len(ids), prefix_hits=sequence.cached)
-        group.reading = sequence
         return sequence
 
-    def _read_chunk(self, group: Group, sequence: Sequence) -> None:
+    def _step(self, group: Group) -> None:
         assert group.store is not None
-        row, ids = len(group.live), sequence.prompt
-        end = min(sequence.length + CHUNK, len(ids))
-        forward = self._models.forward([sequence.model])
-        logits = group.store.prefill(forward, row, ids[:end], sequence.length)
-        group.read += end - sequence.length
-        sequence.length = end
-        self._position_bytes[group.base_digest] = group.store.position_bytes
-        if end == len(ids):
-            sequence.advance(logits)
-            group.reading = None
-            group.live.append(sequence)
-            self._count(generation_tokens=1)
-            self._report(group, row)
-
-    def _decode(self, group: Group) -> None:
-        assert group.store is not None
-        group.read = 0
+        reads = _reads(group)
         tokens = [sequence.tokens[-1] for sequence in group.live]
-        forward = self._models.forward([sequence.model for sequence in group.live])
-        logits = group.store.decode(forward, tokens, [sequence.length for sequence in group.live])
-        self._count(decode_steps=1, generation_tokens=len(tokens))
-        for row in reversed(range(len(tokens))):  # backwards: whoever leaves is replaced by one already seen
-            sequence = group.live[row]
+        forward = self._models.forward([sequence.model for sequence in group.seated[: len(tokens) + len(reads)]])
+        logits = group.store.step(forward, tokens, [sequence.length for sequence in group.live], reads)
+        for sequence in group.live:
             sequence.length += 1
-            try:
-                sequence.advance(logits[row])
-            except RequestError as error:
-                self._fail(sequence.id, error.status, error.message, error.param)
-                group.leave(row)
-            else:
-                self._report(group, row)
+        for sequence, read in zip(group.reading, reads, strict=False):
+            sequence.length += len(read.ids)
+        group.promote()
+        self._count(decode_steps=bool(tokens), generation_tokens=len(group.live))
+        for row in reversed(range(len(group.live))):  # backwards: whoever leaves is replaced by one already seen
+            self._advance(group, row, logits[row])
+
+    def _advance(self, group: Group, row: int, logits: torch.Tensor) -> None:
+        sequence = group.live[row]
+        try:
+            sequence.advance(logits)
+        except RequestError as error:
+            self._fail(sequence.id, error.status, error.message, error.param)
+            group.leave(row)
+        else:
+            self._report(group, row)
 
     def _report(self, group: Group, row: int) -> None:
         sequence = group.live[row]
@@ -229,3 +212,16 @@ class Scheduler:
     def _count(self, **more: int) -> None:
         for name, value in more.items():
             self._counts[name] += value
+
+
+def _reads(group: Group) -> list[Read]:
+    """The next tokens of the prompts that are being read, a chunk in all: who came first is read first."""
+    reads, room, row = [], CHUNK, len(group.live)
+    for sequence in group.reading:
+        ids = sequence.prompt[sequence.length : sequence.length + room]
+        if not ids:
+            break
+        reads.append(Read(row, ids, sequence.length, sequence.length + len(ids) == len(sequence.prompt)))
+        room -= len(ids)
+        row += 1
+    return reads

@@ -51,9 +51,8 @@ class Stack:
             self._places.move_to_end(name)
         used = _power_of_two(max(self._places[name] for name in wanted) + 1)
         chosen = self._like.new_zeros(len(rows), used, 1)
-        for place, row in enumerate(rows):
-            if row is not None:
-                chosen[place, self._places[row]] = 1
+        having = [number for number, row in enumerate(rows) if row is not None]
+        chosen[having, [self._places[row] for row in rows if row is not None]] = 1
         return Mix(self._first(used), chosen)
 
     def forget(self, name: str) -> None:
