@@ -26,6 +26,7 @@ from worker.inference.adapters import Models
 from worker.inference.forwards import StockForward
 from worker.inference.kv import KeyValues
 from worker.inference.protocol import ServedModel
+from worker.inference.sizes import base_bytes
 from worker.inference.wire import EngineSettings
 from worker.processor import cpu_here
 
@@ -161,7 +162,8 @@ def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: P
 
 
 def test_a_dropped_base_gives_its_memory_back(shelf: Shelf) -> None:
-    models = Models(SETTINGS.model_copy(update={"max_bases": 1}))
+    size = base_bytes(shelf.served("first"), torch.device("cpu"), torch.float32)
+    models = Models(SETTINGS.model_copy(update={"memory_bytes": size + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}))
     first = weakref.ref(models.load(shelf.served("first", base_digest="first"), []).model)
     models.load(shelf.served("second", base_digest="second"), [])
     gc.collect()

@@ -13,12 +13,21 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.inference.conftest import NF4, PROMPT, Shelf
 from worker.inference.adapters import Models
-from worker.inference.bases import ModelError
+from worker.inference.bases import ModelError, NoRoom
 from worker.inference.kv import KeyValues
 from worker.inference.protocol import ServedModel
+from worker.inference.sizes import adapter_bytes, base_bytes
 from worker.inference.wire import EngineSettings
 
-SETTINGS = EngineSettings(device="cpu", dtype="float32", max_adapters=1, max_bases=1, max_rank=8)
+SETTINGS = EngineSettings(device="cpu", dtype="float32", max_rank=8)
+
+
+def room_for(shelf: Shelf, *, bases: int = 1, adapters: int = 1) -> EngineSettings:
+    """Memory for so many, and for half an adapter more."""
+    base = base_bytes(shelf.served("base"), torch.device("cpu"), torch.float32)
+    adapter = adapter_bytes(shelf.one, torch.float32)
+    memory = bases * base + adapters * adapter + adapter // 2
+    return SETTINGS.model_copy(update={"memory_bytes": memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1})
 
 
 def logits(models: Models, served: ServedModel) -> torch.Tensor:
@@ -72,7 +81,7 @@ def test_nf4_is_served_as_the_function_that_training_sees(shelf: Shelf) -> None:
 
 
 def test_one_adapter_at_a_time_and_none_for_the_base(shelf: Shelf) -> None:
-    models = Models(SETTINGS)
+    models = Models(room_for(shelf))
     base = logits(models, shelf.served("base"))
     one = logits(models, shelf.served("one", shelf.one))
     two = logits(models, shelf.served("two", shelf.two))
@@ -84,17 +93,47 @@ def test_one_adapter_at_a_time_and_none_for_the_base(shelf: Shelf) -> None:
 
 
 def test_what_is_in_use_is_never_dropped(shelf: Shelf) -> None:
-    models = Models(SETTINGS)
+    models = Models(room_for(shelf, adapters=1))
     one, two = shelf.served("one", shelf.one), shelf.served("two", shelf.two)
     models.load(one, [])
 
-    models.load(two, [one])
-    assert models.adapters == 2
+    with pytest.raises(NoRoom):
+        models.load(two, [one])
+    with pytest.raises(NoRoom):
+        models.load(shelf.served("other", base_digest="other"), [one])
+    assert (models.bases, models.adapters) == (1, 1)
 
-    models.load(shelf.served("other", base_digest="other"), [one])
-    assert models.bases == 2
-    models.load(shelf.served("third", base_digest="third"), [])
-    assert models.bases == 1
+    models.load(shelf.served("other", base_digest="other"), [])
+    assert (models.bases, models.adapters) == (1, 0)
+
+
+def test_adapters_go_before_bases(shelf: Shelf) -> None:
+    models = Models(room_for(shelf, bases=2, adapters=1))
+    models.load(shelf.served("one", shelf.one), [])
+    models.load(shelf.served("two", shelf.two, base_digest="other"), [])
+
+    assert (models.bases, models.adapters) == (2, 1)
+
+
+def test_what_fits_into_no_memory_is_refused_with_the_figures(shelf: Shelf) -> None:
+    with pytest.raises(ModelError, match=r"base model base takes memory to .* GB; bases and adapters may have"):
+        Models(room_for(shelf, bases=0)).load(shelf.served("base"), [])
+
+    models = Models(room_for(shelf, adapters=0))
+    with pytest.raises(ModelError, match="adapter one takes memory to"):
+        models.load(shelf.served("one", shelf.one), [])
+    models.load(shelf.served("base"), [])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_models_take_is_known_before_they_are_loaded(shelf: Shelf, dtype: Any) -> None:
+    settings = SETTINGS.model_copy(update={"dtype": dtype})
+    models = Models(settings)
+    models.load(shelf.served("base"), [])
+    assert models.bytes == pytest.approx(base_bytes(shelf.served("base"), models.device, models.dtype), rel=0.1)
+    before = models.bytes
+    models.load(shelf.served("one", shelf.one), [])
+    assert models.bytes - before >= adapter_bytes(shelf.one, models.dtype)
 
 
 def test_an_adapter_with_nan_is_refused(shelf: Shelf, tmp_path: Path) -> None:

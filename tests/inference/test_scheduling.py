@@ -12,6 +12,7 @@ from worker.inference.kv import Snapshot
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
+from worker.inference.sizes import base_bytes
 from worker.inference.text import AnswerText, Detokenizer
 from worker.inference.wire import EngineSettings, Failed, Finished, Generate, ToFront
 
@@ -162,6 +163,39 @@ def test_prompts_are_read_whole_while_others_leave_and_are_cancelled(shelf: Shel
 
     assert len(gone) == 4
     assert desk.answers == {name: answer for name, answer in alone.items() if name not in gone}
+
+
+def test_bases_that_do_not_fit_together_take_turns(shelf: Shelf) -> None:
+    size = base_bytes(shelf.served("a"), torch.device("cpu"), torch.float32)
+    desk = Desk(memory_bytes=size + (1 << 20), kv_bytes=1 << 20, prefix_cache_bytes=0)
+    for i in range(6):
+        desk.ask(f"r{i}", shelf.served(f"b{i % 3}", base_digest=f"b{i % 3}"))
+        desk.scheduler.turn()
+    late = [f"late{i}" for i in range(20)]
+    bases = []
+    while desk.scheduler.busy:
+        desk.scheduler.turn()
+        bases.append(desk.scheduler.stats.bases)
+        if late:
+            desk.ask(late.pop(), shelf.served("b0", base_digest="b0"))
+
+    assert sorted(desk.finished) == sorted([f"r{i}" for i in range(6)] + [f"late{i}" for i in range(20)])
+    assert set(bases) == {1}
+    assert all(desk.finished.index(f"r{i}") < 22 for i in range(6)), "a crowd at one base kept the others out"
+
+
+def test_a_request_that_waits_for_room_can_be_cancelled(shelf: Shelf) -> None:
+    size = base_bytes(shelf.served("a"), torch.device("cpu"), torch.float32)
+    desk = Desk(memory_bytes=size + (1 << 20), kv_bytes=1 << 20, prefix_cache_bytes=0)
+    desk.ask("first", shelf.served("a", base_digest="a"))
+    desk.scheduler.turn()
+    desk.ask("second", shelf.served("b", base_digest="b"))
+    assert desk.scheduler.stats.waiting == 1
+    desk.scheduler.cancel("second")
+    assert desk.scheduler.stats.waiting == 0
+    desk.run()
+
+    assert desk.finished == ["first"]
 
 
 def test_a_cancelled_request_is_gone_at_once(shelf: Shelf) -> None:

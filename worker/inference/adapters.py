@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from worker.inference.bases import Base, ModelError, compute_device, compute_dtype, load_base
+from worker.inference.bases import Base, ModelError, NoRoom, compute_device, compute_dtype, load_base
 from worker.inference.forwards import StockForward, lean_forward
 from worker.inference.kv import Forward
 from worker.inference.loras import LayerLora, read_lora
+from worker.inference.products import packs
 from worker.inference.protocol import ServedModel
+from worker.inference.sizes import adapter_bytes, base_bytes, held_bytes
 from worker.inference.wire import EngineSettings
 
 # Their initialisers change the base's own weights, which all other adapters share.
@@ -47,6 +49,8 @@ class AdaptedBase:
         self._lean = lean_forward(base.model)
         self._stack = None if self._lean is None else self._lean.stack()
         self._alone = False
+        self._base_bytes = held_bytes(base.model) * (2 if packs(base.model.get_input_embeddings().weight) else 1)
+        self._sizes: dict[str, int] = {}
 
     def mixes(self, digest: str | None) -> bool:
         """Whether a batch may hold this adapter, or the base for None, beside others."""
@@ -91,6 +95,7 @@ class AdaptedBase:
                 raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
             if beside is not None:
                 self.loaded[digest] = beside
+                self._sizes[digest] = sum(part.nbytes for layer in beside for lora in layer if lora for part in lora)
                 return
         name = "a" + hashlib.sha256(digest.encode()).hexdigest()[:24]  # PEFT allows no dots in names
         try:
@@ -102,11 +107,19 @@ class AdaptedBase:
         finally:
             self.active = UNKNOWN
         self.loaded[digest] = name
+        self._sizes[digest] = adapter_bytes(directory, self.base.model.dtype)
         self._alone = not shared
+
+    @property
+    def bytes(self) -> int:
+        """What the base, its adapters and their places take."""
+        held = self._base_bytes + sum(self._sizes.values())
+        return held if self._stack is None else held + self._stack.bytes
 
     def drop(self, digest: str) -> None:
         """Forget an adapter and give its memory back."""
         loaded = self.loaded.pop(digest)
+        del self._sizes[digest]
         if isinstance(loaded, str):
             self._forget(loaded)
             self.active = UNKNOWN
@@ -147,12 +160,13 @@ class AdaptedBase:
 
 
 class Models:
-    """All that is loaded. Not for several threads: the engine's model thread owns it."""
+    """All that is loaded, within a budget of bytes. Not for several threads: the engine's model thread owns it."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self.device = compute_device(settings)
         self.dtype = compute_dtype(settings, self.device)
+        self._budget = settings.memory_bytes - settings.kv_bytes - settings.prefix_cache_bytes
         self._bases: OrderedDict[str, AdaptedBase] = OrderedDict()
 
     @property
@@ -165,15 +179,22 @@ class Models:
         """How many adapters are loaded, over all bases."""
         return sum(len(adapted.loaded) for adapted in self._bases.values())
 
+    @property
+    def bytes(self) -> int:
+        """What bases and adapters take."""
+        return sum(adapted.bytes for adapted in self._bases.values())
+
     def load(self, served: ServedModel, in_use: Collection[ServedModel]) -> Base:
         """Have `served` in memory, and say what its base is.
 
-        What `in_use` names is never dropped to make room. Raises ModelError.
+        What was used least recently goes to make room, adapters before bases; what `in_use` names never does. Raises
+        ModelError, and NoRoom where it has to wait for those.
         """
         adapted = self._adapted(served, in_use)
         if served.adapter_path is not None and served.digest not in adapted.loaded:
-            self._make_room(adapted, {model.digest for model in in_use})
-            adapted.load(served.digest, Path(served.adapter_path), self._settings.max_rank)
+            directory = Path(served.adapter_path)
+            self._make_room(f"adapter {served.digest}", adapter_bytes(directory, self.dtype), in_use, served)
+            adapted.load(served.digest, directory, self._settings.max_rank)
         return adapted.base
 
     def lane(self, served: ServedModel) -> Hashable:
@@ -189,22 +210,38 @@ class Models:
 
     def _adapted(self, served: ServedModel, in_use: Collection[ServedModel]) -> AdaptedBase:
         if served.base_digest not in self._bases:
-            self._drop_bases({model.base_digest for model in in_use})
+            wanted = base_bytes(served, self.device, self.dtype)
+            self._make_room(f"base model {served.base_digest}", wanted, in_use)
             base = load_base(served, self.device, self.dtype)
             self._bases[served.base_digest] = AdaptedBase(base)
         self._bases.move_to_end(served.base_digest)
         return self._bases[served.base_digest]
 
-    def _drop_bases(self, kept: set[str]) -> None:
-        idle = [digest for digest in self._bases if digest not in kept]
-        for digest in idle[: max(0, len(self._bases) - self._settings.max_bases + 1)]:
-            del self._bases[digest]
-            gc.collect()  # modules and their PEFT wrapper refer to each other
+    def _make_room(
+        self, what: str, wanted: int, in_use: Collection[ServedModel], over: ServedModel | None = None
+    ) -> None:
+        """Drop what is idle until `wanted` bytes fit; the base of `over` is not."""
+        kept = [*in_use, *([over] if over else [])]
+        idle = self._idle({model.digest for model in kept}, {model.base_digest for model in kept})
+        while self.bytes + wanted > self._budget:
+            drop = next(idle, None)
+            if drop is not None:
+                drop()
+            elif in_use:
+                raise NoRoom
+            else:
+                needed, given = (self.bytes + wanted) / 1e9, self._budget / 1e9
+                raise ModelError(f"{what} takes memory to {needed:.2f} GB; bases and adapters may have {given:.2f} GB")
 
-    def _make_room(self, adapted: AdaptedBase, kept: set[str]) -> None:
-        idle = [digest for digest in adapted.loaded if digest not in kept]
-        for digest in idle[: max(0, len(adapted.loaded) - self._settings.max_adapters + 1)]:
-            adapted.drop(digest)
+    def _idle(self, adapters: set[str], bases: set[str]) -> Iterator[Callable[[], None]]:
+        """Ways to give memory back, the cheapest first."""
+        for adapted in self._bases.values():
+            yield from (partial(adapted.drop, digest) for digest in list(adapted.loaded) if digest not in adapters)
+        yield from (partial(self._drop_base, digest) for digest in list(self._bases) if digest not in bases)
+
+    def _drop_base(self, digest: str) -> None:
+        del self._bases[digest]
+        gc.collect()  # modules and their PEFT wrapper refer to each other
 
 
 def _read_config(digest: str, directory: Path, max_rank: int) -> PeftConfig:

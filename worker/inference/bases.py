@@ -28,6 +28,10 @@ class ModelError(Exception):
     """A served model cannot be used as it is; the message says why, without paths."""
 
 
+class NoRoom(Exception):
+    """A served model will fit once others have answered."""
+
+
 class Quantization(BaseModel):
     """How the weights of the linear layers are stored. `double` quantises the block scales too."""
 

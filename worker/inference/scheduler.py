@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 
 from worker.inference.adapters import Models
-from worker.inference.bases import ModelError
+from worker.inference.bases import ModelError, NoRoom
 from worker.inference.constraints import Grammars
 from worker.inference.group import Group
 from worker.inference.kv import CHUNK, KeyValues, Read
@@ -32,6 +32,7 @@ class Scheduler:
         self._settings = settings
         self._send = send
         self._groups: OrderedDict[Hashable, Group] = OrderedDict()
+        self._held: list[Generate] = []
         self._grammars = Grammars(settings.max_grammars)
         self._prefixes = PrefixCache(settings.prefix_cache_bytes)
         self._position_bytes: dict[str, int] = {}
@@ -40,14 +41,14 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a turn would do anything."""
-        return bool(self._groups)
+        return bool(self._groups or self._held)
 
     @property
     def stats(self) -> Stats:
         """Gauges now, and counters since the start."""
         return Stats(
             running=self._running,
-            waiting=sum(len(group.waiting) for group in self._groups.values()),
+            waiting=sum(len(group.waiting) for group in self._groups.values()) + len(self._held),
             adapters=self._models.adapters,
             bases=self._models.bases,
             prefix_cache_bytes=self._prefixes.size,
@@ -55,25 +56,33 @@ class Scheduler:
         )
 
     def add(self, request: Generate) -> None:
-        """Queue a request behind those of the same served model, which is loaded for it."""
+        """Queue a request behind those of the same served model, which is loaded for it; or hold it until there is room
+        for that."""
         try:
             base = self._models.load(request.model, self._in_use())
             lane = self._models.lane(request.model)
+        except NoRoom:
+            self._held.append(request)
         except Exception as error:
             self._refuse(request.id, error)
-            return
-        self._position_bytes[request.model.base_digest] = base.position_bytes
-        self._groups.setdefault(lane, Group(lane, request.model.base_digest)).wait(request)
+        else:
+            self._position_bytes[request.model.base_digest] = base.position_bytes
+            self._groups.setdefault(lane, Group(lane, request.model.base_digest)).wait(request)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its slot is free at once."""
+        self._held = [request for request in self._held if request.id != request_id]
         for group in list(self._groups.values()):
             group.cancel(request_id)
             self._dismiss_if_idle(group)
 
     def turn(self) -> None:
         """One step of a group: whoever may join begins, prompts are read a chunk further, the others decode."""
-        group = next(self._runnable())
+        if self._held and not self._running:
+            self._let_go()
+        group = next(self._runnable(), None)
+        if group is None:
+            return
         group.steps += 1
         try:
             while group.unread < CHUNK and self._may_join(group):
@@ -105,9 +114,18 @@ class Scheduler:
         if group.idle:
             self._groups.pop(group.lane, None)
 
+    def _let_go(self) -> None:
+        """Whoever waits longest for room has it now that nothing runs, and goes first."""
+        request = self._held.pop(0)
+        self.add(request)
+        for lane, group in self._groups.items():
+            if request in group.waiting:
+                self._groups.move_to_end(lane, last=False)
+                return
+
     def _may_join(self, group: Group) -> bool:
-        """Whether the next request may be begun."""
-        if not group.waiting or self._running >= self._settings.max_batch:
+        """Whether the next request may be begun: not while another one waits for those that run to make room."""
+        if self._held or not group.waiting or self._running >= self._settings.max_batch:
             return False
         others_wait = any(other.waiting for other in self._groups.values() if other is not group)
         share = max(1, self._settings.max_batch // len(self._groups))
@@ -133,6 +151,8 @@ class Scheduler:
         request = group.take()
         try:
             group.reading.append(self._seat(group, request))
+        except NoRoom:
+            self._held.append(request)
         except Exception as error:
             self._refuse(request.id, error)
 

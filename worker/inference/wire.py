@@ -26,17 +26,17 @@ class TokenLogprobs(Frozen):
 
 
 class EngineSettings(Frozen):
-    """What the front tells a fresh engine. Bytes are bytes; counts are sequences, adapters and bases."""
+    """What the front tells a fresh engine. Counts are sequences. `memory_bytes` bounds all that is kept for serving:
+    bases and adapters have what `kv_bytes` and `prefix_cache_bytes` leave of it."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = Field(None, ge=1)
     max_batch: int = Field(16, ge=1, le=256)
     slice_steps: int = Field(16, ge=1)
+    memory_bytes: int = Field(8 * 1024**3, ge=1)
     kv_bytes: int = Field(2 * 1024**3, ge=1)
     prefix_cache_bytes: int = Field(512 * 1024**2, ge=0)
-    max_adapters: int = Field(64, ge=1)
-    max_bases: int = Field(2, ge=1)
     max_rank: int = Field(256, ge=1)
     max_grammars: int = Field(256, ge=1)
 
