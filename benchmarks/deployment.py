@@ -38,7 +38,12 @@ class Deployment:
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=600, trust_env=False)
         self.marks: dict[str, float] = {}
         self._lines: list[tuple[float, str]] = []
-        own = {"VERITUNE_HOME": str(home), "VERITUNE_CACHE": str(cache), "VERITUNE_PORT": str(self.port)}
+        own = {
+            "VERITUNE_HOME": str(home),
+            "VERITUNE_CACHE": str(cache),
+            "VERITUNE_PORT": str(self.port),
+            "VERITUNE_INFERENCE_PORT": str(free_port()),
+        }
         self._began = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "app.cli", "up"],

@@ -49,7 +49,8 @@ class AdaptedBase:
         self._lean = lean_forward(base.model)
         self._stack = None if self._lean is None else self._lean.stack()
         self._alone = False
-        self._base_bytes = held_bytes(base.model) * (2 if packs(base.model.get_input_embeddings().weight) else 1)
+        copies = 2 if packs(next(base.model.parameters())) else 1  # the kernel's layout is one more
+        self._base_bytes = held_bytes(base.model) * copies
         self._sizes: dict[str, int] = {}
 
     def mixes(self, digest: str | None) -> bool:
