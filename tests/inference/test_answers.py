@@ -74,6 +74,21 @@ def test_company_changes_nothing(server: Server, reference: Reference) -> None:
         assert answer == reference(model, prompt, len(answer))
 
 
+def test_a_deterministic_answer_has_the_same_digits_alone_and_in_company(server: Server) -> None:
+    prompt = [3 + i % 390 for i in range(300)]
+
+    def ask(prompt: list[int], deterministic: bool) -> Any:
+        options = {"deterministic": deterministic, "logprobs": 5, "max_tokens": 12, "ignore_eos": True}
+        return server.choice(model="one", prompt=prompt, **options)["logprobs"]
+
+    alone = ask(prompt, True)
+    with ThreadPoolExecutor(12) as pool:
+        crowd = [pool.submit(ask, other, False) for other in prompts(8, salt=5)]
+        companions = [pool.submit(ask, prompt, True) for _ in range(3)]
+        assert all(future.result() == alone for future in companions)
+        assert all(future.result() for future in crowd)
+
+
 def test_a_seed_repeats_an_answer_and_another_does_not(server: Server) -> None:
     answers = [server.ids(temperature=1.0, seed=seed, max_tokens=12) for seed in (7, 7, 8)]
 

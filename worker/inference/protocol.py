@@ -73,7 +73,10 @@ class StructuredOutputs(Frozen):
 
 
 class Sampling(Frozen):
-    """How the answer is chosen and when it ends. Defaults are OpenAI's: temperature 1, 16 tokens."""
+    """How the answer is chosen and when it ends. Defaults are OpenAI's: temperature 1, 16 tokens.
+
+    `deterministic`: computed in shapes of its own, so that no digit depends on what else is asked; slower.
+    """
 
     max_tokens: int = Field(16, ge=1)
     min_tokens: int = Field(0, ge=0)
@@ -88,6 +91,7 @@ class Sampling(Frozen):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
     structured_outputs: StructuredOutputs | None = None
+    deterministic: bool = False
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -61,6 +61,8 @@ class Scheduler:
         try:
             base = self._models.load(request.model, self._in_use())
             lane = self._models.lane(request.model)
+            if request.sampling.deterministic:
+                lane = (lane, request.id)  # no company
         except NoRoom:
             self._held.append(request)
         except Exception as error:
@@ -162,7 +164,7 @@ class Scheduler:
         group.store = group.store or KeyValues(base.layers, self._models.device)
         row, ids = len(group.seated), sequence.prompt
         group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
-        match = self._prefixes.find(sequence.reads_as, ids)
+        match = None if sequence.sampling.deterministic else self._prefixes.find(sequence.reads_as, ids)
         if match:
             sequence.cached = min(match.length, len(ids) - 1)  # the last token must be read for its logits
             group.store.restore(row, match.snapshot, sequence.cached)
@@ -206,6 +208,8 @@ class Scheduler:
 
     def _remember(self, group: Group, row: int) -> None:
         sequence = group.live[row]
+        if sequence.sampling.deterministic:
+            return
         read = sequence.tokens[: sequence.length]
         if group.store is not None and self._prefixes.worth_keeping(sequence.reads_as, read):
             self._prefixes.keep(sequence.reads_as, read, group.store.snapshot(row, len(read)))
