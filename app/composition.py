@@ -19,6 +19,7 @@ from app.services.encodings import Encodings
 from app.services.events import EventFeed
 from app.services.idempotency import Idempotency
 from app.services.jobs import Jobs
+from app.services.ledger import Ledger
 from app.services.plans import Plans
 from app.services.polls import JobPolls
 from app.services.predictions import Predictions
@@ -68,13 +69,18 @@ class Services:
 
     @cached_property
     def devices(self) -> Devices:
-        return Devices(self.database)
+        return Devices(self.database, self.ledger)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        settings = self.settings
+        return Ledger(self.database, settings.device_policy, settings.inference_memory, settings.lease_seconds)
 
     @cached_property
     def plans(self) -> Plans:
         encodings = Encodings(self.database, self.blobs)
         cap = self.settings.max_sequence_length
-        return Plans(self.database, self.base_models, encodings, self.devices, self.adapters, cap)
+        return Plans(self.database, self.base_models, encodings, self.devices, self.adapters, self.ledger, cap)
 
     @cached_property
     def jobs(self) -> Jobs:

@@ -64,6 +64,14 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="How long an attempt holds its job without a heartbeat."
     )
     poll_seconds: float = Field(default=2.0, gt=0, description="How often a worker looks for work without a doorbell.")
+    device_policy: Literal["auto", "yield", "exclusive"] = Field(
+        default="auto",
+        description="Whether inference stays while a job trains: auto, where both fit the device; yield, never; "
+        "exclusive, never, and one job at a time.",
+    )
+    inference_memory: int | None = Field(
+        default=None, ge=1, description="Bytes of the device that inference may take; default is two fifths."
+    )
     warm_start: bool = Field(
         default=True,
         description="Keep a training process ready while there is no job: one starts 4 s sooner, for 0.5 GB.",
@@ -72,7 +80,10 @@ class Settings(BaseSettings):
         default=24.0, ge=0, description="How long the checkpoints of a job stay once it has ended."
     )
     worker_queues: str = Field(default="gpu,cpu", description="Queues a worker serves, comma-separated.")
-    device_name: str | None = Field(default=None, description="This host's name in GET /devices.")
+    device_name: str | None = Field(
+        default=None,
+        description="This host's name in GET /devices. Trainer and inference of one name share a device.",
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="How processes write their logs.")
 
     @model_validator(mode="after")

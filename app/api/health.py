@@ -32,12 +32,18 @@ def live() -> Live:
 
 @router.get("/health/ready", summary="API, a trainer, inference and a base model are usable", responses=problems(503))
 def ready(services: ServicesDep) -> Ready:
-    """503 until everything that a job and a prediction need is there; `errors` names what is not."""
+    """503 until everything that a job and a prediction need is there; `errors` names what is not.
+
+    Inference that makes way for a job counts as there: it comes back by itself, and all else goes on.
+    """
     trainer = services.devices.trainer()
     parts = {
         "base_model": (bool(services.base_models.all()), "run: veritune models fetch"),
         "trainer": (trainer is not None and trainer.online, "start one: python -m worker"),
-        "inference": (services.predictions.ready(), "start it: python -m worker.inference"),
+        "inference": (
+            services.predictions.ready() or services.ledger.makes_way(),
+            "start it: python -m worker.inference",
+        ),
     }
     missing = tuple(Problem((part,), "is not there", hint) for part, (there, hint) in parts.items() if not there)
     if missing:

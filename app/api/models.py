@@ -17,5 +17,6 @@ def base_models(services: ServicesDep) -> Page[BaseModelView]:
 
 @router.get("/devices", summary="Machines that workers run on")
 def devices(services: ServicesDep) -> Page[Device]:
-    """Reported by the workers themselves; `online` means heard of within a minute."""
-    return Page(data=services.devices.all(), has_more=False)
+    """Reported by the workers themselves; `online` means heard of within a minute. `reservations` are the bytes that
+    jobs and inference have of a device now."""
+    return Page(data=services.devices.shown(), has_more=False)

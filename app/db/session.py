@@ -20,6 +20,7 @@ from app.db.repositories.holdings import Holdings
 from app.db.repositories.jobs import Jobs
 from app.db.repositories.keys import IdempotencyKeys
 from app.db.repositories.predictions import Predictions
+from app.db.repositories.reservations import Reservations
 from app.db.repositories.resources import Aliases, BaseModels, Corpora, Datasets, Devices, Encodings
 from app.db.repositories.rows import WRITES
 from app.domain.errors import InvalidError, UnavailableError
@@ -49,6 +50,10 @@ class Unit:
     @cached_property
     def devices(self) -> Devices:
         return Devices(self.session)
+
+    @cached_property
+    def reservations(self) -> Reservations:
+        return Reservations(self.session)
 
     @cached_property
     def encodings(self) -> Encodings:

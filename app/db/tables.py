@@ -57,6 +57,22 @@ class DeviceRow(Base):
     last_seen: Mapped[datetime]
 
 
+class ReservationRow(Base):
+    """Bytes of a host's device that a tenant's process has. Both times are the database's; `expected_until`: when its
+    job should end."""
+
+    __tablename__ = "reservations"
+
+    host: Mapped[str] = mapped_column(NAME, primary_key=True)
+    owner: Mapped[str] = mapped_column(NAME, primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(20))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    policy: Mapped[str | None] = mapped_column(String(20))
+    job_id: Mapped[str | None] = mapped_column(ID)
+    expected_until: Mapped[float | None] = mapped_column(Double)
+    lease_until: Mapped[float] = mapped_column(Double)
+
+
 class JobRow(Base):
     """`lease_until` is in the database's time. `strikes`: attempts lost without a new checkpoint."""
 

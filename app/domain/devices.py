@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.domain.ledger import Reservation
 from app.domain.memory import Machine
 
 
@@ -38,12 +39,19 @@ class NamedDevice(DeviceDescription):
 
     name: str
 
+    @property
+    def host(self) -> str:
+        """The machine, which all its workers and inference share: a worker's name is HOST/QUEUES."""
+        return self.name.rpartition("/")[0] or self.name
+
 
 class Device(NamedDevice):
-    """A device as the API shows it. `online`: heard of within the last minute."""
+    """A device as the API shows it. `online`: heard of within the last minute. `reservations`: who has how much of it
+    now; shown with the worker that trains there."""
 
     last_seen: datetime
     online: bool
+    reservations: tuple[Reservation, ...] = ()
 
 
 def _card(name: str, model: str, gibibytes: float, capability: tuple[int, int]) -> NamedDevice:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from app.domain.ledger import Policy
 from app.domain.memory import Load, Memory
 from app.domain.specs import TrainSpec
 
@@ -121,7 +122,8 @@ class Plan(_Word):
 
     `device`: the one that it is planned for, with `device_bytes` of memory, or `unknown`. `memory`: None where the
     device or the model's sizes are not known, and then `fits` is None too. `seconds`: of training, by the pace of the
-    last job over this base on that device. `gradient_checkpointing`: what `auto` came to.
+    last job over this base on that device. `gradient_checkpointing`: what `auto` came to. `policy`: how inference fares
+    while the job trains, None where no device is known.
     `remedies`: where it does not fit, changes with each of which it does. `overlength` lists the first rows only unless
     all are asked for; the counts are exact.
 
@@ -155,6 +157,7 @@ class Plan(_Word):
     memory: Memory | None = None
     device_bytes: int | None = None
     fits: bool | None = None
+    policy: Policy | None = None
     remedies: tuple[Remedy, ...] = ()
     seconds: float | None = None
     overlength: tuple[RowNote, ...] = ()
@@ -200,6 +203,7 @@ def plan_example() -> dict[str, Any]:
         },
         "device_bytes": 15569256448,
         "fits": True,
+        "policy": "share",
         "remedies": [],
         "seconds": None,
         "overlength": [],

@@ -11,6 +11,7 @@ from app.db.tables import CheckpointRow, JobRow
 from app.domain.adapters import Manifest
 from app.domain.attempts import Checkpointed, Evaluated, Metrics
 from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobStatus, Lease, Progress
+from app.domain.ledger import Held
 from app.domain.specs import TrainSpec
 from app.domain.splits import Part
 from app.services.jobs import best_of
@@ -69,10 +70,16 @@ class Attempts:
                     return _leased(row, lease)
                 _settle(unit, row, lease)
 
-    def renew(self, lease: Lease) -> JobStatus:
-        """The heartbeat: prolongs the lease and tells the job's status, in which a user's wish shows."""
+    def renew(self, lease: Lease, held: Held | None = None) -> JobStatus:
+        """The heartbeat: prolongs the lease and tells the job's status, in which a user's wish shows.
+
+        `held`: the attempt's place on the device, which is renewed with it, and reserved anew where it had run out.
+        """
         with self._database.write() as unit:
-            return unit.jobs.renew(lease, self.lease_seconds)
+            status = unit.jobs.renew(lease, self.lease_seconds)
+            if held is not None:
+                unit.reservations.put(held, self.lease_seconds)
+            return status
 
     def prepare(self, leased: Leased, worker: str) -> Prepared:
         """The spec's references, resolved again for this attempt on the device of `worker`; its encoded rows come from

@@ -6,13 +6,15 @@ from app.db import Database
 from app.domain.devices import CARDS, Device, DeviceDescription, NamedDevice
 from app.domain.errors import InvalidError, Problem
 from app.domain.reading import did_you_mean
+from app.services.ledger import Ledger
 
 ONLINE = timedelta(seconds=60)
 
 
 class Devices:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, ledger: Ledger) -> None:
         self._database = database
+        self._ledger = ledger
 
     def report(self, name: str, description: DeviceDescription) -> None:
         """Say that this host is here. Measured paces of earlier reports are kept."""
@@ -52,6 +54,24 @@ class Devices:
             Device(name=row.name, last_seen=row.last_seen, online=now - row.last_seen < ONLINE, **row.description)
             for row in rows
         ]
+
+    def shown(self) -> list[Device]:
+        """All of them, with what is reserved of each."""
+        reserved = self._ledger.by_host()
+        return [
+            device.model_copy(update={"reservations": reserved.get(device.host, ())})
+            if "gpu" in device.queues
+            else device
+            for device in self.all()
+        ]
+
+    def room(self, name: str) -> int | None:
+        """Bytes of a worker's memory that nobody has reserved. None where they need not be counted: on a GPU a process
+        that only waits has none, and of what did not report itself nothing is known."""
+        device = self.find(name)
+        if device is None or device.type == "gpu":
+            return None
+        return device.bytes - sum(one.bytes for one in self._ledger.by_host().get(device.host, ()))
 
     def trainer(self) -> Device | None:
         """The device a training job would run on: an online one that serves the gpu queue."""

@@ -19,6 +19,7 @@ from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.devices import Devices
 from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
+from app.services.ledger import Ledger
 from app.services.splits import check_parts, check_split_column, empty_parts
 from app.services.starts import pin_start
 from app.services.targets import check_targets
@@ -37,6 +38,11 @@ class Need:
     recompute: bool
     memory: Memory | None = None
     fits: bool | None = None
+
+    @property
+    def bytes(self) -> int | None:
+        """Of the device, at the peak."""
+        return self.memory.total if self.memory else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,7 @@ class Plans:
         encodings: Encodings,
         devices: Devices,
         adapters: Adapters,
+        ledger: Ledger,
         max_sequence_length: int,
     ) -> None:
         self._database = database
@@ -78,6 +85,7 @@ class Plans:
         self._encodings = encodings
         self._devices = devices
         self._adapters = adapters
+        self._ledger = ledger
         self._cap = max_sequence_length
 
     def prepare(self, data: Any, *, worker: str | None = None, device: str | None = None) -> Prepared:
@@ -160,6 +168,7 @@ class Plans:
             "gradient_checkpointing": need.recompute,
             "memory": need.memory,
             "fits": need.fits,
+            "policy": self._ledger.policy(device.host, need.bytes, device.bytes) if device else None,
             "seconds": round(tokens / pace, 1) if pace else None,
         }
 

@@ -1,0 +1,83 @@
+"""Reservations of devices: leased rows, judged by the database's clock."""
+
+from typing import Any
+
+from sqlalchemy import Row, Select, delete, func, select, update
+from sqlalchemy.orm import Session
+
+from app.db.base import clock
+from app.db.repositories.rows import insert_into
+from app.db.tables import ReservationRow
+from app.domain.ledger import Held, Policy, Reservation, Tenant
+
+_LIVE = ReservationRow.lease_until >= clock()
+_SHOWN: Select[*tuple[Any, ...]] = select(
+    ReservationRow.host,
+    ReservationRow.owner,
+    ReservationRow.tenant,
+    ReservationRow.bytes,
+    ReservationRow.policy,
+    ReservationRow.job_id,
+    (ReservationRow.expected_until - clock()).label("ends_in"),
+).where(_LIVE)
+
+
+class Reservations:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def hold(self, host: str) -> None:
+        """Nobody else decides about this host's device until the unit ends; what ran out is removed.
+
+        SQLite lets one writer in at a time; on Postgres two that read first would both find the bytes free.
+        """
+        if self._session.get_bind().dialect.name == "postgresql":
+            self._session.execute(select(func.pg_advisory_xact_lock(func.hashtext(host))))
+        self._session.execute(delete(ReservationRow).where(ReservationRow.host == host, ~_LIVE))
+
+    def of(self, host: str) -> list[Held]:
+        """Those of one host that have not run out."""
+        return [_held(row) for row in self._session.execute(_SHOWN.where(ReservationRow.host == host))]
+
+    def all(self) -> list[Held]:
+        wanted = _SHOWN.order_by(ReservationRow.host, ReservationRow.tenant, ReservationRow.owner)
+        return [_held(row) for row in self._session.execute(wanted)]
+
+    def put(self, held: Held, seconds: float) -> None:
+        """Reserve, or renew: it runs out so many seconds from now. When the job should end is left as it is."""
+        told = held.reservation
+        fresh = insert_into(self._session, ReservationRow).values(
+            host=held.host,
+            owner=held.owner,
+            tenant=told.tenant.value,
+            bytes=told.bytes,
+            policy=told.policy and told.policy.value,
+            job_id=told.job_id,
+            lease_until=clock() + seconds,
+        )
+        names = ("tenant", "bytes", "policy", "job_id", "lease_until")
+        replaced = {name: fresh.excluded[name] for name in names}
+        self._session.execute(fresh.on_conflict_do_update(index_elements=["host", "owner"], set_=replaced))
+
+    def expect(self, host: str, owner: str, seconds: float | None) -> None:
+        """Say when the job should end: so many seconds from now."""
+        until = None if seconds is None else clock() + seconds
+        self._session.execute(update(ReservationRow).where(*_key(host, owner)).values(expected_until=until))
+
+    def drop(self, host: str, owner: str) -> None:
+        self._session.execute(delete(ReservationRow).where(*_key(host, owner)))
+
+
+def _key(host: str, owner: str) -> tuple[Any, ...]:
+    return ReservationRow.host == host, ReservationRow.owner == owner
+
+
+def _held(row: Row[*tuple[Any, ...]]) -> Held:
+    reservation = Reservation(
+        tenant=Tenant(row.tenant),
+        bytes=row.bytes,
+        policy=row.policy and Policy(row.policy),
+        job_id=row.job_id,
+        ends_in=None if row.ends_in is None else round(row.ends_in, 1),
+    )
+    return Held(row.host, row.owner, reservation)
