@@ -18,6 +18,9 @@ from worker.environment import for_tensors
 GRACE = 3.0
 """Seconds between asking a child to stop and killing its group."""
 
+SPARE_BYTES = 512 << 20
+"""What a child takes of its host while it waits for work, at most."""
+
 log = structlog.get_logger(__name__)
 
 

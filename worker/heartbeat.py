@@ -1,4 +1,5 @@
-"""The heartbeat of one attempt: renews its lease from a thread of its own, and hears the user's wish there."""
+"""The heartbeat of one attempt: renews its lease and its place on the device from a thread of its own, and hears the
+user's wish there."""
 
 import threading
 
@@ -6,6 +7,7 @@ import structlog
 
 from app.domain.errors import LeaseLostError, VerituneError
 from app.domain.jobs import JobStatus, Lease
+from app.domain.ledger import Held
 from app.services.attempts import Attempts
 
 log = structlog.get_logger(__name__)
@@ -21,6 +23,8 @@ class Heartbeat:
     def __init__(self, attempts: Attempts, lease: Lease) -> None:
         self._attempts = attempts
         self._lease = lease
+        self._held: Held | None = None
+        self._beating = threading.Lock()
         self._over = threading.Event()
         self.lost = threading.Event()
         self.status = JobStatus.RUNNING
@@ -34,12 +38,18 @@ class Heartbeat:
         self._over.set()
         self._thread.join()
 
+    def hold(self, held: Held | None) -> None:
+        """Renew this place with the lease from now on. When it returns, no beat renews an earlier one any more."""
+        with self._beating:
+            self._held = held
+
     def _beat(self) -> None:
         period = min(1.0, self._attempts.lease_seconds / 4)
         missed = 0.0
         while not self._over.wait(period):
             try:
-                self.status = self._attempts.renew(self._lease)
+                with self._beating:
+                    self.status = self._attempts.renew(self._lease, self._held)
                 missed = 0.0
             except LeaseLostError:
                 self.lost.set()

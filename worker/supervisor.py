@@ -8,7 +8,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,34 +37,21 @@ from app.queue.base import kinds_of
 from app.services.attempts import Leased
 from app.services.plans import Prepared
 from worker.bases import ensure_base
-from worker.child import GRACE, Child, Spares
+from worker.child import GRACE, SPARE_BYTES, Spares
 from worker.event_file import NAME, write_event_file
 from worker.heartbeat import Heartbeat
+from worker.place import GivenUp, Place
+from worker.watch import Watch
 
 MODULES = {"train": "worker.training"}
 """Kind of job → the module whose process does its work."""
 
 FLUSH_SECONDS = 1.0
 METRICS_AT_ONCE = 1_000
-PACE_UPDATES = 20
 LEAVE_SECONDS = 45.0
 """How long a child may take to write its checkpoint when this worker is told to go."""
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass
-class _Watch:
-    """What is known of a running child."""
-
-    child: Child
-    batch: list[Metrics] = field(default_factory=list)
-    recent: list[float] = field(default_factory=list)
-    flushed_at: float = field(default_factory=time.monotonic)
-    asked: str | None = None
-    kill_at: float | None = None
-    last: Finished | Failed | None = None
-    environment: Environment | None = None
 
 
 class Supervisor:
@@ -80,10 +66,18 @@ class Supervisor:
         self._spares = Spares()
 
     def warm_up(self) -> None:
-        """Have the next job's process wait for it, with all that it imports. Only between jobs."""
-        if not self._leaving.is_set() and self._services.settings.warm_start:
-            for kind in self._kinds:
-                self._spares.keep(MODULES[kind])
+        """Have the next job's process wait for it, with all that it imports. Only between jobs.
+
+        It reserves nothing: it goes where what others have reserved leaves it no room, and a job's own bytes count it.
+        """
+        if self._leaving.is_set() or not self._services.settings.warm_start:
+            return
+        room = self._services.devices.room(self._services.settings.worker_name)
+        if room is not None and room < SPARE_BYTES:
+            self.dismiss()
+            return
+        for kind in self._kinds:
+            self._spares.keep(MODULES[kind])
 
     def dismiss(self) -> None:
         """End what waits for a job that this worker will not take."""
@@ -124,14 +118,26 @@ class Supervisor:
             hint = error.problems[0].hint if error.problems else None
             self._attempts.fail(leased.lease, JobError(code=error.code, message=error.detail, hint=hint))
             return
-        watch = _Watch(self._spares.take(MODULES[leased.kind]))
+        place = Place(self._services, leased, prepared, heartbeat)
+        try:
+            with place.taken(self._leaving):
+                watch = self._run(leased, prepared, order, place, heartbeat)
+        except GivenUp as reason:
+            self._attempts.release(leased.lease, str(reason), strike=False)
+            return
+        self._keep_artifacts(leased, directory / "artifacts")
+        self._conclude(leased, prepared, watch)
+
+    def _run(self, leased: Leased, prepared: Prepared, order: TrainOrder, place: Place, heartbeat: Heartbeat) -> Watch:
+        """The whole life of a child: when this returns, it has given its memory back."""
+        watch = Watch(self._spares.take(MODULES[leased.kind]), place)
         try:
             watch.child.begin(order.model_dump_json())
             self._watch(leased, prepared, watch, heartbeat)
-            self._keep_artifacts(leased, directory / "artifacts")
-            self._conclude(leased, prepared, watch)
+            watch.status = watch.child.wait()
         finally:
             watch.child.kill()
+        return watch
 
     def _order(self, leased: Leased, prepared: Prepared, directory: Path) -> TrainOrder:
         directory.mkdir(parents=True, exist_ok=True)
@@ -157,7 +163,7 @@ class Supervisor:
             schedule=prepared.schedule,
         )
 
-    def _watch(self, leased: Leased, prepared: Prepared, watch: _Watch, heartbeat: Heartbeat) -> None:
+    def _watch(self, leased: Leased, prepared: Prepared, watch: Watch, heartbeat: Heartbeat) -> None:
         """Until the child's output ends: write what it tells, and pass the user's wishes on."""
         while True:
             if heartbeat.lost.is_set():
@@ -174,7 +180,7 @@ class Supervisor:
                 return
             self._hear(leased, prepared, watch, event)
 
-    def _pass_on(self, watch: _Watch, status: JobStatus) -> None:
+    def _pass_on(self, watch: Watch, status: JobStatus) -> None:
         wish: str | None = None
         if status is JobStatus.CANCELLING:
             wish, patience = "stop", GRACE
@@ -187,11 +193,10 @@ class Supervisor:
             watch.kill_at = None
             watch.child.kill()
 
-    def _hear(self, leased: Leased, prepared: Prepared, watch: _Watch, event: ChildEvent) -> None:
+    def _hear(self, leased: Leased, prepared: Prepared, watch: Watch, event: ChildEvent) -> None:
         match event:
             case Metrics():
-                watch.batch.append(event)
-                watch.recent = [*watch.recent[1 - PACE_UPDATES :], event.seconds]
+                watch.heard(event)
                 self._flush(leased, watch, soon=False)
             case Evaluated():
                 self._flush(leased, watch, soon=True)
@@ -211,17 +216,16 @@ class Supervisor:
             case Finished() | Failed():
                 watch.last = event
 
-    def _flush(self, leased: Leased, watch: _Watch, *, soon: bool) -> None:
+    def _flush(self, leased: Leased, watch: Watch, *, soon: bool) -> None:
         now = time.monotonic()
         if not watch.batch or (not soon and now - watch.flushed_at < FLUSH_SECONDS):
             return
         last = watch.batch[-1]
-        pace = sum(watch.recent) / len(watch.recent)
-        self._attempts.record(leased.lease, watch.batch, round(pace * (last.total_updates - last.update), 1))
+        self._attempts.record(leased.lease, watch.batch, watch.eta(last))
+        watch.place.expect(watch.ends_in(last))
         watch.batch, watch.flushed_at = [], now
 
-    def _conclude(self, leased: Leased, prepared: Prepared, watch: _Watch) -> None:
-        status = watch.child.wait()
+    def _conclude(self, leased: Leased, prepared: Prepared, watch: Watch) -> None:
         match watch.last:
             case Finished(outcome="succeeded", adapter=Path() as adapter):
                 manifest = self._manifest(leased, prepared, watch, watch.last)
@@ -236,7 +240,7 @@ class Supervisor:
             case _ if watch.asked is not None:
                 self._attempts.release(leased.lease, "stopped without a checkpoint", strike=False)
             case _:
-                ending = f"signal {-status}" if status < 0 else f"exit status {status}"
+                ending = f"signal {-watch.status}" if watch.status < 0 else f"exit status {watch.status}"
                 self._attempts.release(leased.lease, f"the training process died ({ending})", strike=True)
 
     def _keep_artifacts(self, leased: Leased, directory: Path) -> None:
@@ -269,7 +273,7 @@ class Supervisor:
             served = self._services.base_models.served_digest(prepared.base, prepared.spec.quantization)
             self._services.devices.measured(self._services.settings.worker_name, served, pace)
 
-    def _manifest(self, leased: Leased, prepared: Prepared, watch: _Watch, made: Finished | Checkpointed) -> Manifest:
+    def _manifest(self, leased: Leased, prepared: Prepared, watch: Watch, made: Finished | Checkpointed) -> Manifest:
         spec = prepared.spec
         return Manifest(
             job_id=leased.job_id,
