@@ -16,6 +16,7 @@ import uvicorn
 from tests.tiny import make_tiny_adapter, make_tiny_model
 from worker.inference.front import FrontSettings, StaticResolver, create_front
 from worker.inference.protocol import ServedModel
+from worker.inference.residence import Tenancy
 from worker.inference.wire import EngineSettings
 
 NF4 = {"bits": 4, "type": "nf4", "double": True}
@@ -99,9 +100,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(models: dict[str, ServedModel], settings: FrontSettings) -> Iterator[Server]:
+def serving(
+    models: dict[str, ServedModel], settings: FrontSettings, tenancy: Tenancy | None = None
+) -> Iterator[Server]:
     """A front in a thread; its engine is a process that ends with it."""
-    app = create_front(StaticResolver(models), settings)
+    app = create_front(StaticResolver(models), settings, tenancy)
     # asyncio sets TCP_NODELAY only where the protocol is named; without it answers take 40 ms more.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

@@ -7,6 +7,7 @@ from app.logs import configure_logs
 from app.settings import Settings
 from worker.inference.front import FrontSettings, create_front
 from worker.inference.resolver import PublishedResolver
+from worker.inference.tenancy import LedgerTenancy
 from worker.inference.wire import EngineSettings
 
 
@@ -14,8 +15,10 @@ def main() -> None:
     settings = Settings()
     configure_logs(settings.log_format)
     services = compose(settings)
-    told = FrontSettings(secret=settings.inference_secret, engine=EngineSettings(dtype=settings.inference_dtype))
-    front = create_front(PublishedResolver(services), told)
+    tenancy = LedgerTenancy(services)
+    engine = EngineSettings(dtype=settings.inference_dtype, memory_bytes=tenancy.bytes)
+    told = FrontSettings(secret=settings.inference_secret, engine=engine)
+    front = create_front(PublishedResolver(services), told, tenancy)
     uvicorn.run(
         front,
         host=settings.inference_host,

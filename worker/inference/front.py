@@ -22,6 +22,7 @@ from worker.inference.exchange import Exchange, Refused
 from worker.inference.link import EngineAway, EngineLink
 from worker.inference.metrics import Metrics
 from worker.inference.protocol import CompletionRequest, Frozen, ServedModel
+from worker.inference.residence import Residence, Tenancy
 from worker.inference.wire import EngineSettings
 
 REMEMBERED = 4_096  # digests whose model is not asked for again
@@ -143,7 +144,7 @@ class Front:
 
     def _check_room(self, wanted: int) -> None:
         if not self.link.ready:
-            raise Refused(503, str(EngineAway(0)), retry_after=self.link.retry_after)
+            raise Refused(503, self.link.why, retry_after=self.link.retry_after)
         if self.link.in_flight + wanted > self.settings.max_in_flight:
             rounds = self.link.in_flight / self.settings.engine.max_batch
             wait = max(1, math.ceil(self._typical_seconds * rounds))
@@ -155,18 +156,21 @@ class Front:
         return refused
 
 
-def create_front(resolver: Resolver, settings: FrontSettings | None = None) -> FastAPI:
-    """The inference service; its lifespan starts the engine and ends it."""
+def create_front(resolver: Resolver, settings: FrontSettings | None = None, tenancy: Tenancy | None = None) -> FastAPI:
+    """The inference service; its lifespan starts the engine and ends it. Without a tenancy the device is its own."""
     front = Front(resolver, settings or FrontSettings())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(front.link.run())
+        residence = Residence(front.link, tenancy) if tenancy else None
+        running = [asyncio.create_task(part.run()) for part in (residence, front.link) if part]
         yield
+        for task in running[:-1]:  # nobody wakes it any more
+            await _cancel(task)
         await front.link.stop()
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        await _cancel(running[-1])
+        if residence:
+            await residence.leave()
 
     app = FastAPI(title="Veritune inference", lifespan=lifespan, openapi_url=None)
     app.state.front = front
@@ -190,11 +194,12 @@ def _add_routes(app: FastAPI, front: Front) -> None:
     async def health() -> Response:
         if front.link.ready:
             return Response(status_code=200)
-        raise Refused(503, "the inference engine is not ready", retry_after=front.link.retry_after)
+        raise Refused(503, front.link.why, retry_after=front.link.retry_after)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         front.metrics.engine_up.set(front.link.ready)
+        front.metrics.engine_resting.set(front.link.resting)
         front.metrics.engine_starts.set(front.link.starts)
         return Response(front.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -215,6 +220,12 @@ def _add_errors(app: FastAPI, front: Front) -> None:
 def _error(error: Refused, headers: Mapping[str, str] | None = None) -> Response:
     waiting = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse(error.body(), error.status, {**(headers or {}), **waiting})
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 def _card(model: ServedModel) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The front's hold on its engine: start it, restart it with back-off, pass lines both ways, end it.
+"""The front's hold on its engine: start it, restart it with back-off, pass lines both ways, put it to rest, end it.
 
 An answer's messages go to the listener that was given with the request. Knows no HTTP and no torch.
 """
@@ -40,6 +40,8 @@ MAX_LINE = 64 * 1024**2
 START_SECONDS = 10.0  # about what an engine takes to be ready; refined by the last start
 FIRST_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
 GRACE = 5.0  # seconds an engine has to end by itself once its stdin is closed
+REST_GRACE = 1.0  # the same where somebody waits for its memory
+STARTING = "the inference engine is starting; try again soon"
 
 Listener = Callable[[ToFront], None]
 
@@ -47,13 +49,13 @@ Listener = Callable[[ToFront], None]
 class EngineAway(Exception):
     """No engine is ready; `retry_after` is in seconds."""
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("the inference engine is starting; try again soon")
+    def __init__(self, why: str, retry_after: int) -> None:
+        super().__init__(why)
         self.retry_after = retry_after
 
 
 class EngineLink:
-    """One engine at a time, over and over, until stopped. Lives on one event loop."""
+    """One engine at a time, over and over, until stopped; none while it rests. Lives on one event loop."""
 
     def __init__(self, settings: EngineSettings, on_stats: Callable[[Stats], None]) -> None:
         self._settings = settings
@@ -61,6 +63,9 @@ class EngineLink:
         self._listeners: dict[str, Listener] = {}
         self._process: Process | None = None
         self._ready = self._stopping = False
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._why = STARTING
         self._expected_at = time.monotonic() + START_SECONDS
         self._start_seconds = START_SECONDS
         self.starts = 0
@@ -68,7 +73,17 @@ class EngineLink:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self._ready
+        return self._ready and not self.resting
+
+    @property
+    def resting(self) -> bool:
+        """Whether it was put to rest: there is no engine, or it is about to end."""
+        return not self._awake.is_set()
+
+    @property
+    def why(self) -> str:
+        """Why requests are not taken, for whoever asks."""
+        return self._why if self.resting else STARTING
 
     @property
     def pid(self) -> int | None:
@@ -82,16 +97,19 @@ class EngineLink:
 
     @property
     def retry_after(self) -> int:
-        """Whole seconds until an engine should be ready."""
-        return max(1, math.ceil(self._expected_at - time.monotonic()))
+        """Whole seconds until an engine should be ready; of one that rests, its start is still to come."""
+        at = self._expected_at + (self._start_seconds if self.resting else 0.0)
+        if self.resting:
+            at = max(at, time.monotonic() + self._start_seconds)
+        return max(1, math.ceil(at - time.monotonic()))
 
     def submit(self, request: Generate, listener: Listener) -> None:
         """Ask for an answer; `listener` gets its messages, the last one Finished or Failed.
 
         Raises EngineAway. An engine that dies on the way is a Failed with status 503.
         """
-        if not self._ready:
-            raise EngineAway(self.retry_after)
+        if not self.ready:
+            raise EngineAway(self.why, self.retry_after)
         self._listeners[request.id] = listener
         self._tell(request)
 
@@ -104,6 +122,7 @@ class EngineLink:
         """Keep an engine alive until `stop`."""
         failures = 0
         while not self._stopping:
+            await self._awake.wait()
             began = time.monotonic()
             try:
                 await self._one_life()
@@ -111,23 +130,50 @@ class EngineLink:
                 log.error("the engine could not be started: %s", error)
             if self._stopping:
                 return
+            if self.resting:
+                failures = 0
+                continue
             failures = 0 if time.monotonic() - began > HEALTHY_AFTER else failures + 1
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** max(0, failures - 1))
             log.warning("the engine ended; starting another in %.1f s", pause)
             self._expected_at = time.monotonic() + pause + self._start_seconds
             await asyncio.sleep(pause)
 
+    def refuse(self, why: str, seconds: float) -> None:
+        """Take no requests from now on, and start no engine; it should come back after so many seconds."""
+        self._awake.clear()
+        self._why, self._expected_at = why, time.monotonic() + seconds
+
+    async def rest(self, patience: float) -> None:
+        """After `refuse`: give running answers `patience` seconds, then end the engine; what is left is Failed."""
+        until = time.monotonic() + patience
+        while self._listeners and self._ready and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        await self._end(REST_GRACE)
+        log.info("the engine rests: %s", self._why)
+
+    def wake(self) -> None:
+        """Have an engine again; does nothing when it does not rest."""
+        if self.resting:
+            self._expected_at = time.monotonic() + self._start_seconds
+            self._awake.set()
+
     async def stop(self) -> None:
-        """End the engine: close its stdin, then kill what is left of its group."""
+        """End the engine for good."""
         self._stopping = True
+        await self._end(GRACE)
+
+    async def _end(self, grace: float) -> None:
+        """Close its stdin, then kill what is left of its group."""
         process = self._process
         if process is None or process.stdin is None:
             return
         process.stdin.close()
         try:  # one that is still starting does not listen yet, and holds nothing
-            await asyncio.wait_for(process.wait(), GRACE if self._ready else 0)
+            await asyncio.wait_for(process.wait(), grace if self._ready else 0)
         except TimeoutError:
             _kill_group(process.pid)
+            await process.wait()
 
     async def _one_life(self) -> None:
         began = time.monotonic()
@@ -136,6 +182,8 @@ class EngineLink:
         self._process = process
         self.starts += 1
         try:
+            if self.resting:  # it was told so while the process was made
+                return
             self._tell(Configure(settings=self._settings))
             assert process.stdout is not None
             while raw := await process.stdout.readline():
@@ -169,9 +217,10 @@ class EngineLink:
                 listener(message)
 
     def _fail_all(self) -> None:
+        why = self._why if self.resting else "the inference engine died; try again soon"
         listeners, self._listeners = self._listeners, {}
         for request_id, listener in listeners.items():
-            listener(Failed(id=request_id, status=503, message="the inference engine died; try again soon"))
+            listener(Failed(id=request_id, status=503, message=why))
 
     def _tell(self, message: ToEngine) -> None:
         if self._process is not None and self._process.stdin is not None:

@@ -35,6 +35,9 @@ class Metrics:
         self._counters = {name: Counter(*words, registry=self._registry) for name, words in COUNTERS.items()}
         self._last = Stats()
         self.engine_up = Gauge("veritune:engine_up", "1 while an engine is ready", registry=self._registry)
+        self.engine_resting = Gauge(
+            "veritune:engine_resting", "1 while the engine makes way for training", registry=self._registry
+        )
         self.engine_starts = Gauge("veritune:engine_starts", "Engines started", registry=self._registry)
         self.success = Counter("vllm:request_success", "Answers finished", ["finished_reason"], registry=self._registry)
         self.refused = Counter(

@@ -39,6 +39,7 @@ class EngineSettings(Frozen):
     prefix_cache_bytes: int = Field(512 * 1024**2, ge=0)
     max_rank: int = Field(256, ge=1)
     max_grammars: int = Field(256, ge=1)
+    memory_bytes: int | None = Field(None, ge=1)
 
 
 class Configure(Frozen):

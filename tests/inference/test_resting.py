@@ -1,0 +1,151 @@
+"""The engine makes way for training and comes back: what those see who ask meanwhile."""
+
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from app.domain.errors import UnavailableError
+from app.domain.ledger import Absence
+from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from tests.inference.test_life import alive, ask_in_background, stopped
+from worker.inference.front import FrontSettings
+from worker.inference.residence import PATIENCE, UNKNOWN, FixedTenancy
+
+TRAINS = Absence("inference makes way for training (job_1)", 100.0)
+
+
+@pytest.fixture(scope="module")
+def tenancy() -> FixedTenancy:
+    return FixedTenancy()
+
+
+@pytest.fixture(scope="module")
+def running(shelf: Shelf, tenancy: FixedTenancy) -> Iterator[Server]:
+    with serving(shelf.table(), FrontSettings(engine=ENGINE), tenancy) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: Server, tenancy: FixedTenancy) -> Iterator[Server]:
+    """With a ready engine, now and afterwards."""
+    running.wait_until_ready()
+    yield running
+    tenancy.absence = None
+    running.wait_until_ready()
+
+
+def pid_of(server: Server) -> int:
+    found: int = server.front.link.pid
+    return found
+
+
+def rest(server: Server, tenancy: FixedTenancy, absence: Absence = TRAINS) -> None:
+    tenancy.absence = absence
+    server.wait_until(lambda: not tenancy.held)
+
+
+def test_the_engine_ends_and_the_place_is_given_back_behind_it(server: Server, tenancy: FixedTenancy) -> None:
+    pid = pid_of(server)
+    assert tenancy.held
+    began = time.monotonic()
+    rest(server, tenancy)
+    assert time.monotonic() - began < 3
+    assert not alive(pid)
+    assert server.front.link.pid is None
+
+
+def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, tenancy: FixedTenancy) -> None:
+    rest(server, tenancy)
+    for answer in (server.ask(), server.ask(stream=True), server.client.get("/health")):
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == TRAINS.why
+        assert 100 <= int(answer.headers["Retry-After"]) <= 115
+    assert (server.metric("veritune:engine_resting"), server.metric("veritune:engine_up")) == (1, 0)
+    assert server.client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize(("seconds", "least"), [(None, UNKNOWN), (0.0, 1)])
+def test_where_the_end_is_not_known_or_overdue_they_come_back_soon(
+    server: Server, tenancy: FixedTenancy, seconds: float | None, least: float
+) -> None:
+    rest(server, tenancy, Absence("it trains", seconds))
+    assert least <= int(server.ask().headers["Retry-After"]) <= least + 15
+
+
+def test_it_comes_back_as_it_was(server: Server, tenancy: FixedTenancy, caplog: pytest.LogCaptureFixture) -> None:
+    before, pid, starts = server.ids(model="one"), pid_of(server), server.metric("veritune:engine_starts")
+    with caplog.at_level(logging.WARNING):
+        rest(server, tenancy)
+        tenancy.absence = None
+        server.wait_until_ready()
+    assert server.ids(model="one") == before
+    assert pid_of(server) != pid
+    assert server.metric("veritune:engine_starts") == starts + 1
+    assert server.metric("veritune:engine_resting") == 0
+    assert caplog.messages == []  # nothing died, and nothing waited to be started again
+
+
+def test_running_answers_may_end_and_new_ones_are_refused_at_once(server: Server, tenancy: FixedTenancy) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        with stopped(server):
+            running = ask_in_background(server, pool, 2)
+            tenancy.absence = TRAINS
+            server.wait_until(lambda: server.front.link.resting)
+            assert server.ask().status_code == 503
+            assert tenancy.held
+        assert [future.result().status_code for future in running] == [200, 200]
+    server.wait_until(lambda: not tenancy.held)
+
+
+def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, tenancy: FixedTenancy) -> None:
+    with ThreadPoolExecutor(2) as pool, stopped(server) as pid:
+        running = ask_in_background(server, pool, 2)
+        began = time.monotonic()
+        rest(server, tenancy)
+        assert PATIENCE < time.monotonic() - began < PATIENCE + 4
+        answers = [future.result() for future in running]
+    assert not alive(pid)
+    assert [answer.json()["error"]["message"] for answer in answers] == [TRAINS.why] * 2
+    assert all(90 <= int(answer.headers["Retry-After"]) <= 115 for answer in answers)
+
+
+def test_one_that_is_starting_ends_at_once(server: Server, tenancy: FixedTenancy) -> None:
+    rest(server, tenancy)
+    tenancy.absence = None
+    server.wait_until(lambda: server.front.link.pid is not None)
+    assert tenancy.held
+    pid, began = pid_of(server), time.monotonic()
+    rest(server, tenancy)
+    assert time.monotonic() - began < 2
+    assert not alive(pid)
+
+
+def test_a_ledger_that_is_away_changes_nothing(
+    server: Server, tenancy: FixedTenancy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, asked = pid_of(server), []
+
+    def away() -> Absence | None:
+        asked.append(1)
+        raise UnavailableError("the database does not answer")
+
+    monkeypatch.setattr(tenancy, "stay", away)
+    server.wait_until(lambda: len(asked) > 1)
+    assert server.ask().status_code == 200
+    assert pid_of(server) == pid
+
+
+def test_there_is_no_engine_before_it_has_a_place(shelf: Shelf) -> None:
+    waiting = FixedTenancy(TRAINS)
+    with serving(shelf.table(), FrontSettings(engine=ENGINE), waiting) as server:
+        server.wait_until(lambda: server.front.link.why == TRAINS.why)
+        assert server.front.link.pid is None
+        assert server.client.get("/health").json()["error"]["message"] == TRAINS.why
+        waiting.absence = None
+        server.wait_until_ready()
+        pid = pid_of(server)
+    assert not alive(pid)
+    assert not waiting.held

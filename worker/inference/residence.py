@@ -1,0 +1,87 @@
+"""Whether the engine may live on its device: asked twice a second; where it may not, it ends until it may again.
+
+Knows the link and whoever grants the place; no HTTP and no database.
+"""
+
+import asyncio
+import logging
+from typing import Protocol
+
+from app.domain.ledger import Absence
+from worker.inference.link import EngineLink
+
+log = logging.getLogger(__name__)
+
+PERIOD = 0.5
+PATIENCE = 4.0
+"""Seconds that running answers have to end in once the engine must go."""
+
+UNKNOWN = 15.0
+"""Seconds after which to ask again where nobody knows when the job will be done."""
+
+
+class Tenancy(Protocol):
+    """The engine's place on the device. Called in a thread."""
+
+    def stay(self) -> Absence | None:
+        """Reserve the place, or keep it; or why there must be no engine."""
+        ...
+
+    def leave(self) -> None:
+        """Give the place back: the engine has ended."""
+        ...
+
+
+class FixedTenancy:
+    """A place that is given and taken by hand: for a front without a database, and for tests."""
+
+    def __init__(self, absence: Absence | None = None) -> None:
+        self.absence = absence
+        self.held = False
+
+    def stay(self) -> Absence | None:
+        """What it was told."""
+        self.held = self.held or self.absence is None
+        return self.absence
+
+    def leave(self) -> None:
+        """Note that the place is free."""
+        self.held = False
+
+
+class Residence:
+    """Has the engine rest and wake as its tenancy says. It rests until the tenancy has said that it may live."""
+
+    def __init__(self, link: EngineLink, tenancy: Tenancy) -> None:
+        self._link = link
+        self._tenancy = tenancy
+        self._holds = False
+        link.refuse("inference waits for its place on the device", 0.0)
+
+    async def run(self) -> None:
+        """Until cancelled. Who grants the place may be away: then everything stays as it is, for nobody else can get
+        it either."""
+        while True:
+            try:
+                await self._follow(await asyncio.to_thread(self._tenancy.stay))
+            except Exception:
+                log.exception("the place on the device could not be asked for")
+            await asyncio.sleep(PERIOD)
+
+    async def leave(self) -> None:
+        """Give the place back at the end; where that fails, it runs out."""
+        try:
+            await asyncio.to_thread(self._tenancy.leave)
+        except Exception:
+            log.exception("the place on the device could not be given back")
+
+    async def _follow(self, absence: Absence | None) -> None:
+        if absence is None:
+            self._holds = True
+            self._link.wake()
+            return
+        self._link.refuse(absence.why, UNKNOWN if absence.seconds is None else absence.seconds)
+        if self._holds:
+            await self._link.rest(PATIENCE)
+            await asyncio.to_thread(self._tenancy.leave)
+            self._holds = False
