@@ -130,7 +130,7 @@ class Supervisor:
 
     def _run(self, leased: Leased, prepared: Prepared, order: TrainOrder, place: Place, heartbeat: Heartbeat) -> Watch:
         """The whole life of a child: when this returns, it has given its memory back."""
-        watch = Watch(self._spares.take(MODULES[leased.kind]), place)
+        watch = Watch(self._spares.take(MODULES[leased.kind]), place, prepared.seconds_an_update)
         try:
             watch.child.begin(order.model_dump_json())
             self._watch(leased, prepared, watch, heartbeat)

@@ -9,6 +9,9 @@ from worker.child import Child
 from worker.place import Place
 
 PACE_UPDATES = 20
+PLANNED_UPDATES = 5
+"""How many seen updates the plan's pace weighs as much as: the first ones take longer, and their number is small."""
+
 ENDING = 2.0
 """Seconds from the last update to the end of the child: writing a checkpoint and the adapter."""
 
@@ -19,6 +22,9 @@ class Watch:
 
     child: Child
     place: Place
+    planned: float | None
+    """Seconds of an update by the plan, where it knows a pace."""
+
     batch: list[Metrics] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     first: tuple[int, float] | None = None
@@ -41,7 +47,9 @@ class Watch:
 
     def ends_in(self, last: Metrics) -> float:
         """Seconds until the child should be gone, by the clock on the wall: evaluations and checkpoints count."""
-        update, at = self.first or (last.update, 0.0)
-        done, left = last.update - update, last.total_updates - last.update
-        pace = (time.monotonic() - at) / done if done else sum(self.recent) / len(self.recent)
-        return pace * left + ENDING
+        update, at = self.first or (last.update, time.monotonic())
+        spent, done = time.monotonic() - at, last.update - update
+        if self.planned is not None:
+            spent, done = spent + PLANNED_UPDATES * self.planned, done + PLANNED_UPDATES
+        pace = spent / done if done else sum(self.recent) / len(self.recent)
+        return pace * (last.total_updates - last.update) + ENDING

@@ -63,6 +63,11 @@ class Prepared:
     plan: Plan
 
     @property
+    def seconds_an_update(self) -> float | None:
+        """By the pace of the last job over this base here; None where there was none."""
+        return None if self.plan.seconds is None else self.plan.seconds / self.schedule.updates
+
+    @property
     def ordered(self) -> TrainSpec:
         """The spec as a child gets it: what `auto` left to the plan is decided."""
         decided = self.spec.trainer.model_copy(update={"enable_gradient_checkpointing": self.need.recompute})

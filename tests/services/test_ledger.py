@@ -15,8 +15,9 @@ from app.services.ledger import Ledger
 
 GB = 10**9
 HOST = "host"
-INFERENCE = {Tenant.INFERENCE}
-TRAINING = {Tenant.TRAINING}
+NOBODY: frozenset[Tenant] = frozenset()
+INFERENCE = frozenset({Tenant.INFERENCE})
+TRAINING = frozenset({Tenant.TRAINING})
 
 
 def ledger_of(
@@ -41,7 +42,7 @@ def reserved(ledger: Ledger) -> dict[str, int]:
 def test_both_stay_where_both_fit(ledger: Ledger) -> None:
     assert ledger.serve(HOST, "front", 4 * GB) is None
     standing = train(ledger, "a", 6 * GB)
-    assert (standing.policy, standing.waits_for) == (Policy.SHARE, set())
+    assert (standing.policy, standing.waits_for) == (Policy.SHARE, NOBODY)
     assert ledger.absence(HOST) is None
     assert ledger.serve(HOST, "front", 4 * GB) is None
     assert reserved(ledger) == {"inference": 4 * GB, "job_a": 6 * GB}
@@ -57,7 +58,7 @@ def test_inference_makes_way_where_they_do_not_fit_and_the_job_waits_until_it_ha
     assert ledger.serve(HOST, "front", 4 * GB) == absence
     assert train(ledger, "a", 6 * GB + 1).waits_for == INFERENCE
     ledger.release(HOST, "front")
-    assert train(ledger, "a", 6 * GB + 1).waits_for == set()
+    assert train(ledger, "a", 6 * GB + 1).waits_for == NOBODY
     assert ledger.serve(HOST, "front", 4 * GB) == absence
     ledger.release(HOST, "a")
     assert ledger.serve(HOST, "front", 4 * GB) is None
@@ -79,20 +80,20 @@ def test_what_is_not_known_takes_the_whole_device(ledger: Ledger) -> None:
 
 def test_a_plan_larger_than_the_device_reserves_the_device(ledger: Ledger) -> None:
     standing = train(ledger, "a", 11 * GB)
-    assert standing.waits_for == set()
+    assert standing.waits_for == NOBODY
     assert reserved(ledger) == {"job_a": 10 * GB}
 
 
-@pytest.mark.parametrize(("wish", "beside"), [("yield", set()), ("exclusive", TRAINING)])
+@pytest.mark.parametrize(("wish", "beside"), [("yield", NOBODY), ("exclusive", TRAINING)])
 def test_the_operator_may_want_inference_away_and_the_device_for_one_job(
-    services: Services, wish: Wish, beside: set[Tenant]
+    services: Services, wish: Wish, beside: frozenset[Tenant]
 ) -> None:
     ledger = ledger_of(services, wish)
     ledger.serve(HOST, "front", GB)
     assert train(ledger, "a", GB).waits_for == INFERENCE
     ledger.release(HOST, "front")
     standing = train(ledger, "a", GB)
-    assert (standing.policy.value, standing.waits_for) == (wish, set())
+    assert (standing.policy.value, standing.waits_for) == (wish, NOBODY)
     assert train(ledger, "b", GB).waits_for == beside
 
 
@@ -103,7 +104,7 @@ def test_a_second_job_waits_for_the_first_and_keeps_nobody_away_meanwhile(ledger
     assert (standing.held, standing.waits_for) == (None, TRAINING)
     assert ledger.absence(HOST) is None
     ledger.release(HOST, "a")
-    assert train(ledger, "b", 6 * GB).waits_for == set()
+    assert train(ledger, "b", 6 * GB).waits_for == NOBODY
 
 
 def test_bytes_that_are_there_once_are_given_once(ledger: Ledger) -> None:
@@ -123,7 +124,7 @@ def test_devices_of_other_hosts_are_no_concern(ledger: Ledger) -> None:
     ledger.serve("another", "front", 4 * GB)
     train(ledger, "a", 9 * GB)
     assert ledger.absence("another") is None
-    assert ledger.train("third", "a", "job_3", 9 * GB, 10 * GB).waits_for == set()
+    assert ledger.train("third", "a", "job_3", 9 * GB, 10 * GB).waits_for == NOBODY
     assert ledger.makes_way()
 
 

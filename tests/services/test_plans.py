@@ -9,6 +9,7 @@ import pytest
 from app.composition import Services
 from app.domain.devices import DeviceDescription
 from app.domain.errors import InvalidError
+from app.domain.ledger import Policy
 from app.domain.memory import CONTEXT
 from app.domain.plans import Plan
 from app.domain.remedies import changed, merged
@@ -139,6 +140,22 @@ def test_where_one_change_is_not_enough_several_are_named_together(services: Ser
     spec = {"dataset": dataset, "trainer": {"batch_size": 4, "enable_gradient_checkpointing": False}}
     (remedy,) = services.jobs.plan(spec).remedies
     assert remedy.change == least
+
+
+def test_how_inference_fares_follows_from_the_bytes_of_both(services: Services, dataset: str) -> None:
+    assert services.jobs.plan({"dataset": dataset}).policy is None
+    has(services, 1 << 40)
+    roomy = services.jobs.plan({"dataset": dataset})
+    assert roomy.policy is Policy.SHARE
+    assert roomy.memory is not None
+    needed = roomy.memory.total
+    services.devices.report("trainer", TRAINER.model_copy(update={"bytes": needed + 1_000}))
+    assert services.jobs.plan({"dataset": dataset}).policy is Policy.YIELD
+    services.ledger.serve("trainer", "front", 1_000)
+    assert services.jobs.plan({"dataset": dataset}).policy is Policy.SHARE
+    services.ledger.serve("trainer", "front", 1_001)
+    assert services.jobs.plan({"dataset": dataset}).policy is Policy.YIELD
+    assert services.jobs.plan({"dataset": dataset}, "t4").policy is Policy.SHARE
 
 
 def test_where_nothing_helps_that_is_said(services: Services, dataset: str) -> None:

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 MAX_LINE = 64 * 1024**2
 START_SECONDS = 10.0  # about what an engine takes to be ready; refined by the last start
+FIRST_SECONDS = 2.0  # the same for its first answer, which loads a base; refined by the last first one
+SHORT_ANSWER = 64  # tokens of an answer whose time is mostly that
 FIRST_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
 GRACE = 5.0  # seconds an engine has to end by itself once its stdin is closed
 REST_GRACE = 1.0  # the same where somebody waits for its memory
@@ -67,7 +69,8 @@ class EngineLink:
         self._awake.set()
         self._why = STARTING
         self._expected_at = time.monotonic() + START_SECONDS
-        self._start_seconds = START_SECONDS
+        self._start_seconds, self._first_seconds = START_SECONDS, FIRST_SECONDS
+        self._first: tuple[str, float] | None = None
         self.starts = 0
 
     @property
@@ -97,11 +100,11 @@ class EngineLink:
 
     @property
     def retry_after(self) -> int:
-        """Whole seconds until an engine should be ready; of one that rests, its start is still to come."""
-        at = self._expected_at + (self._start_seconds if self.resting else 0.0)
+        """Whole seconds until an engine should be ready; of one that rests, until it has answered somebody."""
+        left = self._expected_at - time.monotonic()
         if self.resting:
-            at = max(at, time.monotonic() + self._start_seconds)
-        return max(1, math.ceil(at - time.monotonic()))
+            left = max(0.0, left) + self._start_seconds + self._first_seconds
+        return max(1, math.ceil(left))
 
     def submit(self, request: Generate, listener: Listener) -> None:
         """Ask for an answer; `listener` gets its messages, the last one Finished or Failed.
@@ -111,6 +114,7 @@ class EngineLink:
         if not self.ready:
             raise EngineAway(self.why, self.retry_after)
         self._listeners[request.id] = listener
+        self._first = self._first or (request.id, time.monotonic())
         self._tell(request)
 
     def cancel(self, request_id: str) -> None:
@@ -179,7 +183,7 @@ class EngineLink:
         began = time.monotonic()
         self._expected_at = began + self._start_seconds
         process = await _start_process()
-        self._process = process
+        self._process, self._first = process, None
         self.starts += 1
         try:
             if self.resting:  # it was told so while the process was made
@@ -212,9 +216,16 @@ class EngineLink:
             self._on_stats(message)
         else:
             ends = isinstance(message, Finished | Failed)
+            if isinstance(message, Finished):
+                self._learn_from(message)
             listener = self._listeners.pop(message.id, None) if ends else self._listeners.get(message.id)
             if listener is not None:
                 listener(message)
+
+    def _learn_from(self, answer: Finished) -> None:
+        """How long an engine's first answer takes, for those who are told when to come back."""
+        if self._first and self._first[0] == answer.id and answer.completion_tokens <= SHORT_ANSWER:
+            self._first_seconds = time.monotonic() - self._first[1]
 
     def _fail_all(self) -> None:
         why = self._why if self.resting else "the inference engine died; try again soon"

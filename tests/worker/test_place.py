@@ -1,0 +1,232 @@
+"""A job's place on the device: real training children that begin when inference has gone, and leave nothing behind."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from app.composition import Services, compose
+from app.domain.attempts import Metrics
+from app.domain.jobs import Event, Job, JobStatus, Wish
+from app.domain.ledger import Policy, Reservation, Tenant
+from tests.conftest import dataset_jsonl
+from tests.worker.test_supervisor import LONG, TRAINER, _start_owner, children, until, updates
+from worker import place
+from worker.child import SPARE_BYTES, Child
+from worker.device import describe_device
+from worker.place import Place
+from worker.supervisor import Supervisor
+from worker.watch import ENDING, Watch
+
+pytestmark = pytest.mark.slow
+
+
+class Host:
+    """One host's deployment, its supervisor's work in threads, and the ledger's rows."""
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self.name = services.settings.host_name
+        self.threads: list[tuple[Supervisor, threading.Thread]] = []
+
+    def work(self, owner: str = "worker-1") -> threading.Thread:
+        supervisor = Supervisor(self.services, owner, ("gpu",))
+        thread = threading.Thread(target=supervisor.work)
+        thread.start()
+        self.threads.append((supervisor, thread))
+        return thread
+
+    def submit(self, trainer: Mapping[str, object], layers: str = "q_proj") -> Job:
+        dataset = self.services.datasets.page(None, 1)[0][0]
+        adapter = {"type": "lora", "r": 4, "target_modules": [layers]}
+        return self.services.jobs.submit({"dataset": dataset.id, "adapter": adapter, "trainer": dict(trainer)})
+
+    def serve(self) -> None:
+        assert self.services.ledger.serve(self.name, "front", 1 << 30) is None
+
+    def reserved(self) -> dict[Tenant, Reservation]:
+        return {one.tenant: one for one in self.services.ledger.by_host().get(self.name, ())}
+
+    def told(self, job: Job) -> list[Event]:
+        return [event for event in self.services.jobs.events(job.id, 0, 1_000)[0] if event.kind == "device"]
+
+    def status(self, job: Job) -> JobStatus:
+        return self.services.jobs.get(job.id).status
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest, services: Services, tmp_path: Path) -> Iterator[Host]:
+    """With a dataset, and what the operator wants as the test's parameter."""
+    changed = services.settings.model_copy(update={"device_policy": getattr(request, "param", "auto")})
+    composed = compose(changed, doorbell=services.doorbell)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(dataset_jsonl(8))
+    composed.datasets.create(path, path.name, None, None, {})
+    composed.devices.report(changed.worker_name, describe_device(("gpu",)))
+    made = Host(composed)
+    yield made
+    for supervisor, thread in made.threads:
+        supervisor.leave()
+        thread.join(60)
+        assert not thread.is_alive()
+    composed.close()
+
+
+def test_a_small_job_shares_and_waits_for_nobody(host: Host) -> None:
+    host.serve()
+    job = host.submit(LONG)
+    assert job.plan is not None
+    assert job.plan.policy is Policy.SHARE
+    thread = host.work()
+    until(lambda: updates(host.services, job) > 0)
+    assert job.plan.memory is not None
+    mine = host.reserved()[Tenant.TRAINING]
+    assert (mine.bytes, mine.policy, mine.job_id) == (job.plan.memory.total, Policy.SHARE, job.id)
+    assert host.services.ledger.absence(host.name) is None
+    host.services.jobs.wish(job.id, Wish.CANCEL)
+    thread.join(30)
+    assert set(host.reserved()) == {Tenant.INFERENCE}
+    assert host.told(job) == []
+
+
+@pytest.mark.parametrize("host", ["yield"], indirect=True)
+def test_a_job_begins_when_inference_has_made_way(host: Host) -> None:
+    host.serve()
+    job = host.submit(TRAINER | {"train_steps": 60})
+    thread = host.work()
+    until(lambda: len(host.told(job)) > 0)
+    assert "inference makes way" in host.told(job)[0].message
+    assert host.services.ledger.makes_way()
+    time.sleep(1)
+    assert children() == []
+    host.services.ledger.release(host.name, "front")
+    until(lambda: updates(host.services, job) > 0)
+    until(lambda: (host.reserved()[Tenant.TRAINING].ends_in or 0) > 0)
+    assert host.services.ledger.serve(host.name, "front", 1) is not None
+    thread.join(60)
+    assert host.status(job) is JobStatus.SUCCEEDED
+    assert host.reserved() == {}
+    assert host.told(job)[-1].data["seconds"] >= 1
+
+
+@pytest.mark.parametrize("host", ["yield"], indirect=True)
+@pytest.mark.parametrize(("wish", "end"), [(Wish.CANCEL, JobStatus.CANCELLED), (Wish.PAUSE, JobStatus.PAUSED)])
+def test_a_job_that_waits_can_be_stopped(host: Host, wish: Wish, end: JobStatus) -> None:
+    host.serve()
+    job = host.submit(TRAINER)
+    thread = host.work()
+    until(lambda: len(host.told(job)) > 0)
+    host.services.jobs.wish(job.id, wish)
+    thread.join(20)
+    assert host.status(job) is end
+    assert set(host.reserved()) == {Tenant.INFERENCE}
+    assert children() == []
+
+
+@pytest.mark.parametrize("host", ["yield"], indirect=True)
+def test_where_inference_does_not_move_the_job_goes_back_into_the_queue(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "PATIENCE", -host.services.ledger.inference_lease)
+    host.serve()
+    job = host.submit(TRAINER)
+    host.work().join(20)
+    assert host.status(job) is JobStatus.QUEUED
+    requeued = host.services.jobs.events(job.id, 0, 100)[0][-1]
+    assert (requeued.data["reason"], requeued.data["strikes"]) == ("inference did not make way", 0)
+    assert set(host.reserved()) == {Tenant.INFERENCE}
+
+
+@pytest.mark.parametrize("host", ["exclusive"], indirect=True)
+def test_a_second_job_waits_for_the_first_as_long_as_it_takes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "PATIENCE", -1_000.0)
+    first, second = host.submit(TRAINER | {"train_steps": 60}), host.submit(TRAINER)
+    threads = [host.work("worker-1"), host.work("worker-2")]
+    until(lambda: len(host.told(first)) + len(host.told(second)) > 0)
+    assert len(children()) <= 1
+    for thread in threads:
+        thread.join(60)
+    assert [host.status(job) for job in (first, second)] == [JobStatus.SUCCEEDED] * 2
+    told = host.told(first) or host.told(second)
+    assert "another job has the device" in told[0].message
+    assert host.reserved() == {}
+
+
+@pytest.mark.parametrize("ending", ["paused", "lost child", "failed"])
+def test_every_ending_gives_the_place_back(host: Host, ending: str) -> None:
+    job = host.submit(LONG, "layers.99.self_attn.q_proj" if ending == "failed" else "q_proj")
+    thread = host.work()
+    if ending != "failed":
+        until(lambda: updates(host.services, job) > 0)
+        assert set(host.reserved()) == {Tenant.TRAINING}
+    if ending == "paused":
+        host.services.jobs.wish(job.id, Wish.PAUSE)
+    if ending == "lost child":
+        os.kill(children()[0].pid, signal.SIGKILL)
+    thread.join(60)
+    assert host.status(job) is {"paused": JobStatus.PAUSED, "failed": JobStatus.FAILED}.get(ending, JobStatus.QUEUED)
+    assert host.reserved() == {}
+
+
+def test_a_killed_owners_place_is_free_within_its_lease(host: Host, tmp_path: Path) -> None:
+    hasty = host.services.settings.model_copy(update={"lease_seconds": 2.0})
+    job = host.submit(LONG)
+    owner = _start_owner(hasty.model_dump(mode="json", exclude_none=True), tmp_path)
+    until(lambda: updates(host.services, job) > 0)
+    assert set(host.reserved()) == {Tenant.TRAINING}
+    os.kill(owner, signal.SIGKILL)
+    began = time.monotonic()
+    os.waitpid(owner, 0)
+    until(lambda: host.reserved() == {})
+    assert time.monotonic() - began < 2.5
+
+
+def test_no_process_waits_for_a_job_where_others_have_the_memory(host: Host) -> None:
+    supervisor = Supervisor(host.services, "worker-1", ("gpu",))
+    supervisor.warm_up()
+    assert len(children()) == 1
+    size = describe_device(("gpu",)).bytes
+    assert host.services.ledger.serve(host.name, "front", size - SPARE_BYTES + 1) is None
+    supervisor.warm_up()
+    assert children() == []
+    assert host.services.ledger.serve(host.name, "front", size - SPARE_BYTES) is None
+    supervisor.warm_up()
+    assert len(children()) == 1
+    supervisor.dismiss()
+
+
+def metrics(update: int, seconds: float) -> Metrics:
+    return Metrics.model_validate(
+        {
+            "update": update,
+            "total_updates": 100,
+            "epoch": 1.0,
+            "loss": 1.0,
+            "learning_rate": 1.0,
+            "grad_norm": 1.0,
+            "tokens": 1,
+            "labelled_tokens": 1,
+            "tokens_per_second": 1.0,
+            "seconds": seconds,
+        }
+    )
+
+
+@pytest.mark.parametrize("planned", [None, 2.0])
+def test_the_end_is_told_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch, planned: float | None) -> None:
+    """Updates take one second by their own account, and two with all that comes between them."""
+    clock = [1_000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watch = Watch(Child.__new__(Child), Place.__new__(Place), planned)
+    watch.heard(metrics(1, 1.0))
+    first = 1.0 if planned is None else planned
+    assert watch.ends_in(metrics(1, 1.0)) == pytest.approx(99 * first + ENDING)
+    for update in range(2, 11):
+        clock[0] += 2.0
+        watch.heard(metrics(update, 1.0))
+    assert watch.eta(metrics(10, 1.0)) == 90.0
+    assert watch.ends_in(metrics(10, 1.0)) == pytest.approx(90 * 2.0 + ENDING)
