@@ -4,7 +4,8 @@ from starlette.testclient import TestClient
 
 from app.composition import Services
 from app.domain.devices import DeviceDescription
-from tests.api.conftest import places, problem
+from app.main import create_app
+from tests.api.conftest import HOST, places, problem
 
 CPU = DeviceDescription(type="cpu", model="a cpu", bytes=1 << 33, cores=2, queues=("gpu", "cpu"))
 
@@ -19,6 +20,20 @@ def test_devices(client: TestClient, served: Services) -> None:
     served.devices.report("host", CPU)
     (device,) = client.get("/devices").json()["data"]
     assert (device["name"], device["online"], device["queues"]) == ("host", True, ["gpu", "cpu"])
+
+
+def test_devices_show_who_has_how_much_of_them(client: TestClient, served: Services) -> None:
+    served.devices.report("host/gpu", CPU)
+    served.ledger.serve("host", "front", 1 << 32)
+    held = served.ledger.train("host", "trainer", "job_1", 1 << 33, 1 << 33).held
+    assert held is not None
+    served.ledger.expect(held, 60.0)
+    (device,) = client.get("/devices").json()["data"]
+    inference, training = sorted(device["reservations"], key=lambda one: one["tenant"])
+    nothing = {"policy": None, "job_id": None, "ends_in": None}
+    assert inference == {"tenant": "inference", "bytes": 1 << 32, **nothing}
+    assert 55 < training.pop("ends_in") <= 60
+    assert training == {"tenant": "training", "bytes": 1 << 33, "policy": "yield", "job_id": "job_1"}
 
 
 def test_live_says_nothing_of_the_other_parts(door: TestClient) -> None:
@@ -38,6 +53,17 @@ def test_ready(client: TestClient, served: Services) -> None:
     assert client.get("/health/ready").status_code == 503
     served.devices.report("host", CPU)
     assert client.get("/health/ready").json() == {"status": "ready"}
+
+
+def test_inference_that_makes_way_counts_as_there(services: Services) -> None:
+    """It comes back by itself; jobs could not be followed if the API were taken out of service for it."""
+    services.devices.report("host", CPU)
+    with TestClient(create_app(services), base_url=HOST) as client:
+        assert places(problem(client.get("/health/ready"), 503, "not_ready")) == ["inference"]
+        services.ledger.train("host", "trainer", "job_1", None, 1 << 33)
+        assert client.get("/health/ready").status_code == 200
+        services.ledger.release("host", "trainer")
+        assert client.get("/health/ready").status_code == 503
 
 
 def test_metrics_are_in_the_text_format(door: TestClient) -> None:

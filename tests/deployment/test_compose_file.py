@@ -76,6 +76,12 @@ def test_trainer_and_inference_get_the_gpu_and_the_image_with_torch(services: di
     assert device["capabilities"] == ["gpu"]
 
 
+def test_trainer_and_inference_know_that_they_share_a_device(services: dict[str, Service]) -> None:
+    """Containers have host names of their own; the ledger goes by this one."""
+    names = {services[name].environment.get("VERITUNE_DEVICE_NAME") for name in ("trainer", "inference")}
+    assert names == {"gpu-node"}
+
+
 def test_the_trainer_has_a_minute_for_its_checkpoint(services: dict[str, Service]) -> None:
     assert services["trainer"].document["stop_grace_period"] == "60s"
 

@@ -10,11 +10,13 @@ from pydantic import SecretStr
 
 from app.domain.encoding import Tokenization
 from app.domain.errors import NotFoundError, UnavailableError
+from app.domain.ledger import Absence
 from app.generation import CompletionsGenerator, GenerationRequest, Generator, ScriptedGenerator
 from app.tokenizers import load_tokenization
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.conftest import shelf as shelf
 from worker.inference.front import FrontSettings
+from worker.inference.residence import FixedTenancy
 
 SECRET = SecretStr("between processes")
 
@@ -94,6 +96,21 @@ def test_a_wrong_secret_is_not_the_users_fault(guarded: Server, tokens: Tokeniza
         client.generate(asked(tokens))
     assert raised.value.code == "inference_secret"
     assert "guess" not in str(raised.value)
+
+
+def test_a_server_that_makes_way_says_when_it_is_back(shelf: Shelf, tokens: Tokenization) -> None:
+    absent = FixedTenancy(Absence("inference makes way for training (job_1)", 300.0))
+    with (
+        serving(shelf.table(), FrontSettings(engine=ENGINE), absent) as server,
+        closing(CompletionsGenerator(str(server.client.base_url))) as client,
+    ):
+        server.wait_until(lambda: "job_1" in server.front.link.why)
+        assert not client.healthy()
+        with pytest.raises(UnavailableError, match="makes way for training") as raised:
+            client.generate(asked(tokens))
+    assert raised.value.code == "inference_away"
+    assert raised.value.retry_after is not None
+    assert 300 <= raised.value.retry_after <= 320
 
 
 def test_a_server_that_is_away(tokens: Tokenization) -> None:
