@@ -49,8 +49,9 @@ format: $(READY) ## Put the code in shape
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --fix --quiet .
 
-acceptance: model ## The user's whole CSV, embedded and over Postgres and Redis; jobs at the limit of their memory
-	@VERITUNE_E2E_ROWS=270 $(BIN)/python -m pytest -q tests/e2e/test_main_job.py tests/e2e/test_too_large.py
+acceptance: model ## The user's whole CSV, embedded and over Postgres and Redis; jobs and inference at the limit of their memory
+	@VERITUNE_E2E_ROWS=270 $(BIN)/python -m pytest -q tests/e2e/test_main_job.py tests/e2e/test_too_large.py \
+		tests/e2e/test_two_tenants.py
 
 chaos: model ## Kill every process while jobs run and claims are judged
 	@$(BIN)/python -m pytest -q -m chaos
