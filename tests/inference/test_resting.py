@@ -14,7 +14,9 @@ from tests.inference.test_life import alive, ask_in_background, stopped
 from worker.inference.front import FrontSettings
 from worker.inference.residence import PATIENCE, UNKNOWN, FixedTenancy
 
-TRAINS = Absence("inference makes way for training (job_1)", 100.0)
+TRAINS = Absence("inference makes way for training (job_1)", 1_000.0)
+STARTING = 120
+"""Seconds that an engine may take to start where these tests run, which `Retry-After` counts."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, te
     for answer in (server.ask(), server.ask(stream=True), server.client.get("/health")):
         assert answer.status_code == 503
         assert answer.json()["error"]["message"] == TRAINS.why
-        assert 100 <= int(answer.headers["Retry-After"]) <= 115
+        assert 1_000 <= int(answer.headers["Retry-After"]) <= 1_000 + STARTING
     assert (server.metric("veritune:engine_resting"), server.metric("veritune:engine_up")) == (1, 0)
     assert server.client.get("/v1/models").status_code == 200
 
@@ -72,7 +74,7 @@ def test_where_the_end_is_not_known_or_overdue_they_come_back_soon(
     server: Server, tenancy: FixedTenancy, seconds: float | None, least: float
 ) -> None:
     rest(server, tenancy, Absence("it trains", seconds))
-    assert least <= int(server.ask().headers["Retry-After"]) <= least + 15
+    assert least <= int(server.ask().headers["Retry-After"]) <= least + STARTING
 
 
 def test_it_comes_back_as_it_was(server: Server, tenancy: FixedTenancy, caplog: pytest.LogCaptureFixture) -> None:
@@ -109,7 +111,7 @@ def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, 
         answers = [future.result() for future in running]
     assert not alive(pid)
     assert [answer.json()["error"]["message"] for answer in answers] == [TRAINS.why] * 2
-    assert all(90 <= int(answer.headers["Retry-After"]) <= 115 for answer in answers)
+    assert all(990 <= int(answer.headers["Retry-After"]) <= 1_000 + STARTING for answer in answers)
 
 
 def test_one_that_is_starting_ends_at_once(server: Server, tenancy: FixedTenancy) -> None:

@@ -1,5 +1,6 @@
 """The engine's place on this host's device, kept in the ledger."""
 
+import threading
 import time
 
 from app.composition import Services
@@ -20,18 +21,23 @@ class LedgerTenancy:
         self._host = settings.host_name
         self._owner = f"{self._host}:inference:{settings.inference_port}"
         self._renew_at = 0.0
+        self._asking = (
+            threading.Lock()
+        )  # a thread outlives the task that waited for it: it must not reserve behind leave
 
     def stay(self) -> Absence | None:
         """Raises VerituneError when the database is away."""
-        absence = self._ledger.absence(self._host)
-        if absence is None and time.monotonic() >= self._renew_at:
-            absence = self._ledger.serve(self._host, self._owner, self.bytes)
-            self._renew_at = time.monotonic() + self._ledger.inference_lease / RENEWALS
-        if absence is not None:
-            self._renew_at = 0.0
-        return absence
+        with self._asking:
+            absence = self._ledger.absence(self._host)
+            if absence is None and time.monotonic() >= self._renew_at:
+                absence = self._ledger.serve(self._host, self._owner, self.bytes)
+                self._renew_at = time.monotonic() + self._ledger.inference_lease / RENEWALS
+            if absence is not None:
+                self._renew_at = 0.0
+            return absence
 
     def leave(self) -> None:
         """Raises VerituneError when the database is away; the reservation then runs out."""
-        self._ledger.release(self._host, self._owner)
-        self._renew_at = 0.0
+        with self._asking:
+            self._ledger.release(self._host, self._owner)
+            self._renew_at = 0.0
