@@ -70,7 +70,9 @@ class Settings(BaseSettings):
         "exclusive, never, and one job at a time.",
     )
     inference_memory: int | None = Field(
-        default=None, ge=1, description="Bytes of the device that inference may take; default is two fifths."
+        default=None,
+        ge=1,
+        description="Bytes of the device that inference may take; default is two fifths, or half of a small one.",
     )
     warm_start: bool = Field(
         default=True,

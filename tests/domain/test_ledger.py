@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.ledger import Policy, Reservation, Tenant, Wish, absence_for, bytes_of, inference_bytes, policy_of
+from app.domain.ledger import (
+    SMALL,
+    Policy,
+    Reservation,
+    Tenant,
+    Wish,
+    absence_for,
+    bytes_of,
+    inference_bytes,
+    policy_of,
+)
 
 SIZES = st.integers(0, 1 << 40)
 
@@ -41,7 +51,9 @@ def test_who_shares_fits_and_nobody_reserves_more_than_there_is(wanted: int | No
 
 
 def test_inference_takes_two_fifths_unless_told_otherwise() -> None:
-    assert inference_bytes(None, 1_000) == 400
+    assert inference_bytes(None, 16 << 30) == (16 << 30) * 2 // 5
+    assert inference_bytes(None, 3 << 30) == SMALL
+    assert inference_bytes(None, 2 << 30) == 1 << 30
     assert inference_bytes(7, 1_000) == 7
 
 

@@ -26,7 +26,7 @@ from worker.inference.adapters import Models
 from worker.inference.forwards import StockForward
 from worker.inference.kv import KeyValues
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import base_bytes
+from worker.inference.sizes import PROCESS_BYTES, base_bytes
 from worker.inference.wire import EngineSettings
 from worker.processor import cpu_here
 
@@ -163,7 +163,9 @@ def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: P
 
 def test_a_dropped_base_gives_its_memory_back(shelf: Shelf) -> None:
     size = base_bytes(shelf.served("first"), torch.device("cpu"), torch.float32)
-    models = Models(SETTINGS.model_copy(update={"memory_bytes": size + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}))
+    models = Models(
+        SETTINGS.model_copy(update={"memory_bytes": PROCESS_BYTES + size + 2, "kv_bytes": 1, "prefix_cache_bytes": 1})
+    )
     first = weakref.ref(models.load(shelf.served("first", base_digest="first"), []).model)
     models.load(shelf.served("second", base_digest="second"), [])
     gc.collect()

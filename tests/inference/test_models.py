@@ -16,7 +16,7 @@ from worker.inference.adapters import Models
 from worker.inference.bases import ModelError, NoRoom
 from worker.inference.kv import KeyValues
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import adapter_bytes, base_bytes
+from worker.inference.sizes import PROCESS_BYTES, adapter_bytes, base_bytes
 from worker.inference.wire import EngineSettings
 
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_rank=8)
@@ -27,7 +27,9 @@ def room_for(shelf: Shelf, *, bases: int = 1, adapters: int = 1) -> EngineSettin
     base = base_bytes(shelf.served("base"), torch.device("cpu"), torch.float32)
     adapter = adapter_bytes(shelf.one, torch.float32)
     memory = bases * base + adapters * adapter + adapter // 2
-    return SETTINGS.model_copy(update={"memory_bytes": memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1})
+    return SETTINGS.model_copy(
+        update={"memory_bytes": PROCESS_BYTES + memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
+    )
 
 
 def logits(models: Models, served: ServedModel) -> torch.Tensor:

@@ -25,7 +25,7 @@ from worker.inference.kv import Forward
 from worker.inference.loras import LayerLora, read_lora
 from worker.inference.products import packs
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import adapter_bytes, base_bytes, held_bytes
+from worker.inference.sizes import adapter_bytes, base_bytes, budget, held_bytes
 from worker.inference.wire import EngineSettings
 
 # Their initialisers change the base's own weights, which all other adapters share.
@@ -167,7 +167,7 @@ class Models:
         self._settings = settings
         self.device = compute_device(settings)
         self.dtype = compute_dtype(settings, self.device)
-        self._budget = settings.memory_bytes - settings.kv_bytes - settings.prefix_cache_bytes
+        self._budget = budget(settings).models
         self._bases: OrderedDict[str, AdaptedBase] = OrderedDict()
 
     @property
@@ -232,7 +232,10 @@ class Models:
                 raise NoRoom
             else:
                 needed, given = (self.bytes + wanted) / 1e9, self._budget / 1e9
-                raise ModelError(f"{what} takes memory to {needed:.2f} GB; bases and adapters may have {given:.2f} GB")
+                raise ModelError(
+                    f"{what} takes memory to {needed:.2f} GB; bases and adapters may have {given:.2f} GB here "
+                    "(VERITUNE_INFERENCE_MEMORY)"
+                )
 
     def _idle(self, adapters: set[str], bases: set[str]) -> Iterator[Callable[[], None]]:
         """Ways to give memory back, the cheapest first."""

@@ -19,6 +19,7 @@ from worker.inference.kv import CHUNK, KeyValues, Read
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import ServedModel
 from worker.inference.sequence import RequestError, Sequence
+from worker.inference.sizes import budget
 from worker.inference.wire import EngineSettings, Failed, Generate, Stats, ToFront
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class Scheduler:
         self._groups: OrderedDict[Hashable, Group] = OrderedDict()
         self._held: list[Generate] = []
         self._grammars = Grammars(settings.max_grammars)
-        self._prefixes = PrefixCache(settings.prefix_cache_bytes)
+        self._budget = budget(settings)
+        self._prefixes = PrefixCache(self._budget.prefixes)
         self._position_bytes: dict[str, int] = {}
         self._counts: defaultdict[str, int] = defaultdict(int)
 
@@ -146,7 +148,7 @@ class Scheduler:
             for other in self._groups.values()
             if other is not group and other.store is not None
         )
-        return wanted + others <= self._settings.kv_bytes
+        return wanted + others <= self._budget.live
 
     def _begin(self, group: Group) -> None:
         """Give the next request a row, with what is known of its prompt's keys and values."""

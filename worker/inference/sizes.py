@@ -1,7 +1,7 @@
 """What models take in memory: before they are loaded, from their files; afterwards, from their weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -9,9 +9,28 @@ from torch import nn
 
 from worker.inference.products import packs
 from worker.inference.protocol import ServedModel
+from worker.inference.wire import EngineSettings
+
+PROCESS_BYTES = 512 << 20
+"""Of an engine that has loaded nothing: its libraries, or a GPU's context."""
 
 BESIDE_BLOCKS = 1.1
 """Of quantised weights: block scales, and layers that stay as they are."""
+
+
+class Budget(NamedTuple):
+    """Bytes for keys and values of live sequences, for those of finished ones, and for bases and adapters."""
+
+    live: int
+    prefixes: int
+    models: int
+
+
+def budget(settings: EngineSettings) -> Budget:
+    """How an engine divides its memory."""
+    room = max(0, settings.memory_bytes - PROCESS_BYTES)
+    live, prefixes = min(settings.kv_bytes, room // 4), min(settings.prefix_cache_bytes, room // 8)
+    return Budget(live, prefixes, room - live - prefixes)
 
 
 def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) -> int:

@@ -21,9 +21,8 @@ class LedgerTenancy:
         self._host = settings.host_name
         self._owner = f"{self._host}:inference:{settings.inference_port}"
         self._renew_at = 0.0
-        self._asking = (
-            threading.Lock()
-        )  # a thread outlives the task that waited for it: it must not reserve behind leave
+        # A thread outlives the task that waited for it: it must not reserve behind `leave`.
+        self._asking = threading.Lock()
 
     def stay(self) -> Absence | None:
         """Raises VerituneError when the database is away."""

@@ -26,8 +26,9 @@ class TokenLogprobs(Frozen):
 
 
 class EngineSettings(Frozen):
-    """What the front tells a fresh engine. Counts are sequences. `memory_bytes` bounds all that is kept for serving:
-    bases and adapters have what `kv_bytes` and `prefix_cache_bytes` leave of it."""
+    """What the front tells a fresh engine. Counts are sequences. `memory_bytes` is for the whole process; a quarter and
+    an eighth of what its libraries leave, but at most `kv_bytes` and `prefix_cache_bytes`, are for keys and values of
+    those who are answered and of those who were; the rest is for bases and adapters."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -39,7 +40,6 @@ class EngineSettings(Frozen):
     prefix_cache_bytes: int = Field(512 * 1024**2, ge=0)
     max_rank: int = Field(256, ge=1)
     max_grammars: int = Field(256, ge=1)
-    memory_bytes: int | None = Field(None, ge=1)
 
 
 class Configure(Frozen):
