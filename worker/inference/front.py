@@ -25,6 +25,9 @@ from worker.inference.protocol import CompletionRequest, Frozen, ServedModel
 from worker.inference.residence import Residence, Tenancy
 from worker.inference.wire import EngineSettings
 
+KEPT_FOR_OTHERS = 4
+"""One part in so many of the queue that a crowd at one model leaves free."""
+
 REMEMBERED = 4_096  # digests whose model is not asked for again
 
 
@@ -85,7 +88,7 @@ class Front:
     async def complete(self, request: Request) -> Response:
         """Answer one completions request."""
         body = _parse(await self._body(request))
-        self._check_room(len(body.prompts()))
+        self._check_room(body.model, len(body.prompts()))
         served = await self._resolve(body.model)
         exchange = Exchange(self.link, self.metrics, body, served)
         try:
@@ -142,13 +145,18 @@ class Front:
                 raise Refused(413, f"the request is larger than {self.settings.max_body} bytes")
         return bytes(body)
 
-    def _check_room(self, wanted: int) -> None:
+    def _check_room(self, model: str, wanted: int) -> None:
         if not self.link.ready:
             raise Refused(503, self.link.why, retry_after=self.link.retry_after)
-        if self.link.in_flight + wanted > self.settings.max_in_flight:
-            rounds = self.link.in_flight / self.settings.engine.max_batch
-            wait = max(1, math.ceil(self._typical_seconds * rounds))
-            raise Refused(429, f"{self.link.in_flight} requests are in flight already", retry_after=wait)
+        most, own = self.settings.max_in_flight, self.link.in_flight_of(model)
+        if self.link.in_flight + wanted > most:
+            raise self._busy(self.link.in_flight, "requests are in flight already")
+        if own + wanted > most - most // KEPT_FOR_OTHERS:
+            raise self._busy(own, "requests for this model are in flight already; the rest of the queue is for others")
+
+    def _busy(self, ahead: int, why: str) -> Refused:
+        rounds = self.link.in_flight / self.settings.engine.max_batch
+        return Refused(429, f"{ahead} {why}", retry_after=max(1, math.ceil(self._typical_seconds * rounds)))
 
     def _with_hint(self, refused: Refused) -> Refused:
         if refused.status == 503 and refused.retry_after is None:

@@ -14,6 +14,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -48,6 +49,11 @@ STARTING = "the inference engine is starting; try again soon"
 Listener = Callable[[ToFront], None]
 
 
+class _Awaited(NamedTuple):
+    listener: Listener
+    model: str
+
+
 class EngineAway(Exception):
     """No engine is ready; `retry_after` is in seconds."""
 
@@ -62,7 +68,7 @@ class EngineLink:
     def __init__(self, settings: EngineSettings, on_stats: Callable[[Stats], None]) -> None:
         self._settings = settings
         self._on_stats = on_stats
-        self._listeners: dict[str, Listener] = {}
+        self._awaited: dict[str, _Awaited] = {}
         self._process: Process | None = None
         self._ready = self._stopping = False
         self._awake = asyncio.Event()
@@ -96,7 +102,11 @@ class EngineLink:
     @property
     def in_flight(self) -> int:
         """How many answers are awaited."""
-        return len(self._listeners)
+        return len(self._awaited)
+
+    def in_flight_of(self, digest: str) -> int:
+        """How many of them are this model's."""
+        return sum(awaited.model == digest for awaited in self._awaited.values())
 
     @property
     def retry_after(self) -> int:
@@ -113,13 +123,13 @@ class EngineLink:
         """
         if not self.ready:
             raise EngineAway(self.why, self.retry_after)
-        self._listeners[request.id] = listener
+        self._awaited[request.id] = _Awaited(listener, request.model.digest)
         self._first = self._first or (request.id, time.monotonic())
         self._tell(request)
 
     def cancel(self, request_id: str) -> None:
         """Stop working on an answer; unknown and finished ones are fine."""
-        if self._listeners.pop(request_id, None) is not None:
+        if self._awaited.pop(request_id, None) is not None:
             self._tell(Cancel(id=request_id))
 
     async def run(self) -> None:
@@ -151,7 +161,7 @@ class EngineLink:
     async def rest(self, patience: float) -> None:
         """After `refuse`: give running answers `patience` seconds, then end the engine; what is left is Failed."""
         until = time.monotonic() + patience
-        while self._listeners and self._ready and time.monotonic() < until:
+        while self._awaited and self._ready and time.monotonic() < until:
             await asyncio.sleep(0.05)
         await self._end(REST_GRACE)
         log.info("the engine rests: %s", self._why)
@@ -218,9 +228,9 @@ class EngineLink:
             ends = isinstance(message, Finished | Failed)
             if isinstance(message, Finished):
                 self._learn_from(message)
-            listener = self._listeners.pop(message.id, None) if ends else self._listeners.get(message.id)
-            if listener is not None:
-                listener(message)
+            awaited = self._awaited.pop(message.id, None) if ends else self._awaited.get(message.id)
+            if awaited is not None:
+                awaited.listener(message)
 
     def _learn_from(self, answer: Finished) -> None:
         """How long an engine's first answer takes, for those who are told when to come back."""
@@ -229,9 +239,9 @@ class EngineLink:
 
     def _fail_all(self) -> None:
         why = self._why if self.resting else "the inference engine died; try again soon"
-        listeners, self._listeners = self._listeners, {}
-        for request_id, listener in listeners.items():
-            listener(Failed(id=request_id, status=503, message=why))
+        left, self._awaited = self._awaited, {}
+        for request_id, awaited in left.items():
+            awaited.listener(Failed(id=request_id, status=503, message=why))
 
     def _tell(self, message: ToEngine) -> None:
         if self._process is not None and self._process.stdin is not None:

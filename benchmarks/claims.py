@@ -1,0 +1,47 @@
+"""The whole product as a user meets it: claims judged over HTTP, several at a time, by adapters in turn."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+from typing import Any
+
+import httpx
+
+from benchmarks.deployment import BenchmarkError
+
+Judged = dict[str, Any]
+
+
+def judging(url: str, claims: Sequence[str], adapters: Sequence[str], corpus: str, at_once: int) -> dict[str, Any]:
+    """Claims a second, latencies in seconds, tokens; and each claim's verdict."""
+    with httpx.Client(base_url=url, timeout=900, trust_env=False) as client, ThreadPoolExecutor(at_once) as pool:
+
+        def one(place: int) -> tuple[float, Judged]:
+            body = {"claim": claims[place], "adapter": adapters[place % len(adapters)], "corpus": corpus}
+            began = time.perf_counter()
+            answer = client.post("/predict", json=body)
+            if not answer.is_success:
+                raise BenchmarkError(f"{answer.status_code}: {answer.text[:500]}")
+            return time.perf_counter() - began, answer.json()
+
+        began = time.perf_counter()
+        answers = list(pool.map(one, range(len(claims))))
+        seconds = time.perf_counter() - began
+    return _figures(seconds, [latency for latency, _ in answers], [judged for _, judged in answers])
+
+
+def _figures(seconds: float, latencies: list[float], judged: list[Judged]) -> dict[str, Any]:
+    ordered = sorted(latencies)
+    count = len(judged)
+    usage = {key: sum(answer["usage"][key] for answer in judged) / count for key in judged[0]["usage"]}
+    return {
+        "claims_per_second": round(count / seconds, 3),
+        "p50_seconds": round(median(ordered), 2),
+        "p95_seconds": round(ordered[int(0.95 * (count - 1))], 2),
+        "a_claim": {key: round(value, 1) for key, value in usage.items()},
+        "read_tokens_a_claim": round(usage["prompt_tokens"] - usage["cached_tokens"], 1),
+        "searching_seconds_a_claim": round(sum(answer["timings"]["search"] for answer in judged) / count, 4),
+        "verdicts": [answer["verdict"] for answer in judged],
+        "texts": [answer["text"] for answer in judged],
+    }

@@ -1,0 +1,72 @@
+"""More requests than there is room for, and an engine that dies among many: everybody gets an answer of use."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from worker.inference.front import FrontSettings
+
+CROWD, FEW = 470, 30
+
+
+@pytest.fixture(scope="module")
+def server(shelf: Shelf) -> Iterator[Server]:
+    """With the queue that a deployment has."""
+    with serving(shelf.table(), FrontSettings(engine=ENGINE)) as running:
+        running.wait_until_ready()
+        url = running.client.base_url
+        running.client.close()
+        running.client = httpx.Client(base_url=url, timeout=120, limits=httpx.Limits())  # as many as are wanted
+        yield running
+
+
+def test_500_at_once_are_answered_or_told_when_to_come_back(server: Server) -> None:
+    pid = server.front.link.pid
+    ended: dict[str, list[float]] = {"one": [], "two": []}
+
+    def ask(number: int) -> httpx.Response:
+        model = "one" if number < CROWD else "two"
+        answer = server.ask(model=model, prompt=[5 + number % 300, 9], max_tokens=8, ignore_eos=True)
+        if answer.status_code == 200:
+            ended[model].append(time.monotonic())
+        return answer
+
+    with ThreadPoolExecutor(CROWD + FEW) as pool:
+        answers = list(pool.map(ask, range(CROWD + FEW)))
+
+    counts = Counter(answer.status_code for answer in answers)
+    assert set(counts) <= {200, 429}, counts
+    assert counts[200] >= 192
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 429)
+    few = Counter(answer.status_code for answer in answers[CROWD:])
+    assert few[200] == FEW, "a crowd at one adapter kept another's out"
+    assert sorted(ended["two"])[FEW // 2] < sorted(ended["one"])[-1], "and they did not wait for all of it"
+    assert server.front.link.pid == pid
+    assert server.front.link.in_flight == 0
+    assert server.ask(model="two").status_code == 200
+
+
+def test_an_engine_that_dies_among_sixteen_comes_back_with_its_adapters(server: Server) -> None:
+    asked = [(("base", "one", "two")[n % 3], [7 + n, 11]) for n in range(16)]
+    wanted = [server.ids(model=model, prompt=prompt, max_tokens=6, ignore_eos=True) for model, prompt in asked]
+
+    def ask(one: tuple[str, list[int]]) -> httpx.Response:
+        return server.ask(model=one[0], prompt=one[1], max_tokens=500, ignore_eos=True)
+
+    with ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(ask, one) for one in asked]
+        server.wait_until(lambda: server.metric("vllm:num_requests_running") == 16)
+        os.kill(server.front.link.pid, signal.SIGKILL)
+        answers = [future.result() for future in futures]
+
+    assert {answer.status_code for answer in answers} == {503}
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
+    server.wait_until_ready()
+    assert [server.ids(model=m, prompt=p, max_tokens=6, ignore_eos=True) for m, p in asked] == wanted
