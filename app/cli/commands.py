@@ -1,7 +1,7 @@
 """The commands and their options."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import httpx
 import typer
@@ -13,6 +13,7 @@ from app.cli.client import RequestError, client_of
 from app.cli.rerun import rerun
 from app.composition import Services, compose
 from app.db.migrating import migrate
+from app.domain.base_models import SERVED_AS
 from app.domain.errors import VerituneError
 from app.logs import configure_logs
 from app.settings import Settings
@@ -141,6 +142,23 @@ def models_add(name: str, source: str) -> None:
     except models.ModelCommandError as error:
         raise _ended(str(error)) from None
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
+
+
+@models_application.command("export")
+def models_export(
+    name: str,
+    to: Annotated[Path, typer.Option(help="A directory; the model's own is made in it, named by its digest.")],
+    quantization: Annotated[
+        Literal["nf4", "fp4", "int8", "none"], typer.Option(help="What adapters over it were trained on.")
+    ] = "nf4",
+) -> None:
+    """Write a listed model as it is served, as plain weights that vLLM reads; the last word is its directory."""
+    services = _services()
+    try:
+        exported = models.export(services, name, SERVED_AS[quantization], to)
+    except (models.ModelCommandError, VerituneError) as error:
+        raise _ended(str(error)) from None
+    typer.echo(f"{exported.name}  {quantization}  {exported.path}")
 
 
 @models_application.command("list")

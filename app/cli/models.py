@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from app.composition import Services
-from app.domain.base_models import BaseModelDescription
+from app.domain.base_models import BaseModelDescription, ExportedBase
+from app.domain.specs import Quantization
 
 
 class ModelCommandError(Exception):
@@ -26,7 +28,24 @@ def fetch_default(services: Services) -> BaseModelDescription:
     return fetch(services, services.settings.default_base_model)
 
 
+def export(services: Services, name: str, held: Quantization | None, to: Path) -> ExportedBase:
+    """Write a listed model as it is served at one quantisation, and put the adapters over it where vLLM looks."""
+    described = services.base_models.describe(services.base_models.get(name))
+    arguments = ["export", described.source.model_dump_json(), "--name", described.name, "--digest", described.digest]
+    arguments += ["--quantization", held.model_dump_json() if held else "null", "--to", str(to)]
+    exported = ExportedBase.model_validate_json(_told(services, arguments))
+    services.adapters.put_on_disk(exported.digest)
+    return exported
+
+
 def _register(services: Services, arguments: list[str]) -> BaseModelDescription:
+    described = BaseModelDescription.model_validate_json(_told(services, arguments))
+    services.base_models.register(described)
+    return described
+
+
+def _told(services: Services, arguments: list[str]) -> str:
+    """The line that `python -m worker.models` answers with. Raises ModelCommandError."""
     command = [sys.executable, "-m", "worker.models", *arguments]
     command += ["--cache", str(services.settings.cache_path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -38,6 +57,4 @@ def _register(services: Services, arguments: list[str]) -> BaseModelDescription:
             "hint": None,
         }
         raise ModelCommandError(f"{told['message']}; {told['hint']}" if told["hint"] else told["message"])
-    described = BaseModelDescription.model_validate_json(line)
-    services.base_models.register(described)
-    return described
+    return line

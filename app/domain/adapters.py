@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from app.domain.specs import Name
+from app.domain.base_models import served_base_digest
+from app.domain.specs import Name, Quantization
 
 Kind = Literal["peft", "full"]
 WEIGHTS: dict[Kind, str] = {"peft": "adapter_model.safetensors", "full": "model.safetensors"}
@@ -66,6 +67,12 @@ class Manifest(_Word):
     code_revision: str
     servable_by: tuple[str, ...]
     created_at: datetime
+
+    @property
+    def served_base(self) -> str:
+        """The digest under which the base is served that this was trained on."""
+        held = self.quantization and Quantization.model_validate(self.quantization)
+        return served_base_digest(self.base.digest, held or None)
 
 
 class Adapter(_Word):

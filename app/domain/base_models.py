@@ -106,3 +106,20 @@ def served_base_digest(base_digest: str, quantization: Quantization | None) -> s
         if quantization.bits == 4:
             held |= {"quant_type": quantization.quant_type, "double_quant": quantization.double_quant}
     return canonical_digest({"base": base_digest, "quantization": held})
+
+
+SERVED_AS: dict[str, Quantization | None] = {
+    "nf4": Quantization(),
+    "fp4": Quantization(quant_type="fp4"),
+    "int8": Quantization(bits=8),
+    "none": None,
+}
+"""The usual quantisations by a word of one's own."""
+
+
+class ExportedBase(_Word):
+    """A served base as plain weights in the directory `path`, whose name is `digest`."""
+
+    name: Name
+    digest: Sha256
+    path: Path

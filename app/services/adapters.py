@@ -146,7 +146,11 @@ class Adapters:
         return row
 
     def on_disk(self, digest: str) -> Path:
-        """The adapter's directory on this host, `<cache>/adapters/<digest>`: made when it is not there."""
+        """The adapter's directory on this host, `<cache>/adapters/<digest>`: made when it is not there.
+
+        Its adapter_config.json names the base by the digest that it is served under, as vLLM's resolver asks for; the
+        stored one, over which the adapter's digest is, names it by name and revision.
+        """
         target = self._directory / digest
         if target.exists():
             return target
@@ -156,11 +160,20 @@ class Adapters:
         try:
             for name, blob in row.files.items():
                 self._blobs.fetch(blob, partial / name)
+            _name_served_base(partial, row)
             with contextlib.suppress(OSError):  # another process was faster
                 os.rename(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target
+
+    def put_on_disk(self, served_base: str) -> None:
+        """Bring the adapters over one served base to this host's disk, for a server that only looks there."""
+        with self._database.read() as unit:
+            rows = unit.adapters.all()
+        for row in rows:
+            if Manifest.model_validate(row.manifest).served_base == served_base:
+                _name_served_base(self.on_disk(row.digest), row)  # a version before this one may have made it
 
     def _zip(self, row: AdapterRow) -> Iterator[bytes]:
         sink = _Forward()
@@ -190,6 +203,19 @@ class _Forward(io.RawIOBase):
     def drain(self) -> bytes:
         taken, self._taken = bytes(self._taken), bytearray()
         return taken
+
+
+def _name_served_base(directory: Path, row: AdapterRow) -> None:
+    if row.kind == "full":
+        return
+    path = directory / CONFIG["peft"]
+    document: dict[str, Any] = json.loads(path.read_bytes())
+    served_base = Manifest.model_validate(row.manifest).served_base
+    if document.get("base_model_name_or_path") == served_base:
+        return
+    changed = path.with_name(f".{path.name}.{os.getpid()}")
+    changed.write_text(json.dumps(document | {"base_model_name_or_path": served_base}, indent=2, sort_keys=True))
+    changed.replace(path)
 
 
 def _found(unit: Unit, reference: str) -> AdapterRow:

@@ -13,6 +13,7 @@ from app.composition import Services
 from app.domain.adapters import WEIGHTS, Manifest
 from app.domain.errors import NotFoundError
 from app.domain.jobs import Lease
+from app.domain.specs import Quantization
 from tests.api.conftest import lease, make_adapter, nothing_left, problem, traces, walk
 
 
@@ -109,3 +110,29 @@ def test_bytes_that_are_gone(client: TestClient, served: Services, adapter: str)
     with pytest.raises(NotFoundError, match="are gone"):
         served.adapters.on_disk(row.digest)
     assert set(cached.iterdir()) == before
+
+
+def test_on_disk_it_names_the_served_base_and_in_the_archive_the_revision(
+    client: TestClient, served: Services, adapter: str
+) -> None:
+    found = served.adapters.get(adapter)
+    base = served.base_models.get("tiny")
+    expected = served.base_models.served_digest(base, Quantization())
+    path = served.adapters.on_disk(found.digest) / "adapter_config.json"
+    assert json.loads(path.read_text())["base_model_name_or_path"] == expected
+    assert served.adapters.config(adapter) == {"peft_type": "LORA", "r": 16}
+    with zipfile.ZipFile(io.BytesIO(client.get("/adapters/first/download").content)) as archive:
+        assert json.loads(archive.read("adapter_config.json")) == {"peft_type": "LORA", "r": 16}
+
+
+def test_the_adapters_over_one_served_base_can_be_put_on_a_disk(served: Services, adapter: str) -> None:
+    found = served.adapters.get(adapter)
+    directory = served.adapters.on_disk(found.digest)
+    shutil.rmtree(directory)
+    served.adapters.put_on_disk("0" * 64)
+    assert not directory.exists()
+    served.adapters.put_on_disk(found.manifest.served_base)
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "tiny@1"}')
+    served.adapters.put_on_disk(found.manifest.served_base)
+    written = json.loads((directory / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == found.manifest.served_base

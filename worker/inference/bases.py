@@ -1,7 +1,6 @@
 """A base model in memory: its weights as the function it is served as, its tokenizer, its limits.
 
-On a CPU a quantised base is served by its dequantised weights: the same function, faster. Knows no adapters
-and no requests.
+Knows no adapters and no requests.
 """
 
 import hashlib
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 from worker.precision import precision_here
 from worker.quantization import bitsandbytes_config
+from worker.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
@@ -71,7 +71,7 @@ def load_base(served: ServedModel, device: torch.device, dtype: torch.dtype) -> 
     directory = Path(served.base_path)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        model = _load_weights(directory, config, served.quantization, device, dtype)
+        model = load_weights(directory, config, _held(served.quantization, dtype), device, dtype)
         text = (directory / "tokenizer.json").read_text(encoding="utf-8")
         tokenizer = Tokenizer.from_str(text)
     except ModelError:
@@ -93,36 +93,11 @@ def load_base(served: ServedModel, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def _load_weights(
-    directory: Path,
-    config: Any,
-    quantization: dict[str, Any] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> PreTrainedModel:
-    quantized = quantization is not None
-    dequantise = quantized and device.type == "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory,
-        config=config,
-        dtype="auto" if dequantise else dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        local_files_only=True,
-        device_map={"": device} if device.type == "cuda" else None,
-        quantization_config=_bitsandbytes(Quantization.model_validate(quantization), dtype) if quantized else None,
-    )
-    if dequantise:
-        # Before the first forward: in eval mode bitsandbytes repacks CPU weights, and then they no longer
-        # dequantise to the values that training saw, which are rounded to the stored dtype first.
-        model = model.dequantize(dtype=model.dtype).to(dtype)
-    model.eval()
-    loaded: PreTrainedModel = model.requires_grad_(False)
-    return loaded
-
-
-def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    return bitsandbytes_config(quantization.bits, quantization.type, double_quant=quantization.double, compute=dtype)
+def _held(quantization: dict[str, Any] | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization is None:
+        return None
+    asked = Quantization.model_validate(quantization)
+    return bitsandbytes_config(asked.bits, asked.type, double_quant=asked.double, compute=dtype)
 
 
 def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
-"""`python -m worker.models fetch | add | ensure`: one JSON line on stdout, progress on stderr.
+"""`python -m worker.models fetch | add | ensure | export`: one JSON line on stdout, progress on stderr.
 
-The line is a `BaseModelDescription`, or `{"error": {code, message, hint}}` with exit status 1.
+The line is a `BaseModelDescription`, of `export` an `ExportedBase`, or `{"error": {code, message, hint}}` with exit
+status 1.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from app.domain.base_models import (
     MODEL_SOURCE,
     BaseModelDescription,
     DirectorySource,
+    ExportedBase,
     HubSource,
     ModelSource,
 )
-from app.domain.specs import Name
+from app.domain.specs import Name, Quantization
 from worker.models.errors import ModelError
 from worker.models.store import ModelStore
 
@@ -31,13 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # A library that prints must not break the one line that the caller reads.
         with contextlib.redirect_stdout(sys.stderr):
-            described = _run(asked)
+            answer = _run(asked)
     except Exception as raised:
         error = raised if isinstance(raised, ModelError) else _unexpected(raised)
         told = {"code": error.code, "message": error.message, "hint": error.hint}
         print(json.dumps({"error": told}, ensure_ascii=False), file=out)
         return 1
-    print(described.model_dump_json(), file=out)
+    print(answer.model_dump_json(), file=out)
     return 0
 
 
@@ -55,15 +57,19 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("name")
     add.add_argument("source")
     ensure = verbs.add_parser("ensure", help="a model that is known by its digest")
-    ensure.add_argument("source", help="its source, as JSON")
-    ensure.add_argument("--name", required=True)
-    ensure.add_argument("--digest", required=True)
-    for verb in (fetch, add, ensure):
+    export = verbs.add_parser("export", help="such a model as plain weights at one quantisation")
+    export.add_argument("--quantization", required=True, help="as JSON; null: none")
+    export.add_argument("--to", type=Path, required=True)
+    for verb in (ensure, export):
+        verb.add_argument("source", help="its source, as JSON")
+        verb.add_argument("--name", required=True)
+        verb.add_argument("--digest", required=True)
+    for verb in (fetch, add, ensure, export):
         verb.add_argument("--cache", type=Path, required=True)
     return parser
 
 
-def _run(asked: argparse.Namespace) -> BaseModelDescription:
+def _run(asked: argparse.Namespace) -> BaseModelDescription | ExportedBase:
     store = ModelStore(asked.cache)
     try:
         TypeAdapter(Name).validate_python(asked.name)
@@ -71,7 +77,13 @@ def _run(asked: argparse.Namespace) -> BaseModelDescription:
             return store.obtain(asked.name, _catalogued(asked.name))
         if asked.verb == "add":
             return store.obtain(asked.name, _source(asked.source))
-        return store.ensure(asked.name, MODEL_SOURCE.validate_json(asked.source), asked.digest)
+        described = store.ensure(asked.name, MODEL_SOURCE.validate_json(asked.source), asked.digest)
+        if asked.verb == "ensure":
+            return described
+        held = TypeAdapter(Quantization | None).validate_json(asked.quantization)
+        from worker.models.export import export_base  # torch takes seconds to import
+
+        return export_base(described, held, asked.to)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -81,7 +93,7 @@ def _run(asked: argparse.Namespace) -> BaseModelDescription:
     except OSError as error:
         raise ModelError(
             "cache_unusable",
-            f"{asked.cache}: {error.strerror or error}",
+            f"{error.filename or asked.cache}: {error.strerror or error}",
             "check its free space and permissions",
         ) from error
 

@@ -4,11 +4,8 @@ A directory appears by rename, after its files are on the disk; `description.jso
 `sources/<digest of the source>` remembers what a source that never changes led to.
 """
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from app.domain.base_models import (
@@ -22,6 +19,7 @@ from app.domain.base_models import (
 from worker.models.describe import describe
 from worker.models.errors import ModelError
 from worker.models.fetch import copy_directory, hub_snapshot, is_commit, say, wheel_member
+from worker.models.placing import locked, place
 
 DESCRIPTION = "description.json"
 
@@ -39,7 +37,7 @@ class ModelStore:
         key = canonical_digest(source.model_dump(mode="json"))
         if known := self._remembered(key, name):
             return known
-        with self._locked(key):
+        with locked(self.models / f".lock-{key[:16]}"):
             return self._remembered(key, name) or self._make(key, name, source)
 
     def ensure(self, name: str, source: ModelSource, digest: str) -> BaseModelDescription:
@@ -109,29 +107,8 @@ class ModelStore:
             return
         final = self.models / described.digest
         (files / DESCRIPTION).write_text(described.model_copy(update={"path": final}).model_dump_json(indent=2))
-        for path in files.iterdir():
-            path.chmod(0o644)  # save_pretrained leaves weights that only their writer can read
-            _flush(path)
-        _flush(files)
         # What stands there is no complete model: two processes may bring the same one from two sources.
-        shutil.rmtree(final, ignore_errors=True)
-        files.rename(final)
-        _flush(self.models)
-
-    @contextmanager
-    def _locked(self, key: str) -> Iterator[None]:
-        self.models.mkdir(parents=True, exist_ok=True)
-        with (self.models / f".lock-{key[:16]}").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        place(files, final)
 
 
 def _write(path: Path, text: str) -> None:

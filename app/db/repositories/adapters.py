@@ -29,5 +29,8 @@ class Adapters:
     def page(self, after: str | None, limit: int) -> tuple[list[AdapterRow], bool]:
         return newest(self._session, AdapterRow, AdapterRow.id, after, limit)
 
+    def all(self) -> list[AdapterRow]:
+        return list(self._session.scalars(select(AdapterRow)))
+
     def remove(self, row: AdapterRow) -> None:
         self._session.delete(row)
