@@ -7,6 +7,8 @@ import math
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from typing import Protocol
 
 import pytest
@@ -187,3 +189,39 @@ def test_a_server_that_is_away(asked: Asked) -> None:
             with pytest.raises(UnavailableError) as raised:
                 client.generate(asked())
     assert raised.value.retry_after == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "code", "after"),
+    [
+        (200, {}, b"{}", "inference_not_understood", None),
+        (200, {}, b"<html>", "inference_not_understood", None),
+        (401, {}, b'{"error": "Unauthorized"}', "inference_secret", None),
+        (500, {}, b"Internal Server Error", "inference_away", 2),
+        (503, {"Retry-After": "7"}, b"{}", "inference_away", 7),
+        (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b"{}", "inference_away", 2),
+    ],
+)
+def test_whatever_stands_between_is_an_outage_in_words(
+    asked: Asked, status: int, headers: dict[str, str], body: bytes, code: str, after: float | None
+) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        client = CompletionsGenerator(f"http://127.0.0.1:{server.server_port}")
+        with closing(client), pytest.raises(UnavailableError) as raised:
+            client.generate(asked())
+        thread.join()
+    assert (raised.value.code, raised.value.retry_after) == (code, after)

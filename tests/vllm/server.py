@@ -14,14 +14,17 @@ from worker.environment import TENSORS
 
 PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
 READY_SECONDS = 300
-CONTEXT = 2_048
-FLAGS = [
-    *("--enable-lora", "--max-loras", "4"),
-    *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
-    *("--enable-prefix-caching", "--enable-prompt-tokens-details"),
-    *("--max-model-len", str(CONTEXT), "--max-num-seqs", "16"),
-]
-"""What the guide's command has too. A test compares."""
+FLAGS = (
+    "--enable-lora",
+    "--max-loras 4",
+    "--generation-config vllm",
+    "--logprobs-mode processed_logprobs",
+    "--enable-prefix-caching",
+    "--enable-prompt-tokens-details",
+    "--max-model-len 2048",
+    "--max-num-seqs 16",
+)
+"""What the guide's command has too; a test of the house compares."""
 
 RANK = 8
 ON_A_CPU = [
@@ -40,11 +43,11 @@ def vllm_server(base: Path, adapters: Path, dtype: str, secret: str) -> Iterator
     """
     port = free_port()
     # Its resolver compares an adapter's base with the model as named here, so: the digest, seen from beside it.
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", base.name, *FLAGS, *ON_A_CPU]
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", base.name]
+    command += [*" ".join(FLAGS).split(), *ON_A_CPU]
     command += ["--dtype", dtype, "--host", "127.0.0.1", "--port", str(port)]
     lines: list[str] = []
     processes = Processes(lambda _who, line: lines.append(line))
-    # vllm finds a model that is a path seen from its working directory.
     started = Part("vllm", ["env", "-C", str(base.parent), *command], _environment(adapters, secret), grace=30.0)
     try:
         processes.start(started)

@@ -89,6 +89,12 @@ def judged(home: Path, url: str, requests: list[PredictRequest]) -> list[Predict
     return [answer for answer in answers if isinstance(answer, Prediction)]
 
 
+def test_no_inference_of_our_own_runs_beside_it(deployment: Deployment) -> None:
+    modules = [word for process in deployment.processes() for word in process.cmdline() if word.startswith("worker")]
+    assert "worker" in modules
+    assert not [module for module in modules if module.startswith("worker.inference")]
+
+
 def test_the_verdicts_are_those_of_the_embedded_engine(
     home: Path, deployment: Deployment, job: Any, vllm: str, embedded: str, figures: list[str]
 ) -> None:
