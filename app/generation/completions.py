@@ -38,7 +38,12 @@ class CompletionsGenerator:
                 retry_after=2,
             ) from error
         _raise_for(response)
-        return _read(response.json())
+        try:
+            return _read(response.json())
+        except (ValueError, KeyError, IndexError, TypeError) as error:  # pydantic's errors are ValueErrors
+            raise UnavailableError(
+                "the inference server's answer is none of vLLM's completions protocol", code="inference_not_understood"
+            ) from error
 
     def healthy(self) -> bool:
         try:
@@ -84,7 +89,8 @@ def _raise_for(response: httpx.Response) -> None:
     if response.is_success:
         return
     detail = _message(response)
-    after = float(response.headers.get("Retry-After", 2))
+    given = response.headers.get("Retry-After", "")
+    after = float(given) if given.isdecimal() else 2.0  # a proxy may give a date
     match response.status_code:
         case 429:
             raise BusyError(detail, code="inference_busy", retry_after=after)

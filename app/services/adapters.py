@@ -151,29 +151,34 @@ class Adapters:
         Its adapter_config.json names the base by the digest that it is served under, as vLLM's resolver asks for; the
         stored one, over which the adapter's digest is, names it by name and revision.
         """
-        target = self._directory / digest
-        if target.exists():
-            return target
         row = self.by_digest(digest)
+        target = self._directory / digest
+        if not target.exists():
+            self._bring(row, target)
+        _name_served_base(target, row)  # a version before this rule may have made it
+        return target
+
+    def _bring(self, row: AdapterRow, target: Path) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self._directory, prefix=".partial-"))
         try:
             for name, blob in row.files.items():
                 self._blobs.fetch(blob, partial / name)
             _name_served_base(partial, row)
+            partial.chmod(0o755)  # a server that shares the folder may run as another user
             with contextlib.suppress(OSError):  # another process was faster
                 os.rename(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return target
 
     def put_on_disk(self, served_base: str) -> None:
         """Bring the adapters over one served base to this host's disk, for a server that only looks there."""
+        self._directory.mkdir(parents=True, exist_ok=True)
         with self._database.read() as unit:
             rows = unit.adapters.all()
         for row in rows:
             if Manifest.model_validate(row.manifest).served_base == served_base:
-                _name_served_base(self.on_disk(row.digest), row)  # a version before this one may have made it
+                self.on_disk(row.digest)
 
     def _zip(self, row: AdapterRow) -> Iterator[bytes]:
         sink = _Forward()

@@ -1,15 +1,21 @@
-"""Both generators keep the same promises: the client of a real front and engine, and the script in memory."""
+"""Both generators keep the same promises: the client of a real front and engine, and the script in memory.
+
+What takes `asked` and `connect` alone asks for no more than the protocol: `tests/vllm` runs it against vLLM too.
+"""
 
 import math
 import socket
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from typing import Protocol
 
 import pytest
 from pydantic import SecretStr
 
 from app.domain.encoding import Tokenization
-from app.domain.errors import NotFoundError, UnavailableError
+from app.domain.errors import InvalidError, NotFoundError, UnavailableError
 from app.domain.ledger import Absence
 from app.generation import CompletionsGenerator, GenerationRequest, Generator, ScriptedGenerator
 from app.tokenizers import load_tokenization
@@ -19,11 +25,24 @@ from worker.inference.front import FrontSettings
 from worker.inference.residence import FixedTenancy
 
 SECRET = SecretStr("between processes")
+Asked = Callable[..., GenerationRequest]
+
+
+class Connect(Protocol):
+    """Makes clients of a real server that is guarded; without a secret they have the right one."""
+
+    def __call__(self, secret: SecretStr | None = None) -> CompletionsGenerator: ...
 
 
 @pytest.fixture(scope="module")
 def tokens(shelf: Shelf) -> Tokenization:
     return load_tokenization((shelf.base / "tokenizer.json").read_bytes(), bos_id=0, eos_id=1)
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    """The digest of a served base."""
+    return "base"
 
 
 @pytest.fixture(scope="module")
@@ -33,40 +52,60 @@ def guarded(shelf: Shelf) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(params=["completions", "scripted"])
-def generator(request: pytest.FixtureRequest, tokens: Tokenization) -> Iterator[Generator]:
-    if request.param == "scripted":
-        made: Generator = ScriptedGenerator(tokens, lambda _prompt, _request: "The river flows into the sea, it says.")
-    else:
-        server: Server = request.getfixturevalue("guarded")
-        made = CompletionsGenerator(str(server.client.base_url), SECRET)
-    with closing(made):
+@contextmanager
+def connecting(url: str, right: SecretStr) -> Iterator[Connect]:
+    """Clients of the server at `url`, closed at the end."""
+    with ExitStack() as stack:
+
+        def connect(secret: SecretStr | None = None) -> CompletionsGenerator:
+            return stack.enter_context(closing(CompletionsGenerator(url, secret or right)))
+
+        yield connect
+
+
+@pytest.fixture
+def connect(guarded: Server) -> Iterator[Connect]:
+    with connecting(str(guarded.client.base_url), SECRET) as made:
         yield made
 
 
-def asked(tokens: Tokenization, **more: object) -> GenerationRequest:
-    prompt = tokens.encode("Thought 1: I need to search")
-    return GenerationRequest.model_validate({"model": "base", "prompt": prompt, "max_tokens": 12, **more})
+@pytest.fixture(params=["completions", "scripted"])
+def generator(request: pytest.FixtureRequest, tokens: Tokenization) -> Generator:
+    if request.param == "scripted":
+        return ScriptedGenerator(tokens, lambda _prompt, _request: "The river flows into the sea, it says.")
+    made: Generator = request.getfixturevalue("connect")()
+    return made
 
 
-def test_the_ids_are_those_of_the_text_and_as_many_as_asked_for(generator: Generator, tokens: Tokenization) -> None:
-    request = asked(tokens, max_tokens=5)
+@pytest.fixture
+def asked(tokens: Tokenization, model: str) -> Asked:
+    """Makes requests for the served base: twelve greedy tokens after the same words, unless told otherwise."""
+    usual = {"model": model, "prompt": tokens.encode("Thought 1: I need to search"), "max_tokens": 12}
+    return lambda **more: GenerationRequest.model_validate(usual | more)
+
+
+def test_the_ids_are_those_of_the_text_and_as_many_as_asked_for(
+    generator: Generator, asked: Asked, tokens: Tokenization
+) -> None:
+    request = asked(max_tokens=5)
     answer = generator.generate(request)
     assert (len(answer.ids), answer.finish_reason) == (5, "length")
     assert answer.text == tokens.decode(answer.ids)
     assert answer.prompt_tokens == len(request.prompt)
 
 
-def test_the_text_ends_before_a_stop(generator: Generator, tokens: Tokenization) -> None:
-    whole = generator.generate(asked(tokens)).text
+def test_the_text_ends_before_a_stop(generator: Generator, asked: Asked, tokens: Tokenization) -> None:
+    whole = generator.generate(asked()).text
     stop = whole[2:4]
-    answer = generator.generate(asked(tokens, stop=(stop,)))
+    answer = generator.generate(asked(stop=(stop,)))
     assert (answer.text, answer.finish_reason) == (whole[: whole.index(stop)], "stop")
     assert stop in tokens.decode(answer.ids)
 
 
-def test_one_of_the_allowed_tokens_comes_and_all_are_weighed(generator: Generator, tokens: Tokenization) -> None:
-    request = asked(tokens, max_tokens=1, allowed_token_ids=(70, 80, 90), logprobs=3)
+def test_one_of_the_allowed_tokens_comes_and_all_are_weighed(
+    generator: Generator, asked: Asked, tokens: Tokenization
+) -> None:
+    request = asked(max_tokens=1, allowed_token_ids=(70, 80, 90), logprobs=3)
     answer = generator.generate(request)
     assert set(answer.ids) <= {70, 80, 90}
     assert answer.first_logprobs.keys() == {70, 80, 90}
@@ -78,27 +117,73 @@ def test_a_server_that_answers_is_healthy(generator: Generator) -> None:
     assert generator.healthy()
 
 
-def test_a_regex_bounds_what_is_written(guarded: Server, tokens: Tokenization) -> None:
-    with closing(CompletionsGenerator(str(guarded.client.base_url), SECRET)) as client:
-        assert client.generate(asked(tokens, regex="(yes|no)")).text in ("yes", "no")
+def test_a_regex_bounds_what_is_written(connect: Connect, asked: Asked) -> None:
+    assert connect().generate(asked(regex="(yes|no)")).text in ("yes", "no")
 
 
-def test_a_model_that_is_not_there(guarded: Server, tokens: Tokenization) -> None:
-    client = CompletionsGenerator(str(guarded.client.base_url), SECRET)
-    with closing(client), pytest.raises(NotFoundError) as raised:
-        client.generate(asked(tokens, model="nowhere"))
+def test_an_argument_ends_with_its_bracket(connect: Connect, asked: Asked, tokens: Tokenization) -> None:
+    answer = connect().generate(asked(max_tokens=64, regex=r"[^\[\]\n]{1,20}\]"))
+    assert answer.finish_reason == "stop"
+    assert answer.text.index("]") == len(answer.text) - 1 <= 20
+    assert answer.text == tokens.decode(answer.ids)
+
+
+def test_a_seed_repeats_what_was_drawn(connect: Connect, asked: Asked) -> None:
+    drawn = [connect().generate(asked(temperature=1.0, seed=seed)).ids for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+
+
+def test_what_was_read_before_is_counted_and_changes_no_score(
+    connect: Connect, asked: Asked, tokens: Tokenization
+) -> None:
+    read = (list(tokens.encode("Observation 1: It flows through ten countries. ")) * 40)[:400]
+    scoring = asked(prompt=read, max_tokens=1, allowed_token_ids=(70, 80, 90), logprobs=3)
+    first, again = (connect().generate(scoring) for _ in range(2))
+    assert first.cached_tokens < again.cached_tokens < again.prompt_tokens
+    assert again.first_logprobs.keys() == {70, 80, 90}
+    for token, value in first.first_logprobs.items():
+        assert math.isclose(value, again.first_logprobs[token], abs_tol=1e-3)
+
+
+def test_weights_of_a_colder_choice_are_not_cooled(connect: Connect, asked: Asked) -> None:
+    scoring = asked(max_tokens=1, allowed_token_ids=(70, 80, 90), logprobs=3, top_p=0.5)
+    answer = connect().generate(scoring)
+    assert answer.first_logprobs.keys() == {70, 80, 90}
+    assert math.isclose(sum(map(math.exp, answer.first_logprobs.values())), 1.0, abs_tol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"prompt": [5] * 5_000}, "5000"),
+        ({"prompt": [999_999]}, "vocabulary"),
+        ({"allowed_token_ids": [999_999]}, "allowed_token_ids"),
+        ({"regex": "(a"}, "unclosed"),
+    ],
+)
+def test_what_never_works_is_refused_in_words(
+    connect: Connect, asked: Asked, more: dict[str, object], words: str
+) -> None:
+    with pytest.raises(InvalidError, match=words) as raised:
+        connect().generate(asked(**more))
+    assert raised.value.code == "inference_refused"
+
+
+def test_a_model_that_is_not_there(connect: Connect, asked: Asked) -> None:
+    with pytest.raises(NotFoundError) as raised:
+        connect().generate(asked(model="0" * 64))
     assert raised.value.code == "unknown_model"
 
 
-def test_a_wrong_secret_is_not_the_users_fault(guarded: Server, tokens: Tokenization) -> None:
-    client = CompletionsGenerator(str(guarded.client.base_url), SecretStr("guess"))
-    with closing(client), pytest.raises(UnavailableError) as raised:
-        client.generate(asked(tokens))
+def test_a_wrong_secret_is_not_the_users_fault(connect: Connect, asked: Asked) -> None:
+    with pytest.raises(UnavailableError) as raised:
+        connect(SecretStr("guess")).generate(asked())
     assert raised.value.code == "inference_secret"
     assert "guess" not in str(raised.value)
 
 
-def test_a_server_that_makes_way_says_when_it_is_back(shelf: Shelf, tokens: Tokenization) -> None:
+def test_a_server_that_makes_way_says_when_it_is_back(shelf: Shelf, asked: Asked) -> None:
     absent = FixedTenancy(Absence("inference makes way for training (job_1)", 300.0))
     with (
         serving(shelf.table(), FrontSettings(engine=ENGINE), absent) as server,
@@ -107,17 +192,53 @@ def test_a_server_that_makes_way_says_when_it_is_back(shelf: Shelf, tokens: Toke
         server.wait_until(lambda: "job_1" in server.front.link.why)
         assert not client.healthy()
         with pytest.raises(UnavailableError, match="makes way for training") as raised:
-            client.generate(asked(tokens))
+            client.generate(asked())
     assert raised.value.code == "inference_away"
     assert raised.value.retry_after is not None
     assert 300 <= raised.value.retry_after <= 420
 
 
-def test_a_server_that_is_away(tokens: Tokenization) -> None:
+def test_a_server_that_is_away(asked: Asked) -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         with closing(CompletionsGenerator(f"http://127.0.0.1:{taken.getsockname()[1]}")) as client:
             assert not client.healthy()
             with pytest.raises(UnavailableError) as raised:
-                client.generate(asked(tokens))
+                client.generate(asked())
     assert raised.value.retry_after == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "code", "after"),
+    [
+        (200, {}, b"{}", "inference_not_understood", None),
+        (200, {}, b"<html>", "inference_not_understood", None),
+        (401, {}, b'{"error": "Unauthorized"}', "inference_secret", None),
+        (500, {}, b"Internal Server Error", "inference_away", 2),
+        (503, {"Retry-After": "7"}, b"{}", "inference_away", 7),
+        (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b"{}", "inference_away", 2),
+    ],
+)
+def test_whatever_stands_between_is_an_outage_in_words(
+    asked: Asked, status: int, headers: dict[str, str], body: bytes, code: str, after: float | None
+) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        client = CompletionsGenerator(f"http://127.0.0.1:{server.server_port}")
+        with closing(client), pytest.raises(UnavailableError) as raised:
+            client.generate(asked())
+        thread.join()
+    assert (raised.value.code, raised.value.retry_after) == (code, after)

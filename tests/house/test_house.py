@@ -9,6 +9,7 @@ from app.cli import application
 from app.main import create_app
 from app.settings import Settings
 from tests.conftest import ROOT
+from tests.vllm.server import FLAGS
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -42,6 +43,12 @@ def test_every_command_is_documented() -> None:
         assert group.typer_instance is not None
         commands += [f"veritune {group.name} {c.name}" for c in group.typer_instance.registered_commands]
     assert [command for command in commands if f"`{command}" not in page] == []
+
+
+def test_the_guide_starts_vllm_as_the_tests_do() -> None:
+    command = (ROOT / "docs" / "guides" / "vllm.md").read_text("utf-8").split("vllm serve", 1)[1].split("```", 1)[0]
+    told = " ".join(command.replace("\\", " ").split())
+    assert [flag for flag in FLAGS if flag not in told] == []
 
 
 def test_the_house_names_no_banned_room() -> None:

@@ -48,16 +48,17 @@ class Shelf:
         }
 
 
-class Server:
-    """A running front, and the client's side of it."""
+class Speaker:
+    """Somebody who speaks the completions protocol, asked for one base after a prompt of six ids."""
 
-    def __init__(self, url: str, app: Any) -> None:
-        self.front = app.state.front
-        self.client = httpx.Client(base_url=url, timeout=60)
+    def __init__(self, client: httpx.Client, model: str, prompt: list[int]) -> None:
+        self.client = client
+        self.model = model
+        self.prompt = prompt
 
     def ask(self, **body: Any) -> httpx.Response:
         """POST a completions request for the usual prompt, greedy, with token ids, unless told otherwise."""
-        usual = {"model": "base", "prompt": PROMPT, "temperature": 0, "return_token_ids": True}
+        usual = {"model": self.model, "prompt": self.prompt, "temperature": 0, "return_token_ids": True}
         return self.client.post("/v1/completions", json={**usual, **body})
 
     def choice(self, **body: Any) -> dict[str, Any]:
@@ -71,6 +72,14 @@ class Server:
         """The token ids of an answer."""
         ids: list[int] = self.choice(**body)["token_ids"]
         return ids
+
+
+class Server(Speaker):
+    """A running front, and the client's side of it."""
+
+    def __init__(self, url: str, app: Any) -> None:
+        super().__init__(httpx.Client(base_url=url, timeout=60), "base", PROMPT)
+        self.front = app.state.front
 
     def metric(self, name: str) -> float:
         """The value of an unlabelled metric now."""

@@ -1,4 +1,7 @@
-"""What the front says, in the words of vLLM's completions protocol, and how it refuses."""
+"""What the front says, in the words of vLLM's completions protocol, and how it refuses.
+
+What takes a `speaker` alone is the protocol itself: `tests/vllm` asks vLLM the same.
+"""
 
 import json
 import math
@@ -8,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.inference.conftest import PROMPT, Server
+from tests.inference.conftest import Server, Speaker
 
 
 def events(text: str) -> list[str]:
@@ -16,15 +19,20 @@ def events(text: str) -> list[str]:
     return [block.removeprefix("data: ") for block in text.split("\n\n") if block]
 
 
-def test_an_answer_has_the_shape_of_vllm(server: Server) -> None:
-    answer = server.ask(max_tokens=5).json()
+@pytest.fixture
+def speaker(server: Server) -> Speaker:
+    return server
+
+
+def test_an_answer_has_the_shape_of_vllm(speaker: Speaker) -> None:
+    answer = speaker.ask(max_tokens=5).json()
 
     assert answer["id"].startswith("cmpl-")
     assert answer["object"] == "text_completion"
-    assert answer["model"] == "base"
+    assert answer["model"] == speaker.model
     (choice,) = answer["choices"]
     assert choice["index"] == 0
-    assert choice["prompt_token_ids"] == PROMPT
+    assert choice["prompt_token_ids"] == speaker.prompt
     assert len(choice["token_ids"]) == 5
     assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
     assert answer["usage"]["prompt_tokens"] == 6
@@ -33,34 +41,34 @@ def test_an_answer_has_the_shape_of_vllm(server: Server) -> None:
     assert "cached_tokens" in answer["usage"]["prompt_tokens_details"]
 
 
-def test_ids_are_returned_only_on_request(server: Server) -> None:
-    choice = server.choice(return_token_ids=False)
+def test_ids_are_returned_only_on_request(speaker: Speaker) -> None:
+    choice = speaker.choice(return_token_ids=False)
 
     assert choice["token_ids"] is None
     assert choice["prompt_token_ids"] is None
 
 
-def test_text_is_encoded_by_the_engine(server: Server) -> None:
-    choice = server.choice(prompt="Claim: The Danube")
+def test_text_is_encoded_by_the_engine(speaker: Speaker) -> None:
+    choice = speaker.choice(prompt="Claim: The Danube")
 
-    again = server.choice(prompt=choice["prompt_token_ids"])
+    again = speaker.choice(prompt=choice["prompt_token_ids"])
     assert again["token_ids"] == choice["token_ids"]
 
 
-def test_several_prompts_give_one_choice_each_in_order(server: Server) -> None:
+def test_several_prompts_give_one_choice_each_in_order(speaker: Speaker) -> None:
     prompts = [[70, 90], [110, 130, 150]]
 
-    answer = server.ask(prompt=prompts).json()
+    answer = speaker.ask(prompt=prompts).json()
 
     assert [choice["prompt_token_ids"] for choice in answer["choices"]] == prompts
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert answer["usage"]["prompt_tokens"] == 5
-    assert answer["choices"][1]["token_ids"] == server.ids(prompt=prompts[1])
+    assert answer["choices"][1]["token_ids"] == speaker.ids(prompt=prompts[1])
 
 
-def test_a_stream_carries_the_same_answer_in_pieces(server: Server) -> None:
-    whole = server.choice(max_tokens=12, logprobs=1)
-    response = server.ask(max_tokens=12, logprobs=1, stream=True, stream_options={"include_usage": True})
+def test_a_stream_carries_the_same_answer_in_pieces(speaker: Speaker) -> None:
+    whole = speaker.choice(max_tokens=12, logprobs=1)
+    response = speaker.ask(max_tokens=12, logprobs=1, stream=True, stream_options={"include_usage": True})
 
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, usage, done = events(response.text)
@@ -71,24 +79,24 @@ def test_a_stream_carries_the_same_answer_in_pieces(server: Server) -> None:
     assert len(choices) > 3
     assert "".join(choice["text"] for choice in choices) == whole["text"]
     assert [token for choice in choices for token in choice["token_ids"]] == whole["token_ids"]
-    assert choices[0]["prompt_token_ids"] == PROMPT
+    assert choices[0]["prompt_token_ids"] == speaker.prompt
     assert choices[1]["prompt_token_ids"] is None
     assert [choice["finish_reason"] for choice in choices[-2:]] == [None, "length"]
     assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 12
 
 
-def test_a_stream_holds_back_what_a_stop_string_may_still_cut(server: Server) -> None:
-    text = server.choice(max_tokens=12)["text"]
+def test_a_stream_holds_back_what_a_stop_string_may_still_cut(speaker: Speaker) -> None:
+    text = speaker.choice(max_tokens=12)["text"]
     stop = text[4:9]
 
-    response = server.ask(max_tokens=12, stop=stop, stream=True)
+    response = speaker.ask(max_tokens=12, stop=stop, stream=True)
 
     *chunks, _ = events(response.text)
     assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == text[: text.index(stop)]
 
 
-def test_allowed_tokens_share_all_probability(server: Server) -> None:
-    choice = server.choice(max_tokens=1, allowed_token_ids=[50, 60, 70], logprobs=3, return_tokens_as_token_ids=True)
+def test_allowed_tokens_share_all_probability(speaker: Speaker) -> None:
+    choice = speaker.choice(max_tokens=1, allowed_token_ids=[50, 60, 70], logprobs=3, return_tokens_as_token_ids=True)
 
     (top,) = choice["logprobs"]["top_logprobs"]
     assert set(top) == {"token_id:50", "token_id:60", "token_id:70"}
@@ -106,8 +114,8 @@ def test_scoring_is_one_forward_and_no_decode_step(server: Server) -> None:
     assert server.settled("veritune:decode_steps_total", "veritune:prefills_total") == [steps, prefills + 1]
 
 
-def test_logprobs_follow_the_legacy_layout(server: Server) -> None:
-    logprobs = server.choice(max_tokens=4, logprobs=2)["logprobs"]
+def test_logprobs_follow_the_legacy_layout(speaker: Speaker) -> None:
+    logprobs = speaker.choice(max_tokens=4, logprobs=2)["logprobs"]
 
     assert [len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [4] * 4
     assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
@@ -139,7 +147,7 @@ BAD = {
     "one of two empty": ({"prompt": [[1], []]}, 400, "empty"),
     "negative id": ({"prompt": [-1]}, 400, "prompt"),
     "id outside the vocabulary": ({"prompt": [400]}, 400, "399"),
-    "allowed id outside": ({"allowed_token_ids": [5, 4000]}, 400, "4000"),
+    "allowed id outside": ({"allowed_token_ids": [5, 400_000]}, 400, "400000"),
     "prompt too long": ({"prompt": [5] * 600}, 400, "512"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens"),
     "more minimum than maximum": ({"min_tokens": 9, "max_tokens": 3}, 400, "min_tokens"),
@@ -159,6 +167,22 @@ BAD = {
     "no schema": ({"structured_outputs": {"json": "{"}}, 400, "json"),
     "nothing left to say": ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [50]}, 400, "no token"),
 }
+
+
+REFUSED_ALIKE = [
+    *("one of two empty", "allowed id outside", "no tokens", "negative temperature", "too many logprobs"),
+    *("unknown model", "invalid regex", "lookahead"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "words"), [BAD[name] for name in REFUSED_ALIKE], ids=REFUSED_ALIKE)
+def test_bad_input_is_refused_alike(speaker: Speaker, body: dict[str, Any], status: int, words: str) -> None:
+    response = speaker.ask(**body)
+
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert error["code"] == status
 
 
 @pytest.mark.parametrize(("body", "status", "words"), BAD.values(), ids=BAD.keys())

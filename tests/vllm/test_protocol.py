@@ -1,0 +1,32 @@
+"""vLLM in its own words: what our front says, vLLM says."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tokenizers import Tokenizer
+
+from tests.e2e.conftest import SECRET
+from tests.inference import test_protocol as protocol
+from tests.inference.conftest import Speaker
+
+pytestmark = pytest.mark.vllm
+
+globals().update(
+    {
+        name: test
+        for name, test in vars(protocol).items()
+        if name.startswith("test_") and "speaker" in inspect.signature(test).parameters
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def speaker(vllm: str, exported: Path) -> Iterator[Speaker]:
+    tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
+    prompt = tokenizer.encode("Claim: The Danube flows through Vienna", add_special_tokens=False).ids[:6]
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    with httpx.Client(base_url=vllm, headers=headers, timeout=120, trust_env=False) as client:
+        yield Speaker(client, exported.name, prompt)
