@@ -13,7 +13,7 @@ VLLM := .cache/vllm
 VLLM_PINS := tests/vllm/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo up test check format acceptance chaos vllm bench bench-training model clean
+.PHONY: help setup demo up test check format acceptance chaos vllm bench bench-training bench-inference model clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -74,6 +74,11 @@ bench: model ## Measure, against a peer or a limit in the same run
 
 bench-training: model ## Measure training against TRL and the matrix products' own time: about an hour
 	@$(BIN)/python -m benchmarks.training
+
+bench-inference: model $(VLLM)/.ready ## Measure serving against vLLM and PEFT: about half an hour
+	@$(BIN)/python -m benchmarks.inference
+	@$(BIN)/python -m benchmarks.served
+	@$(BIN)/python -m benchmarks.decode_step
 
 clean: ## Remove state and caches, keep the environment
 	@rm -rf .cache .mypy_cache .ruff_cache .hypothesis

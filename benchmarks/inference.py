@@ -5,7 +5,7 @@
     --only decode|react    one of the two parts, nothing kept
 
 Everybody gets the same prompts and the same adapters over the same weights, in bfloat16 and greedily. Prints tables
-and ratios, and writes `benchmarks/results/inference.json` with every raw figure. Needs `make vllm-setup`.
+and ratios, and writes `benchmarks/results/inference.json` with every raw figure. `make bench-inference` installs vLLM for it.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path(cache))
     given = parser.parse_args()
     if not VLLM.exists():
-        raise SystemExit("vLLM is not installed: run `make vllm-setup`")
+        raise SystemExit("vLLM is not installed in .cache/vllm: run `make bench-inference`")
     return given
 
 
