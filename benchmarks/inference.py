@@ -4,8 +4,8 @@
     --data DIR --cache DIR the real claims and trajectories, and where the converted base model lies (VERITUNE_CACHE)
     --only decode|react    one of the two parts, nothing kept
 
-Everybody gets the same prompts and the same adapters over the same weights, in bfloat16 and greedily. Prints tables
-and ratios, and writes `benchmarks/results/inference.json` with every raw figure. `make bench-inference` installs vLLM for it.
+Everybody gets the same prompts and the same adapters over the same weights, in bfloat16 and greedily. Prints ratios, and
+writes `benchmarks/results/inference.json` with every raw figure. `make bench-inference` installs vLLM for it.
 """
 
 import argparse
