@@ -4,7 +4,7 @@
     --data DIR --cache DIR the real claims and trajectories, and where the converted base model lies (VERITUNE_CACHE)
     --only decode|react    one of the two parts, nothing kept
 
-Everybody gets the same prompts and the same adapters over the same weights, in bfloat16 and greedily. Prints ratios, and
+Everybody gets the same prompts and the same adapters over the same weights, in bfloat16 and greedily. Prints ratios and
 writes `benchmarks/results/inference.json` with every raw figure. `make bench-inference` installs vLLM for it.
 """
 
