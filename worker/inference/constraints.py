@@ -19,6 +19,11 @@ from worker.inference.protocol import StructuredOutputs
 LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, max_lexer_states=50_000)
 
 
+SLICES = [r"[^\[\]\n\x00-\x1F\x7F]{1,30}", *LLTokenizer.general_slices()]
+"""Parts of the vocabulary that a grammar is asked about as a whole. The first one is what an action's argument is made
+of: without it a mask takes 340 µs instead of 20."""
+
+
 class GrammarError(Exception):
     """The grammar is invalid, or too expensive to follow."""
 
@@ -80,7 +85,7 @@ class Grammars:
     def _tokenizer(self, base: Base) -> LLTokenizer:
         if base.tokenizer_digest not in self._tokenizers:
             self._tokenizers[base.tokenizer_digest] = LLTokenizer(
-                base.tokenizer.to_str(), eos_token=list(base.eos_ids) or None
+                base.tokenizer.to_str(), eos_token=list(base.eos_ids) or None, slices=SLICES
             )
         return self._tokenizers[base.tokenizer_digest]
 
