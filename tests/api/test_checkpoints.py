@@ -1,7 +1,9 @@
 """/jobs/{job}/checkpoints and /jobs/{job}/artifacts: what is kept, for how long, and how it is published."""
 
+import io
 import json
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,8 @@ def test_a_checkpoint_becomes_an_adapter_of_its_own(
     assert (adapter["job_id"], adapter["manifest"]["metrics"], adapter["aliases"]) == (job, {"updates": 4}, [])
     directory = served.adapters.on_disk(adapter["digest"])
     assert (directory / WEIGHTS["peft"]).read_bytes() == (tmp_path / "4" / WEIGHTS["peft"]).read_bytes()
-    assert adapter["bytes"] == sum(path.stat().st_size for path in directory.iterdir())
+    archive = zipfile.ZipFile(io.BytesIO(client.get("/adapters/early/download").content))
+    assert adapter["bytes"] == sum(file.file_size for file in archive.infolist())
     told = client.get(f"/jobs/{job}/events").json()["data"][-1]
     assert (told["kind"], told["data"]["adapter_id"]) == ("checkpoint_published", adapter["id"])
 
