@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.inference.conftest import PROMPT, Server, Shelf
 
+Logits = Callable[[str, list[int]], torch.Tensor]
 Reference = Callable[[str, list[int], int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def reference(shelf: Shelf) -> Reference:
-    """Greedy answers by transformers and PEFT themselves, one sequence at a time, without any cache of ours."""
+def logits(shelf: Shelf) -> Logits:
+    """[tokens, V] by transformers and PEFT themselves, one sequence at a time, without any cache of ours."""
     base = AutoModelForCausalLM.from_pretrained(shelf.base, dtype=torch.float32)
     with warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name
@@ -32,12 +33,19 @@ def reference(shelf: Shelf) -> Reference:
             model.set_adapter(name)
         with torch.inference_mode(), model.disable_adapter() if name == "base" else nullcontext():
             said: torch.Tensor = model(input_ids=torch.tensor([ids])).logits
-        return said[0, -1]
+        return said[0]
+
+    return logits
+
+
+@pytest.fixture(scope="module")
+def reference(logits: Logits) -> Reference:
+    """Greedy answers by those logits."""
 
     def greedy(name: str, prompt: list[int], count: int) -> list[int]:
         ids = list(prompt)
         for _ in range(count):
-            ids.append(int(logits(name, ids).argmax()))
+            ids.append(int(logits(name, ids)[-1].argmax()))
         return ids[len(prompt) :]
 
     return greedy
@@ -87,6 +95,27 @@ def test_a_deterministic_answer_has_the_same_digits_alone_and_in_company(server:
         companions = [pool.submit(ask, prompt, True) for _ in range(3)]
         assert all(future.result() == alone for future in companions)
         assert all(future.result() for future in crowd)
+
+
+@pytest.mark.parametrize("model", ["base", "one"])
+def test_a_prompt_is_scored_as_transformers_would(server: Server, logits: Logits, model: str) -> None:
+    prompt = [3 + (i * 7) % 390 for i in range(490)]  # several steps are needed to read it
+    expected = logits(model, prompt).log_softmax(-1)
+    server.ask(model=model, prompt=prompt, max_tokens=2)  # what the cache knows of it is of no use
+
+    with ThreadPoolExecutor(9) as pool:
+        crowd = [pool.submit(server.ids, prompt=other, max_tokens=20) for other in prompts(8, salt=6)]
+        first, *others = server.choice(model=model, prompt=prompt, prompt_logprobs=3, max_tokens=2)["prompt_logprobs"]
+        assert all(future.result() for future in crowd)
+
+    assert first is None
+    assert len(others) == len(prompt) - 1
+    for row, token, told in zip(expected, prompt[1:], others, strict=False):
+        said = {int(name): entry["logprob"] for name, entry in told.items()}
+        best = row.topk(3)
+        assert said[token] == pytest.approx(float(row[token]), abs=1e-4)
+        assert sorted(said.values())[-3:] == pytest.approx(sorted(best.values.tolist()), abs=1e-4)
+        assert told[str(token)]["rank"] == int((row > row[token]).sum()) + 1
 
 
 def test_a_seed_repeats_an_answer_and_another_does_not(server: Server) -> None:

@@ -24,7 +24,7 @@ from tests.inference.conftest import Shelf
 from tests.tiny import make_tiny_model
 from worker.inference.adapters import Models
 from worker.inference.forwards import StockForward
-from worker.inference.kv import KeyValues
+from worker.inference.kv import KeyValues, Read
 from worker.inference.protocol import ServedModel
 from worker.inference.sizes import PROCESS_BYTES, base_bytes
 from worker.inference.wire import EngineSettings
@@ -131,6 +131,24 @@ def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Pa
         found = answers(models, *(known[name] for name in mixed))
         rows = [mixed[place % len(PROMPTS)] for place in range(len(found))]
         assert_same(found, [wanted[name][place] for place, name in enumerate(rows)])
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_logits_come_behind_as_many_tokens_as_are_asked_for(tmp_path: Path, stock: bool) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    models = Models(SETTINGS)
+    model: Any = models.load(served(base), []).model
+    with torch.inference_mode():
+        whole = [model(input_ids=torch.tensor([ids])).logits[0] for ids in ([5, 6, 7, 8], [9, 10, 11], [12, 13])]
+    forward = StockForward(model) if stock else models.forward([served(base)])
+    store = KeyValues(2)
+    store.reserve(4, 8)
+    store.prefill(forward, 0, [5, 6, 7], 0)
+
+    reads = [Read(1, [9, 10, 11], 0, kept=2), Read(2, [12, 13], 0, kept=0), Read(3, [5, 6, 7, 8], 0, kept=4)]
+    found = store.step(forward, [8], [3], reads)
+
+    torch.testing.assert_close(found, torch.cat([whole[0][3:], whole[1][1:], whole[0]]), rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_answers_as_transformers_do_in_bfloat16(tmp_path: Path) -> None:

@@ -123,6 +123,25 @@ def test_logprobs_follow_the_legacy_layout(speaker: Speaker) -> None:
         assert chosen == max(top.values())
 
 
+def test_a_scored_prompt_has_the_shape_of_vllm(speaker: Speaker) -> None:
+    choice = speaker.choice(max_tokens=1, prompt_logprobs=2)
+
+    first, *others = choice["prompt_logprobs"]
+    assert first is None
+    assert len(others) == len(speaker.prompt) - 1
+    for token, position in zip(speaker.prompt[1:], others, strict=True):
+        own = position[str(token)]
+        assert own.keys() == {"logprob", "rank", "decoded_token"}
+        assert len(position) == (2 if own["rank"] <= 2 else 3)
+        assert {entry["rank"] for entry in position.values()} == {1, 2, own["rank"]}
+        ordered = sorted(position.values(), key=lambda entry: entry["rank"])
+        assert [entry["logprob"] for entry in ordered] == sorted((e["logprob"] for e in ordered), reverse=True)
+
+
+def test_only_a_prompt_that_is_to_be_scored_is(speaker: Speaker) -> None:
+    assert speaker.choice(max_tokens=1)["prompt_logprobs"] is None
+
+
 def test_models_lists_what_was_asked_for(server: Server) -> None:
     server.ask(model="one")
 
@@ -153,6 +172,8 @@ BAD = {
     "more minimum than maximum": ({"min_tokens": 9, "max_tokens": 3}, 400, "min_tokens"),
     "negative temperature": ({"temperature": -1}, 400, "temperature"),
     "too many logprobs": ({"logprobs": 21}, 400, "logprobs"),
+    "too many prompt logprobs": ({"prompt_logprobs": 21}, 400, "prompt_logprobs"),
+    "a scored stream": ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
     "empty stop": ({"stop": ""}, 400, "stop"),
     "unknown field": ({"best_of": 2}, 400, "best_of"),
     "two answers": ({"n": 2}, 400, "n"),
@@ -171,7 +192,7 @@ BAD = {
 
 REFUSED_ALIKE = [
     *("one of two empty", "allowed id outside", "no tokens", "negative temperature", "too many logprobs"),
-    *("unknown model", "invalid regex", "lookahead"),
+    *("unknown model", "invalid regex", "lookahead", "a scored stream"),
 ]
 
 

@@ -17,11 +17,12 @@ from worker.inference.protocol import (
     Completion,
     CompletionLogProbs,
     CompletionRequest,
+    PromptLogprob,
     PromptTokensDetails,
     ServedModel,
     Usage,
 )
-from worker.inference.wire import Failed, Finished, Generate, Piece, ToFront, TokenLogprobs, TopToken
+from worker.inference.wire import Failed, Finished, Generate, Piece, RankedToken, ToFront, TokenLogprobs, TopToken
 
 DONE = b"data: [DONE]\n\n"
 
@@ -145,6 +146,7 @@ class Exchange:
             self._told.add(message.id)
         if isinstance(message, Finished):
             choice.finish_reason, choice.stop_reason = message.finish_reason, message.stop_reason
+            choice.prompt_logprobs = _prompt_logprobs(message.prompt_logprobs)
         return choice
 
     def _completion(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
@@ -177,6 +179,16 @@ def _logprobs(positions: list[TokenLogprobs], offset: int, as_ids: bool) -> Comp
         answer.top_logprobs.append({name(token): token.logprob for token in [position.chosen, *position.top]})
         offset += len(position.chosen.text)
     return answer
+
+
+def _prompt_logprobs(positions: list[list[RankedToken] | None] | None) -> list[dict[int, PromptLogprob] | None] | None:
+    if positions is None:
+        return None
+    return [None if tokens is None else {token.id: _ranked(token) for token in tokens} for tokens in positions]
+
+
+def _ranked(token: RankedToken) -> PromptLogprob:
+    return PromptLogprob(logprob=token.logprob, rank=token.rank, decoded_token=token.text)
 
 
 def _event(body: dict[str, Any]) -> bytes:

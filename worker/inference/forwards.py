@@ -27,21 +27,20 @@ class StockForward:
 
     def __call__(self, step: Step, store: KeyValues) -> torch.Tensor:
         """Part by part: rows of different lengths are not padded to one shape."""
-        logits = torch.cat([self._logits(step, part, store) for part in step.parts])
-        return logits[step.wanted].float()
+        return torch.cat([self._logits(step, part, store) for part in step.parts]).float()
 
     def _logits(self, step: Step, part: Part, store: KeyValues) -> torch.Tensor:
-        """Behind each row's last token, [rows, V]."""
+        """Behind each row's last tokens, [rows · kept, V]."""
         output = self._model(
             input_ids=step.ids[part.tokens].view(part.height, -1),
             position_ids=step.positions[part.tokens].view(part.height, -1),
             attention_mask=part.mask,
             past_key_values=store.aim(part),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=max(1, part.kept),  # 0 would be all
         )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+        logits: torch.Tensor = output.logits
+        return logits[:, logits.shape[1] - part.kept :].flatten(0, 1)
 
 
 class LlamaForward:
@@ -71,8 +70,7 @@ class LlamaForward:
         for layer, kept, lora in zip(self._layers, store.layers, loras, strict=True):
             attend = _Attention(step.parts, masks, kept)
             x = layer.run(x, angles, attend, lora, chosen)
-        last = step.counts.cumsum(0)[step.wanted] - 1
-        return self._head(self._norm(x[last])).float()
+        return self._head(self._norm(x[step.wanted])).float()
 
     def _hidden(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As numbers to be added, once instead of in every layer; the queries of a group stand one behind the other."""

@@ -24,13 +24,15 @@ class Part(NamedTuple):
     """Rows of one step that get equally many tokens.
 
     `tokens`: where theirs stand among the step's, row by row. `columns`: which positions those are, the same for all
-    rows or one for each. `mask`: [rows or 1, 1, tokens a row, visible], true where a key is seen.
+    rows or one for each. `mask`: [rows or 1, 1, tokens a row, visible], true where a key is seen. `kept`: how many of
+    each row's last tokens have logits that are wanted.
     """
 
     tokens: slice
     rows: slice
     columns: slice | torch.Tensor
     mask: torch.Tensor
+    kept: int
 
     @property
     def height(self) -> int:
@@ -40,7 +42,7 @@ class Part(NamedTuple):
 
 class Step(NamedTuple):
     """What one forward reads: `ids` and `positions` [tokens]; `counts` [rows], the tokens of each row in the order of
-    the parts; `wanted`: which of those rows' logits are, behind their last token."""
+    the parts; `wanted`: the places of the tokens behind which logits are, as the parts say."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -50,12 +52,13 @@ class Step(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Tokens of a prompt for `row`, which holds the `start` positions before them. `last`: the prompt ends there."""
+    """Tokens of a prompt for `row`, which holds the `start` positions before them. `kept`: how many of the last ones'
+    logits are wanted: that of the prompt's last one, at least."""
 
     row: int
     ids: list[int]
     start: int
-    last: bool
+    kept: int
 
 
 class _Window:
@@ -143,13 +146,13 @@ class KeyValues:
         self, forward: "Forward", tokens: Sequence[int], lengths: Sequence[int], reads: Sequence[Read]
     ) -> torch.Tensor:
         """Append a token to each of the first rows, which hold `lengths` positions, and read parts of prompts into
-        others. Logits [first rows and reads that end a prompt, V]. A prompt's part is read without padding."""
+        others. Logits [first rows and what the reads keep, V]. A prompt's part is read without padding."""
         parts = [self._decoding(lengths)] if tokens else []
         at, wanted = len(tokens), list(range(len(tokens)))
-        for number, read in enumerate(reads, len(tokens)):
+        for read in reads:
             parts.append(self._reading(read, at))
             at += len(read.ids)
-            wanted += [number] if read.last else []
+            wanted += range(at - read.kept, at)
         step = Step(
             ids=self._tensor([*tokens, *(token for read in reads for token in read.ids)]),
             positions=self._tensor([*lengths, *(at for r in reads for at in range(r.start, r.start + len(r.ids)))]),
@@ -164,7 +167,7 @@ class KeyValues:
         logits = torch.empty(0)
         for begin in range(start, len(ids), CHUNK):
             end = min(begin + CHUNK, len(ids))
-            logits = self.step(forward, (), (), [Read(row, ids[begin:end], begin, end == len(ids))])
+            logits = self.step(forward, (), (), [Read(row, ids[begin:end], begin, int(end == len(ids)))])
         return logits[0]
 
     def decode(self, forward: "Forward", tokens: list[int], lengths: list[int]) -> torch.Tensor:
@@ -197,14 +200,13 @@ class KeyValues:
     def _decoding(self, lengths: Sequence[int]) -> Part:
         columns = self._tensor(lengths)
         mask = self._visible(max(lengths) + 1) <= columns[:, None]
-        return Part(slice(0, len(lengths)), slice(0, len(lengths)), columns, mask[:, None, None])
+        return Part(slice(0, len(lengths)), slice(0, len(lengths)), columns, mask[:, None, None], kept=1)
 
     def _reading(self, read: Read, at: int) -> Part:
         end = read.start + len(read.ids)
         mask = self._visible(end) <= torch.arange(read.start, end, device=self._device)[:, None]
-        return Part(
-            slice(at, at + len(read.ids)), slice(read.row, read.row + 1), slice(read.start, end), mask[None, None]
-        )
+        tokens, row = slice(at, at + len(read.ids)), slice(read.row, read.row + 1)
+        return Part(tokens, row, slice(read.start, end), mask[None, None], read.kept)
 
     def _visible(self, length: int) -> torch.Tensor:
         """The positions that are looked at: the first `length`, and those that fill the last block."""

@@ -76,6 +76,8 @@ class Sampling(Frozen):
     """How the answer is chosen and when it ends. Defaults are OpenAI's: temperature 1, 16 tokens.
 
     `deterministic`: computed in shapes of its own, so that no digit depends on what else is asked; slower.
+    `prompt_logprobs`: the prompt's tokens are scored too, beside so many of the most probable ones, which reads all
+    of the prompt.
     """
 
     max_tokens: int = Field(16, ge=1)
@@ -89,6 +91,7 @@ class Sampling(Frozen):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
     structured_outputs: StructuredOutputs | None = None
     deterministic: bool = False
@@ -137,6 +140,8 @@ class CompletionRequest(Sampling):
     def _prompts_and_stream(self) -> "CompletionRequest":
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is only defined when stream is true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs are not available when stream is true")
         prompts = self.prompts()
         if not prompts or not all(prompts):
             raise ValueError("prompt is empty")
@@ -168,6 +173,14 @@ class CompletionLogProbs(BaseModel):
     top_logprobs: list[dict[str, float]] = []
 
 
+class PromptLogprob(BaseModel):
+    """One token at one position of a prompt: its natural log-probability, its rank from 1 on, and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class Choice(BaseModel):
     """One answer, or one piece of it in a stream."""
 
@@ -178,6 +191,7 @@ class Choice(BaseModel):
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
 
 
 class PromptTokensDetails(BaseModel):

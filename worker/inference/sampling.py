@@ -1,15 +1,18 @@
 """From logits to the next token of one sequence: restrict, temper, choose, and account for it.
 
 Log-probabilities are of the distribution that was chosen from: after every mask, temperature and top-p. A
-caller who allows three tokens gets three probabilities that sum to 1. Knows no text and no batches.
+caller who allows three tokens gets three probabilities that sum to 1. Those of a prompt's tokens are the model's own.
+Knows no text and no batches.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from worker.inference.bases import Base
 from worker.inference.constraints import Grammar
 from worker.inference.protocol import Sampling
-from worker.inference.wire import TokenLogprobs, TopToken
+from worker.inference.wire import RankedToken, TokenLogprobs, TopToken
 
 GREEDY_BELOW = 1e-5
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot write
@@ -78,8 +81,31 @@ class Sampler:
         return TokenLogprobs(chosen=self._top(token, float(logprobs[token])), top=top)
 
     def _top(self, token: int, logprob: float) -> TopToken:
-        text = self._base.tokenizer.decode([token], skip_special_tokens=False)
-        return TopToken(id=token, logprob=max(logprob, LOWEST_LOGPROB), text=text)
+        return TopToken(id=token, logprob=max(logprob, LOWEST_LOGPROB), text=_text(token, self._base))
+
+
+def ranked(logits: torch.Tensor, ids: Sequence[int], count: int, base: Base) -> list[list[RankedToken]]:
+    """For each position, its token of `ids` and then the `count` most probable ones; from logits [len(ids), V] before
+    any mask. A rank is 1 where no token is more probable."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(ids, device=logits.device, dtype=torch.long)[:, None])
+    ranks = (logprobs > own).sum(1) + 1
+    values, tops = logprobs.topk(min(count, logits.shape[1]))
+    best = range(1, tops.shape[1] + 1)
+    columns = torch.cat([own, values], 1).tolist(), tops.tolist(), ranks.tolist()
+    return [
+        [_ranked(*token, base) for token in zip([own_id, *others], worth, [rank, *best], strict=True)]
+        for own_id, worth, others, rank in zip(ids, *columns, strict=True)
+    ]
+
+
+def _ranked(token: int, logprob: float, rank: int, base: Base) -> RankedToken:
+    return RankedToken(id=token, logprob=max(logprob, LOWEST_LOGPROB), text=_text(token, base), rank=rank)
+
+
+def _text(token: int, base: Base) -> str:
+    text: str = base.tokenizer.decode([token], skip_special_tokens=False)
+    return text
 
 
 def _hopeless(mask: torch.Tensor | None) -> SamplingError:

@@ -166,7 +166,7 @@ class Scheduler:
         group.store = group.store or KeyValues(base.layers, self._models.device)
         row, ids = len(group.seated), sequence.prompt
         group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
-        match = None if sequence.sampling.deterministic else self._prefixes.find(sequence.reads_as, ids)
+        match = None if sequence.reads_all else self._prefixes.find(sequence.reads_as, ids)
         if match:
             sequence.cached = min(match.length, len(ids) - 1)  # the last token must be read for its logits
             group.store.restore(row, match.snapshot, sequence.cached)
@@ -182,12 +182,13 @@ class Scheduler:
         logits = group.store.step(forward, tokens, [sequence.length for sequence in group.live], reads)
         for sequence in group.live:
             sequence.length += 1
-        for sequence, read in zip(group.reading, reads, strict=False):
-            sequence.length += len(read.ids)
+        own = torch.split(logits, [1] * len(tokens) + [read.kept for read in reads])
+        for sequence, read, behind in zip(group.reading, reads, own[len(tokens) :], strict=False):
+            sequence.take_in(len(read.ids), behind)
         group.promote()
         self._count(decode_steps=bool(tokens), generation_tokens=len(group.live))
         for row in reversed(range(len(group.live))):  # backwards: whoever leaves is replaced by one already seen
-            self._advance(group, row, logits[row])
+            self._advance(group, row, own[row][-1])
 
     def _advance(self, group: Group, row: int, logits: torch.Tensor) -> None:
         sequence = group.live[row]
@@ -247,7 +248,8 @@ def _reads(group: Group) -> list[Read]:
         ids = sequence.prompt[sequence.length : sequence.length + room]
         if not ids:
             break
-        reads.append(Read(row, ids, sequence.length, sequence.length + len(ids) == len(sequence.prompt)))
+        ends = sequence.length + len(ids) == len(sequence.prompt)
+        reads.append(Read(row, ids, sequence.length, len(ids) if sequence.is_scored else int(ends)))
         room -= len(ids)
         row += 1
     return reads

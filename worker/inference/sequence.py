@@ -8,9 +8,9 @@ import torch
 from worker.inference.bases import Base
 from worker.inference.constraints import Grammar, GrammarError, Grammars
 from worker.inference.protocol import Finish
-from worker.inference.sampling import Sampler, SamplingError
+from worker.inference.sampling import Sampler, SamplingError, ranked
 from worker.inference.text import AnswerText, Detokenizer
-from worker.inference.wire import Finished, Generate, Piece, TokenLogprobs
+from worker.inference.wire import Finished, Generate, Piece, RankedToken, TokenLogprobs
 
 
 class RequestError(Exception):
@@ -40,6 +40,7 @@ class Sequence:
         self._decoder = Detokenizer(base.tokenizer, self.prompt, self.sampling.skip_special_tokens)
         self._text = AnswerText(self.sampling.stop, self.sampling.include_stop_str_in_output)
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[list[RankedToken]] = []
         self._sent = 0
 
     @property
@@ -48,9 +49,27 @@ class Sequence:
         return self.model.digest, self.model.base_digest
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the prompt's own tokens have their probabilities told."""
+        return self.sampling.prompt_logprobs is not None
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the prompt must be read from its first token, whatever is known of it."""
+        return self.sampling.deterministic or self.is_scored
+
+    @property
     def produced(self) -> int:
         """How many tokens the answer has."""
         return len(self.tokens) - len(self.prompt)
+
+    def take_in(self, count: int, logits: torch.Tensor) -> None:
+        """`count` more tokens of the prompt are stored. Where it is scored, `logits` [count, V] stand behind them."""
+        if self.is_scored:
+            following = self.prompt[self.length + 1 : self.length + 1 + count]
+            top = self.sampling.prompt_logprobs or 0
+            self._prompt_logprobs += ranked(logits[: len(following)], following, top, self._base)
+        self.length += count
 
     def advance(self, logits: torch.Tensor) -> None:
         """Choose the next token from logits [V] and take it in. Raises RequestError."""
@@ -86,6 +105,7 @@ class Sequence:
             finish_reason=self.finish,
             stop_reason=self.stop_reason,
             prompt_token_ids=self.prompt,
+            prompt_logprobs=[None, *self._prompt_logprobs] if self.is_scored else None,
             cached_tokens=self.cached,
             completion_tokens=self.produced,
         )

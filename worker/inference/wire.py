@@ -18,6 +18,12 @@ class TopToken(Frozen):
     text: str
 
 
+class RankedToken(TopToken):
+    """One candidate at one position of a prompt, and how many are at least as probable there."""
+
+    rank: int
+
+
 class TokenLogprobs(Frozen):
     """One position of the answer: the chosen token and the candidates, most probable first."""
 
@@ -91,7 +97,10 @@ class Piece(Frozen):
 
 
 class Finished(Frozen):
-    """Engine to front: the rest of the answer (all of it, unless pieces were sent) and why it ended."""
+    """Engine to front: the rest of the answer (all of it, unless pieces were sent) and why it ended.
+
+    `prompt_logprobs`, where asked for: the prompt's own token and the most probable ones, for all but the first.
+    """
 
     event: Literal["finished"] = "finished"
     id: str
@@ -101,6 +110,7 @@ class Finished(Frozen):
     finish_reason: Finish
     stop_reason: int | str | None = None
     prompt_token_ids: list[int]
+    prompt_logprobs: list[list[RankedToken] | None] | None = None
     cached_tokens: int
     completion_tokens: int
 
