@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,13 @@ class Server(Speaker):
 
 @contextlib.contextmanager
 def serving(
-    models: dict[str, ServedModel], settings: FrontSettings, tenancy: Tenancy | None = None
+    models: dict[str, ServedModel],
+    settings: FrontSettings,
+    tenancy: Tenancy | None = None,
+    expected: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A front in a thread; its engine is a process that ends with it."""
-    app = create_front(StaticResolver(models), settings, tenancy)
+    app = create_front(StaticResolver(models, expected), settings, tenancy)
     # asyncio sets TCP_NODELAY only where the protocol is named; without it answers take 40 ms more.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

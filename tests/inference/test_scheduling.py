@@ -23,7 +23,8 @@ class Desk:
     def __init__(self, **settings: int) -> None:
         given = EngineSettings.model_validate({"device": "cpu", "dtype": "float32", **settings})
         self.said: list[ToFront] = []
-        self.scheduler = Scheduler(Models(given), given, self.said.append)
+        self.models = Models(given)
+        self.scheduler = Scheduler(self.models, given, self.said.append)
 
     def ask(self, request_id: str, model: ServedModel, tokens: int = 6, prompt: int = 4) -> None:
         """Queue a request."""

@@ -185,6 +185,14 @@ class Models:
         """What bases and adapters take."""
         return sum(adapted.bytes for adapted in self._bases.values())
 
+    def has_room(self, served: ServedModel) -> bool:
+        """Whether `served` could be loaded without anything else having to go."""
+        adapted = self._bases.get(served.base_digest)
+        wanted = 0 if adapted else base_bytes(served, self.device, self.dtype)
+        if served.adapter_path is not None and (adapted is None or served.digest not in adapted.loaded):
+            wanted += adapter_bytes(Path(served.adapter_path), self.dtype)
+        return self.bytes + wanted <= self._budget
+
     def load(self, served: ServedModel, in_use: Collection[ServedModel]) -> Base:
         """Have `served` in memory, and say what its base is.
 

@@ -21,6 +21,7 @@ from worker.inference.wire import (
     Cancel,
     Configure,
     EngineSettings,
+    Expect,
     Generate,
     Ready,
     Stats,
@@ -77,6 +78,8 @@ def take_in(inbox: Inbox, scheduler: Scheduler) -> None:
         message = inbox.get()
         if isinstance(message, Generate):
             scheduler.add(message)
+        elif isinstance(message, Expect):
+            scheduler.expect(message.model)
         elif isinstance(message, Cancel):
             scheduler.cancel(message.id)
             if not scheduler.busy:

@@ -10,7 +10,7 @@ import hmac
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -19,6 +19,7 @@ from pydantic import Field, SecretStr, ValidationError
 from starlette.exceptions import HTTPException
 
 from worker.inference.exchange import Exchange, Refused
+from worker.inference.foresight import Expectations, Foresight
 from worker.inference.link import EngineAway, EngineLink
 from worker.inference.metrics import Metrics
 from worker.inference.protocol import CompletionRequest, Frozen, ServedModel
@@ -35,7 +36,7 @@ class UnknownModel(Exception):
     """No adapter and no served base has this digest."""
 
 
-class Resolver(Protocol):
+class Resolver(Expectations, Protocol):
     """Turns a digest into what the engine loads. Called in a thread; answers are remembered."""
 
     def resolve(self, digest: str) -> ServedModel:
@@ -44,10 +45,15 @@ class Resolver(Protocol):
 
 
 class StaticResolver:
-    """A fixed table of models: for one machine without an application, and for tests."""
+    """A fixed table of models, of which some are `expected`: for one machine without an application, and for tests."""
 
-    def __init__(self, models: dict[str, ServedModel]) -> None:
+    def __init__(self, models: dict[str, ServedModel], expected: Sequence[str] = ()) -> None:
         self._models = models
+        self._expected = [models[digest] for digest in expected]
+
+    def expected(self) -> list[ServedModel]:
+        """Always the same."""
+        return self._expected
 
     def resolve(self, digest: str) -> ServedModel:
         """The model, or UnknownModel."""
@@ -171,7 +177,8 @@ def create_front(resolver: Resolver, settings: FrontSettings | None = None, tena
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         residence = Residence(front.link, tenancy) if tenancy else None
-        running = [asyncio.create_task(part.run()) for part in (residence, front.link) if part]
+        parts = (Foresight(front.link, resolver), residence, front.link)
+        running = [asyncio.create_task(part.run()) for part in parts if part]
         yield
         for task in running[:-1]:  # nobody wakes it any more
             await _cancel(task)

@@ -20,10 +20,12 @@ from pydantic import ValidationError
 
 import worker
 from worker.environment import for_tensors
+from worker.inference.protocol import ServedModel
 from worker.inference.wire import (
     Cancel,
     Configure,
     EngineSettings,
+    Expect,
     Failed,
     Finished,
     Generate,
@@ -77,7 +79,13 @@ class EngineLink:
         self._expected_at = time.monotonic() + START_SECONDS
         self._start_seconds, self._first_seconds = START_SECONDS, FIRST_SECONDS
         self._first: tuple[str, float] | None = None
+        self._failures = 0
         self.starts = 0
+
+    @property
+    def shaky(self) -> bool:
+        """Whether this engine follows one that died early."""
+        return self._failures > 0
 
     @property
     def ready(self) -> bool:
@@ -127,6 +135,11 @@ class EngineLink:
         self._first = self._first or (request.id, time.monotonic())
         self._tell(request)
 
+    def expect(self, model: ServedModel) -> None:
+        """Have a model loaded once the engine has nothing else to do, if there is room; nobody waits for it."""
+        if self.ready:
+            self._tell(Expect(model=model))
+
     def cancel(self, request_id: str) -> None:
         """Stop working on an answer; unknown and finished ones are fine."""
         if self._awaited.pop(request_id, None) is not None:
@@ -134,7 +147,6 @@ class EngineLink:
 
     async def run(self) -> None:
         """Keep an engine alive until `stop`."""
-        failures = 0
         while not self._stopping:
             await self._awake.wait()
             began = time.monotonic()
@@ -145,10 +157,10 @@ class EngineLink:
             if self._stopping:
                 return
             if self.resting:
-                failures = 0
+                self._failures = 0
                 continue
-            failures = 0 if time.monotonic() - began > HEALTHY_AFTER else failures + 1
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** max(0, failures - 1))
+            self._failures = 0 if time.monotonic() - began > HEALTHY_AFTER else self._failures + 1
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** max(0, self._failures - 1))
             log.warning("the engine ended; starting another in %.1f s", pause)
             self._expected_at = time.monotonic() + pause + self._start_seconds
             await asyncio.sleep(pause)

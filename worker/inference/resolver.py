@@ -6,6 +6,7 @@ from app.composition import Services
 from app.domain.adapters import Manifest
 from app.domain.base_models import canonical_digest
 from app.domain.errors import NotFoundError
+from app.domain.jobs import Job
 from app.domain.specs import Quantization, TrainSpec, shares_its_base
 from worker.bases import ensure_base
 from worker.inference.front import UnknownModel
@@ -31,6 +32,20 @@ class PublishedResolver:
     def resolve(self, digest: str) -> ServedModel:
         """Raises UnknownModel."""
         return self._adapter(digest) or self._base(digest)
+
+    def expected(self) -> list[ServedModel]:
+        """What answers when no adapter is named, and the base of the newest job, whose adapter will be asked for."""
+        default = self._services.adapters.default()
+        newest, _ = self._services.jobs.page(None, 1, None)
+        known = [self._adapter(default.digest) if default else None, *map(self._trained_over, newest)]
+        return [model for model in known if model is not None]
+
+    def _trained_over(self, job: Job) -> ServedModel | None:
+        if not shares_its_base(job.spec.adapter):
+            return None
+        base = self._services.base_models.get(job.spec.base_model)
+        digest = self._services.base_models.served_digest(base, job.spec.quantization)
+        return self._served(digest, base.digest, job.spec.quantization, None)
 
     def _adapter(self, digest: str) -> ServedModel | None:
         try:

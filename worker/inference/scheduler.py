@@ -34,6 +34,7 @@ class Scheduler:
         self._send = send
         self._groups: OrderedDict[Hashable, Group] = OrderedDict()
         self._held: list[Generate] = []
+        self._expected: list[ServedModel] = []
         self._grammars = Grammars(settings.max_grammars)
         self._budget = budget(settings)
         self._prefixes = PrefixCache(self._budget.prefixes)
@@ -43,7 +44,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a turn would do anything."""
-        return bool(self._groups or self._held)
+        return bool(self._groups or self._held or self._expected)
 
     @property
     def stats(self) -> Stats:
@@ -73,6 +74,10 @@ class Scheduler:
             self._position_bytes[request.model.base_digest] = base.position_bytes
             self._groups.setdefault(lane, Group(lane, request.model.base_digest)).wait(request)
 
+    def expect(self, model: ServedModel) -> None:
+        """Load a model once nobody is answered and nobody waits, if there is room for it then."""
+        self._expected.append(model)
+
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its slot is free at once."""
         self._held = [request for request in self._held if request.id != request_id]
@@ -81,11 +86,14 @@ class Scheduler:
             self._dismiss_if_idle(group)
 
     def turn(self) -> None:
-        """One step of a group: whoever may join begins, prompts are read a chunk further, the others decode."""
+        """One step of a group: whoever may join begins, prompts are read a chunk further, the others decode. Without a
+        group, what is expected is loaded."""
         if self._held and not self._running:
             self._let_go()
         group = next(self._runnable(), None)
         if group is None:
+            if self._expected:
+                self._meet(self._expected.pop(0))
             return
         group.steps += 1
         try:
@@ -113,6 +121,13 @@ class Scheduler:
         if group.lane in self._groups and group.steps >= self._settings.slice_steps:
             group.steps = 0
             self._groups.move_to_end(group.lane)
+
+    def _meet(self, model: ServedModel) -> None:
+        try:
+            if self._models.has_room(model):
+                self._models.load(model, [])
+        except Exception as error:  # whoever asks for it will be told
+            log.warning("%s was expected and could not be loaded: %s", model.digest, error)
 
     def _dismiss_if_idle(self, group: Group) -> None:
         if group.idle:

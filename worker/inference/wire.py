@@ -66,6 +66,13 @@ class Generate(Frozen):
     stream: bool = False
 
 
+class Expect(Frozen):
+    """Front to engine: this model will probably be asked for."""
+
+    op: Literal["expect"] = "expect"
+    model: ServedModel
+
+
 class Cancel(Frozen):
     """Front to engine: nobody waits for this answer any more."""
 
@@ -142,7 +149,7 @@ class Stats(Frozen):
     prefix_hits: int = 0
 
 
-ToEngine = Configure | Generate | Cancel
+ToEngine = Configure | Generate | Expect | Cancel
 ToFront = Ready | Piece | Finished | Failed | Stats
 
 _TO_ENGINE: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="op")])

@@ -1,0 +1,116 @@
+"""What will probably be asked for is loaded before anybody asks, and never at anybody's cost."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.composition import Services
+from app.domain.ledger import Absence
+from tests.api.conftest import lease, make_adapter
+from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from tests.inference.test_scheduling import Desk
+from worker.inference.front import FrontSettings
+from worker.inference.residence import FixedTenancy
+from worker.inference.resolver import PublishedResolver
+from worker.inference.sizes import PROCESS_BYTES, base_bytes
+
+
+@pytest.fixture(scope="module")
+def tenancy() -> FixedTenancy:
+    return FixedTenancy()
+
+
+@pytest.fixture(scope="module")
+def server(shelf: Shelf, tenancy: FixedTenancy) -> Iterator[Server]:
+    with serving(shelf.table(), FrontSettings(engine=ENGINE), tenancy, expected=("one", "base")) as running:
+        yield running
+
+
+def loaded(server: Server) -> tuple[float, float]:
+    """How many bases and adapters."""
+    return server.metric("veritune:loaded_bases"), server.metric("veritune:loaded_adapters")
+
+
+def test_every_engine_loads_what_is_expected(server: Server, tenancy: FixedTenancy) -> None:
+    server.wait_until(lambda: loaded(server) == (1, 1))
+
+    tenancy.absence = Absence("inference makes way for training (job_1)", 1_000.0)
+    server.wait_until(lambda: not tenancy.held)
+    assert loaded(server) == (0, 0)
+    tenancy.absence = None
+
+    server.wait_until(lambda: loaded(server) == (1, 1))
+    assert server.metric("veritune:prefills_total") == 0
+
+
+def test_an_engine_that_follows_a_dead_one_is_told_nothing(server: Server) -> None:
+    server.wait_until(lambda: loaded(server) == (1, 1))
+    pid = server.front.link.pid
+    os.kill(pid, signal.SIGKILL)
+    server.wait_until(lambda: server.front.link.pid not in (None, pid))
+    server.wait_until_ready()
+
+    assert server.front.link.shaky
+    server.settled("veritune:loaded_bases")
+    assert loaded(server) == (0, 0)
+    assert server.ids(model="one")
+
+
+def test_whoever_asks_goes_first(shelf: Shelf) -> None:
+    desk = Desk()
+    desk.scheduler.expect(shelf.served("two", shelf.two))
+    desk.ask("asked", shelf.served("one", shelf.one))
+
+    while not desk.finished:
+        assert desk.scheduler.stats.adapters == 1
+        desk.scheduler.turn()
+    desk.run()
+
+    assert desk.scheduler.stats.adapters == 2
+
+
+def test_nothing_goes_to_make_room_for_what_is_expected(shelf: Shelf) -> None:
+    asked, guessed = shelf.served("base"), shelf.served("other", base_digest="other")
+    size = base_bytes(asked, torch.device("cpu"), torch.float32)
+    desk = Desk(memory_bytes=PROCESS_BYTES + size + 2, kv_bytes=1, prefix_cache_bytes=1)
+    desk.scheduler.expect(asked)
+    desk.scheduler.expect(guessed)
+    desk.run()
+
+    assert desk.scheduler.stats.bases == 1
+    assert desk.models.lane(asked)  # it is the one that was there
+    desk.ask("asked after all", guessed)
+    desk.run()
+    assert desk.finished == ["asked after all"]
+
+
+def test_what_cannot_be_loaded_is_no_harm(shelf: Shelf, tmp_path: Path) -> None:
+    desk = Desk()
+    desk.scheduler.expect(shelf.served("gone", tmp_path / "gone"))
+    desk.ask("other", shelf.served("one", shelf.one))
+
+    desk.run()
+
+    assert desk.finished == ["other"]
+
+
+def test_the_default_adapter_and_the_newest_jobs_base_are_expected(
+    services: Services, upload: Path, tmp_path: Path
+) -> None:
+    dataset = services.datasets.create(upload, "rows.jsonl", None, "rows", {})[0].id
+    resolver = PublishedResolver(services)
+    assert resolver.expected() == []
+
+    services.jobs.submit({"dataset": dataset, "name": "first"})
+    (base,) = resolver.expected()
+    assert (base.digest, base.adapter_path) == (base.base_digest, None)
+
+    adapter = services.adapters.get(make_adapter(services, lease(services), tmp_path / "first", "first"))
+    assert resolver.expected() == [resolver.resolve(adapter.digest), base]
+
+    services.jobs.submit({"dataset": dataset, "adapter": None, "quantization": None})  # its base will be its own
+    assert resolver.expected() == [resolver.resolve(adapter.digest)]
