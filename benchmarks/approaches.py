@@ -22,7 +22,7 @@ import torch
 from app.domain.attempts import EncodedRow, TrainOrder
 from app.domain.specs import TrainSpec, servable_by, shares_its_base
 from benchmarks.encoded import Scale, Work, prepare
-from benchmarks.machine import ROOT, machine, revision
+from benchmarks.machine import ROOT, head
 from worker.inference.adapters import Models
 from worker.inference.kv import KeyValues
 from worker.inference.protocol import ServedModel
@@ -151,7 +151,7 @@ def main() -> None:
             lines[name] = measure(name, work, Path(temporary) / name)
             print(name, json.dumps(lines[name]), flush=True)
     if set(lines) == set(APPROACHES):
-        found = {"command": "python -m benchmarks.approaches", "code_revision": revision(), "machine": machine()}
+        found = head("veritune approaches benchmark", "benchmarks.approaches")
         RESULTS.write_text(json.dumps(found | {"approaches": lines}, indent=1) + "\n", encoding="utf-8")
 
 

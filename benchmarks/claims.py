@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import httpx
@@ -41,7 +41,12 @@ def _figures(seconds: float, latencies: list[float], judged: list[Judged]) -> di
         "p95_seconds": round(ordered[int(0.95 * (count - 1))], 2),
         "a_claim": {key: round(value, 1) for key, value in usage.items()},
         "read_tokens_a_claim": round(usage["prompt_tokens"] - usage["cached_tokens"], 1),
-        "searching_seconds_a_claim": round(sum(answer["timings"]["search"] for answer in judged) / count, 4),
+        **{f"{part}_seconds_a_claim": _mean(judged, part) for part in ("generation", "scoring", "search")},
         "verdicts": [answer["verdict"] for answer in judged],
         "texts": [answer["text"] for answer in judged],
     }
+
+
+def _mean(judged: list[Judged], part: str) -> float:
+    seconds: list[float] = [answer["timings"][part] for answer in judged]
+    return round(mean(seconds), 4)

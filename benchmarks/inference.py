@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from benchmarks.claims import judging
 from benchmarks.contender import environment
 from benchmarks.decoding import Row, decoding
 from benchmarks.deployment import BenchmarkError
-from benchmarks.machine import ROOT, busy, machine, revision
+from benchmarks.machine import ROOT, busy, head
 from benchmarks.publishing import ADAPTERS, CORPUS, LIVE, Published, many, published
 from benchmarks.serving import VLLM, application, veritune, vllm
 from worker.environment import for_tensors
@@ -48,7 +47,7 @@ class Counts:
     rows: tuple[int, ...] = (1, 8, 16, 32)
     live: tuple[int, ...] = (0, 1, 4, 16)
     tokens: int = 64
-    times: int = 3
+    times: int = 5
     at_once: tuple[int, ...] = (1, 8, 16)
     claims: int = 64
     loaded: int = LOADED
@@ -93,12 +92,7 @@ def main() -> None:
             figures["decode"] = decode(task, Path(directory))
         if given.only != "decode":
             figures["react"] = react(task, given.data, given.cache.resolve(), Path(directory))
-    result = {
-        "what": "veritune inference benchmark",
-        "command": shlex.join(["python", "-m", "benchmarks.inference", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "code_revision": revision(),
-        "machine": machine(),
+    result = head("veritune inference benchmark", "benchmarks.inference") | {
         "seconds": round(time.monotonic() - began, 1),
         "ratios": ratios(figures),
         "figures": figures,
@@ -192,13 +186,13 @@ def _by_regex(task: Task, url: str) -> dict[str, float]:
 
 
 def _loaded(task: Task, url: str) -> dict[str, float]:
-    """4 live adapters before and after many others were loaded."""
+    """4 live adapters before and after many others were loaded, each twice as often: a few percent are looked for."""
     rows = task.rows(min(16, max(task.counts.rows)), 4)
-    few = decoding(url, rows, task.counts.tokens, task.counts.times)
+    few = decoding(url, rows, task.counts.tokens, 2 * task.counts.times)
     for first in range(0, task.counts.loaded, len(task.prompts)):
         numbers = range(first, min(first + len(task.prompts), task.counts.loaded))
         decoding(url, [Row(f"more-{n:04}", task.prompts[0][:8]) for n in numbers], 1, 1)
-    lots = decoding(url, rows, task.counts.tokens, task.counts.times)
+    lots = decoding(url, rows, task.counts.tokens, 2 * task.counts.times)
     return {"few": few["tokens_per_second"], "many": lots["tokens_per_second"]}
 
 
@@ -216,7 +210,7 @@ def _peft(task: Task, directory: Path) -> Table:
         "adapters": {name: str(task.adapters / name) for name in task.names},
         "rows": asked,
         "tokens": task.counts.tokens,
-        "times": max(1, task.counts.times - 1),
+        "times": max(1, task.counts.times // 2),
         "threads": threads,
     }
     path = directory / "peft.json"

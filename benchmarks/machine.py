@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import threading
@@ -28,6 +29,17 @@ PACKAGES = (
     "peft",
     "bitsandbytes",
 )
+
+
+def head(what: str, module: str) -> dict[str, Any]:
+    """What every result begins with: how it came about."""
+    return {
+        "what": what,
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "code_revision": revision(),
+        "machine": machine(),
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from app.domain.architectures import KNOWN
 from app.domain.attempts import EncodedRow
 from app.domain.memory import CONTEXT, GPU16, Load, Machine, memory_of
 from app.domain.specs import TrainSpec
-from benchmarks.machine import ROOT, machine, revision
+from benchmarks.machine import ROOT, head
 from worker.environment import for_tensors
 from worker.processor import cpu_here
 from worker.training.batches import Batch, collate
@@ -162,7 +162,7 @@ def main() -> None:
         print(json.dumps(train_here(Path(asked.child[0]), **json.loads(asked.child[1]))))
         return
     stored = sum(path.stat().st_size for path in asked.base.glob("*.safetensors"))
-    found: dict[str, Any] = {"machine": machine(), "revision": revision(), "cpu": [], "shapes": []}
+    found = head("veritune memory benchmark", "benchmarks.memory") | {"cpu": [], "shapes": []}
     for setting in GRID:
         found["cpu"].append(measured(asked.base, stored, **setting))
         print(json.dumps(found["cpu"][-1]), flush=True)

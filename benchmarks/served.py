@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.deployment import BenchmarkError, Deployment
 from benchmarks.first_update import SPEC
-from benchmarks.machine import ROOT, machine, revision
+from benchmarks.machine import ROOT, head
 
 RESULTS = ROOT / "benchmarks" / "results" / "served.json"
 CLAIM = "The examples' corpus says so."
@@ -35,13 +35,8 @@ def main() -> None:
             timelines = _measure(deployment, given.times)
         finally:
             deployment.stop()
-    result = {
-        "what": "from a job's success to the first answer of its adapter; seconds after the job succeeded",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "code_revision": revision(),
-        "machine": machine(),
-        "timelines": timelines,
-    }
+    what = "from a job's success to the first answer of its adapter; seconds after the job succeeded"
+    result = head(what, "benchmarks.served") | {"timelines": timelines}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for timeline in timelines:
         print(json.dumps(timeline))

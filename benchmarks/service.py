@@ -9,7 +9,6 @@ Prints ratios and writes `benchmarks/results/service.json` with every raw figure
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import psutil
 
 from benchmarks.deployment import Deployment
 from benchmarks.first_update import to_first_update
-from benchmarks.machine import MIB, ROOT, busy, machine, revision
+from benchmarks.machine import MIB, ROOT, busy, head
 from benchmarks.polling import medians, polling
 from benchmarks.starting import importing, to_ready
 from benchmarks.upload import uploading
@@ -57,12 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="veritune-bench-") as directory:
         figures = measure(Path(directory), given.cache.resolve(), QUICK if given.quick else Counts())
     found = ratios(figures)
-    result = {
-        "what": "veritune service benchmark",
-        "command": shlex.join(["python", "-m", "benchmarks.service", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "code_revision": revision(),
-        "machine": machine(),
+    result = head("veritune service benchmark", "benchmarks.service") | {
         "seconds": round(time.monotonic() - began, 1),
         "ratios": found,
         "figures": figures,

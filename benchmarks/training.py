@@ -11,7 +11,6 @@ Prints ratios and writes `benchmarks/results/training.json` with every raw figur
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 from benchmarks.contender import environment, run
 from benchmarks.deployment import BenchmarkError
 from benchmarks.encoded import Scale, Work, dataset, prepare
-from benchmarks.machine import ROOT, busy, machine, revision
+from benchmarks.machine import ROOT, busy, head
 from benchmarks.packing import filling, scaling
 from benchmarks.training_ratios import ratios, table
 from benchmarks.trl_run import DEFAULT, EXTRA, TUNED, WAYS, Way, trl
@@ -102,12 +101,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _result(figures: dict[str, Any], scale: Scale, work: Work, seconds: float) -> dict[str, Any]:
-    return {
-        "what": "veritune training benchmark",
-        "command": shlex.join(["python", "-m", "benchmarks.training", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "code_revision": revision(),
-        "machine": machine(),
+    return head("veritune training benchmark", "benchmarks.training") | {
         "threads": THREADS,
         "seconds": round(seconds, 1),
         "work": {

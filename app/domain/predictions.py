@@ -84,10 +84,11 @@ class Usage(_Word):
 
 
 class Timings(_Word):
-    """Seconds."""
+    """Seconds; `scoring`: those in which the three verdicts were weighed, beside what was generated."""
 
     total: float
     generation: float
+    scoring: float = 0.0
     search: float
 
 

@@ -259,7 +259,8 @@ def _assemble(
         usage=meter.usage(),
         timings=Timings(
             total=round(seconds, 4),
-            generation=round(meter.seconds, 4),
+            generation=round(meter.seconds - meter.scoring_seconds, 4),
+            scoring=round(meter.scoring_seconds, 4),
             search=round(sum(run.trace.search_seconds for run in runs), 4),
         ),
     )

@@ -30,6 +30,7 @@ class Meter:
     completion: int = 0
     crossed: int = 0
     seconds: float = 0.0
+    scoring_seconds: float = 0.0
 
     def add(self, other: "Meter") -> None:
         self.calls += other.calls
@@ -38,6 +39,7 @@ class Meter:
         self.completion += other.completion
         self.crossed += other.crossed
         self.seconds += other.seconds
+        self.scoring_seconds += other.scoring_seconds
 
     def usage(self) -> Usage:
         return Usage(
@@ -152,7 +154,9 @@ class Pen:
                 logprobs=logprobs,
             )
         )
-        self.meter.seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.meter.seconds += seconds
+        self.meter.scoring_seconds += 0.0 if logprobs is None else seconds
         self.meter.calls += 1
         self.meter.prompt += answer.prompt_tokens
         self.meter.cached += answer.cached_tokens

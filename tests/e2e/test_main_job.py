@@ -121,6 +121,7 @@ def test_claims_are_judged_by_base_and_adapter_with_evidence(deployment: Deploym
         assert answer["verdict"] in ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
         assert abs(sum(answer["probabilities"].values()) - 1) < 1e-3
         assert answer["grounded"]
+        assert 0 < answer["timings"]["scoring"] < answer["timings"]["generation"] < answer["timings"]["total"]
         for step in answer["steps"][:-1]:
             assert step["observation"]["source"] in ("corpus", "server")
         for cited in answer["evidence"]:

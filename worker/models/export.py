@@ -13,7 +13,7 @@ from app.domain.base_models import BaseModelDescription, DirectorySource, Export
 from app.domain.specs import Quantization
 from worker.models.describe import COMPANIONS
 from worker.models.fetch import copy_directory, say
-from worker.models.placing import locked, place
+from worker.whole_directories import locked, place
 
 MADE_ANEW = ("config.json", "model.safetensors.index.json")
 """Companions that tell of the quantisation or of the shards, so not those of the source."""

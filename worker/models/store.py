@@ -19,7 +19,7 @@ from app.domain.base_models import (
 from worker.models.describe import describe
 from worker.models.errors import ModelError
 from worker.models.fetch import copy_directory, hub_snapshot, is_commit, say, wheel_member
-from worker.models.placing import locked, place
+from worker.whole_directories import locked, place
 
 DESCRIPTION = "description.json"
 

@@ -6,7 +6,6 @@ manifest lists every file's digest; the manifest's own digest names the checkpoi
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
+
+from worker.whole_directories import place
 
 MANIFEST = "manifest.json"
 
@@ -104,11 +105,7 @@ def write_checkpoint(
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
     manifest = json.dumps({"files": files, "update": saved.progress.update}, indent=2, sort_keys=True)
     (partial / MANIFEST).write_text(manifest, encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _flush(parent)
+    place(partial, final)
     return final, hashlib.sha256(manifest.encode()).hexdigest()
 
 
@@ -166,11 +163,3 @@ def read_checkpoint(directory: Path) -> Saved:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
