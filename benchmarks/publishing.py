@@ -85,16 +85,17 @@ def many(found: Published, names: Sequence[str]) -> Path:
     """As many adapters as `names`, none like another: the trained ones, their weight a little different each time."""
     folder = KEPT / "adapters"
     for number, name in enumerate(names):
-        directory = folder / name
-        if (directory / "adapter_config.json").exists():
+        directory, digest = folder / name, found.digests[number % len(found.digests)]
+        if (directory / "source").exists() and (directory / "source").read_text() == digest:
             continue
         directory.mkdir(parents=True, exist_ok=True)
-        own = found.adapters / found.digests[number % len(found.digests)]
+        own = found.adapters / digest
         weights = load_file(own / "adapter_model.safetensors")
         scale = 1 + 0.05 * (number // len(found.digests))
         changed = {key: value * scale if "lora_B" in key else value for key, value in weights.items()}
         save_file({key: value.to(torch.float32) for key, value in changed.items()}, directory / own_weights(own))
         (directory / "adapter_config.json").write_bytes((own / "adapter_config.json").read_bytes())
+        (directory / "source").write_text(digest)
     return folder
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import structlog
 
 from app.composition import Services
-from app.domain.errors import LeaseLostError, VerituneError
+from app.domain.errors import LeaseLostError, UnavailableError, VerituneError
 from app.domain.jobs import JobStatus
 from app.domain.ledger import Held, Standing, Tenant
 from app.services.attempts import Leased
@@ -77,16 +77,28 @@ class Place:
 
     def _take(self, leaving: threading.Event) -> None:
         began = time.monotonic()
+        reserved: float | None = None  # when: only from then on is inference asked to go
         told: frozenset[Tenant] = frozenset()
-        while (standing := self._ask()).waits_for:
+        while (standing := self._asked(leaving)).waits_for:
+            reserved = None if standing.held is None else reserved or time.monotonic()
             if standing.waits_for != told:
-                told = standing.waits_for
                 self._tell_of_waiting(standing)
-            self._check(leaving, standing, time.monotonic() - began)
-            leaving.wait(ASK_SECONDS)
+                told = standing.waits_for
+            if reserved is not None and time.monotonic() - reserved > self._ledger.inference_lease + PATIENCE:
+                raise GivenUp("inference did not make way")
+            self._wait(leaving)
         if told:
             waited = round(time.monotonic() - began, 1)
             self._tell(f"the device is free; waited {waited} s", {"seconds": waited})
+
+    def _asked(self, leaving: threading.Event) -> Standing:
+        """What the ledger says, once it can be reached: until then the attempt waits on, as long as it is its own."""
+        while True:
+            try:
+                return self._ask()
+            except UnavailableError as error:
+                log.warning("place_not_asked_for", job=self._leased.job_id, reason=error.detail)
+            self._wait(leaving)
 
     def _ask(self) -> Standing:
         standing = self._ledger.train(
@@ -105,14 +117,13 @@ class Place:
         own = self._services.devices.find(self._services.settings.worker_name)
         return own.bytes if own else describe_device(self._services.settings.queues).bytes
 
-    def _check(self, leaving: threading.Event, standing: Standing, waited: float) -> None:
-        """Whether to go on waiting: raises when not."""
+    def _wait(self, leaving: threading.Event) -> None:
+        """A moment; raises when there is no reason to wait on."""
         if self._heartbeat.lost.is_set():
             raise LeaseLostError(f"{self._leased.job_id} was taken over")
         if self._heartbeat.status is not JobStatus.RUNNING or leaving.is_set():
             raise GivenUp("stopped while it waited for the device")
-        if standing.held is not None and waited > self._ledger.inference_lease + PATIENCE:
-            raise GivenUp("inference did not make way")
+        leaving.wait(ASK_SECONDS)
 
     def _tell_of_waiting(self, standing: Standing) -> None:
         what = "inference makes way" if Tenant.INFERENCE in standing.waits_for else "another job has the device"
@@ -120,4 +131,7 @@ class Place:
         self._tell(f"{what}; policy {standing.policy}", {"policy": standing.policy.value, "bytes": size})
 
     def _tell(self, message: str, data: dict[str, str | float | None]) -> None:
-        self._services.attempts.tell(self._leased.lease, "device", message, data=data)
+        try:
+            self._services.attempts.tell(self._leased.lease, "device", message, data=data)
+        except UnavailableError as error:
+            log.warning("not_told", job=self._leased.job_id, message=message, reason=error.detail)

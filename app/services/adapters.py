@@ -177,7 +177,8 @@ class Adapters:
         with self._database.read() as unit:
             rows = unit.adapters.all()
         for row in rows:
-            if Manifest.model_validate(row.manifest).served_base == served_base:
+            manifest = Manifest.model_validate(row.manifest)
+            if manifest.served_base == served_base and manifest.kind == "peft" and "vllm" in manifest.servable_by:
                 self.on_disk(row.digest)
 
     def _zip(self, row: AdapterRow) -> Iterator[bytes]:
@@ -218,8 +219,10 @@ def _name_served_base(directory: Path, row: AdapterRow) -> None:
     served_base = Manifest.model_validate(row.manifest).served_base
     if document.get("base_model_name_or_path") == served_base:
         return
-    changed = path.with_name(f".{path.name}.{os.getpid()}")
-    changed.write_text(json.dumps(document | {"base_model_name_or_path": served_base}, indent=2, sort_keys=True))
+    with tempfile.NamedTemporaryFile("w", dir=directory, prefix=f".{path.name}.", delete=False) as file:
+        file.write(json.dumps(document | {"base_model_name_or_path": served_base}, indent=2, sort_keys=True))
+    changed = Path(file.name)
+    changed.chmod(path.stat().st_mode)  # a server that shares the folder may run as another user
     changed.replace(path)
 
 

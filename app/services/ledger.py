@@ -5,7 +5,7 @@ renewed runs out, and with it the claim of a process that was killed.
 """
 
 from app.db import Database, Unit
-from app.domain.devices import DeviceDescription
+from app.domain.devices import NamedDevice
 from app.domain.ledger import (
     Absence,
     Held,
@@ -112,6 +112,6 @@ class Ledger:
 
 def _room(unit: Unit, host: str, wanted: int) -> int | None:
     """Bytes that jobs may have beside so many, by what this host's trainers say of the device."""
-    described = (DeviceDescription.model_validate(row.description) for row in unit.devices.of_host(host))
-    known = [device.bytes for device in described if "gpu" in device.queues]
+    devices = (NamedDevice.model_validate({"name": row.name, **row.description}) for row in unit.devices.all())
+    known = [device.bytes for device in devices if device.host == host and "gpu" in device.queues]
     return min(known) - wanted if known else None

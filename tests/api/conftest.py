@@ -25,6 +25,7 @@ from app.domain.base_models import BaseModelDescription
 from app.domain.devices import DeviceDescription
 from app.domain.jobs import Lease
 from app.domain.react import ReactFormat
+from app.domain.specs import servable_by
 from app.generation import GenerationRequest, ScriptedGenerator
 from app.main import create_app
 from app.queue import MemoryDoorbell
@@ -255,7 +256,7 @@ def manifest_of(services: Services, lease: Lease) -> Manifest:
         metrics={"loss": 1.0},
         packages={},
         code_revision="test",
-        servable_by=("veritune",),
+        servable_by=servable_by(job.spec.adapter),
         created_at=datetime.now(UTC),
     )
 

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,10 @@ def serving(
     settings: FrontSettings,
     tenancy: Tenancy | None = None,
     expected: Sequence[str] = (),
+    resolver: Callable[[dict[str, ServedModel], Sequence[str]], StaticResolver] = StaticResolver,
 ) -> Iterator[Server]:
     """A front in a thread; its engine is a process that ends with it."""
-    app = create_front(StaticResolver(models, expected), settings, tenancy)
+    app = create_front(resolver(models, expected), settings, tenancy)
     # asyncio sets TCP_NODELAY only where the protocol is named; without it answers take 40 ms more.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

@@ -16,7 +16,8 @@ import pytest
 from pydantic import SecretStr
 
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
-from worker.inference.front import FrontSettings
+from worker.inference.front import FrontSettings, StaticResolver
+from worker.inference.protocol import ServedModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +91,24 @@ def test_a_full_queue_says_when_to_come_back(small: Server) -> None:
         os.kill(small.front.link.pid, signal.SIGCONT)
         assert [future.result().status_code for future in waiting] == [200, 200]
     assert small.ask().status_code == 200
+
+
+class Slow(StaticResolver):
+    """Has to fetch what it is asked for."""
+
+    def resolve(self, digest: str) -> ServedModel:
+        time.sleep(0.2)
+        return super().resolve(digest)
+
+
+def test_a_model_that_must_be_fetched_lets_no_crowd_in(shelf: Shelf) -> None:
+    settings = FrontSettings(engine=ENGINE, max_in_flight=4)
+    with serving(shelf.table(), settings, resolver=Slow) as running, ThreadPoolExecutor(12) as pool:
+        running.wait_until_ready()
+        asked = [pool.submit(running.ask, max_tokens=500, ignore_eos=True) for _ in range(12)]
+        answers = [future.result().status_code for future in asked]
+
+    assert sorted(answers) == [200] * 3 + [429] * 9  # the fourth place is kept for another model
 
 
 def test_a_killed_engine_fails_its_requests_and_comes_back(small: Server) -> None:

@@ -62,7 +62,8 @@ def test_an_engine_that_dies_among_sixteen_comes_back_with_its_adapters(server: 
 
     with ThreadPoolExecutor(16) as pool:
         futures = [pool.submit(ask, one) for one in asked]
-        server.wait_until(lambda: server.metric("vllm:num_requests_running") == 16)
+        server.wait_until(lambda: server.front.link.in_flight == 16)
+        time.sleep(0.1)  # so that they are being answered; 500 tokens take longer
         os.kill(server.front.link.pid, signal.SIGKILL)
         answers = [future.result() for future in futures]
 

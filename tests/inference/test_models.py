@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from peft import AdaptionPromptConfig, IA3Config, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -19,6 +20,7 @@ from worker.inference.protocol import ServedModel
 from worker.inference.sizes import PROCESS_BYTES, adapter_bytes, base_bytes
 from worker.inference.wire import EngineSettings
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_rank=8)
 
 
@@ -115,6 +117,41 @@ def test_adapters_go_before_bases(shelf: Shelf) -> None:
     models.load(shelf.served("two", shelf.two, base_digest="other"), [])
 
     assert (models.bases, models.adapters) == (2, 1)
+
+
+def test_the_places_of_a_batch_make_way_for_an_adapter(shelf: Shelf) -> None:
+    one, two, third = shelf.served("one", shelf.one), shelf.served("two", shelf.two), shelf.served("third", shelf.one)
+    models = Models(room_for(shelf, adapters=2))
+    before = logits(models, one)
+    models.load(two, [])
+    models.forward([one, two])
+    taken = models.bytes
+
+    models.load(third, [])
+
+    assert models.bytes < taken
+    assert torch.equal(logits(models, third), before)
+    models.load(shelf.served("base"), [])
+    models.forward([third, shelf.served("base")])
+
+
+ALONE = {
+    "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "adaption_prompt": AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=8, adapter_layers=2),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_an_adapter_with_a_base_to_itself_goes_together_with_it(shelf: Shelf, tmp_path: Path, kind: str) -> None:
+    get_peft_model(AutoModelForCausalLM.from_pretrained(shelf.base), ALONE[kind]).save_pretrained(str(tmp_path))
+    alone, base = shelf.served("alone", tmp_path, base_digest="alone"), shelf.served("base")
+    models = Models(room_for(shelf, bases=2, adapters=0))
+    before = logits(models, alone)
+
+    logits(models, base)
+    models.load(shelf.served("other", base_digest="other"), [])
+
+    assert torch.equal(logits(models, alone), before)
 
 
 def test_what_fits_into_no_memory_is_refused_with_the_figures(shelf: Shelf) -> None:

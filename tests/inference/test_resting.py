@@ -12,7 +12,7 @@ from app.domain.ledger import Absence
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_life import alive, ask_in_background, stopped
 from worker.inference.front import FrontSettings
-from worker.inference.residence import PATIENCE, UNKNOWN, FixedTenancy
+from worker.inference.residence import LOST, PATIENCE, UNKNOWN, FixedTenancy
 
 TRAINS = Absence("inference makes way for training (job_1)", 1_000.0)
 STARTING = 120
@@ -138,6 +138,22 @@ def test_a_ledger_that_is_away_changes_nothing(
     server.wait_until(lambda: len(asked) > 1)
     assert server.ask().status_code == 200
     assert pid_of(server) == pid
+
+
+def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
+    server: Server, tenancy: FixedTenancy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = pid_of(server)
+
+    def away() -> Absence | None:
+        raise UnavailableError("the database does not answer")
+
+    monkeypatch.setattr(tenancy, "lease", 1.0)
+    monkeypatch.setattr(tenancy, "stay", away)
+    server.wait_until(lambda: not alive(pid))
+    assert server.ask().json()["error"]["message"] == LOST.why
+    monkeypatch.undo()
+    server.wait_until_ready()
 
 
 def test_there_is_no_engine_before_it_has_a_place(shelf: Shelf) -> None:

@@ -34,8 +34,8 @@ def added(mix: Mix | None, x: torch.Tensor) -> list[torch.Tensor]:
     for layer in mix.layers:
         assert layer.qkv is not None
         down = layer.qkv.down(x)
-        if mix.chosen is not None:
-            down.view(*mix.chosen.shape[:2], -1).mul_(mix.chosen)
+        if mix.foreign is not None:
+            down.view(*mix.foreign.shape[:2], -1).masked_fill_(mix.foreign, 0)
         found.append(layer.qkv.up(down, torch.zeros(len(x), 64, dtype=x.dtype)))
     return found
 
@@ -46,14 +46,30 @@ def test_places_that_stay_are_laid_out_for_the_kernel_and_give_the_same_bits() -
     adapters = {str(n): adapter(n, 1 + 2 * n, torch.bfloat16) for n in range(4)}
     x = torch.randn(4, 32).bfloat16()
     first = held.mix(list(adapters), adapters)
+    plain = held.bytes
     for _ in range(WORTH_PACKING):
         last = held.mix(list(adapters), adapters)
+    assert held.bytes == 2 * plain
     assert first is not None
     assert isinstance(first.layers[0], LayerLora)
     assert last is not None
     assert isinstance(last.layers[0], PackedLayer)
     for one, other in zip(added(first, x), added(last, x), strict=True):
         assert torch.equal(one, other)
+
+
+def test_what_overflows_in_one_adapter_does_not_reach_the_rows_of_another() -> None:
+    held = stack()
+    adapters = {"sound": adapter(1, 4), "wild": adapter(2, 4)}
+    for layer in adapters["wild"]:
+        assert layer.qkv is not None
+        layer.qkv.a.fill_(3e38)
+    x = torch.ones(2, 32)
+    alone = added(held.mix(["sound", "sound"], adapters), x)
+
+    for mixed, own in zip(added(held.mix(["sound", "wild"], adapters), x), alone, strict=True):
+        torch.testing.assert_close(mixed[0], own[0])
+        assert not mixed[1].isfinite().all()
 
 
 @pytest.mark.skipif(not cpu_here().fast_bf16, reason="only bfloat16 of the processor's own has another layout")
@@ -91,8 +107,8 @@ def test_few_adapters_soon_read_few_places() -> None:
     for _ in range(PATIENCE + 1):
         last = held.mix(["6", "7"], adapters)
     assert last is not None
-    assert last.chosen is not None
-    assert last.chosen.shape[1] == 2
+    assert last.foreign is not None
+    assert last.foreign.shape[1] == 2
     x = torch.randn(2, 32)
     for layer, rows in enumerate(added(last, x)):
         wanted = torch.cat([added(Mix(adapters[name]), x[row : row + 1])[layer] for row, name in enumerate("67")])

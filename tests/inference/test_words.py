@@ -81,7 +81,7 @@ def answered(speakers: list[ServedModel], at_once: int) -> dict[tuple[str, int],
     for model, place in asked:
         name = f"{model.digest}/{place}"
         scheduler.add(Generate(id=name, model=model, prompt=PROMPTS[place], sampling=sampling))
-    while scheduler.busy:
+    while scheduler.busy or scheduler.reading:
         scheduler.turn()
     by_id = {message.id: message.token_ids for message in said if isinstance(message, Finished)}
     return {(model.digest, place): by_id[f"{model.digest}/{place}"] for model, place in asked}
@@ -122,9 +122,9 @@ def test_two_places_swapped_would_be_noticed(
 
     def swapped(self: Stack, *given: object) -> Mix | None:
         found = mix(self, *given)  # type: ignore[arg-type]
-        if found is None or found.chosen is None:
+        if found is None or found.foreign is None:
             return found
-        return found._replace(chosen=found.chosen[:, [1, 0, *range(2, found.chosen.shape[1])]])
+        return found._replace(foreign=found.foreign[:, [1, 0, *range(2, found.foreign.shape[1])]])
 
     monkeypatch.setattr(Stack, "mix", swapped)
     assert answered(speakers, at_once=64) != alone

@@ -182,6 +182,7 @@ def test_a_heartbeat_renews_the_place_and_takes_it_again_where_it_had_run_out(se
         attempts.renew(leased.lease, held)
         assert reserved(hasty) == {"job_a": GB}
     time.sleep(0.7)
+    assert reserved(hasty) == {}
     assert hasty.serve(HOST, "front", GB) is None
     attempts.renew(leased.lease, held)
     assert reserved(hasty) == {"job_a": GB, "inference": GB}

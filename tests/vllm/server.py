@@ -51,7 +51,7 @@ def vllm_server(base: Path, adapters: Path, dtype: str, secret: str) -> Iterator
     started = Part("vllm", ["env", "-C", str(base.parent), *command], _environment(adapters, secret), grace=30.0)
     try:
         processes.start(started)
-        _until_ready(f"http://127.0.0.1:{port}", processes, lines)
+        until_ready("vllm", f"http://127.0.0.1:{port}", processes, lines)
         yield f"http://127.0.0.1:{port}"
     finally:
         processes.stop()
@@ -70,11 +70,12 @@ def _environment(adapters: Path, secret: str) -> dict[str, str]:
     }
 
 
-def _until_ready(url: str, processes: Processes, lines: list[str]) -> None:
+def until_ready(name: str, url: str, processes: Processes, lines: list[str]) -> None:
+    """Wait for a server that `processes` runs under this name; `lines` are what it said so far."""
     until = time.monotonic() + READY_SECONDS
     while True:
-        assert processes.running("vllm"), "\n".join(["vLLM ended:", *lines[-80:]])
-        assert time.monotonic() < until, "\n".join(["vLLM is not ready:", *lines[-80:]])
+        assert processes.running(name), "\n".join([f"{name} ended:", *lines[-80:]])
+        assert time.monotonic() < until, "\n".join([f"{name} is not ready:", *lines[-80:]])
         try:
             if httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
                 return

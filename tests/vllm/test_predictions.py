@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -21,6 +20,7 @@ from tests.e2e import test_main_job as main_job
 from tests.e2e.conftest import MODEL_CACHE, SECRET, Deployment, free_port
 from tests.e2e.test_main_job import downloaded as downloaded
 from tests.vllm.conftest import DTYPE
+from tests.vllm.server import until_ready
 
 pytestmark = pytest.mark.vllm
 
@@ -30,7 +30,6 @@ test_a_stream_tells_the_steps = main_job.test_a_stream_tells_the_steps_and_then_
 
 CLAIMS = 60
 AGREEMENT = 0.98
-STARTING_SECONDS = 120
 
 
 @pytest.fixture
@@ -48,21 +47,10 @@ def embedded(home: Path, deployment: Deployment) -> Iterator[str]:
     processes = Processes(lambda _who, line: lines.append(line))
     try:
         processes.start(Part("inference", [sys.executable, "-m", "worker.inference"], own))
-        until = time.monotonic() + STARTING_SECONDS
-        while not _answers(f"http://127.0.0.1:{port}/health"):
-            assert processes.running("inference"), "\n".join(lines)
-            assert time.monotonic() < until, "\n".join(lines)
-            time.sleep(0.2)
+        until_ready("inference", f"http://127.0.0.1:{port}", processes, lines)
         yield f"http://127.0.0.1:{port}"
     finally:
         processes.stop()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2, trust_env=False).is_success
-    except httpx.TransportError:
-        return False
 
 
 def claims() -> tuple[list[str], Path]:

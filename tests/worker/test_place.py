@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.composition import Services, compose
 from app.domain.attempts import Metrics
+from app.domain.errors import UnavailableError
 from app.domain.jobs import Event, Job, JobStatus, Wish
 from app.domain.ledger import Policy, Reservation, Tenant
 from tests.conftest import dataset_jsonl
@@ -154,6 +156,47 @@ def test_a_second_job_waits_for_the_first_as_long_as_it_takes(host: Host, monkey
     told = host.told(first) or host.told(second)
     assert "another job has the device" in told[0].message
     assert host.reserved() == {}
+
+
+@pytest.mark.parametrize("host", ["exclusive"], indirect=True)
+def test_waiting_for_another_job_does_not_count_as_waiting_for_inference(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inference comes back between two jobs, and makes way for the second as soon as that reserves."""
+    monkeypatch.setattr(place, "PATIENCE", 1.5 - host.services.ledger.inference_lease)
+    over = threading.Event()
+
+    def infer() -> None:
+        while not over.wait(0.02):
+            if host.services.ledger.serve(host.name, "front", 1 << 30) is not None:
+                host.services.ledger.release(host.name, "front")
+
+    inference = threading.Thread(target=infer)
+    inference.start()
+    jobs = [host.submit(TRAINER | {"train_steps": 60}), host.submit(TRAINER | {"train_steps": 60})]
+    try:
+        for thread in [host.work("worker-1"), host.work("worker-2")]:
+            thread.join(60)
+    finally:
+        over.set()
+        inference.join()
+    assert [host.status(job) for job in jobs] == [JobStatus.SUCCEEDED] * 2
+    assert [host.services.jobs.get(job.id).attempts for job in jobs] == [1, 1]
+
+
+def test_a_ledger_that_is_away_for_a_moment_costs_no_attempt(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, train = [], host.services.ledger.train
+
+    def sometimes(*given: Any) -> Any:
+        asked.append(given)
+        if len(asked) < 3:
+            raise UnavailableError("the database does not answer")
+        return train(*given)
+
+    monkeypatch.setattr(host.services.ledger, "train", sometimes)
+    job = host.submit(TRAINER)
+    host.work().join(60)
+    assert (host.status(job), host.services.jobs.get(job.id).attempts) == (JobStatus.SUCCEEDED, 1)
 
 
 @pytest.mark.parametrize("ending", ["paused", "lost child", "failed"])

@@ -49,7 +49,8 @@ class AdaptedBase:
         self._lean = lean_forward(base.model)
         self._stack = None if self._lean is None else self._lean.stack()
         self._alone = False
-        copies = 2 if packs(next(base.model.parameters())) else 1  # the kernel's layout is one more
+        laid_out = self._lean is not None and packs(next(base.model.parameters()))
+        copies = 2 if laid_out else 1  # the kernel's layout is one more
         self._base_bytes = held_bytes(base.model) * copies
         self._sizes: dict[str, int] = {}
 
@@ -112,10 +113,20 @@ class AdaptedBase:
         self._alone = not shared
 
     @property
+    def is_alone(self) -> bool:
+        """Whether its adapter has it to itself: they go together."""
+        return self._alone
+
+    @property
     def bytes(self) -> int:
         """What the base, its adapters and their places take."""
         held = self._base_bytes + sum(self._sizes.values())
         return held if self._stack is None else held + self._stack.bytes
+
+    def clear_places(self) -> None:
+        """Give back what the batches of many adapters took."""
+        if self._stack is not None:
+            self._stack.clear()
 
     def drop(self, digest: str) -> None:
         """Forget an adapter and give its memory back."""
@@ -169,6 +180,7 @@ class Models:
         self.dtype = compute_dtype(settings, self.device)
         self._budget = budget(settings).models
         self._bases: OrderedDict[str, AdaptedBase] = OrderedDict()
+        self._coming: dict[str, int] = {}
 
     @property
     def bases(self) -> int:
@@ -182,8 +194,12 @@ class Models:
 
     @property
     def bytes(self) -> int:
-        """What bases and adapters take."""
-        return sum(adapted.bytes for adapted in self._bases.values())
+        """What bases and adapters take, those that are being read included."""
+        return sum(adapted.bytes for adapted in self._bases.values()) + sum(self._coming.values())
+
+    def has_base(self, served: ServedModel) -> bool:
+        """Whether the base of `served` is in memory."""
+        return served.base_digest in self._bases
 
     def has_room(self, served: ServedModel) -> bool:
         """Whether `served` could be loaded without anything else having to go."""
@@ -193,16 +209,25 @@ class Models:
             wanted += adapter_bytes(Path(served.adapter_path), self.dtype)
         return self.bytes + wanted <= self._budget
 
-    def load(self, served: ServedModel, in_use: Collection[ServedModel]) -> Base:
+    def load(self, served: ServedModel, in_use: Collection[ServedModel], bases_in_use: Collection[str] = ()) -> Base:
         """Have `served` in memory, and say what its base is.
 
-        What was used least recently goes to make room, adapters before bases; what `in_use` names never does. Raises
-        ModelError, and NoRoom where it has to wait for those.
+        What was used least recently goes to make room, adapters before bases; what `in_use` and `bases_in_use` name
+        never does. Raises ModelError, and NoRoom where it has to wait for those.
         """
-        adapted = self._adapted(served, in_use)
+        if not self.has_base(served):
+            self.make_way(served, in_use, bases_in_use)
+            found = None
+            try:
+                found = self.read(served)
+            finally:
+                self.take(served.base_digest, found)
+        self._bases.move_to_end(served.base_digest)
+        adapted = self._bases[served.base_digest]
         if served.adapter_path is not None and served.digest not in adapted.loaded:
             directory = Path(served.adapter_path)
-            self._make_room(f"adapter {served.digest}", adapter_bytes(directory, self.dtype), in_use, served)
+            wanted = adapter_bytes(directory, self.dtype)
+            self._make_room(f"adapter {served.digest}", wanted, in_use, bases_in_use, over=served.base_digest)
             adapted.load(served.digest, directory, self._settings.max_rank)
         return adapted.base
 
@@ -217,26 +242,36 @@ class Models:
         adapted = self._bases[rows[0].base_digest]
         return adapted.forward([model.digest if model.adapter_path else None for model in rows])
 
-    def _adapted(self, served: ServedModel, in_use: Collection[ServedModel]) -> AdaptedBase:
-        if served.base_digest not in self._bases:
-            wanted = base_bytes(served, self.device, self.dtype)
-            self._make_room(f"base model {served.base_digest}", wanted, in_use)
-            base = load_base(served, self.device, self.dtype)
-            self._bases[served.base_digest] = AdaptedBase(base)
-        self._bases.move_to_end(served.base_digest)
-        return self._bases[served.base_digest]
+    def make_way(
+        self, served: ServedModel, in_use: Collection[ServedModel], bases_in_use: Collection[str] = ()
+    ) -> None:
+        """Have room for the base of `served`, which counts as there until `take`. Raises as `load` does."""
+        wanted = base_bytes(served, self.device, self.dtype)
+        self._make_room(f"base model {served.base_digest}", wanted, in_use, bases_in_use)
+        self._coming[served.base_digest] = wanted
+
+    def read(self, served: ServedModel) -> AdaptedBase:
+        """The base of `served`, from its directory. May be called on another thread. Raises ModelError."""
+        return AdaptedBase(load_base(served, self.device, self.dtype))
+
+    def take(self, base_digest: str, adapted: AdaptedBase | None) -> None:
+        """What was made way for is there; or, for None, will not come."""
+        del self._coming[base_digest]
+        if adapted is not None:
+            self._bases[base_digest] = adapted
 
     def _make_room(
-        self, what: str, wanted: int, in_use: Collection[ServedModel], over: ServedModel | None = None
+        self, what: str, wanted: int, in_use: Collection[ServedModel], bases: Collection[str], over: str | None = None
     ) -> None:
-        """Drop what is idle until `wanted` bytes fit; the base of `over` is not."""
-        kept = [*in_use, *([over] if over else [])]
-        idle = self._idle({model.digest for model in kept}, {model.base_digest for model in kept})
+        """Drop what is idle until `wanted` bytes fit; the base that they lie `over` is not."""
+        kept = {*bases, *(model.base_digest for model in in_use)}
+        others_may_end = bool(in_use or self._coming or kept - {over})
+        idle = self._idle({model.digest for model in in_use}, {*kept, over})
         while self.bytes + wanted > self._budget:
             drop = next(idle, None)
             if drop is not None:
                 drop()
-            elif in_use:
+            elif others_may_end:
                 raise NoRoom
             else:
                 needed, given = (self.bytes + wanted) / 1e9, self._budget / 1e9
@@ -245,10 +280,12 @@ class Models:
                     "(VERITUNE_INFERENCE_MEMORY)"
                 )
 
-    def _idle(self, adapters: set[str], bases: set[str]) -> Iterator[Callable[[], None]]:
+    def _idle(self, adapters: set[str], bases: set[str | None]) -> Iterator[Callable[[], None]]:
         """Ways to give memory back, the cheapest first."""
-        for adapted in self._bases.values():
+        shared = [adapted for adapted in self._bases.values() if not adapted.is_alone]
+        for adapted in shared:
             yield from (partial(adapted.drop, digest) for digest in list(adapted.loaded) if digest not in adapters)
+        yield from (adapted.clear_places for adapted in shared if not adapters & adapted.loaded.keys())
         yield from (partial(self._drop_base, digest) for digest in list(self._bases) if digest not in bases)
 
     def _drop_base(self, digest: str) -> None:

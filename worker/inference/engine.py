@@ -33,7 +33,8 @@ from worker.inference.wire import (
 
 STATS_EVERY = 0.2  # seconds, while busy; and at once when work runs out
 
-Inbox = queue.SimpleQueue[ToEngine]
+Inbox = queue.SimpleQueue[ToEngine | None]
+"""The front's messages; None when there is news without one."""
 
 
 class Mouth:
@@ -82,8 +83,8 @@ def take_in(inbox: Inbox, scheduler: Scheduler) -> None:
             scheduler.expect(message.model)
         elif isinstance(message, Cancel):
             scheduler.cancel(message.id)
-            if not scheduler.busy:
-                return
+        if not scheduler.busy:
+            return  # so that the front hears how things stand
 
 
 def configure(inbox: Inbox) -> EngineSettings:
@@ -107,7 +108,7 @@ def main() -> None:
     models = Models(settings)
     dtype = str(models.dtype).removeprefix("torch.")
     mouth.say(Ready(pid=os.getpid(), device=str(models.device), dtype=dtype))
-    serve(inbox, Scheduler(models, settings, mouth.say), mouth)
+    serve(inbox, Scheduler(models, settings, mouth.say, lambda: inbox.put(None)), mouth)
 
 
 if __name__ == "__main__":

@@ -64,12 +64,12 @@ class LlamaForward:
         x = self._inner.embed_tokens(step.ids)
         angles = _angles(*self._inner.rotary_emb(x[None], step.positions[None]))
         masks = [self._hidden(part.mask, x.dtype) for part in step.parts]
-        loras, chosen = mix or Mix([LayerLora()] * len(self._layers))
-        if chosen is not None:
-            chosen = chosen.repeat_interleave(step.counts, 0)
+        loras, foreign = mix or Mix([LayerLora()] * len(self._layers))
+        if foreign is not None:
+            foreign = foreign.repeat_interleave(step.counts, 0)
         for layer, kept, lora in zip(self._layers, store.layers, loras, strict=True):
             attend = _Attention(step.parts, masks, kept)
-            x = layer.run(x, angles, attend, lora, chosen)
+            x = layer.run(x, angles, attend, lora, foreign)
         return self._head(self._norm(x[step.wanted])).float()
 
     def _hidden(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -92,14 +92,14 @@ class _Joined:
         self._product = Product(weight, bias)
         self.widths = (weight.shape[1], weight.shape[0])
 
-    def __call__(self, x: torch.Tensor, lora: Lora | PackedLora | None, chosen: torch.Tensor | None) -> torch.Tensor:
-        """[tokens, in] → [tokens, Σ out]. `chosen`: as in `Mix`."""
+    def __call__(self, x: torch.Tensor, lora: Lora | PackedLora | None, foreign: torch.Tensor | None) -> torch.Tensor:
+        """[tokens, in] → [tokens, Σ out]. `foreign`: as in `Mix`."""
         out = self._product(x)
         if lora is None:
             return out
         down = lora.down(x)
-        if chosen is not None:
-            down.view(*chosen.shape[:2], -1).mul_(chosen)
+        if foreign is not None:  # not multiplied by 0: what overflowed in another's adapter would become NaN
+            down.view(*foreign.shape[:2], -1).masked_fill_(foreign, 0)
         return lora.up(down, out)
 
 
@@ -108,7 +108,7 @@ class _Norm:
 
     def __init__(self, module: Any) -> None:
         self._weight: torch.Tensor = module.weight
-        self._epsilon = torch.tensor(float(module.variance_epsilon), device=self._weight.device)
+        self._epsilon = torch.tensor(module.variance_epsilon, dtype=torch.float32, device=self._weight.device)
         self._share = 1 / len(self._weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,15 +136,15 @@ class _Layer:
         angles: Sequence[torch.Tensor],
         attend: "_Attention",
         lora: LayerLora | PackedLayer,
-        chosen: torch.Tensor | None,
+        foreign: torch.Tensor | None,
     ) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
-        heads = self._qkv(self._norm_in(x), lora.qkv, chosen).view(len(x), -1, self._width)
+        heads = self._qkv(self._norm_in(x), lora.qkv, foreign).view(len(x), -1, self._width)
         turned = _rotate(heads[:, : -self._kv_heads], *angles)
         q, k, v = turned[:, : -self._kv_heads], turned[:, -self._kv_heads :], heads[:, -self._kv_heads :]
-        x = self._o(attend(q, k, v, self._scaling), lora.o, chosen).add_(x)
-        gate, up = self._gate_up(self._norm_middle(x), lora.gate_up, chosen).chunk(2, -1)
-        return self._down(functional.silu(gate).mul_(up), lora.down, chosen).add_(x)
+        x = self._o(attend(q, k, v, self._scaling), lora.o, foreign).add_(x)
+        gate, up = self._gate_up(self._norm_middle(x), lora.gate_up, foreign).chunk(2, -1)
+        return self._down(functional.silu(gate).mul_(up), lora.down, foreign).add_(x)
 
 
 class _Attention:

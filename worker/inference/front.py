@@ -96,6 +96,7 @@ class Front:
         body = _parse(await self._body(request))
         self._check_room(body.model, len(body.prompts()))
         served = await self._resolve(body.model)
+        self._check_room(body.model, len(body.prompts()))  # once more: others came while it was asked for
         exchange = Exchange(self.link, self.metrics, body, served)
         try:
             exchange.open()

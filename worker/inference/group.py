@@ -60,6 +60,12 @@ class Group:
             del self._waiting[digest]
         return request
 
+    def turn_away(self) -> list[Generate]:
+        """Those that wait, who wait here no longer."""
+        waiting = self.waiting
+        self._waiting.clear()
+        return waiting
+
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is."""
         for digest, queue in list(self._waiting.items()):

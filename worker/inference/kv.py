@@ -191,6 +191,13 @@ class KeyValues:
             layer.stores[1][row, :, :length] = values[:, :length]
 
     @torch.inference_mode()
+    def clear(self, row: int) -> None:
+        """Zero a row: a NaN in it would be seen through the mask by whoever has it next."""
+        for layer in self.layers:
+            for store in layer.stores:
+                store[row].zero_()
+
+    @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row over another one."""
         for layer in self.layers:

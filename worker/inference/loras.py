@@ -1,7 +1,5 @@
 """LoRA for the lean forward: an adapter's weights as they lie beside the joined products, read from its directory's
-tensors; and several adapters stacked, so that a batch of any mix of them costs two small products a joined one.
-
-Knows no files, no bases and no requests.
+tensors. Knows no files, no bases and no requests.
 """
 
 import math
@@ -78,11 +76,11 @@ class PackedLayer(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """Adapters, layer by layer. `chosen`: [rows, places, 1], one where a row's own adapter lies and zero elsewhere;
-    None where all rows have the only one."""
+    """Adapters, layer by layer. `foreign`: [rows, places, 1], true but where a row's own adapter lies; None where all
+    rows have the only one."""
 
     layers: Sequence[LayerLora | PackedLayer]
-    chosen: torch.Tensor | None = None
+    foreign: torch.Tensor | None = None
 
 
 Linears = Mapping[str, torch.nn.Linear]
@@ -122,7 +120,10 @@ def _scaled(config: LoraConfig, name: str, sides: dict[str, torch.Tensor], linea
     a, b = (sides[side].to(linear.weight.device, linear.weight.dtype) for side in "AB")
     if a.shape != (rank, linear.in_features) or b.shape != (linear.out_features, rank):
         raise LoraError(f"{name} has weights of another shape")
-    return Lora(a, b.t() * (alpha / (math.sqrt(rank) if config.use_rslora else rank)))
+    b = b.t() * (alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise LoraError(f"{name} has weights beyond {a.dtype}'s range")
+    return Lora(a, b)
 
 
 def _joined(number: int, fan: tuple[str, ...], parts: dict[str, Lora], linears: Linears) -> Lora | None:

@@ -61,11 +61,13 @@ class PrefixCache:
         return len(tokens) - (match.length if match else 0) >= MIN_GAIN
 
     def keep(self, model: Hashable, tokens: list[int], snapshot: Snapshot) -> None:
-        """Remember a sequence; one that it extends is replaced by it."""
+        """Remember a sequence, unless it alone is beyond the budget; one that it extends is replaced by it."""
+        size = sum(keys.nbytes + values.nbytes for keys, values in snapshot)
+        if size > self._budget:
+            return
         match = self.find(model, tokens)
         if match and match.length == len(self._entries[match.key].tokens):
             self._drop(match.key)
-        size = sum(keys.nbytes + values.nbytes for keys, values in snapshot)
         entry = _Entry(model, torch.tensor(tokens, dtype=torch.int32), snapshot, size)
         self._entries[self._next] = entry
         self._by_model[model].add(self._next)

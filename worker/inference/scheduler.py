@@ -12,12 +12,13 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 
 from worker.inference.adapters import Models
-from worker.inference.bases import ModelError, NoRoom
+from worker.inference.bases import Base, ModelError, NoRoom
 from worker.inference.constraints import Grammars
 from worker.inference.group import Group
 from worker.inference.kv import CHUNK, KeyValues, Read
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import ServedModel
+from worker.inference.reader import Reader, Reading
 from worker.inference.sequence import RequestError, Sequence
 from worker.inference.sizes import budget
 from worker.inference.wire import EngineSettings, Failed, Generate, Stats, ToFront
@@ -26,10 +27,18 @@ log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Owns the models and the caches. Call `turn` while `busy`; everything else is cheap."""
+    """Owns the models and the caches. Call `turn` while `busy`, and look again after each `wake`, which comes from
+    another thread; everything else is cheap."""
 
-    def __init__(self, models: Models, settings: EngineSettings, send: Callable[[ToFront], None]) -> None:
+    def __init__(
+        self,
+        models: Models,
+        settings: EngineSettings,
+        send: Callable[[ToFront], None],
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
         self._models = models
+        self._reader = Reader(models, wake)
         self._settings = settings
         self._send = send
         self._groups: OrderedDict[Hashable, Group] = OrderedDict()
@@ -44,14 +53,20 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a turn would do anything."""
-        return bool(self._groups or self._held or self._expected)
+        unhurried = bool(self._held or self._expected) and not self._reader.busy
+        return bool(self._groups) or self._reader.has_news or unhurried
+
+    @property
+    def reading(self) -> bool:
+        """Whether a base is on its way."""
+        return self._reader.busy
 
     @property
     def stats(self) -> Stats:
         """Gauges now, and counters since the start."""
         return Stats(
             running=self._running,
-            waiting=sum(len(group.waiting) for group in self._groups.values()) + len(self._held),
+            waiting=sum(len(group.waiting) for group in self._groups.values()) + len(self._held) + self._reader.waiting,
             adapters=self._models.adapters,
             bases=self._models.bases,
             prefix_cache_bytes=self._prefixes.size,
@@ -59,20 +74,30 @@ class Scheduler:
         )
 
     def add(self, request: Generate) -> None:
-        """Queue a request behind those of the same served model, which is loaded for it; or hold it until there is room
-        for that."""
+        """Queue a request behind those of the same served model, which is loaded for it; or hold it, and whoever comes
+        later, until there is room for that."""
+        if self._held:
+            self._held.append(request)
+        else:
+            self._admit(request)
+
+    def _admit(self, request: Generate) -> None:
         try:
-            base = self._models.load(request.model, self._in_use())
+            if not self._models.has_base(request.model):
+                self._reader.fetch(request.model, self._in_use(), self._groups_bases()).waiting.append(request)
+                return
+            base = self._models.load(request.model, self._in_use(), self._groups_bases())
             lane = self._models.lane(request.model)
             if request.sampling.deterministic:
                 lane = (lane, request.id)  # no company
         except NoRoom:
-            self._held.append(request)
+            self._hold(request)
         except Exception as error:
             self._refuse(request.id, error)
         else:
             self._position_bytes[request.model.base_digest] = base.position_bytes
-            self._groups.setdefault(lane, Group(lane, request.model.base_digest)).wait(request)
+            group = self._groups.setdefault(lane, Group(lane, request.model.base_digest))
+            group.wait(_encoded(request, base))
 
     def expect(self, model: ServedModel) -> None:
         """Load a model once nobody is answered and nobody waits, if there is room for it then."""
@@ -81,6 +106,7 @@ class Scheduler:
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its slot is free at once."""
         self._held = [request for request in self._held if request.id != request_id]
+        self._reader.cancel(request_id)
         for group in list(self._groups.values()):
             group.cancel(request_id)
             self._dismiss_if_idle(group)
@@ -88,11 +114,12 @@ class Scheduler:
     def turn(self) -> None:
         """One step of a group: whoever may join begins, prompts are read a chunk further, the others decode. Without a
         group, what is expected is loaded."""
-        if self._held and not self._running:
+        self.settle()
+        if self._held and not self._groups and not self._reader.busy:
             self._let_go()
         group = next(self._runnable(), None)
         if group is None:
-            if self._expected:
+            if self._expected and not self._reader.busy:
                 self._meet(self._expected.pop(0))
             return
         group.steps += 1
@@ -106,6 +133,17 @@ class Scheduler:
             self._fail_group(group, 500, f"the engine failed on this batch: {type(error).__name__}")
         self._pass_on(group)
 
+    def settle(self) -> None:
+        """Take in the bases that have been read, for those who wait for them."""
+        for reading in self._reader.take_in():
+            for request in reading.waiting:
+                if reading.error is None:
+                    self._admit(request)
+                else:
+                    self._refuse(request.id, reading.error)
+            if not reading.waiting:
+                self._met(reading)
+
     @property
     def _running(self) -> int:
         return sum(len(group.seated) for group in self._groups.values())
@@ -116,6 +154,10 @@ class Scheduler:
     def _in_use(self) -> list[ServedModel]:
         return [sequence.model for group in self._groups.values() for sequence in group.seated]
 
+    def _groups_bases(self) -> set[str]:
+        """Of those who wait, too."""
+        return {group.base_digest for group in self._groups.values()}
+
     def _pass_on(self, group: Group) -> None:
         self._dismiss_if_idle(group)
         if group.lane in self._groups and group.steps >= self._settings.slice_steps:
@@ -124,27 +166,45 @@ class Scheduler:
 
     def _meet(self, model: ServedModel) -> None:
         try:
-            if self._models.has_room(model):
+            if not self._models.has_room(model):
+                return
+            if self._models.has_base(model):
                 self._models.load(model, [])
+            else:
+                self._reader.fetch(model, [], [])
         except Exception as error:  # whoever asks for it will be told
             log.warning("%s was expected and could not be loaded: %s", model.digest, error)
+
+    def _met(self, reading: Reading) -> None:
+        """A base that nobody waits for: its adapter is what was expected."""
+        if reading.error is None:
+            self._expected.insert(0, reading.model)
+        else:
+            log.warning("%s was expected and could not be loaded: %s", reading.model.digest, reading.error)
 
     def _dismiss_if_idle(self, group: Group) -> None:
         if group.idle:
             self._groups.pop(group.lane, None)
 
+    def _hold(self, request: Generate) -> None:
+        """Until those that run have made room; whoever else waits stands behind it, or it might never have its turn."""
+        self._held.append(request)
+        for group in list(self._groups.values()):
+            self._held += group.turn_away()
+            self._dismiss_if_idle(group)
+
     def _let_go(self) -> None:
-        """Whoever waits longest for room has it now that nothing runs, and goes first."""
-        request = self._held.pop(0)
-        self.add(request)
-        for lane, group in self._groups.items():
-            if request in group.waiting:
-                self._groups.move_to_end(lane, last=False)
-                return
+        """Whoever waits longest for room has it now that nobody else is answered, and so have those over the same
+        base; the others wait on."""
+        digest, held = self._held[0].model.base_digest, self._held
+        self._held = [request for request in held if request.model.base_digest != digest]
+        for request in held:
+            if request.model.base_digest == digest:
+                self._admit(request)
 
     def _may_join(self, group: Group) -> bool:
-        """Whether the next request may be begun: not while another one waits for those that run to make room."""
-        if self._held or not group.waiting or self._running >= self._settings.max_batch:
+        """Whether the next request may be begun."""
+        if not group.waiting or self._running >= self._settings.max_batch:
             return False
         others_wait = any(other.waiting for other in self._groups.values() if other is not group)
         share = max(1, self._settings.max_batch // len(self._groups))
@@ -171,12 +231,12 @@ class Scheduler:
         try:
             group.reading.append(self._seat(group, request))
         except NoRoom:
-            self._held.append(request)
+            self._hold(request)
         except Exception as error:
             self._refuse(request.id, error)
 
     def _seat(self, group: Group, request: Generate) -> Sequence:
-        base = self._models.load(request.model, self._in_use())
+        base = self._models.load(request.model, self._in_use(), self._groups_bases())
         sequence = Sequence(request, base, self._grammars)
         group.store = group.store or KeyValues(base.layers, self._models.device)
         row, ids = len(group.seated), sequence.prompt
@@ -211,6 +271,8 @@ class Scheduler:
             sequence.advance(logits)
         except RequestError as error:
             self._fail(sequence.id, error.status, error.message, error.param)
+            if group.store is not None:
+                group.store.clear(row)
             group.leave(row)
         else:
             self._report(group, row)
@@ -237,7 +299,7 @@ class Scheduler:
             self._fail(request_id, status, message, param)
         group.clear()
 
-    def _refuse(self, request_id: str, error: Exception) -> None:
+    def _refuse(self, request_id: str, error: BaseException) -> None:
         """Say in words why one request has no answer; the others go on."""
         match error:
             case RequestError():
@@ -254,6 +316,13 @@ class Scheduler:
     def _count(self, **more: int) -> None:
         for name, value in more.items():
             self._counts[name] += value
+
+
+def _encoded(request: Generate, base: Base) -> Generate:
+    """Its prompt in tokens: how many they are decides where it fits."""
+    if not isinstance(request.prompt, str):
+        return request
+    return request.model_copy(update={"prompt": base.tokenizer.encode(request.prompt).ids})
 
 
 def _reads(group: Group) -> list[Read]:

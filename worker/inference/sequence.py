@@ -138,7 +138,8 @@ class Sequence:
 
 
 def _prompt_ids(request: Generate, base: Base) -> list[int]:
-    ids = base.tokenizer.encode(request.prompt).ids if isinstance(request.prompt, str) else request.prompt
+    assert not isinstance(request.prompt, str), "it is encoded before it waits"
+    ids = request.prompt
     _check_vocabulary(ids, base, "prompt")
     _check_vocabulary(request.sampling.allowed_token_ids or [], base, "allowed_token_ids")
     _check_vocabulary(request.sampling.stop_token_ids, base, "stop_token_ids")

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import AutoConfig
 
+from worker.architecture import is_llama
 from worker.inference.products import packs
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
@@ -38,7 +40,8 @@ def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) ->
     numbers = sum(_numbers(path) for path in Path(served.base_path).glob("*.safetensors"))
     if served.quantization is not None and device.type == "cuda":
         return int(numbers * int(served.quantization["bits"]) / 8 * BESIDE_BLOCKS)
-    copies = 2 if packs(torch.empty(1, 1, dtype=dtype, device=device)) else 1  # the kernel's layout is one more
+    laid_out = _is_lean(served.base_path) and packs(torch.empty(1, 1, dtype=dtype, device=device))
+    copies = 2 if laid_out else 1  # the kernel's layout is one more
     return numbers * dtype.itemsize * copies
 
 
@@ -51,6 +54,13 @@ def held_bytes(model: nn.Module) -> int:
     """What a model's weights take: those of layers that share one storage once."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _is_lean(directory: str) -> bool:
+    try:
+        return is_llama(AutoConfig.from_pretrained(directory, local_files_only=True))
+    except Exception:
+        return False
 
 
 def _numbers(path: Path) -> int:

@@ -33,9 +33,10 @@ class Stack:
 
     @property
     def bytes(self) -> int:
-        """What the places take in memory."""
+        """What the places take in memory, and the first few of them once more for each number that is laid out."""
         width = sum(rank * sum(widths) for rank, widths in zip(self._ranks, self._widths, strict=True))
-        return self._room * width * self._count * self._like.element_size()
+        places = self._room + sum(self._packed)
+        return places * width * self._count * self._like.element_size()
 
     def mix(self, rows: Sequence[str | None], adapters: dict[str, list[LayerLora]]) -> Mix | None:
         """What a batch reads whose rows have these of the `adapters`; None where no row has one."""
@@ -50,10 +51,14 @@ class Stack:
                 self._place(name, wanted, adapters[name])
             self._places.move_to_end(name)
         used = _power_of_two(max(self._places[name] for name in wanted) + 1)
-        chosen = self._like.new_zeros(len(rows), used, 1)
+        foreign = torch.ones(len(rows), used, 1, dtype=torch.bool, device=self._like.device)
         having = [number for number, row in enumerate(rows) if row is not None]
-        chosen[having, [self._places[row] for row in rows if row is not None]] = 1
-        return Mix(self._first(used), chosen)
+        foreign[having, [self._places[row] for row in rows if row is not None]] = False
+        return Mix(self._first(used), foreign)
+
+    def clear(self) -> None:
+        """Give all places back, between two steps: whoever is wanted next is moved in anew."""
+        self._rebuild(0, [0] * len(FANS))
 
     def forget(self, name: str) -> None:
         """An adapter is gone, and its place free."""

@@ -21,6 +21,7 @@ class LedgerTenancy:
         self._host = settings.host_name
         self._owner = f"{self._host}:inference:{settings.inference_port}"
         self._renew_at = 0.0
+        self.lease = self._ledger.inference_lease * (1 - 1 / RENEWALS)  # since a stay that renewed nothing
         # A thread outlives the task that waited for it: it must not reserve behind `leave`.
         self._asking = threading.Lock()
 

@@ -93,11 +93,6 @@ class Devices:
     def all(self) -> list[DeviceRow]:
         return list(self._session.scalars(select(DeviceRow).order_by(DeviceRow.name)))
 
-    def of_host(self, host: str) -> list[DeviceRow]:
-        """What the workers of one host reported."""
-        its_own = or_(DeviceRow.name == host, DeviceRow.name.startswith(f"{host}/", autoescape=True))
-        return list(self._session.scalars(select(DeviceRow).where(its_own)))
-
 
 class Aliases:
     """(resource, name) → id. Pointing an alias elsewhere is one row."""

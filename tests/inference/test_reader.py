@@ -1,0 +1,135 @@
+"""Bases are read beside those who are answered, and take turns where they do not fit together."""
+
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+from tests.inference.conftest import Shelf
+from tests.inference.test_scheduling import Desk
+from worker.inference.adapters import AdaptedBase, Models
+from worker.inference.protocol import ServedModel
+from worker.inference.sizes import PROCESS_BYTES, base_bytes
+from worker.inference.wire import EngineSettings, Failed
+
+
+class Gated(Models):
+    """Reads a base once its gate is open, and notes which."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.gate = Event()
+        self.read_bases: list[str] = []
+
+    def read(self, served: ServedModel) -> AdaptedBase:
+        assert self.gate.wait(60)
+        self.read_bases.append(served.base_digest)
+        return super().read(served)
+
+
+class Gatehouse(Desk):
+    """A desk whose gate is open at first."""
+
+    models: Gated
+
+    def __init__(self, **settings: int) -> None:
+        super().__init__(Gated, **settings)
+        self.models.gate.set()
+
+    def work(self) -> None:
+        """As long as there is something to do without waiting."""
+        while self.scheduler.busy:
+            self.scheduler.turn()
+
+
+@pytest.fixture
+def late(shelf: Shelf) -> ServedModel:
+    """Another base, by its digest."""
+    return shelf.served("late", base_digest="late")
+
+
+def test_others_are_answered_while_a_base_is_read(shelf: Shelf, late: ServedModel) -> None:
+    desk = Gatehouse()
+    desk.ask("first", shelf.served("base"))
+    desk.models.gate.clear()
+    desk.hand_in("waits", late)
+    desk.hand_in("waits too", late)
+    for number in range(3):
+        desk.hand_in(f"goes on {number}", shelf.served("one", shelf.one))
+
+    desk.work()
+
+    assert set(desk.finished) == {"first", "goes on 0", "goes on 1", "goes on 2"}
+    assert desk.scheduler.stats.waiting == 2
+    desk.models.gate.set()
+    desk.run()
+    assert set(desk.finished[4:]) == {"waits", "waits too"}
+    assert desk.models.read_bases == ["base", "late"]
+
+
+def test_whoever_gives_up_meanwhile_is_not_answered(shelf: Shelf, late: ServedModel) -> None:
+    desk = Gatehouse()
+    desk.models.gate.clear()
+    desk.hand_in("gives up", late)
+    desk.hand_in("waits", late)
+    desk.scheduler.cancel("gives up")
+    desk.models.gate.set()
+
+    desk.run()
+
+    assert desk.finished == ["waits"]
+    assert desk.scheduler.stats.waiting == 0
+
+
+def test_a_base_that_cannot_be_read_is_told_to_all_who_wait_for_it(shelf: Shelf, tmp_path: Path) -> None:
+    desk = Gatehouse()
+    desk.models.gate.clear()
+    torn = shelf.served("torn", base_digest="torn").model_copy(update={"base_path": str(tmp_path)})
+    for name in ("one", "two"):
+        desk.hand_in(name, torn)
+    desk.models.gate.set()
+    desk.hand_in("other", shelf.served("base"))
+
+    desk.run()
+
+    told = [message for message in desk.said if isinstance(message, Failed)]
+    assert [(failed.id, failed.status) for failed in told] == [("one", 422), ("two", 422)]
+    assert all("base model torn cannot be loaded" in failed.message for failed in told)
+    assert desk.finished == ["other"]
+    assert not desk.scheduler.busy
+
+
+def one_base(shelf: Shelf) -> Gatehouse:
+    """With memory for one base at a time."""
+    size = base_bytes(shelf.served("base"), torch.device("cpu"), torch.float32)
+    return Gatehouse(memory_bytes=PROCESS_BYTES + 2 * size - 1, kv_bytes=1, prefix_cache_bytes=1)
+
+
+def test_bases_that_do_not_fit_together_are_read_once_for_all_who_wait(shelf: Shelf, late: ServedModel) -> None:
+    desk = one_base(shelf)
+    for number in range(6):
+        desk.hand_in(f"base {number}", shelf.served("base"))
+        desk.hand_in(f"late {number}", late)
+
+    desk.run()
+
+    assert len(desk.finished) == 12
+    assert desk.models.read_bases == ["base", "late", "base"]
+
+
+def test_a_crowd_over_one_base_does_not_starve_another(shelf: Shelf, late: ServedModel) -> None:
+    desk = one_base(shelf)
+    desk.ask("crowd", shelf.served("base"))
+    for number in range(40):
+        desk.ask(f"crowd {number}", shelf.served("base"))
+    for _ in range(3):
+        desk.scheduler.turn()  # the first of the crowd are being answered
+    desk.hand_in("single", late)
+    for number in range(40, 50):
+        desk.hand_in(f"crowd {number}", shelf.served("base"))
+
+    desk.run()
+
+    assert len(desk.finished) == 52
+    assert desk.finished.index("single") <= 16

@@ -1,0 +1,74 @@
+"""Bases are read beside the thread that answers, one at a time, so that those over other bases go on meanwhile.
+
+Everything but the reading itself happens on that thread, which takes in what was read between two steps.
+"""
+
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from worker.inference.adapters import AdaptedBase, Models
+from worker.inference.protocol import ServedModel
+from worker.inference.wire import Generate
+
+
+@dataclass
+class Reading:
+    """One base on its way, for a model over it, and the requests that wait for it."""
+
+    model: ServedModel
+    future: Future[AdaptedBase]
+    waiting: list[Generate] = field(default_factory=list)
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it could not be read, once it has ended."""
+        return self.future.exception()
+
+
+class Reader:
+    """Calls `wake`, from another thread, when a base has been read."""
+
+    def __init__(self, models: Models, wake: Callable[[], None]) -> None:
+        self._models = models
+        self._wake = wake
+        self._thread = ThreadPoolExecutor(1, "reader")
+        self._under_way: dict[str, Reading] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a base is on its way."""
+        return bool(self._under_way)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take_in` has something to say."""
+        return any(reading.future.done() for reading in self._under_way.values())
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a base."""
+        return sum(len(reading.waiting) for reading in self._under_way.values())
+
+    def fetch(self, model: ServedModel, in_use: Collection[ServedModel], bases_in_use: Collection[str]) -> Reading:
+        """Have the base of `model` read, if it is not on its way. Raises ModelError and NoRoom, as `Models.load`."""
+        digest = model.base_digest
+        if digest not in self._under_way:
+            self._models.make_way(model, in_use, bases_in_use)
+            future = self._thread.submit(self._models.read, model)
+            self._under_way[digest] = Reading(model, future)
+            future.add_done_callback(lambda _: self._wake())
+        return self._under_way[digest]
+
+    def take_in(self) -> list[Reading]:
+        """What has ended since: its base is there now, or `error` says why not."""
+        ended = [reading for reading in self._under_way.values() if reading.future.done()]
+        for reading in ended:
+            del self._under_way[reading.model.base_digest]
+            self._models.take(reading.model.base_digest, None if reading.error else reading.future.result())
+        return ended
+
+    def cancel(self, request_id: str) -> None:
+        """One request waits no longer."""
+        for reading in self._under_way.values():
+            reading.waiting = [request for request in reading.waiting if request.id != request_id]
