@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.conftest import ROOT, corpus_jsonl
-from tests.e2e.conftest import Deployment, start, stop
+from tests.e2e.conftest import Deployment, command_of, start, stop
 
 pytestmark = pytest.mark.chaos
 
@@ -40,12 +40,14 @@ def kill(deployment: Deployment, name: str) -> None:
     """SIGKILL the process of this name; a worker's two processes are told apart by their queue."""
     words = VICTIMS[name]
     for process in deployment.processes():
-        line = process.cmdline()
-        matches = any(words == tuple(line[i : i + len(words)]) for i in range(len(line))) or words[0] in line[0]
+        line = command_of(process)
+        matches = any(words == tuple(line[i : i + len(words)]) for i in range(len(line))) or words[0] in " ".join(
+            line[:1]
+        )
         if matches and (name != "trainer" or process.environ().get("VERITUNE_WORKER_QUEUES") == "gpu"):
             process.kill()
             return
-    raise AssertionError(f"no {name} to kill: {[p.cmdline() for p in deployment.processes()]}")
+    raise AssertionError(f"no {name} to kill: {[command_of(p) for p in deployment.processes()]}")
 
 
 def patiently(ask: Callable[[], Any], seconds: float = 90) -> Any:

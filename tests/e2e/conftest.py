@@ -65,9 +65,17 @@ class Deployment:
 
     def find(self, *words: str) -> psutil.Process:
         """The one process whose command line ends in these words."""
-        found = [p for p in self.processes() if tuple(p.cmdline()[-len(words) :]) == words]
-        assert found, [p.cmdline() for p in self.processes()]
+        found = [p for p in self.processes() if tuple(command_of(p)[-len(words) :]) == words]
+        assert found, [command_of(p) for p in self.processes()]
         return found[0]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Its command line; nothing when it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # a zombie is one, too
+        return []
 
 
 def start(home: Path, **environment: str) -> Deployment:

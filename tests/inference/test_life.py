@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from worker.inference.front import FrontSettings, StaticResolver
+from worker.inference.link import SILENCE
 from worker.inference.protocol import ServedModel
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,23 @@ def test_a_killed_engine_fails_its_requests_and_comes_back(small: Server) -> Non
     small.wait_until_ready()
     assert small.front.link.pid != pid
     assert small.ids(model="one") == before
+
+
+def test_a_stuck_engine_fails_its_requests_and_another_comes(shelf: Shelf) -> None:
+    quick = FrontSettings(engine=ENGINE.model_copy(update={"heartbeat": 0.3}))
+    with serving(shelf.table(), quick) as running:
+        running.wait_until_ready()
+        pid = running.front.link.pid
+        time.sleep(2 * 0.3 * SILENCE)
+        assert running.front.link.pid == pid, "one that only has nothing to do is not stuck"
+        with ThreadPoolExecutor(2) as pool, stopped(running):
+            answers = [future.result() for future in ask_in_background(running, pool, 2)]
+
+        assert [answer.status_code for answer in answers] == [503, 503]
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
+        running.wait_until_ready()
+        assert running.front.link.pid != pid
+        assert running.ids(model="one")
 
 
 def test_a_lost_client_frees_its_slot(small: Server) -> None:

@@ -17,7 +17,7 @@ from app.domain.predictions import Prediction, PredictRequest
 from app.settings import Settings
 from tests.conftest import ROOT, SHARED
 from tests.e2e import test_main_job as main_job
-from tests.e2e.conftest import MODEL_CACHE, SECRET, Deployment, free_port
+from tests.e2e.conftest import MODEL_CACHE, SECRET, Deployment, command_of, free_port
 from tests.e2e.test_main_job import downloaded as downloaded
 from tests.vllm.conftest import DTYPE
 from tests.vllm.server import until_ready
@@ -78,7 +78,7 @@ def judged(home: Path, url: str, requests: list[PredictRequest]) -> list[Predict
 
 
 def test_no_inference_of_our_own_runs_beside_it(deployment: Deployment) -> None:
-    modules = [word for process in deployment.processes() for word in process.cmdline() if word.startswith("worker")]
+    modules = [word for process in deployment.processes() for word in command_of(process) if word.startswith("worker")]
     assert "worker" in modules
     assert not [module for module in modules if module.startswith("worker.inference")]
 

@@ -59,24 +59,27 @@ def listen(source: BinaryIO, inbox: Inbox) -> None:
         os._exit(0)  # not sys.exit: the model thread may be deep in a forward
 
 
-def serve(inbox: Inbox, scheduler: Scheduler, mouth: Mouth) -> None:
-    """Work for ever: take messages in between turns, and report what happened."""
-    told, at = Stats(), 0.0
+def serve(inbox: Inbox, scheduler: Scheduler, mouth: Mouth, heartbeat: float) -> None:
+    """Work for ever: take messages in between turns, and report what happened; at least once a `heartbeat`."""
+    told, told_at, at = Stats(), 0.0, 0.0
     while True:
-        take_in(inbox, scheduler)
+        take_in(inbox, scheduler, heartbeat)
         if scheduler.busy:
             scheduler.turn()
         if not scheduler.busy or time.monotonic() - at > STATS_EVERY:
             stats, at = scheduler.stats, time.monotonic()
-            if stats != told:
+            if stats != told or at - told_at >= heartbeat:
                 mouth.say(stats)
-                told = stats
+                told, told_at = stats, at
 
 
-def take_in(inbox: Inbox, scheduler: Scheduler) -> None:
-    """Hand over every message that is there; wait for one when there is nothing else to do."""
+def take_in(inbox: Inbox, scheduler: Scheduler, patience: float) -> None:
+    """Hand over every message that is there; wait for one, but not for longer, when there is nothing else to do."""
     while not scheduler.busy or not inbox.empty():
-        message = inbox.get()
+        try:
+            message = inbox.get(timeout=patience)
+        except queue.Empty:
+            return
         if isinstance(message, Generate):
             scheduler.add(message)
         elif isinstance(message, Expect):
@@ -108,7 +111,7 @@ def main() -> None:
     models = Models(settings)
     dtype = str(models.dtype).removeprefix("torch.")
     mouth.say(Ready(pid=os.getpid(), device=str(models.device), dtype=dtype))
-    serve(inbox, Scheduler(models, settings, mouth.say, lambda: inbox.put(None)), mouth)
+    serve(inbox, Scheduler(models, settings, mouth.say, lambda: inbox.put(None)), mouth, settings.heartbeat)
 
 
 if __name__ == "__main__":

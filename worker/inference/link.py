@@ -45,6 +45,7 @@ FIRST_SECONDS = 2.0  # the same for its first answer, which loads a base; refine
 SHORT_ANSWER = 64  # tokens of an answer whose time is mostly that
 FIRST_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
 GRACE = 5.0  # seconds an engine has to end by itself once its stdin is closed
+SILENCE = 10  # heartbeats
 REST_GRACE = 1.0  # the same where somebody waits for its memory
 STARTING = "the inference engine is starting; try again soon"
 
@@ -212,7 +213,7 @@ class EngineLink:
                 return
             self._tell(Configure(settings=self._settings))
             assert process.stdout is not None
-            while raw := await process.stdout.readline():
+            while raw := await self._line(process.stdout):
                 self._take(raw, began)
         except ValueError:
             log.exception("the engine said what cannot be read")
@@ -223,6 +224,16 @@ class EngineLink:
             self._process = None
             self._on_stats(Stats())
             self._fail_all()
+
+    async def _line(self, out: asyncio.StreamReader) -> bytes:
+        """What the engine says next; nothing at its end, which a ready one's long silence is taken for."""
+        if not self._ready:
+            return await out.readline()
+        try:
+            return await asyncio.wait_for(out.readline(), SILENCE * self._settings.heartbeat)
+        except TimeoutError:
+            log.error("the engine is stuck: it said nothing for %g s", SILENCE * self._settings.heartbeat)
+            return b""
 
     def _take(self, raw: bytes, began: float) -> None:
         try:

@@ -34,7 +34,9 @@ class TokenLogprobs(Frozen):
 class EngineSettings(Frozen):
     """What the front tells a fresh engine. Counts are sequences. `memory_bytes` is for the whole process; a quarter and
     an eighth of what its libraries leave, but at most `kv_bytes` and `prefix_cache_bytes`, are for keys and values of
-    those who are answered and of those who were; the rest is for bases and adapters."""
+    those who are answered and of those who were; the rest is for bases and adapters. `heartbeat`: the longest time in
+    seconds between two reports; an engine that is silent for ten times as long is taken for stuck.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -46,6 +48,7 @@ class EngineSettings(Frozen):
     prefix_cache_bytes: int = Field(512 * 1024**2, ge=0)
     max_rank: int = Field(256, ge=1)
     max_grammars: int = Field(256, ge=1)
+    heartbeat: float = Field(30.0, gt=0)
 
 
 class Configure(Frozen):
