@@ -101,14 +101,14 @@ class Place:
             self._wait(leaving)
 
     def _ask(self) -> Standing:
+        planned = self._prepared.plan.seconds
+        seconds = None if planned is None else planned + BEGINNING
         standing = self._ledger.train(
-            self._host, self._owner, self._leased.job_id, self._prepared.need.bytes, self._size
+            self._host, self._owner, self._leased.job_id, self._prepared.need.bytes, self._size, seconds
         )
         if standing.held != self._held:
             self._held = standing.held
             self._heartbeat.hold(standing.held)
-        if standing.held is not None and (seconds := self._prepared.plan.seconds) is not None:
-            self._ledger.expect(standing.held, seconds + BEGINNING)
         return standing
 
     @property

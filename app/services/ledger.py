@@ -34,8 +34,11 @@ class Ledger:
 
     # What a trainer does.
 
-    def train(self, host: str, owner: str, job_id: str, wanted: int | None, device: int) -> Standing:
-        """Ask for a place for a job that takes `wanted` bytes (None: not known) of a device of `device` bytes.
+    def train(
+        self, host: str, owner: str, job_id: str, wanted: int | None, device: int, seconds: float | None = None
+    ) -> Standing:
+        """Ask for a place for a job that takes `wanted` bytes (None: not known) of a device of `device` bytes, and
+        should be done in `seconds` once it has its place.
 
         Asked again until nobody is in the way. Another job is waited for before anything is reserved; inference
         afterwards, for the reservation is what tells it to make way.
@@ -51,6 +54,8 @@ class Ledger:
                 return Standing(None, policy, frozenset({Tenant.TRAINING}))
             held = Held(host, owner, Reservation(tenant=Tenant.TRAINING, bytes=size, policy=policy, job_id=job_id))
             unit.reservations.put(held, self._lease_seconds)
+            if seconds is not None:  # at once: whoever sees the reservation tells people when to come back
+                unit.reservations.expect(host, owner, seconds)
             serving = any(other.tenant is Tenant.INFERENCE for other in others)
             in_the_way = serving and policy is not Policy.SHARE
             return Standing(held, policy, frozenset({Tenant.INFERENCE} if in_the_way else ()))

@@ -39,6 +39,16 @@ def reserved(ledger: Ledger) -> dict[str, int]:
     return {one.job_id or one.tenant.value: one.bytes for one in ledger.by_host().get(HOST, ())}
 
 
+def test_a_reservation_tells_from_its_first_moment_when_it_should_end(ledger: Ledger) -> None:
+    held = ledger.train(HOST, "a", "job_a", 9 * GB, 10 * GB, 60.0).held
+    assert held is not None
+    (reservation,) = ledger.by_host()[HOST]
+    assert reservation.ends_in == pytest.approx(60.0, abs=2.0)
+    absence = ledger.serve(HOST, "front", 4 * GB)
+    assert absence is not None
+    assert absence.seconds == pytest.approx(60.0, abs=2.0)
+
+
 def test_both_stay_where_both_fit(ledger: Ledger) -> None:
     assert ledger.serve(HOST, "front", 4 * GB) is None
     standing = train(ledger, "a", 6 * GB)
