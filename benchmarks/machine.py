@@ -35,11 +35,16 @@ def head(what: str, module: str) -> dict[str, Any]:
     """What every result begins with: how it came about."""
     return {
         "what": what,
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *map(_without_its_place, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "code_revision": revision(),
         "machine": machine(),
     }
+
+
+def _without_its_place(word: str) -> str:
+    """An argument without the path that a directory has on this machine alone."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def machine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Digest → what the engine loads, from what jobs of every approach have published."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,26 @@ def test_a_base_is_served_at_each_quantisation(services: Services, held: Quantiz
     served = PublishedResolver(services).resolve(digest)
     assert (served.digest, served.adapter_path) == (digest, None)
     assert (served.quantization or {}).get("bits") == (held and held.bits)
+
+
+def test_the_folder_of_a_server_that_only_looks_there_gets_what_vllm_serves(
+    services: Services, dataset: str, tmp_path: Path
+) -> None:
+    specs: dict[str, Any] = {
+        "plain": {"adapter": {"type": "lora"}},
+        "dora": {"adapter": {"type": "lora", "use_dora": True}},
+        "whole": {"adapter": None},
+    }
+    served = {
+        name: published(services, dataset, tmp_path / name, quantization=None, **spec) for name, spec in specs.items()
+    }
+    folder = services.settings.cache_path / "adapters"
+    for directory in folder.iterdir():
+        shutil.rmtree(directory)
+
+    services.adapters.put_on_disk(served["plain"].base_digest)
+
+    assert [directory.name for directory in folder.iterdir()] == [served["plain"].digest]
 
 
 def test_a_digest_that_nothing_has(services: Services) -> None:

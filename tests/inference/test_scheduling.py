@@ -309,6 +309,31 @@ def test_a_sequence_replaces_the_one_it_extends() -> None:
     assert cache.worth_keeping("m", list(range(60)))
 
 
+def test_what_is_beyond_the_budget_by_itself_drops_nobody() -> None:
+    cache = PrefixCache(budget=30 * 16)
+    cache.keep("m", list(range(20)), snapshot(20))
+    cache.keep("m", list(range(100, 140)), snapshot(40))
+
+    assert cache.size == 20 * 16
+    assert cache.find("m", list(range(20)))
+
+
+def test_a_text_takes_the_room_of_its_tokens(shelf: Shelf) -> None:
+    text = "Claim: The Danube flows into the Black Sea. " * 5
+    tokens = len(Tokenizer.from_file(str(shelf.base / "tokenizer.json")).encode(text).ids)
+    assert tokens + 6 <= 256 < len(text) + 50
+    desk = Desk(kv_bytes=2 * 256 * 512)  # as above
+    for name in ("one", "two"):
+        sampling = Sampling(max_tokens=min(50, 256 - tokens), temperature=0, ignore_eos=True)
+        desk.scheduler.add(Generate(id=name, model=shelf.served("base"), prompt=text, sampling=sampling))
+        while desk.scheduler.reading:
+            desk.scheduler.settle()
+    for _ in range(3):
+        desk.scheduler.turn()
+
+    assert desk.scheduler.stats.running == 2
+
+
 def test_the_budget_drops_the_least_recently_used() -> None:
     cache = PrefixCache(budget=50 * 16)
     cache.keep("m", [1] * 20, snapshot(20))
