@@ -172,7 +172,8 @@ class AdaptedBase:
 
 
 class Models:
-    """All that is loaded, within a budget of bytes. Not for several threads: the engine's model thread owns it."""
+    """All that is loaded, within a budget of bytes. Not for several threads, but for `read`: the engine's model thread
+    owns it."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
