@@ -1,9 +1,11 @@
 """The lean forward of the Llama family: the same logits as transformers and PEFT give, over prompts and over steps."""
 
+import dataclasses
 import gc
 import itertools
 import random
 import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ from transformers import (
 
 from tests.inference.conftest import Shelf
 from tests.tiny import make_tiny_model
-from worker.inference.adapters import Models
+from worker.inference.adapters import AdaptedBase, Models
+from worker.inference.bases import load_base
 from worker.inference.forwards import StockForward
-from worker.inference.kv import KeyValues, Read
+from worker.inference.kv import Forward, KeyValues, Read
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import PROCESS_BYTES, base_bytes
+from worker.inference.sizes import PROCESS_BYTES, base_bytes, held_bytes
 from worker.inference.wire import EngineSettings
 from worker.processor import cpu_here
+from worker.quantization import bitsandbytes_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
 SETTINGS = EngineSettings(device="cpu", dtype="float32")
@@ -84,16 +88,20 @@ def served(base: Path, adapter: Path | None = None, digest: str = "") -> ServedM
 def answers(models: Models, *rows: ServedModel) -> list[torch.Tensor]:
     """Logits behind each prompt, and behind three more tokens of all of them together; each row by its own model, or
     all by one."""
-    answering = rows if len(rows) > 1 else rows * len(PROMPTS)
+    return logits_by(models.forward, rows if len(rows) > 1 else rows * len(PROMPTS))
+
+
+def logits_by(forward: Callable[[Sequence[Any]], Forward], answering: Sequence[Any]) -> list[torch.Tensor]:
+    """The same, of whatever `forward` takes for a row."""
     store = KeyValues(2)
     store.reserve(len(PROMPTS), 100)
     found = [
-        store.prefill(models.forward([model]), row, prompt, 0)
+        store.prefill(forward([model]), row, prompt, 0)
         for row, (model, prompt) in enumerate(zip(answering, PROMPTS, strict=True))
     ]
     for step in range(3):
         lengths = [len(prompt) + step for prompt in PROMPTS]
-        found += store.decode(models.forward(answering), [11 + step] * len(PROMPTS), lengths).unbind()
+        found += store.decode(forward(answering), [11 + step] * len(PROMPTS), lengths).unbind()
     return found
 
 
@@ -131,6 +139,43 @@ def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Pa
         found = answers(models, *(known[name] for name in mixed))
         rows = [mixed[place % len(PROMPTS)] for place in range(len(found))]
         assert_same(found, [wanted[name][place] for place, name in enumerate(rows)])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_mix_over_a_base_that_stays_quantised(tmp_path: Path, bits: int) -> None:
+    """As on a GPU, by bitsandbytes' kernels for a CPU."""
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    plain = load_base(served(base), torch.device("cpu"), torch.float32)
+    quantised = AdaptedBase(dataclasses.replace(plain, model=packed(base, bits)))
+    wanted = {"base": alone(packed(base, bits))}
+    for name, modules in {"all": "all-linear", "some": ["q_proj", "up_proj", "down_proj"]}.items():
+        directory = adapter(base, tmp_path / name, target_modules=modules)
+        quantised.load(name, directory, max_rank=8)
+        assert quantised.mixes(name)
+        wanted[name] = alone(PeftModel.from_pretrained(packed(base, bits), directory).train())
+    exact = alone(AutoModelForCausalLM.from_pretrained(base))
+
+    for mixed in (("base",) * 3, ("all",) * 3, ("all", "some", "base"), ("some", "base", "all")):
+        rows = [None if name == "base" else name for name in mixed]
+        found = logits_by(quantised.forward, rows)
+        assert_same(found, [wanted[mixed[place % len(PROMPTS)]][place] for place in range(len(found))])
+    off = max(float((one - other).abs().max()) for one, other in zip(wanted["base"], exact, strict=True))
+    assert off > 0.01  # quantisation is not nothing here
+
+
+def packed(base: Path, bits: int) -> Any:
+    """A base whose layers keep quantised weights. In training: at rest bitsandbytes lays them out anew for a CPU."""
+    held = bitsandbytes_config(bits, "nf4", double_quant=True, compute=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=held)
+    return model.train().requires_grad_(False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_a_quantised_base_takes_is_known_before_it_is_loaded(tmp_path: Path, bits: int) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    asked = served(base).model_copy(update={"quantization": {"bits": bits}})
+    known = base_bytes(asked, torch.device("cuda"), torch.float32)
+    assert known == pytest.approx(held_bytes(packed(base, bits)), rel=0.1)
 
 
 @pytest.mark.parametrize("stock", [False, True])

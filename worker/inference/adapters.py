@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from worker.inference.bases import Base, ModelError, NoRoom, compute_device, compute_dtype, load_base
 from worker.inference.forwards import StockForward, lean_forward
 from worker.inference.kv import Forward
-from worker.inference.loras import LayerLora, read_lora
+from worker.inference.loras import LayerLora
 from worker.inference.products import packs
 from worker.inference.protocol import ServedModel
 from worker.inference.sizes import adapter_bytes, base_bytes, budget, held_bytes
@@ -92,7 +92,7 @@ class AdaptedBase:
         weights = _read_weights(digest, directory)
         if self._lean is not None and isinstance(config, LoraConfig):
             try:
-                beside = read_lora(config, weights, self._lean.linears)
+                beside = self._lean.read_lora(config, weights)
             except Exception as error:
                 raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
             if beside is not None:

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from worker.architecture import is_llama
 from worker.inference.kv import KeyValues, Part, Step
-from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer, PackedLora
-from worker.inference.products import Product
+from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer, PackedLora, read_lora
+from worker.inference.products import Product, SideBySide
 from worker.inference.stack import Stack
 
 
@@ -44,12 +45,13 @@ class StockForward:
 
 
 class LlamaForward:
-    """The Llama family's, over the model's own weights, which become views of the joined ones."""
+    """The Llama family's, over the model's own layers. Dense ones are joined; their weights become views of that."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         whole: Any = model
         self._inner, self._head = whole.model, Product(whole.lm_head.weight, whole.lm_head.bias)
-        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._like: torch.Tensor = whole.model.embed_tokens.weight
+        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         config = model.config
         self._kv_heads, self._heads = int(config.num_key_value_heads), int(config.num_attention_heads)
         self._layers = [_Layer(module) for module in whole.model.layers]
@@ -57,8 +59,11 @@ class LlamaForward:
 
     def stack(self) -> Stack:
         """Room for adapters over this model."""
-        first = self._layers[0]
-        return Stack(len(self._layers), first.widths, self._inner.embed_tokens.weight)
+        return Stack(len(self._layers), self._layers[0].widths, self._like)
+
+    def read_lora(self, config: LoraConfig, weights: dict[str, torch.Tensor]) -> list[LayerLora] | None:
+        """As `loras.read_lora`, beside this model's layers."""
+        return read_lora(config, weights, self._linears, self._like)
 
     def __call__(self, step: Step, store: KeyValues, mix: Mix | None = None) -> torch.Tensor:
         x = self._inner.embed_tokens(step.ids)
@@ -78,19 +83,12 @@ class LlamaForward:
         return added.repeat(1, 1, self._heads // self._kv_heads, 1)
 
 
-class _Joined:
-    """Linear layers of one input as one: their weights become views of its rows."""
+class _Fan:
+    """Linear layers of one input, and the LoRA beside them."""
 
     def __init__(self, *modules: Any) -> None:
-        weight = torch.cat([module.weight for module in modules])
-        bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
-        start = 0
-        for module in modules:
-            end = start + module.weight.shape[0]
-            module.weight = nn.Parameter(weight[start:end], requires_grad=False)
-            start = end
-        self._product = Product(weight, bias)
-        self.widths = (weight.shape[1], weight.shape[0])
+        self._product = _joined(modules) if all(map(_is_dense, modules)) else SideBySide(modules)
+        self.widths = (modules[0].in_features, sum(module.out_features for module in modules))
 
     def __call__(self, x: torch.Tensor, lora: Lora | PackedLora | None, foreign: torch.Tensor | None) -> torch.Tensor:
         """[tokens, in] → [tokens, Σ out]. `foreign`: as in `Mix`."""
@@ -101,6 +99,22 @@ class _Joined:
         if foreign is not None:  # not multiplied by 0: what overflowed in another's adapter would become NaN
             down.view(*foreign.shape[:2], -1).masked_fill_(foreign, 0)
         return lora.up(down, out)
+
+
+def _is_dense(module: Any) -> bool:
+    return type(module) is nn.Linear  # those that keep quantised weights are its subclasses
+
+
+def _joined(modules: Sequence[Any]) -> Product:
+    """Layers as one: their weights become views of its rows."""
+    weight = torch.cat([module.weight for module in modules])
+    bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
+    start = 0
+    for module in modules:
+        end = start + module.out_features
+        module.weight = nn.Parameter(weight[start:end], requires_grad=False)
+        start = end
+    return Product(weight, bias)
 
 
 class _Norm:
@@ -122,13 +136,13 @@ class _Layer:
     def __init__(self, module: Any) -> None:
         attention, mlp = module.self_attn, module.mlp
         self._norm_in, self._norm_middle = _Norm(module.input_layernorm), _Norm(module.post_attention_layernorm)
-        self._qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._o = _Joined(attention.o_proj)
-        self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
-        self._down = _Joined(mlp.down_proj)
+        self._qkv = _Fan(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._o = _Fan(attention.o_proj)
+        self._gate_up = _Fan(mlp.gate_proj, mlp.up_proj)
+        self._down = _Fan(mlp.down_proj)
         self._width, self._scaling = int(attention.head_dim), float(attention.scaling)
-        self._kv_heads = attention.k_proj.weight.shape[0] // self._width
-        self.widths = [joined.widths for joined in (self._qkv, self._o, self._gate_up, self._down)]
+        self._kv_heads = attention.k_proj.out_features // self._width
+        self.widths = [fan.widths for fan in (self._qkv, self._o, self._gate_up, self._down)]
 
     def run(
         self,
@@ -185,7 +199,7 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def lean_forward(model: PreTrainedModel) -> LlamaForward | None:
-    """The lean forward where the model's layers are Llama's, and dense."""
+    """The lean forward where the model's layers are Llama's, and linear ones dense or quantised."""
     linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
-    dense = all(type(module) is nn.Linear for module in linears)
-    return LlamaForward(model) if is_llama(model.config) and dense else None
+    plain = is_llama(model.config) and all(isinstance(module, nn.Linear) for module in linears)
+    return LlamaForward(model) if plain else None

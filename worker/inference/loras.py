@@ -87,9 +87,11 @@ Linears = Mapping[str, torch.nn.Linear]
 """A model's linear layers by name."""
 
 
-def read_lora(config: LoraConfig, weights: dict[str, torch.Tensor], linears: Linears) -> list[LayerLora] | None:
-    """An adapter beside the products of a Llama-like model, in its dtype and on its device; None where it has parts
-    elsewhere. Raises LoraError."""
+def read_lora(
+    config: LoraConfig, weights: dict[str, torch.Tensor], linears: Linears, like: torch.Tensor
+) -> list[LayerLora] | None:
+    """An adapter beside the products of a Llama-like model, in the dtype and on the device of `like`; None where it has
+    parts elsewhere. Raises LoraError."""
     if config.use_dora or config.bias != "none" or config.modules_to_save or config.lora_bias:
         return None
     given: dict[str, dict[str, torch.Tensor]] = {}
@@ -107,7 +109,8 @@ def read_lora(config: LoraConfig, weights: dict[str, torch.Tensor], linears: Lin
         raise LoraError(f"{surplus} of its weights are not in the base")
     if not wanted:
         raise LoraError("its target_modules name nothing there")
-    parts = {name: _scaled(config, name, given[name], linears[name]) for name in wanted}
+    here = {name: {side: given[name][side].to(like.device, like.dtype) for side in "AB"} for name in wanted}
+    parts = {name: _scaled(config, name, here[name], linears[name]) for name in wanted}
     layers = sum(name.endswith(f".{FANS[1][0]}") for name in linears)
     return [LayerLora(*(_joined(number, fan, parts, linears) for fan in FANS)) for number in range(layers)]
 
@@ -117,7 +120,7 @@ def _scaled(config: LoraConfig, name: str, sides: dict[str, torch.Tensor], linea
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    a, b = (sides[side].to(linear.weight.device, linear.weight.dtype) for side in "AB")
+    a, b = sides["A"], sides["B"]
     if a.shape != (rank, linear.in_features) or b.shape != (linear.out_features, rank):
         raise LoraError(f"{name} has weights of another shape")
     b = b.t() * (alpha / (math.sqrt(rank) if config.use_rslora else rank))

@@ -1,5 +1,6 @@
 """x → x·Wᵀ + b over weights that do not change, in the layout that the kernel reads. Knows no models."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,3 +41,15 @@ class Product:
             return out.addmm_(x, self._weight.t())
         added: torch.Tensor = self._kernels._linear_pointwise.binary(x, out, self._packed, None, "add")
         return added
+
+
+class SideBySide:
+    """Layers whose weights are quantised, each multiplied by its own kernel."""
+
+    def __init__(self, layers: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        self._layers = layers
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, in] → [tokens, Σ out]."""
+        outs = [layer(x) for layer in self._layers]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)

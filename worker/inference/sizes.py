@@ -1,5 +1,6 @@
 """What models take in memory: before they are loaded, from their files; afterwards, from their weights."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from worker.inference.wire import EngineSettings
 PROCESS_BYTES = 512 << 20
 """Of an engine that has loaded nothing: its libraries, or a GPU's context."""
 
-BESIDE_BLOCKS = 1.1
-"""Of quantised weights: block scales, and layers that stay as they are."""
+WITH_SCALES = {4: 0.5 + 4 / 64, 8: 1.0}
+"""Bits → bytes of a quantised weight, at 4 with a scale in 4 bytes for 64 weights: double quantisation takes less."""
+
+_OF_A_LAYER = re.compile(r"\.\d+\.")  # what is quantised; embeddings and output are in no numbered layer
 
 
 class Budget(NamedTuple):
@@ -37,9 +40,12 @@ def budget(settings: EngineSettings) -> Budget:
 
 def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) -> int:
     """About what a base will take. 0 for one that cannot be read: loading it will say why."""
-    numbers = sum(_numbers(path) for path in Path(served.base_path).glob("*.safetensors"))
+    sizes = [size for path in Path(served.base_path).glob("*.safetensors") for size in _sizes(path).items()]
+    numbers = sum(size for _, size in sizes)
     if served.quantization is not None and device.type == "cuda":
-        return int(numbers * int(served.quantization["bits"]) / 8 * BESIDE_BLOCKS)
+        quantised = sum(size for name, size in sizes if _OF_A_LAYER.search(name))
+        packed = quantised * WITH_SCALES[int(served.quantization["bits"])]
+        return int(packed + (numbers - quantised) * dtype.itemsize)
     laid_out = _is_lean(served.base_path) and packs(torch.empty(1, 1, dtype=dtype, device=device))
     copies = 2 if laid_out else 1  # the kernel's layout is one more
     return numbers * dtype.itemsize * copies
@@ -47,12 +53,14 @@ def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) ->
 
 def adapter_bytes(directory: Path, dtype: torch.dtype) -> int:
     """What an adapter's weights take in this dtype. 0 for one that cannot be read: loading it will say why."""
-    return _numbers(directory / "adapter_model.safetensors") * dtype.itemsize
+    return sum(_sizes(directory / "adapter_model.safetensors").values()) * dtype.itemsize
 
 
 def held_bytes(model: nn.Module) -> int:
-    """What a model's weights take: those of layers that share one storage once."""
+    """What a model's weights take, with the scales of quantised ones; those of layers that share one storage once."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    for state in [getattr(parameter, "quant_state", None) for parameter in model.parameters()]:
+        tensors += [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
@@ -63,13 +71,13 @@ def _is_lean(directory: str) -> bool:
         return False
 
 
-def _numbers(path: Path) -> int:
-    """How many numbers a safetensors file holds, from its header."""
+def _sizes(path: Path) -> dict[str, int]:
+    """How many numbers each tensor of a safetensors file holds, from its header."""
     try:
         with safe_open(path, framework="pt") as file:
-            return sum(_count(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict
+            return {name: _count(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except Exception:
-        return 0
+        return {}
 
 
 def _count(shape: list[int]) -> int:
