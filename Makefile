@@ -13,7 +13,7 @@ VLLM := .cache/vllm
 VLLM_PINS := tests/vllm/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo up test check format acceptance chaos vllm bench bench-training bench-inference model clean
+.PHONY: help setup demo up test check format acceptance chaos gpu vllm bench bench-training bench-inference bench-gpu model clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -39,7 +39,7 @@ up: model ## Run the service until Ctrl-C: http://127.0.0.1:8000/docs
 
 test: model ## Lint, types, imports, and all tests but the slow suites
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest -q -m "not chaos and not acceptance and not vllm"
+	@$(BIN)/python -m pytest -q -m "not chaos and not acceptance and not vllm and not gpu"
 
 check: $(READY) ## Lint, types and import rules
 	@$(BIN)/ruff format --check --quiet .
@@ -57,6 +57,9 @@ acceptance: model ## The user's whole CSV, embedded and over Postgres and Redis;
 
 chaos: model ## Kill every process while jobs run and claims are judged
 	@$(BIN)/python -m pytest -q -m chaos
+
+gpu: $(READY) ## Serve and train on this machine's GPU; without one these tests fail
+	@$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 vllm: model $(VLLM)/.ready ## A real vLLM behind the service: the protocol, the same predictions, verdicts beside the embedded engine's
 	@$(BIN)/python -m pytest -q -m vllm --runxfail tests/vllm
@@ -79,6 +82,9 @@ bench-inference: model $(VLLM)/.ready ## Measure serving against vLLM and PEFT: 
 	@$(BIN)/python -m benchmarks.inference
 	@$(BIN)/python -m benchmarks.served
 	@$(BIN)/python -m benchmarks.decode_step
+
+bench-gpu: $(READY) ## Measure this machine's GPU at Llama-2-7B's sizes, beside PEFT and the plan: some minutes, 14 GB of disk
+	@$(BIN)/python -m benchmarks.gpu
 
 clean: ## Remove state and caches, keep the environment
 	@rm -rf .cache .mypy_cache .ruff_cache .hypothesis

@@ -13,11 +13,12 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import PeftModel, get_peft_model
 from peft.config import PeftConfig
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from app.domain.architectures import Architecture
 from app.domain.attempts import EncodedRow
 from benchmarks.live import LiveBytes, bytes_of, kept_for_backward
+from benchmarks.random_base import config_of
 from worker.training.batches import Batch, collate
 from worker.training.llama import llama_backbone
 from worker.training.loss import backward_loss
@@ -84,7 +85,7 @@ def shapes_of(
 ) -> tuple[PeftModel, Any]:
     """(the adapted model, the model itself), all of it without storage; the adapter's own parameters in `compute`."""
     with META:
-        model: Any = LlamaForCausalLM(_config(sizes))
+        model: Any = LlamaForCausalLM(config_of(sizes))
         model = model.to(compute)
         if packed:
             for layer in model.model.layers:
@@ -101,23 +102,6 @@ def shapes_of(
     adapted.train()
     assert isinstance(adapted, PeftModel)
     return adapted, model
-
-
-def _config(sizes: Architecture) -> LlamaConfig:
-    untyped: Any = LlamaConfig
-    config: LlamaConfig = untyped(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        tie_word_embeddings=sizes.tied,
-        attention_bias=sizes.qkv_bias,
-        attn_implementation="sdpa",
-    )
-    return config
 
 
 def _pack(block: nn.Module, compute: torch.dtype) -> None:

@@ -27,7 +27,7 @@ from tests.tiny import make_tiny_model
 from worker.inference.adapters import AdaptedBase, Models
 from worker.inference.bases import load_base
 from worker.inference.forwards import StockForward
-from worker.inference.kv import Forward, KeyValues, Read
+from worker.inference.kv import CPU, Forward, KeyValues, Read
 from worker.inference.protocol import ServedModel
 from worker.inference.sizes import PROCESS_BYTES, base_bytes, held_bytes
 from worker.inference.wire import EngineSettings
@@ -91,9 +91,11 @@ def answers(models: Models, *rows: ServedModel) -> list[torch.Tensor]:
     return logits_by(models.forward, rows if len(rows) > 1 else rows * len(PROMPTS))
 
 
-def logits_by(forward: Callable[[Sequence[Any]], Forward], answering: Sequence[Any]) -> list[torch.Tensor]:
+def logits_by(
+    forward: Callable[[Sequence[Any]], Forward], answering: Sequence[Any], device: torch.device = CPU
+) -> list[torch.Tensor]:
     """The same, of whatever `forward` takes for a row."""
-    store = KeyValues(2)
+    store = KeyValues(2, device)
     store.reserve(len(PROMPTS), 100)
     found = [
         store.prefill(forward([model]), row, prompt, 0)
@@ -145,7 +147,7 @@ def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Pa
 def test_adapters_mix_over_a_base_that_stays_quantised(tmp_path: Path, bits: int) -> None:
     """As on a GPU, by bitsandbytes' kernels for a CPU."""
     base = save(tmp_path / "base", FAMILY["llama"]())
-    plain = load_base(served(base), torch.device("cpu"), torch.float32)
+    plain = load_base(served(base), CPU, torch.float32)
     quantised = AdaptedBase(dataclasses.replace(plain, model=packed(base, bits)))
     wanted = {"base": alone(packed(base, bits))}
     for name, modules in {"all": "all-linear", "some": ["q_proj", "up_proj", "down_proj"]}.items():

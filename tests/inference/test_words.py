@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,18 +32,22 @@ def word(number: int) -> list[int]:
     return [100 + number, 250 - number, 150 + 2 * number, 300 + number]
 
 
-def train(base: Path, directory: Path, number: int) -> ServedModel:
-    """An adapter whose rank and layers are not all alike."""
+def order_of(base: Path, directory: Path, number: int, quantization: Any = None, updates: int = 40) -> TrainOrder:
+    """To learn that word behind every prompt; ranks and layers are not all alike."""
     directory.mkdir()
     rows = [
         EncodedRow(line=line, ids=(*prompt, *word(number)), trained=((len(prompt), len(prompt) + LETTERS),))
         for line, prompt in enumerate(PROMPTS, 1)
     ]
     (directory / "rows.jsonl").write_text("".join(f"{row.model_dump_json()}\n" for row in rows))
-    adapter = {"type": "lora", "r": 2 + number % 5, "target_modules": MODULES[number % len(MODULES)]}
-    trainer = {"train_steps": 40, "effective_batch_size": len(rows), "learning_rate": 2e-2}
-    spec = TrainSpec.model_validate({"dataset": "d", "adapter": adapter, "quantization": None, "trainer": trainer})
-    order = TrainOrder(
+    asked = {
+        "dataset": "d",
+        "adapter": {"type": "lora", "r": 2 + number % 5, "target_modules": MODULES[number % len(MODULES)]},
+        "quantization": quantization,
+        "trainer": {"train_steps": updates, "effective_batch_size": len(rows), "learning_rate": 2e-2},
+    }
+    spec = TrainSpec.model_validate(asked)
+    return TrainOrder(
         job_id="job",
         epoch=1,
         base=BaseOnDisk(path=base, digest="0" * 64, name="tiny", revision="r1"),
@@ -52,7 +57,10 @@ def train(base: Path, directory: Path, number: int) -> ServedModel:
         spec=spec,
         schedule=Schedule.of(spec, len(rows), 64, "cpu", 0).model_copy(update={"checkpoint_every": 1_000}),
     )
-    recipe.train(order, Channel(io.BytesIO(), io.BytesIO()))
+
+
+def train(base: Path, directory: Path, number: int) -> ServedModel:
+    recipe.train(order_of(base, directory, number), Channel(io.BytesIO(), io.BytesIO()))
     return ServedModel(
         digest=f"speaker{number}",
         base_digest="base",

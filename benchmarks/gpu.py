@@ -1,0 +1,285 @@
+"""`python -m benchmarks.gpu`: serving and training on this machine's GPU, at the sizes of a model with random weights.
+
+    --sizes NAME     whose sizes (default: Llama-2-7B)
+    --layers N       fewer layers than it has
+    --place DIR      where the weights lie meanwhile (default: a temporary directory; a 7B's take 14 GB)
+
+Serving: a decode step of the engine over an NF4 base, beside PEFT's `generate` in the same run. Training: an update of
+the recipe, its peak beside the plan's. Writes `benchmarks/results/gpu.json`.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.profiler import ProfilerActivity, profile
+
+from app.domain.architectures import KNOWN, Architecture
+from app.domain.attempts import EncodedRow
+from app.domain.memory import CONTEXT, GPU16, Load, memory_of
+from app.domain.specs import TrainSpec
+from benchmarks.machine import ROOT, head
+from benchmarks.random_base import write_adapter, write_base
+from worker.inference.adapters import Models
+from worker.inference.bases import load_base
+from worker.inference.kv import KeyValues
+from worker.inference.protocol import Sampling, ServedModel
+from worker.inference.scheduler import Scheduler
+from worker.inference.sizes import base_bytes
+from worker.inference.wire import EngineSettings, Generate, ToFront
+from worker.precision import Precision, precision_here
+from worker.training.batches import Batch, collate
+from worker.training.loss import backward_loss
+from worker.training.masters import MasterWeights
+from worker.training.model import load_trainee
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+RANK = 16
+LENGTH = 200
+STEPS = 16
+ROWS = (1, 8, 16, 32)
+LIVE = (0, 1, 4, 16)
+NF4 = {"bits": 4, "type": "nf4", "double": True}
+BATCH = (4, 512)
+UPDATES = 4
+LABELLED = 0.33
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", choices=KNOWN, default="Llama-2-7B")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--place", type=Path)
+    asked = parser.parse_args()
+    sizes = KNOWN[asked.sizes]
+    if asked.layers:
+        sizes = sizes.model_copy(update={"layers": asked.layers})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = head("veritune on a GPU", "benchmarks.gpu") | {"device": _name(device), "layers": sizes.layers}
+    with tempfile.TemporaryDirectory(prefix="veritune-gpu-", dir=asked.place) as name:
+        directory = Path(name)
+        base = write_base(sizes, directory / "base", device)
+        adapters = [write_adapter(sizes, directory / f"a{number:02}", RANK, device) for number in range(max(LIVE))]
+        found["serving"] = serving(base, adapters, device)
+        _write(found)
+        found["peft"] = peft(base, adapters, device)
+        _write(found)
+        found["training"] = training(sizes, base, device)
+        _write(found)
+
+
+def serving(base: Path, adapters: Sequence[Path], device: torch.device) -> dict[str, Any]:
+    """The engine's models: what loading takes, and a step by rows and live adapters."""
+    models = Models(EngineSettings(device=device.type, memory_bytes=64 << 30))
+    bare = _served(base)
+    before, began = _allocated(device), time.perf_counter()
+    layers = models.load(bare, []).layers
+    loaded = {
+        "dtype": str(models.dtype),
+        "seconds": round(time.perf_counter() - began, 1),
+        "planned": base_bytes(bare, device, models.dtype),
+        "counted": models.bytes,
+        "allocated": _allocated(device) - before,
+    }
+    began = time.perf_counter()
+    lent = [_served(base, path) for path in adapters]
+    for adapter in lent:
+        models.load(adapter, [bare])
+    loaded["seconds_an_adapter"] = round((time.perf_counter() - began) / len(lent), 3)
+    steps = []
+    for rows in ROWS:
+        for live in LIVE:
+            if live <= rows or live == 1:
+                chosen = [bare if not live else lent[row % live] for row in range(rows)]
+                steps.append({"rows": rows, "live": live, **_step(models, chosen, layers, device)})
+                print(json.dumps(steps[-1]), flush=True)
+    turns = [_turns(models, [lent[row % live] for row in range(16)]) for live in (1, 16)]
+    print(json.dumps(turns), flush=True)
+    return loaded | {"steps": steps, "turns": turns}
+
+
+def _turns(models: Models, chosen: Sequence[ServedModel]) -> dict[str, Any]:
+    """The same with all that a turn does besides: tokens are chosen, texts decoded, events sent."""
+    said: list[ToFront] = []
+    settings = EngineSettings(memory_bytes=64 << 30, prefix_cache_bytes=0)
+    scheduler = Scheduler(models, settings, said.append)
+    sampling = Sampling(max_tokens=4 * STEPS, temperature=0, ignore_eos=True)
+    for row, model in enumerate(chosen):
+        scheduler.add(Generate(id=str(row), model=model, prompt=_prompt(row), sampling=sampling))
+    while scheduler.stats.prefills < len(chosen) or scheduler.stats.generation_tokens == 0:
+        scheduler.turn()
+    before, began = scheduler.stats.generation_tokens, time.perf_counter()
+    while scheduler.stats.running == len(chosen):
+        scheduler.turn()
+    seconds = time.perf_counter() - began
+    pace = (scheduler.stats.generation_tokens - before) / seconds
+    return {"rows": len(chosen), "live": len({model.digest for model in chosen}), "tokens_per_second": round(pace, 1)}
+
+
+def _step(models: Models, chosen: Sequence[ServedModel], layers: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a decode step, and how many of them kernels run."""
+    store = KeyValues(layers, device)
+    store.reserve(len(chosen), LENGTH + 3 * STEPS)
+    lengths = [LENGTH] * len(chosen)
+    for row in range(len(chosen)):
+        store.prefill(models.forward([chosen[row]]), row, _prompt(row), 0)
+
+    def step() -> float:
+        began = time.perf_counter()
+        store.decode(models.forward(chosen), [7] * len(chosen), lengths).argmax(-1).tolist()
+        lengths[:] = [length + 1 for length in lengths]
+        return time.perf_counter() - began
+
+    taken = median([step() for _ in range(STEPS)][4:])
+    return {
+        "ms": round(taken * 1e3, 2),
+        "kernels_ms": _kernels(step, device),
+        "tokens_per_second": round(len(chosen) / taken, 1),
+    }
+
+
+def _kernels(step: Callable[[], float], device: torch.device) -> float | None:
+    if device.type == "cpu":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(4):
+            step()
+    microseconds: float = sum(event.self_device_time_total for event in seen.key_averages())
+    return round(microseconds / 4e3, 2)
+
+
+def peft(base: Path, adapters: Sequence[Path], device: torch.device) -> list[dict[str, Any]]:
+    """PEFT over the same base: `generate`, mixed by `adapter_names`."""
+    dtype = precision_here(device, "unknown").compute
+    bare = load_base(_served(base), device, dtype).model
+    model: Any = PeftModel.from_pretrained(bare, adapters[0], adapters[0].name, autocast_adapter_dtype=False)
+    for path in adapters[1:]:
+        model.load_adapter(path, path.name, autocast_adapter_dtype=False)
+    model.to(dtype).eval()
+    found = []
+    for rows, live in ((1, 0), (1, 1), (16, 0), (16, 1), (16, 16)):
+        names = [adapters[row % live].name for row in range(rows)] if live else None
+        ids = torch.tensor([_prompt(row) for row in range(rows)], device=device)
+        seconds = _generated(model, ids, names)
+        found.append({"rows": rows, "live": live, "tokens_per_second": round(rows * STEPS / seconds, 1)})
+        print("peft", json.dumps(found[-1]), flush=True)
+    return found
+
+
+@torch.inference_mode()
+def _generated(model: Any, ids: torch.Tensor, names: list[str] | None) -> float:
+    """Seconds that `STEPS` decode steps take, the prompts' own time subtracted."""
+
+    def timed(count: int) -> float:
+        began = time.perf_counter()
+        chosen = {} if names is None else {"adapter_names": names}
+        told = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **told, **chosen).tolist()
+        return time.perf_counter() - began
+
+    def both() -> float:
+        timed(2)
+        return median(timed(STEPS + 1) - timed(1) for _ in range(2))
+
+    if names is not None:
+        return both()
+    with model.disable_adapter():
+        return both()
+
+
+def training(sizes: Architecture, base: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Updates of the recipe: tokens a second, and bytes at the peak beside the plan's."""
+    found = []
+    for recompute in (False, True):
+        gc.collect()
+        torch.cuda.empty_cache()
+        asked = {
+            "dataset": "d",
+            "adapter": {"type": "lora", "r": RANK},
+            "trainer": {"enable_gradient_checkpointing": recompute},
+        }
+        spec = TrainSpec.model_validate(asked)
+        found.append({"recompute": recompute, **_updates(sizes, base, spec, device)})
+        print("training", json.dumps(found[-1]), flush=True)
+    return found
+
+
+def _updates(sizes: Architecture, base: Path, spec: TrainSpec, device: torch.device) -> dict[str, Any]:
+    precision: Precision = precision_here(device, "unknown")
+    before = _allocated(device)
+    trainee = load_trainee(base, spec, UPDATES, precision, device, lambda _: None)
+    masters = MasterWeights(trainee.approach.parameters(), precision.compute)
+    optimizer = torch.optim.AdamW([masters.flat], lr=1e-5)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batch, seconds = _batch().to(device), []
+    for _ in range(UPDATES):
+        began = time.perf_counter()
+        backward_loss(trainee.hidden(batch), trainee.head, batch, 1.0)
+        masters.collect()
+        optimizer.step()
+        masters.reset()
+        _snapshot = masters.by_name()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    load = Load(batch.tokens, BATCH[1], batch.labelled)
+    recompute = spec.trainer.enable_gradient_checkpointing is True
+    planned = memory_of(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40)
+    return {
+        "precision": precision.name,
+        "fast_form": type(trainee.hidden).__name__,
+        "tokens_per_second": round(batch.tokens / median(seconds[1:])),
+        "planned_without_context": planned.total - CONTEXT["gpu"],
+        "peak": _peak(device) - before,
+        "reserved": torch.cuda.max_memory_reserved(device) - before if device.type == "cuda" else 0,
+    }
+
+
+def _batch() -> Batch:
+    rows, length = BATCH
+    spans = ((length - round(LABELLED * length), length),)
+    return collate([EncodedRow(line=line, ids=tuple(_prompt(line, length)), trained=spans) for line in range(rows)])
+
+
+def _prompt(row: int, length: int = LENGTH) -> list[int]:
+    return [100 + (31 * row + 7 * place) % 9_000 for place in range(length)]
+
+
+def _served(base: Path, adapter: Path | None = None) -> ServedModel:
+    return ServedModel(
+        digest=adapter.name if adapter else "base",
+        base_digest="base",
+        base_path=str(base),
+        quantization=NF4,
+        adapter_path=str(adapter) if adapter else None,
+        max_model_len=2_048,
+    )
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _write(found: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

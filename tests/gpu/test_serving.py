@@ -1,0 +1,114 @@
+"""Serving on a GPU: bases stay quantised, adapters mix over them, and the function is the one that PEFT computes."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tests.inference.conftest import NF4, Server, serving
+from tests.inference.test_forwards import FAMILY, PROMPTS, adapter, logits_by, save, served
+from tests.tiny import make_tiny_adapter, make_tiny_model
+from worker.inference.adapters import Models
+from worker.inference.forwards import StockForward
+from worker.inference.front import FrontSettings
+from worker.inference.sizes import base_bytes
+from worker.inference.wire import EngineSettings
+from worker.quantization import bitsandbytes_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # PEFT asks by the old name
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),  # that products of 8 bits are in float16
+]
+HELD: dict[str, dict[str, Any] | None] = {"plain": None, "nf4": NF4, "int8": {"bits": 8}}
+NAMES = ("all", "some", "base")
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_adapters_mix_over_any_base(gpu: torch.device, tmp_path: Path, held: str, dtype: str) -> None:
+    """No further from float32 than PEFT in the same number format, up to twice."""
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    made = {
+        "all": adapter(base, tmp_path / "all", target_modules="all-linear"),
+        "some": adapter(base, tmp_path / "some", rank=2, target_modules=["q_proj", "up_proj", "down_proj"]),
+    }
+    exact = {name: whole(base, made.get(name), HELD[held], torch.float32) for name in NAMES}
+    stock = {name: whole(base, made.get(name), HELD[held], getattr(torch, dtype)) for name in NAMES}
+    off = max(distance(one, other) for name in NAMES for one, other in zip(stock[name], exact[name], strict=True))
+
+    models = Models(EngineSettings.model_validate({"device": "cuda", "dtype": dtype}))
+    known = {name: served(base, made.get(name), name).model_copy(update={"quantization": HELD[held]}) for name in NAMES}
+    for model in known.values():
+        models.load(model, [])
+        assert not isinstance(models.forward([model]), StockForward)
+    for mixed in (("base",) * 3, ("all",) * 3, ("all", "some", "base"), ("some", "base", "all")):
+        found = logits_by(models.forward, [known[name] for name in mixed], gpu)
+        for place, logits in enumerate(found):
+            name = mixed[place % len(PROMPTS)]
+            assert distance(logits, exact[name][place]) < 2 * off + 1e-3, (mixed, place, off)
+
+
+def whole(base: Path, adapter: Path | None, held: dict[str, Any] | None, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Behind the same tokens as `logits_by`, by transformers and PEFT without any store."""
+    config = held and bitsandbytes_config(held["bits"], "nf4", double_quant=True, compute=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=config, device_map={"": torch.device("cuda")}
+    )
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+    model.eval()
+    longer = [[*prompt, *range(11, 11 + more)] for more in range(4) for prompt in PROMPTS]
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([ids], device="cuda")).logits[0, -1].float() for ids in longer]
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """As a share of the other's length."""
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("held", ["nf4", "int8", "plain"])
+def test_what_a_base_takes_is_known_before_it_is_loaded(gpu: torch.device, tmp_path: Path, held: str) -> None:
+    shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    base = save(tmp_path / "base", LlamaForCausalLM(LlamaConfig(vocab_size=8_192, num_attention_heads=8, **shape)))
+    model = served(base).model_copy(update={"quantization": HELD[held]})
+    models = Models(EngineSettings(device="cuda", dtype="float16"))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    models.load(model, [])
+    taken = torch.cuda.memory_allocated() - before
+    assert 0.95 * taken <= base_bytes(model, gpu, torch.float16) <= 1.2 * taken
+    assert models.bytes == pytest.approx(taken, rel=0.05)
+
+
+def test_a_crowd_over_an_nf4_base_is_answered(tmp_path: Path) -> None:
+    """As on the card: float16, the engine in a process of its own, three models at once."""
+    base = make_tiny_model(tmp_path / "base")
+    made = {name: make_tiny_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("one", "two"))}
+    over_nf4 = {
+        name: served(base, made.get(name), name).model_copy(update={"quantization": NF4})
+        for name in ("base", "one", "two")
+    }
+    settings = FrontSettings(engine=EngineSettings(device="cuda", dtype="float16"))
+    with serving(over_nf4, settings) as server:
+        server.wait_until_ready()
+        fixed = {name: ids(server, name, deterministic=True) for name in over_nf4}
+        assert len({tuple(found) for found in fixed.values()}) == len(over_nf4)
+        with ThreadPoolExecutor(24) as pool:
+            asked = [name for _ in range(8) for name in over_nf4]
+            crowd = list(pool.map(lambda name: ids(server, name), asked))
+            fixed_in_company = list(pool.map(lambda name: ids(server, name, deterministic=True), asked))
+        assert all(found == fixed[name] for name, found in zip(asked, fixed_in_company, strict=True))
+        # Sums in another order may turn a near tie, which ends what two greedy answers have in common.
+        alike = [found == fixed[name] for name, found in zip(asked, crowd, strict=True)]
+        assert sum(alike) >= 0.75 * len(alike), alike
+        assert all(found[0] == fixed[name][0] for name, found in zip(asked, crowd, strict=True))
+
+
+def ids(server: Server, model: str, **more: Any) -> list[int]:
+    return server.ids(model=model, max_tokens=12, ignore_eos=True, **more)

@@ -1,0 +1,63 @@
+"""Training on a GPU: QLoRA learns, in this GPU's own precision and in a T4's, and what it learned is served there."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.inference.test_words import PROMPTS, order_of, word
+from tests.tiny import make_tiny_model
+from worker.inference.adapters import Models
+from worker.inference.protocol import Sampling, ServedModel
+from worker.inference.scheduler import Scheduler
+from worker.inference.wire import EngineSettings, Finished, Generate, ToFront
+from worker.precision import FP16, precision_here
+from worker.training import recipe
+from worker.training.channel import Channel
+
+pytestmark = pytest.mark.gpu
+NF4 = {"bits": 4, "type": "nf4", "double": True}
+
+
+@pytest.mark.parametrize("precision", ["here", "t4"])
+def test_an_adapter_is_learned_over_nf4_and_says_its_word(
+    gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    if precision == "t4":
+        monkeypatch.setattr(recipe, "precision_here", lambda *_: FP16)
+    base = make_tiny_model(tmp_path / "base")
+    order = order_of(base, tmp_path / "job", 3, quantization={"bits": 4}, updates=60)
+    out = io.BytesIO()
+    recipe.train(order, Channel(out, io.BytesIO()))
+    told = [json.loads(line) for line in out.getvalue().splitlines()]
+
+    started = next(event for event in told if event["event"] == "started")
+    assert started["device"] == torch.cuda.get_device_name(gpu)
+    assert started["precision"] == ("fp16" if precision == "t4" else precision_here(gpu, "unknown").name)
+    losses = [event["loss"] for event in told if event["event"] == "metrics" and event["loss"] is not None]
+    assert losses[-1] < 0.1 * losses[0]
+    assert answers(base, tmp_path / "job" / "adapter") == [word(3)] * len(PROMPTS)
+
+
+def answers(base: Path, adapter: Path) -> list[list[int]]:
+    settings = EngineSettings(device="cuda", dtype="float16")
+    said: list[ToFront] = []
+    scheduler = Scheduler(Models(settings), settings, said.append)
+    model = ServedModel(
+        digest="speaker",
+        base_digest="base",
+        base_path=str(base),
+        quantization=NF4,
+        adapter_path=str(adapter),
+        max_model_len=256,
+    )
+    sampling = Sampling(max_tokens=len(word(3)), temperature=0, ignore_eos=True)
+    for place, prompt in enumerate(PROMPTS):
+        scheduler.add(Generate(id=str(place), model=model, prompt=prompt, sampling=sampling))
+    while scheduler.busy or scheduler.reading:
+        scheduler.turn()
+    found: dict[str, Any] = {message.id: message.token_ids for message in said if isinstance(message, Finished)}
+    return [found[str(place)] for place in range(len(PROMPTS))]
