@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     inference_memory: int | None = Field(
         default=None,
         ge=1,
-        description="Bytes of the device that inference may take; default is two fifths, or half of a small one.",
+        description="Bytes of the device that inference may take; default is half.",
     )
     warm_start: bool = Field(
         default=True,

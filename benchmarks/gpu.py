@@ -5,7 +5,7 @@
     --place DIR      where the weights lie meanwhile (default: a temporary directory; a 7B's take 14 GB)
 
 Serving: a decode step of the engine over an NF4 base, beside PEFT's `generate` in the same run. Training: an update of
-the recipe, its peak beside the plan's. Writes `benchmarks/results/gpu.json`.
+the recipe, which gets no more memory than the plan says. Writes `benchmarks/results/gpu.json`.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from benchmarks.machine import ROOT, head
 from benchmarks.random_base import write_adapter, write_base
 from worker.inference.adapters import Models
 from worker.inference.bases import load_base
-from worker.inference.kv import KeyValues
+from worker.inference.forwards import LlamaForward
+from worker.inference.kv import Forward, KeyValues
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
 from worker.inference.sizes import base_bytes
@@ -45,12 +46,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 RANK = 16
 LENGTH = 200
 STEPS = 16
-ROWS = (1, 8, 16, 32)
-LIVE = (0, 1, 4, 16)
+STEPS_OF = ((1, 0), (1, 1), (8, 0), (8, 4), (16, 0), (16, 1), (16, 4), (16, 16), (32, 0), (32, 16))
+"""Rows, and how many adapters are live among them."""
+ADAPTERS = 16
+PEFT_STEPS = 8
 NF4 = {"bits": 4, "type": "nf4", "double": True}
 BATCH = (4, 512)
 UPDATES = 4
 LABELLED = 0.33
+SETTINGS = EngineSettings(memory_bytes=64 << 30, kv_bytes=16 << 30, prefix_cache_bytes=0)
 
 
 def main() -> None:
@@ -67,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="veritune-gpu-", dir=asked.place) as name:
         directory = Path(name)
         base = write_base(sizes, directory / "base", device)
-        adapters = [write_adapter(sizes, directory / f"a{number:02}", RANK, device) for number in range(max(LIVE))]
+        adapters = [write_adapter(sizes, directory / f"a{number:02}", RANK, device) for number in range(ADAPTERS)]
         found["serving"] = serving(base, adapters, device)
         _write(found)
         found["peft"] = peft(base, adapters, device)
@@ -77,12 +81,12 @@ def main() -> None:
 
 
 def serving(base: Path, adapters: Sequence[Path], device: torch.device) -> dict[str, Any]:
-    """The engine's models: what loading takes, and a step by rows and live adapters."""
-    models = Models(EngineSettings(device=device.type, memory_bytes=64 << 30))
+    """The engine's models: what loading takes, and a step by rows and live adapters; unrecorded beside it."""
+    models = Models(SETTINGS)
     bare = _served(base)
     before, began = _allocated(device), time.perf_counter()
-    layers = models.load(bare, []).layers
-    loaded = {
+    loaded = models.load(bare, [])
+    found: dict[str, Any] = {
         "dtype": str(models.dtype),
         "seconds": round(time.perf_counter() - began, 1),
         "planned": base_bytes(bare, device, models.dtype),
@@ -93,24 +97,75 @@ def serving(base: Path, adapters: Sequence[Path], device: torch.device) -> dict[
     lent = [_served(base, path) for path in adapters]
     for adapter in lent:
         models.load(adapter, [bare])
-    loaded["seconds_an_adapter"] = round((time.perf_counter() - began) / len(lent), 3)
-    steps = []
-    for rows in ROWS:
-        for live in LIVE:
-            if live <= rows or live == 1:
-                chosen = [bare if not live else lent[row % live] for row in range(rows)]
-                steps.append({"rows": rows, "live": live, **_step(models, chosen, layers, device)})
-                print(json.dumps(steps[-1]), flush=True)
-    turns = [_turns(models, [lent[row % live] for row in range(16)]) for live in (1, 16)]
-    print(json.dumps(turns), flush=True)
-    return loaded | {"steps": steps, "turns": turns}
+    found["seconds_an_adapter"] = round((time.perf_counter() - began) / len(lent), 3)
+    steps = [
+        Decoding(models.forward, [bare if not live else lent[row % live] for row in range(rows)], loaded.layers, device)
+        for rows, live in STEPS_OF
+    ]
+    unrecorded = LlamaForward(loaded.model)
+    steps += [Decoding(lambda _: unrecorded, [bare] * rows, loaded.layers, device, "unrecorded") for rows in (1, 16)]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    found["steps"] = [step.timed() for step in steps]
+    found["turns"] = [_turns(models, [lent[row % live] for row in range(16)]) for live in (1, 16)]
+    found["taken_by_stores_and_recordings"] = free - torch.cuda.mem_get_info(device)[0] if free else 0
+    for step, told in zip(steps, found["steps"], strict=True):  # last: launches stay slower once a profiler was there
+        told["kernels_ms"] = step.kernels()
+    return found
+
+
+class Decoding:
+    """Steps of rows that have `LENGTH` tokens each."""
+
+    def __init__(
+        self,
+        forward: Callable[[Sequence[ServedModel]], Forward],
+        chosen: Sequence[ServedModel],
+        layers: int,
+        device: torch.device,
+        way: str = "recorded",
+    ) -> None:
+        self._forward, self._chosen, self._device, self._way = forward, chosen, device, way
+        self._store = KeyValues(layers, device)
+        self._store.reserve(len(chosen), LENGTH + 2 * STEPS)
+        self._lengths = [LENGTH] * len(chosen)
+
+    def timed(self) -> dict[str, Any]:
+        """Milliseconds a step, and tokens a second."""
+        for row in range(len(self._chosen)):
+            self._store.prefill(self._forward([self._chosen[row]]), row, _prompt(row), 0)
+        taken = median([self._step() for _ in range(STEPS)][4:])
+        told = {
+            "rows": len(self._chosen),
+            "live": len({model.digest for model in self._chosen if model.adapter_path}),
+            "way": self._way,
+            "ms": round(taken * 1e3, 2),
+            "tokens_per_second": round(len(self._chosen) / taken, 1),
+        }
+        print(json.dumps(told), flush=True)
+        return told
+
+    def kernels(self) -> float | None:
+        """Milliseconds of a step in which a kernel runs."""
+        if self._device.type == "cpu":
+            return None
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(4):
+                self._step()
+        microseconds: float = sum(event.self_device_time_total for event in seen.key_averages())
+        return round(microseconds / 4e3, 2)
+
+    def _step(self) -> float:
+        began = time.perf_counter()
+        forward = self._forward(self._chosen)
+        self._store.decode(forward, [7] * len(self._chosen), self._lengths).argmax(-1).tolist()
+        self._lengths = [length + 1 for length in self._lengths]
+        return time.perf_counter() - began
 
 
 def _turns(models: Models, chosen: Sequence[ServedModel]) -> dict[str, Any]:
     """The same with all that a turn does besides: tokens are chosen, texts decoded, events sent."""
     said: list[ToFront] = []
-    settings = EngineSettings(memory_bytes=64 << 30, prefix_cache_bytes=0)
-    scheduler = Scheduler(models, settings, said.append)
+    scheduler = Scheduler(models, SETTINGS, said.append)
     sampling = Sampling(max_tokens=4 * STEPS, temperature=0, ignore_eos=True)
     for row, model in enumerate(chosen):
         scheduler.add(Generate(id=str(row), model=model, prompt=_prompt(row), sampling=sampling))
@@ -122,38 +177,6 @@ def _turns(models: Models, chosen: Sequence[ServedModel]) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     pace = (scheduler.stats.generation_tokens - before) / seconds
     return {"rows": len(chosen), "live": len({model.digest for model in chosen}), "tokens_per_second": round(pace, 1)}
-
-
-def _step(models: Models, chosen: Sequence[ServedModel], layers: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of a decode step, and how many of them kernels run."""
-    store = KeyValues(layers, device)
-    store.reserve(len(chosen), LENGTH + 3 * STEPS)
-    lengths = [LENGTH] * len(chosen)
-    for row in range(len(chosen)):
-        store.prefill(models.forward([chosen[row]]), row, _prompt(row), 0)
-
-    def step() -> float:
-        began = time.perf_counter()
-        store.decode(models.forward(chosen), [7] * len(chosen), lengths).argmax(-1).tolist()
-        lengths[:] = [length + 1 for length in lengths]
-        return time.perf_counter() - began
-
-    taken = median([step() for _ in range(STEPS)][4:])
-    return {
-        "ms": round(taken * 1e3, 2),
-        "kernels_ms": _kernels(step, device),
-        "tokens_per_second": round(len(chosen) / taken, 1),
-    }
-
-
-def _kernels(step: Callable[[], float], device: torch.device) -> float | None:
-    if device.type == "cpu":
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(4):
-            step()
-    microseconds: float = sum(event.self_device_time_total for event in seen.key_averages())
-    return round(microseconds / 4e3, 2)
 
 
 def peft(base: Path, adapters: Sequence[Path], device: torch.device) -> list[dict[str, Any]]:
@@ -169,14 +192,14 @@ def peft(base: Path, adapters: Sequence[Path], device: torch.device) -> list[dic
         names = [adapters[row % live].name for row in range(rows)] if live else None
         ids = torch.tensor([_prompt(row) for row in range(rows)], device=device)
         seconds = _generated(model, ids, names)
-        found.append({"rows": rows, "live": live, "tokens_per_second": round(rows * STEPS / seconds, 1)})
+        found.append({"rows": rows, "live": live, "tokens_per_second": round(rows * PEFT_STEPS / seconds, 1)})
         print("peft", json.dumps(found[-1]), flush=True)
     return found
 
 
 @torch.inference_mode()
 def _generated(model: Any, ids: torch.Tensor, names: list[str] | None) -> float:
-    """Seconds that `STEPS` decode steps take, the prompts' own time subtracted."""
+    """Seconds that `PEFT_STEPS` decode steps take, the prompts' own time subtracted."""
 
     def timed(count: int) -> float:
         began = time.perf_counter()
@@ -187,7 +210,7 @@ def _generated(model: Any, ids: torch.Tensor, names: list[str] | None) -> float:
 
     def both() -> float:
         timed(2)
-        return median(timed(STEPS + 1) - timed(1) for _ in range(2))
+        return min(timed(PEFT_STEPS + 1) for _ in range(2)) - min(timed(1) for _ in range(2))
 
     if names is not None:
         return both()
@@ -215,11 +238,17 @@ def training(sizes: Architecture, base: Path, device: torch.device) -> list[dict
 def _updates(sizes: Architecture, base: Path, spec: TrainSpec, device: torch.device) -> dict[str, Any]:
     precision: Precision = precision_here(device, "unknown")
     before = _allocated(device)
+    load = Load(BATCH[0] * BATCH[1], BATCH[1], _batch().labelled)
+    recompute = spec.trainer.enable_gradient_checkpointing is True
+    planned = memory_of(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40).total - CONTEXT["gpu"]
     trainee = load_trainee(base, spec, UPDATES, precision, device, lambda _: None)
     masters = MasterWeights(trainee.approach.parameters(), precision.compute)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-5)
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.set_per_process_memory_fraction(planned / torch.cuda.mem_get_info(device)[1])
     batch, seconds = _batch().to(device), []
     for _ in range(UPDATES):
         began = time.perf_counter()
@@ -231,14 +260,11 @@ def _updates(sizes: Architecture, base: Path, spec: TrainSpec, device: torch.dev
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    load = Load(batch.tokens, BATCH[1], batch.labelled)
-    recompute = spec.trainer.enable_gradient_checkpointing is True
-    planned = memory_of(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40)
     return {
         "precision": precision.name,
         "fast_form": type(trainee.hidden).__name__,
         "tokens_per_second": round(batch.tokens / median(seconds[1:])),
-        "planned_without_context": planned.total - CONTEXT["gpu"],
+        "allowed_as_planned_without_context": planned,
         "peak": _peak(device) - before,
         "reserved": torch.cuda.max_memory_reserved(device) - before if device.type == "cuda" else 0,
     }

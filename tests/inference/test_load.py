@@ -33,7 +33,8 @@ def test_500_at_once_are_answered_or_told_when_to_come_back(server: Server) -> N
 
     def ask(number: int) -> httpx.Response:
         model = "one" if number < CROWD else "two"
-        answer = server.ask(model=model, prompt=[5 + number % 300, 9], max_tokens=8, ignore_eos=True)
+        # Long enough that the crowd is still there when the last ones have connected.
+        answer = server.ask(model=model, prompt=[5 + number % 300, 9], max_tokens=32, ignore_eos=True)
         if answer.status_code == 200:
             ended[model].append(time.monotonic())
         return answer

@@ -30,7 +30,7 @@ def room_for(shelf: Shelf, *, bases: int = 1, adapters: int = 1) -> EngineSettin
     adapter = adapter_bytes(shelf.one, torch.float32)
     memory = bases * base + adapters * adapter + adapter // 2
     return SETTINGS.model_copy(
-        update={"memory_bytes": PROCESS_BYTES + memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
+        update={"memory_bytes": PROCESS_BYTES["cpu"] + memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
     )
 
 

@@ -103,7 +103,7 @@ def test_a_base_that_cannot_be_read_is_told_to_all_who_wait_for_it(shelf: Shelf,
 def one_base(shelf: Shelf) -> Gatehouse:
     """With memory for one base at a time."""
     size = base_bytes(shelf.served("base"), torch.device("cpu"), torch.float32)
-    return Gatehouse(memory_bytes=PROCESS_BYTES + 2 * size - 1, kv_bytes=1, prefix_cache_bytes=1)
+    return Gatehouse(memory_bytes=PROCESS_BYTES["cpu"] + 2 * size - 1, kv_bytes=1, prefix_cache_bytes=1)
 
 
 def test_bases_that_do_not_fit_together_are_read_once_for_all_who_wait(shelf: Shelf, late: ServedModel) -> None:

@@ -202,7 +202,7 @@ def test_prompts_are_read_whole_while_others_leave_and_are_cancelled(shelf: Shel
 
 def test_bases_that_do_not_fit_together_take_turns(shelf: Shelf) -> None:
     size = base_bytes(shelf.served("a"), torch.device("cpu"), torch.float32)
-    desk = Desk(memory_bytes=PROCESS_BYTES + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
+    desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
     for i in range(6):
         desk.ask(f"r{i}", shelf.served(f"b{i % 3}", base_digest=f"b{i % 3}"))
         desk.scheduler.turn()
@@ -221,7 +221,7 @@ def test_bases_that_do_not_fit_together_take_turns(shelf: Shelf) -> None:
 
 def test_a_request_that_waits_for_room_can_be_cancelled(shelf: Shelf) -> None:
     size = base_bytes(shelf.served("a"), torch.device("cpu"), torch.float32)
-    desk = Desk(memory_bytes=PROCESS_BYTES + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
+    desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
     desk.ask("first", shelf.served("a", base_digest="a"))
     desk.scheduler.turn()
     desk.ask("second", shelf.served("b", base_digest="b"))

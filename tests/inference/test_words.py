@@ -32,8 +32,8 @@ def word(number: int) -> list[int]:
     return [100 + number, 250 - number, 150 + 2 * number, 300 + number]
 
 
-def order_of(base: Path, directory: Path, number: int, quantization: Any = None, updates: int = 40) -> TrainOrder:
-    """To learn that word behind every prompt; ranks and layers are not all alike."""
+def order_of(base: Path, directory: Path, number: int, updates: int = 40, **more: Any) -> TrainOrder:
+    """To learn that word behind every prompt; ranks and layers are not all alike. `more` of the spec may be given."""
     directory.mkdir()
     rows = [
         EncodedRow(line=line, ids=(*prompt, *word(number)), trained=((len(prompt), len(prompt) + LETTERS),))
@@ -43,8 +43,9 @@ def order_of(base: Path, directory: Path, number: int, quantization: Any = None,
     asked = {
         "dataset": "d",
         "adapter": {"type": "lora", "r": 2 + number % 5, "target_modules": MODULES[number % len(MODULES)]},
-        "quantization": quantization,
+        "quantization": None,
         "trainer": {"train_steps": updates, "effective_batch_size": len(rows), "learning_rate": 2e-2},
+        **more,
     }
     spec = TrainSpec.model_validate(asked)
     return TrainOrder(

@@ -76,8 +76,8 @@ def test_inference_makes_way_where_they_do_not_fit_and_the_job_waits_until_it_ha
 
 
 def test_inference_that_is_away_is_counted_with_what_it_will_want(services: Services, ledger: Ledger) -> None:
-    assert train(ledger, "a", 6 * GB).policy is Policy.SHARE
-    assert train(ledger, "a", 6 * GB + 1).policy is Policy.YIELD
+    assert train(ledger, "a", 5 * GB).policy is Policy.SHARE
+    assert train(ledger, "a", 5 * GB + 1).policy is Policy.YIELD
     modest = ledger_of(services, inference_memory=GB)
     assert train(modest, "a", 9 * GB).policy is Policy.SHARE
 
@@ -201,9 +201,9 @@ def test_a_heartbeat_renews_the_place_and_takes_it_again_where_it_had_run_out(se
 def test_inference_that_wants_more_than_it_was_counted_with_stays_away(services: Services, ledger: Ledger) -> None:
     described = DeviceDescription(type="cpu", model="a cpu", bytes=10 * GB, cores=2, queues=("gpu",))
     services.devices.report(f"{HOST}/gpu", described)
-    assert train(ledger, "a", 6 * GB).policy is Policy.SHARE
-    assert ledger.serve(HOST, "front", 5 * GB) is not None
-    assert ledger.serve(HOST, "front", 4 * GB) is None
+    assert train(ledger, "a", 5 * GB).policy is Policy.SHARE
+    assert ledger.serve(HOST, "front", 6 * GB) is not None
+    assert ledger.serve(HOST, "front", 5 * GB) is None
 
 
 def test_devices_show_who_has_how_much_of_them(services: Services, ledger: Ledger) -> None:

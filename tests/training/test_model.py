@@ -81,6 +81,15 @@ def test_compute_in_bfloat16_keeps_masters_in_float32(tiny_base: Path) -> None:
     assert all(bool((value == 1 + 2**-12).all()) for value in masters.by_name().values())
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_parameter_of_any_size_leaves_the_next_where_kernels_can_read_it(compute: torch.dtype) -> None:
+    parameters = {str(size): torch.nn.Parameter(torch.full((size,), float(size))) for size in (1, 33, 7, 64)}
+    masters = MasterWeights(parameters, compute)
+    assert all(parameter.data_ptr() % 16 == 0 for parameter in parameters.values())
+    assert masters.count == 105
+    assert all(torch.equal(masters.value(name), parameter.float()) for name, parameter in parameters.items())
+
+
 def test_gradients_of_micro_batches_meet_in_float32(tiny_base: Path) -> None:
     loaded = load(tiny_base, BF16)
     masters = MasterWeights(loaded.approach.parameters(), BF16.compute)

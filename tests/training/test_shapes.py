@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig
 
 from app.domain import memory
 from app.domain.architectures import KNOWN, Architecture
-from app.domain.memory import CONTEXT, FRAGMENTATION, GPU16, Load, Machine, memory_of
+from app.domain.memory import CONTEXT, GPU16, Load, Machine, memory_of
 from app.domain.specs import TrainSpec
 from app.domain.trainables import trainable_parameters
 from benchmarks.live import LiveBytes
@@ -22,6 +22,8 @@ from worker.training import attention, llama, loss, model
 from worker.training.masters import MasterWeights
 
 SEVEN = KNOWN["Llama-2-7B"]
+SLACK = 0.05
+"""Of what comes and goes: what the figures may be above tensors that are only counted."""
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 LORA: dict[str, Any] = {"lora_alpha": 32, "target_modules": "all-linear", **TASK}
 ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
@@ -93,9 +95,9 @@ def test_tensors_that_live_on_a_cpu_are_those_of_the_model(tiny_base: Path, draw
         loss.backward_loss(states, trainee.head, batch, 1.0)
     sizes = Architecture.of(json.loads((tiny_base / "config.json").read_text()))
     assert sizes is not None
-    assert trainable_parameters(sizes, spec) == masters.flat.numel()
+    assert trainable_parameters(sizes, spec) == masters.count
     load = Load(batch.tokens, length, batch.labelled)
     taken = memory_of(sizes, spec, load, Machine("cpu", 4), recompute=bool(recompute), stored=1 << 20)
     standing = taken.weights + taken.adapter + taken.gradients + taken.optimizer
-    moving = (taken.total - standing - taken.reserve) * (1 + FRAGMENTATION["gpu"])  # these bytes come in no heap
+    moving = (taken.total - standing - taken.reserve) * (1 + SLACK)  # these bytes come in no heap
     assert 1.0 <= (standing + moving) / (standing + max(live.peak, taken.checkpoint)) <= 1.25

@@ -179,7 +179,7 @@ class Models:
         self._settings = settings
         self.device = compute_device(settings)
         self.dtype = compute_dtype(settings, self.device)
-        self._budget = budget(settings).models
+        self._budget = budget(settings, self.device).models
         self._bases: OrderedDict[str, AdaptedBase] = OrderedDict()
         self._coming: dict[str, int] = {}
 

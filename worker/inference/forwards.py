@@ -14,9 +14,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from worker.architecture import is_llama
-from worker.inference.kv import KeyValues, Part, Step
+from worker.inference.kv import GROWTH, KeyValues, Part, Step, decoding, power_of_two
 from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer, PackedLora, read_lora
 from worker.inference.products import Product, SideBySide
+from worker.inference.recordings import CudaGraphs, Record, Recording
 from worker.inference.stack import Stack
 
 
@@ -45,9 +46,13 @@ class StockForward:
 
 
 class LlamaForward:
-    """The Llama family's, over the model's own layers. Dense ones are joined; their weights become views of that."""
+    """The Llama family's, over the model's own layers. Dense ones are joined; their weights become views of that.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    With `record`, a step that reads no prompts is recorded and replayed. It is rounded up to a power of two of rows, so
+    that rows behind those that decode must hold nothing that is wanted, and to as many positions as a store grows by.
+    """
+
+    def __init__(self, model: PreTrainedModel, record: Record | None = None) -> None:
         whole: Any = model
         self._inner, self._head = whole.model, Product(whole.lm_head.weight, whole.lm_head.bias)
         self._like: torch.Tensor = whole.model.embed_tokens.weight
@@ -56,26 +61,55 @@ class LlamaForward:
         self._kv_heads, self._heads = int(config.num_key_value_heads), int(config.num_attention_heads)
         self._layers = [_Layer(module) for module in whole.model.layers]
         self._norm = _Norm(whole.model.norm)
+        self._record = record
+        self._name = object()  # in a store's recordings, which outlive a base
 
     def stack(self) -> Stack:
         """Room for adapters over this model."""
-        return Stack(len(self._layers), self._layers[0].widths, self._like)
+        return Stack(len(self._layers), self._layers[0].widths, self._like, steady=self._record is not None)
 
     def read_lora(self, config: LoraConfig, weights: dict[str, torch.Tensor]) -> list[LayerLora] | None:
         """As `loras.read_lora`, beside this model's layers."""
         return read_lora(config, weights, self._linears, self._like)
 
     def __call__(self, step: Step, store: KeyValues, mix: Mix | None = None) -> torch.Tensor:
-        x = self._inner.embed_tokens(step.ids)
-        angles = _angles(*self._inner.rotary_emb(x[None], step.positions[None]))
-        masks = [self._hidden(part.mask, x.dtype) for part in step.parts]
-        loras, foreign = mix or Mix([LayerLora()] * len(self._layers))
-        if foreign is not None:
-            foreign = foreign.repeat_interleave(step.counts, 0)
-        for layer, kept, lora in zip(self._layers, store.layers, loras, strict=True):
-            attend = _Attention(step.parts, masks, kept)
-            x = layer.run(x, angles, attend, lora, foreign)
-        return self._head(self._norm(x[step.wanted])).float()
+        mix = mix or Mix([LayerLora()] * len(self._layers))
+        if self._record is not None and step.reads_nothing:
+            return self._replayed(self._record, step, store, mix)
+        if mix.foreign is not None:
+            mix = mix._replace(foreign=mix.foreign.repeat_interleave(step.counts, 0, output_size=len(step.ids)))
+        return self._logits(step.ids, step.positions, step.parts, store, mix, step.wanted)
+
+    def _logits(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        parts: Sequence[Part],
+        store: KeyValues,
+        mix: Mix,
+        wanted: torch.Tensor | slice,
+    ) -> torch.Tensor:
+        """Here the mix's `foreign` is told token by token."""
+        x = self._inner.embed_tokens(ids)
+        angles = _angles(*self._inner.rotary_emb(x[None], positions[None]))
+        masks = [self._hidden(part.mask, x.dtype) for part in parts]
+        for layer, kept, lora in zip(self._layers, store.layers, mix.layers, strict=True):
+            x = layer.run(x, angles, _Attention(parts, masks, kept), lora, mix.foreign)
+        return self._head(self._norm(x[wanted])).float()
+
+    def _replayed(self, record: Record, step: Step, store: KeyValues, mix: Mix) -> torch.Tensor:
+        rows = power_of_two(len(step.ids))
+        visible = -(-step.parts[0].mask.shape[-1] // GROWTH) * GROWTH
+
+        def work(ids: torch.Tensor, positions: torch.Tensor, *foreign: torch.Tensor) -> torch.Tensor:
+            mixed = mix._replace(foreign=foreign[0] if foreign else None)
+            return self._logits(ids, positions, [decoding(positions, visible)], store, mixed, slice(None))
+
+        inputs = [step.ids, step.positions, *([] if mix.foreign is None else [mix.foreign])]
+        world, _ = mix.places or (None, 0)
+        key = (self._name, rows, visible, mix.places)
+        recording = store.recordings.find(world, key, lambda: Recording(record, work, rows, inputs))
+        return recording(inputs, (0, 0, True)[: len(inputs)])
 
     def _hidden(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As numbers to be added, once instead of in every layer; the queries of a group stand one behind the other."""
@@ -201,5 +235,15 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 def lean_forward(model: PreTrainedModel) -> LlamaForward | None:
     """The lean forward where the model's layers are Llama's, and linear ones dense or quantised."""
     linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
-    plain = is_llama(model.config) and all(isinstance(module, nn.Linear) for module in linears)
-    return LlamaForward(model) if plain else None
+    if not (is_llama(model.config) and all(isinstance(module, nn.Linear) for module in linears)):
+        return None
+    return LlamaForward(model, CudaGraphs() if _can_be_recorded(model, linears) else None)
+
+
+def _can_be_recorded(model: PreTrainedModel, linears: Sequence[Any]) -> bool:
+    """On a GPU, where no layer looks at numbers before it goes on: as 8-bit ones do for outliers, and rotations that
+    are stretched by a sequence's length."""
+    whole: Any = model
+    stretched = whole.model.rotary_emb.rope_type in ("dynamic", "longrope")
+    in_8_bits = any(module.weight.dtype is torch.int8 for module in linears)
+    return whole.device.type == "cuda" and not stretched and not in_8_bits

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from worker.inference.recordings import Recordings
+
 BLOCK = 32  # attention over a multiple of 32 positions gives a row the same bits alone and in company
 GROWTH = 256
 CHUNK = 256
@@ -49,6 +51,11 @@ class Step(NamedTuple):
     parts: list[Part]
     counts: torch.Tensor
     wanted: torch.Tensor
+
+    @property
+    def reads_nothing(self) -> bool:
+        """Whether all rows decode."""
+        return all(isinstance(part.columns, torch.Tensor) for part in self.parts)
 
 
 class Read(NamedTuple):
@@ -122,10 +129,11 @@ class KeyValues:
         self.layers = [_Layer(self._window) for _ in range(layers)]
         self.cache = Cache(layers=[*self.layers])
         self.rows = self.capacity = 0
+        self.recordings = Recordings()
 
     def sizes_with(self, rows: int, length: int) -> tuple[int, int]:
         """The (rows, capacity) that holding `rows` sequences of `length` positions would take."""
-        grown_rows = self.rows if rows <= self.rows else 1 << (rows - 1).bit_length()
+        grown_rows = self.rows if rows <= self.rows else power_of_two(rows)
         return grown_rows, max(self.capacity, -(-length // GROWTH) * GROWTH)
 
     def reserve(self, rows: int, length: int) -> None:
@@ -133,6 +141,7 @@ class KeyValues:
         sizes = self.sizes_with(rows, length)
         if sizes != (self.rows, self.capacity):
             self.rows, self.capacity = sizes
+            self.recordings.clear()  # they read where the positions were
             for layer in self.layers:
                 layer.resize(*sizes)
 
@@ -147,7 +156,7 @@ class KeyValues:
     ) -> torch.Tensor:
         """Append a token to each of the first rows, which hold `lengths` positions, and read parts of prompts into
         others. Logits [first rows and what the reads keep, V]. A prompt's part is read without padding."""
-        parts = [self._decoding(lengths)] if tokens else []
+        parts = [decoding(self._tensor(lengths), _whole_blocks(max(lengths) + 1))] if tokens else []
         at, wanted = len(tokens), list(range(len(tokens)))
         for read in reads:
             parts.append(self._reading(read, at))
@@ -204,20 +213,12 @@ class KeyValues:
             for store in layer.stores:
                 store[target, :, :length] = store[source, :, :length]
 
-    def _decoding(self, lengths: Sequence[int]) -> Part:
-        columns = self._tensor(lengths)
-        mask = self._visible(max(lengths) + 1) <= columns[:, None]
-        return Part(slice(0, len(lengths)), slice(0, len(lengths)), columns, mask[:, None, None], kept=1)
-
     def _reading(self, read: Read, at: int) -> Part:
         end = read.start + len(read.ids)
-        mask = self._visible(end) <= torch.arange(read.start, end, device=self._device)[:, None]
+        seen = torch.arange(_whole_blocks(end), device=self._device)
+        mask = seen <= torch.arange(read.start, end, device=self._device)[:, None]
         tokens, row = slice(at, at + len(read.ids)), slice(read.row, read.row + 1)
         return Part(tokens, row, slice(read.start, end), mask[None, None], read.kept)
-
-    def _visible(self, length: int) -> torch.Tensor:
-        """The positions that are looked at: the first `length`, and those that fill the last block."""
-        return torch.arange(-(-length // BLOCK) * BLOCK, device=self._device)
 
     def _tensor(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, device=self._device, dtype=torch.long)
@@ -228,6 +229,18 @@ Forward = Callable[[Step, KeyValues], torch.Tensor]
 back in float32."""
 
 
+def power_of_two(number: int) -> int:
+    """The smallest that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def decoding(positions: torch.Tensor, visible: int) -> Part:
+    """The first rows, a token each at `positions` [rows], all of which see at most the first `visible` ones."""
+    rows = slice(0, len(positions))
+    mask = torch.arange(visible, device=positions.device) <= positions[:, None]
+    return Part(rows, rows, positions, mask[:, None, None], kept=1)
+
+
 def _written(store: torch.Tensor, part: Part, state: torch.Tensor) -> torch.Tensor:
     """`state` at the part's positions; the store as far as the part sees it."""
     if isinstance(part.columns, slice):
@@ -235,6 +248,11 @@ def _written(store: torch.Tensor, part: Part, state: torch.Tensor) -> torch.Tens
     else:
         store[torch.arange(state.shape[0], device=state.device), :, part.columns] = state[:, :, 0]
     return store[part.rows, :, : part.mask.shape[-1]]
+
+
+def _whole_blocks(length: int) -> int:
+    """The positions that are looked at: the first `length`, and those that fill the last block."""
+    return -(-length // BLOCK) * BLOCK
 
 
 def _store(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:

@@ -77,10 +77,12 @@ class PackedLayer(NamedTuple):
 
 class Mix(NamedTuple):
     """Adapters, layer by layer. `foreign`: [rows, places, 1], true but where a row's own adapter lies; None where all
-    rows have the only one."""
+    rows have the only one. `places`: names the memory that is read, whoever lies there; None where it is an adapter's
+    own."""
 
     layers: Sequence[LayerLora | PackedLayer]
     foreign: torch.Tensor | None = None
+    places: tuple[object, int] | None = None
 
 
 Linears = Mapping[str, torch.nn.Linear]

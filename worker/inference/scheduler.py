@@ -42,10 +42,11 @@ class Scheduler:
         self._settings = settings
         self._send = send
         self._groups: OrderedDict[Hashable, Group] = OrderedDict()
+        self._rested: tuple[str, KeyValues] | None = None
         self._held: list[Generate] = []
         self._expected: list[ServedModel] = []
         self._grammars = Grammars(settings.max_grammars)
-        self._budget = budget(settings)
+        self._budget = budget(settings, models.device)
         self._prefixes = PrefixCache(self._budget.prefixes)
         self._position_bytes: dict[str, int] = {}
         self._counts: defaultdict[str, int] = defaultdict(int)
@@ -183,8 +184,18 @@ class Scheduler:
             log.warning("%s was expected and could not be loaded: %s", reading.model.digest, reading.error)
 
     def _dismiss_if_idle(self, group: Group) -> None:
-        if group.idle:
-            self._groups.pop(group.lane, None)
+        if not group.idle:
+            return
+        self._groups.pop(group.lane, None)
+        if group.store is not None and len(group.store.recordings) and not self._groups:
+            self._rested = group.base_digest, group.store
+
+    def _store_for(self, base: Base) -> KeyValues:
+        """A new one, or the last group's, whose recorded steps can be replayed, where that was over the same base."""
+        rested, self._rested = self._rested, None
+        if rested is not None and rested[0] == base.digest:
+            return rested[1]
+        return KeyValues(base.layers, self._models.device)
 
     def _hold(self, request: Generate) -> None:
         """Until those that run have made room; whoever else waits stands behind it, or it might never have its turn."""
@@ -238,7 +249,7 @@ class Scheduler:
     def _seat(self, group: Group, request: Generate) -> Sequence:
         base = self._models.load(request.model, self._in_use(), self._groups_bases())
         sequence = Sequence(request, base, self._grammars)
-        group.store = group.store or KeyValues(base.layers, self._models.device)
+        group.store = group.store or self._store_for(base)
         row, ids = len(group.seated), sequence.prompt
         group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
         match = None if sequence.reads_all else self._prefixes.find(sequence.reads_as, ids)
@@ -254,7 +265,8 @@ class Scheduler:
         reads = _reads(group)
         tokens = [sequence.tokens[-1] for sequence in group.live]
         forward = self._models.forward([sequence.model for sequence in group.seated[: len(tokens) + len(reads)]])
-        logits = group.store.step(forward, tokens, [sequence.length for sequence in group.live], reads)
+        # Tokens are chosen here, row by row: each of them would wait for a GPU several times.
+        logits = group.store.step(forward, tokens, [sequence.length for sequence in group.live], reads).cpu()
         for sequence in group.live:
             sequence.length += 1
         own = torch.split(logits, [1] * len(tokens) + [read.kept for read in reads])
@@ -298,6 +310,7 @@ class Scheduler:
         for request_id in [*(s.id for s in group.seated), *(request.id for request in group.waiting)]:
             self._fail(request_id, status, message, param)
         group.clear()
+        group.store = None  # nobody knows what it holds
 
     def _refuse(self, request_id: str, error: BaseException) -> None:
         """Say in words why one request has no answer; the others go on."""

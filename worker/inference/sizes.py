@@ -14,11 +14,11 @@ from worker.inference.products import packs
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 
-PROCESS_BYTES = 512 << 20
-"""Of an engine that has loaded nothing: its libraries, or a GPU's context."""
+PROCESS_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}
+"""Of an engine that has loaded nothing: its libraries, or a GPU's context with kernels and recordings."""
 
-WITH_SCALES = {4: 0.5 + 4 / 64, 8: 1.0}
-"""Bits → bytes of a quantised weight, at 4 with a scale in 4 bytes for 64 weights: double quantisation takes less."""
+BLOCK, BLOCK_OF_SCALES = 64, 256
+"""Of 4-bit weights that share a scale, and of scales that share one where they are quantised themselves."""
 
 _OF_A_LAYER = re.compile(r"\.\d+\.")  # what is quantised; embeddings and output are in no numbered layer
 
@@ -31,9 +31,9 @@ class Budget(NamedTuple):
     models: int
 
 
-def budget(settings: EngineSettings) -> Budget:
+def budget(settings: EngineSettings, device: torch.device) -> Budget:
     """How an engine divides its memory."""
-    room = max(0, settings.memory_bytes - PROCESS_BYTES)
+    room = max(0, settings.memory_bytes - PROCESS_BYTES[device.type])
     live, prefixes = min(settings.kv_bytes, room // 4), min(settings.prefix_cache_bytes, room // 8)
     return Budget(live, prefixes, room - live - prefixes)
 
@@ -44,8 +44,7 @@ def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) ->
     numbers = sum(size for _, size in sizes)
     if served.quantization is not None and device.type == "cuda":
         quantised = sum(size for name, size in sizes if _OF_A_LAYER.search(name))
-        packed = quantised * WITH_SCALES[int(served.quantization["bits"])]
-        return int(packed + (numbers - quantised) * dtype.itemsize)
+        return int(quantised * _bytes_a_weight(served.quantization) + (numbers - quantised) * dtype.itemsize)
     laid_out = _is_lean(served.base_path) and packs(torch.empty(1, 1, dtype=dtype, device=device))
     copies = 2 if laid_out else 1  # the kernel's layout is one more
     return numbers * dtype.itemsize * copies
@@ -69,6 +68,13 @@ def _is_lean(directory: str) -> bool:
         return is_llama(AutoConfig.from_pretrained(directory, local_files_only=True))
     except Exception:
         return False
+
+
+def _bytes_a_weight(quantization: dict[str, Any]) -> float:
+    if quantization["bits"] == 8:
+        return 1.0
+    scale = 1 + 4 / BLOCK_OF_SCALES if quantization.get("double", True) else 4
+    return 0.5 + scale / BLOCK
 
 
 def _sizes(path: Path) -> dict[str, int]:

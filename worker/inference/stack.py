@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from worker.inference.kv import power_of_two
 from worker.inference.loras import FANS, LayerLora, Lora, Mix, PackedLayer, PackedLora
 from worker.inference.products import packs
 
@@ -21,9 +22,14 @@ WORTH_PACKING = 4
 class Stack:
     """A batch reads the first few places. Who comes back finds its weights where they were."""
 
-    def __init__(self, layers: int, widths: Sequence[tuple[int, int]], like: torch.Tensor) -> None:
-        """`widths`: what each joined product reads and gives. `like`: whose dtype and device the weights have."""
-        self._count, self._widths, self._like = layers, widths, like
+    def __init__(
+        self, layers: int, widths: Sequence[tuple[int, int]], like: torch.Tensor, *, steady: bool = False
+    ) -> None:
+        """`widths`: what each joined product reads and gives. `like`: whose dtype and device the weights have.
+        `steady`: whether places stay as long as they suffice, and an adapter is read from its place also when it is
+        the only one, so that recorded steps find everything where it was."""
+        self._count, self._widths, self._like, self._steady = layers, widths, like, steady
+        self._generation = object()
         self._places: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._room = 0
         self._ranks = [0] * len(FANS)
@@ -43,18 +49,17 @@ class Stack:
         wanted = list(dict.fromkeys(row for row in rows if row is not None))
         if not wanted:
             return None
-        if len(wanted) == 1 and None not in rows:
+        if len(wanted) == 1 and None not in rows and not self._steady:
             return Mix(adapters[wanted[0]])
         self._settle(wanted, [adapters[name] for name in wanted])
         for name in wanted:
             if name not in self._places:
                 self._place(name, wanted, adapters[name])
             self._places.move_to_end(name)
-        used = _power_of_two(max(self._places[name] for name in wanted) + 1)
-        foreign = torch.ones(len(rows), used, 1, dtype=torch.bool, device=self._like.device)
-        having = [number for number, row in enumerate(rows) if row is not None]
-        foreign[having, [self._places[row] for row in rows if row is not None]] = False
-        return Mix(self._first(used), foreign)
+        used = power_of_two(max(self._places[name] for name in wanted) + 1)
+        own = torch.tensor([-1 if row is None else self._places[row] for row in rows], device=self._like.device)
+        foreign = own[:, None] != torch.arange(used, device=self._like.device)
+        return Mix(self._first(used), foreign[..., None], (self._generation, used))
 
     def clear(self) -> None:
         """Give all places back, between two steps: whoever is wanted next is moved in anew."""
@@ -66,16 +71,16 @@ class Stack:
 
     def _settle(self, wanted: Sequence[str], adapters: Sequence[list[LayerLora]]) -> None:
         """Have enough places, wide enough; and no more than that, once less would have done for a while."""
-        places = _power_of_two(len(wanted))
+        places = power_of_two(len(wanted))
         ranks = [max(_rank(layer[fan]) for adapter in adapters for layer in adapter) for fan in range(len(FANS))]
         too_few = places > self._room or any(need > had for need, had in zip(ranks, self._ranks, strict=True))
         there = [self._places[name] for name in wanted if name in self._places]
-        roomy = _power_of_two(max(there, default=0) + 1) > places or ranks != self._ranks
+        roomy = power_of_two(max(there, default=0) + 1) > places or ranks != self._ranks
         self._roomy = self._roomy + 1 if roomy and not too_few else 0
         if too_few:
             wider = [max(sizes) for sizes in zip(ranks, self._ranks, strict=True)]
             self._rebuild(max(places, self._room), wider)
-        elif self._roomy > PATIENCE:
+        elif self._roomy > PATIENCE and not self._steady:
             self._rebuild(places, ranks)
 
     def _rebuild(self, room: int, ranks: list[int]) -> None:
@@ -84,6 +89,7 @@ class Stack:
         self._layers.clear()  # before the new ones: both need not fit
         self._packed.clear()
         self._room, self._ranks, self._roomy = room, ranks, 0
+        self._generation = object()
         self._layers += [LayerLora(*map(self._empty, ranks, self._widths)) for _ in range(self._count)]
 
     def _empty(self, rank: int, widths: tuple[int, int]) -> Lora | None:
@@ -92,7 +98,7 @@ class Stack:
 
     def _place(self, name: str, wanted: Sequence[str], adapter: list[LayerLora]) -> None:
         """Move an adapter into an empty place, or else into the one that was needed least recently."""
-        among = _power_of_two(max(len(wanted), *(self._places.get(other, 0) + 1 for other in wanted)))
+        among = power_of_two(max(len(wanted), *(self._places.get(other, 0) + 1 for other in wanted)))
         taken = set(self._places.values())
         place = next((free for free in range(among) if free not in taken), None)
         if place is None:
@@ -132,8 +138,3 @@ def _fill(target: Lora, source: Lora | None, start: int, rank: int) -> None:
 
 def _rank(lora: Lora | None) -> int:
     return 0 if lora is None else lora.a.shape[0]
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not below `number`."""
-    return 1 << (number - 1).bit_length()

@@ -7,24 +7,33 @@ of gradients, their norm and the optimizer's update are one operation each and n
 import torch
 from torch import nn
 
+ALIGNED = 32
+"""Elements that a parameter's place in a buffer is a multiple of: kernels for a GPU read sixteen bytes at once, and one
+that meets an odd address ends the process."""
+
 
 class MasterWeights:
     """Takes over `parameters`: their data become views of the compute copy, their gradients of one buffer.
 
-    `flat`: the float32 masters, a parameter for an optimizer; `flat.grad` holds the sum of gradients.
+    `flat`: the float32 masters, a parameter for an optimizer; `flat.grad` holds the sum of gradients. Between
+    parameters there may be zeros. `count`: numbers that are trained.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], compute: torch.dtype) -> None:
         self._parameters = parameters
         self.names = tuple(parameters)
-        self.flat = nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters.values()]))
-        self.flat.grad = torch.zeros_like(self.flat)
+        self.count = sum(parameter.numel() for parameter in parameters.values())
         self._places = _places(parameters)
+        first = next(iter(parameters.values()))
+        end = max(end for _, end in self._places.values())
+        self.flat = nn.Parameter(torch.zeros(end, dtype=torch.float32, device=first.device))
+        self.flat.grad = torch.zeros_like(self.flat)
         self._copy = torch.empty_like(self.flat, dtype=compute, requires_grad=False)
         self._fresh = torch.zeros_like(self._copy)
         for name, (start, end) in self._places.items():
             parameter = parameters[name]
             shape = parameter.shape
+            self.flat.data[start:end] = parameter.detach().flatten()
             parameter.data = self._copy[start:end].view(shape)
             parameter.grad = self._fresh[start:end].view(shape)
         self.refresh()
@@ -83,5 +92,5 @@ def _places(parameters: dict[str, nn.Parameter]) -> dict[str, tuple[int, int]]:
     start = 0
     for name, parameter in parameters.items():
         places[name] = (start, start + parameter.numel())
-        start += parameter.numel()
+        start += -(-parameter.numel() // ALIGNED) * ALIGNED
     return places

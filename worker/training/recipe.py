@@ -61,7 +61,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
             precision=precision.name,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
-            trainable_parameters=masters.flat.numel(),
+            trainable_parameters=masters.count,
             total_parameters=sum(p.numel() for p in trainee.approach.module.parameters()),
             resumed_from_update=progress.update,
         )

@@ -1,0 +1,136 @@
+"""Steps that are recorded and replayed: the same answers, whatever else has happened in between."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.inference.tape import Tape
+from tests.inference.test_forwards import FAMILY, SETTINGS, assert_same, many, save, served
+from worker.inference import adapters
+from worker.inference.adapters import Models
+from worker.inference.forwards import LlamaForward
+from worker.inference.kv import GROWTH, KeyValues
+from worker.inference.protocol import Sampling, ServedModel
+from worker.inference.recordings import KEPT, Recording, Recordings, Run
+from worker.inference.scheduler import Scheduler
+from worker.inference.wire import Finished, Generate, ToFront
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
+LENGTHS = [250, 3, 64, 31, 200]
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
+    """Bases that are loaded from now on record their steps on it."""
+    tape = Tape()
+    monkeypatch.setattr(adapters, "lean_forward", lambda model: LlamaForward(model, tape))
+    return tape
+
+
+def loaded(base: Path, folder: Path) -> tuple[Models, dict[str, ServedModel]]:
+    known = many(base, folder, 5) | {"base": served(base)}
+    models = Models(SETTINGS)
+    for model in known.values():
+        models.load(model, [])
+    return models, known
+
+
+def decoded(models: Models, known: dict[str, ServedModel], seed: int) -> list[torch.Tensor]:
+    """Logits of rows that are dropped, come anew, and cross the end of what a store first holds."""
+    draw = random.Random(seed)
+    store = KeyValues(2)
+    store.reserve(3, GROWTH)
+    found: list[torch.Tensor] = []
+    for _ in range(6):
+        rows = [draw.choice(list(known)) for _ in range(draw.randint(1, len(LENGTHS)))]
+        lengths = [LENGTHS[row] + draw.randint(0, 3) for row in range(len(rows))]
+        store.reserve(len(rows), max(lengths) + 12)
+        for row, (name, length) in enumerate(zip(rows, lengths, strict=True)):
+            prompt = [draw.randint(3, 300) for _ in range(length)]
+            found.append(store.prefill(models.forward([known[name]]), row, prompt, 0))
+        forward = models.forward([known[name] for name in rows])
+        for _ in range(9):
+            found += store.decode(forward, [draw.randint(3, 300) for _ in rows], lengths).unbind()
+            lengths = [length + 1 for length in lengths]
+    return found
+
+
+def test_replayed_steps_answer_as_others_do(tmp_path: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    recording, known = loaded(base, tmp_path)
+    monkeypatch.undo()
+    plain, _ = loaded(base, tmp_path)
+
+    for seed in range(4):
+        assert_same(decoded(recording, known, seed), decoded(plain, known, seed))
+
+    assert tape.replayed > 2 * tape.recorded > 0
+
+
+def test_a_base_that_was_loaded_anew_is_not_answered_from_the_old_one(tmp_path: Path, tape: Tape) -> None:
+    first, second = (save(tmp_path / name, FAMILY["llama"]()) for name in ("first", "second"))
+    said: dict[str, list[int]] = {}
+    for directories in ([first], [second], [first, second, first, second]):
+        models = Models(SETTINGS)
+        scheduler_said: list[ToFront] = []
+        settings = SETTINGS.model_copy(update={"prefix_cache_bytes": 0})  # both bases go by one digest here
+        scheduler = Scheduler(models, settings, scheduler_said.append)
+        for directory in directories:
+            models._bases.clear()  # as when its memory was wanted
+            answered = answer(scheduler, scheduler_said, directory)
+            assert said.setdefault(directory.name, answered) == answered
+    assert said["first"] != said["second"]
+    assert tape.replayed
+
+
+def answer(scheduler: Scheduler, said: list[ToFront], directory: Path) -> list[int]:
+    said.clear()
+    sampling = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
+    scheduler.add(Generate(id="a", model=served(directory), prompt=[5, 6, 7], sampling=sampling))
+    while scheduler.busy or scheduler.reading:
+        scheduler.turn()
+    return next(message.token_ids for message in said if isinstance(message, Finished))
+
+
+def test_a_store_keeps_its_recordings_for_whoever_comes_next(tmp_path: Path, tape: Tape) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    said: list[ToFront] = []
+    scheduler = Scheduler(Models(SETTINGS), SETTINGS, said.append)
+    first = answer(scheduler, said, base)
+    recorded = tape.recorded
+
+    assert answer(scheduler, said, base) == first
+    assert tape.recorded == recorded > 0
+
+
+def test_recordings_of_another_world_and_the_oldest_are_forgotten() -> None:
+    kept, made = Recordings(), []
+
+    def make() -> Recording:
+        made.append(Recording(Tape(), lambda x: x + 1, 4, [torch.zeros(2)]))
+        return made[-1]
+
+    here, there = object(), object()
+    assert kept.find(here, "a", make) is kept.find(None, "a", make) is kept.find(here, "a", make)
+    assert kept.find(there, "a", make) is not made[0]
+    for number in range(KEPT):
+        kept.find(None, number, make)
+    assert len(kept) == KEPT
+    assert kept.find(None, "a", make) is made[-1]
+
+
+def test_rows_that_are_not_there_are_filled_up_and_cut_off() -> None:
+    recording = Recording(Tape(), lambda x, y: x + y, 4, [torch.zeros(1), torch.zeros(1)])
+    for x in ([1.0], [2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [8.0]):
+        assert recording([torch.tensor(x), torch.ones(len(x))], (0, 0)).tolist() == [value + 1 for value in x]
+
+
+def test_what_cannot_be_recorded_is_done_as_before(caplog: pytest.LogCaptureFixture) -> None:
+    def unable(run: Run) -> Run:
+        raise RuntimeError("not while capturing")
+
+    recording = Recording(unable, lambda x: x + 1, 2, [torch.zeros(1)])
+    assert [recording([torch.tensor([x])], (0,)).item() for x in (1.0, 2.0, 3.0)] == [2.0, 3.0, 4.0]
+    assert caplog.text.count("not while capturing") == 1

@@ -1,0 +1,103 @@
+"""Steps that are recorded once and replayed: on a GPU, launching a step's kernels one by one takes several times as
+long as they run. Knows no models and no requests.
+"""
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[], torch.Tensor]
+"""Reads and writes the same tensors whenever it is called."""
+
+Record = Callable[[Run], Run]
+"""Makes of such work what does it again."""
+
+KEPT = 32
+"""Recordings of one store, each of which takes some megabytes."""
+
+
+class CudaGraphs:
+    """Records the kernels that some work launches, once it has run before. Recordings share what memory they need in
+    between, so the result of one is there until another one is replayed."""
+
+    def __init__(self) -> None:
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._pool: Any = None
+
+    def __call__(self, run: Run) -> Run:
+        if not self._alive:  # a pool ends with the last recording that is in it
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            out = run()
+        self._alive.add(graph)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class Recording:
+    """`work` on tensors [rows, …] shaped like `inputs` and filled with theirs, which may have fewer rows."""
+
+    def __init__(
+        self, record: Record, work: Callable[..., torch.Tensor], rows: int, inputs: Sequence[torch.Tensor]
+    ) -> None:
+        self._record = record
+        self._inputs = [given.new_zeros(rows, *given.shape[1:]) for given in inputs]
+        self._run: Run = lambda: work(*self._inputs)
+        self._uses = 0
+
+    def __call__(self, inputs: Sequence[torch.Tensor], spare: Sequence[int]) -> torch.Tensor:
+        """[rows of `inputs`, …]. Rows beyond theirs have the numbers `spare`, one for each input."""
+        count = len(inputs[0])
+        for kept, given, rest in zip(self._inputs, inputs, spare, strict=True):
+            kept[:count] = given
+            kept[count:] = rest
+        if self._uses == 1:  # not at once: kernels have to have run before, and what comes once is not worth it
+            self._run = self._recorded()
+        self._uses += 1
+        return self._run()[:count].clone()
+
+    def _recorded(self) -> Run:
+        try:
+            return self._record(self._run)
+        except RuntimeError as error:  # out of memory, too
+            log.warning("a step cannot be recorded here and is slower than it might be: %s", error)
+            return self._run
+
+
+class Recordings:
+    """Of one store's steps; the least recently used go first."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._world: object = None
+
+    def find(self, world: object, key: Hashable, make: Callable[[], Recording]) -> Recording:
+        """What was recorded under `key`, else what is made now. In another `world` nothing is where it was; None is the
+        world that there is."""
+        if world is not None and world is not self._world:
+            self.clear()
+            self._world = world
+        if key not in self._kept:
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._kept.clear()
