@@ -25,9 +25,9 @@ def reserved(services: Services) -> dict[Tenant, int]:
     return {one.tenant: one.bytes for one in services.ledger.by_host().get(services.settings.host_name, ())}
 
 
-def test_it_reserves_what_the_operator_says_else_two_fifths(services: Services, deployment: Services) -> None:
+def test_it_reserves_what_the_operator_says_else_half(services: Services, deployment: Services) -> None:
     assert LedgerTenancy(deployment).bytes == GB
-    assert LedgerTenancy(services).bytes == describe_device(()).bytes * 2 // 5
+    assert LedgerTenancy(services).bytes == describe_device(()).bytes // 2
 
 
 def test_it_stays_until_a_job_comes_and_comes_back_behind_it(deployment: Services) -> None:
