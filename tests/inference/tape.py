@@ -21,12 +21,15 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its subclass
 
 
 class Tape:
-    """A `Record`. `recorded` and `replayed` count."""
+    """A `Record`. `recorded` and `replayed` count; where it is `unable`, it says so as torch does."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
+        self.unable = False
 
     def __call__(self, run: Run) -> Run:
+        if self.unable:
+            raise RuntimeError("operation not permitted when stream is capturing")
         with _Tape() as tape:
             out = run()
         self.recorded += 1

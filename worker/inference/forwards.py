@@ -108,8 +108,8 @@ class LlamaForward:
         inputs = [step.ids, step.positions, *([] if mix.foreign is None else [mix.foreign])]
         world, _ = mix.places or (None, 0)
         key = (self._name, rows, visible, mix.places)
-        recording = store.recordings.find(world, key, lambda: Recording(record, work, rows, inputs))
-        return recording(inputs, (0, 0, True)[: len(inputs)])
+        recording = store.recordings.find(world, key, lambda: Recording(record, rows, inputs))
+        return recording(work, inputs, (0, 0, True)[: len(inputs)])
 
     def _hidden(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As numbers to be added, once instead of in every layer; the queries of a group stand one behind the other."""

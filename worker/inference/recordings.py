@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,33 +47,35 @@ class CudaGraphs:
 
 
 class Recording:
-    """`work` on tensors [rows, …] shaped like `inputs` and filled with theirs, which may have fewer rows."""
+    """Work on tensors [rows, …] shaped like `inputs` and filled with theirs, which may have fewer rows. It keeps what
+    was recorded and not the work, with which models and adapters would stay in memory."""
 
-    def __init__(
-        self, record: Record, work: Callable[..., torch.Tensor], rows: int, inputs: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, record: Record, rows: int, inputs: Sequence[torch.Tensor]) -> None:
         self._record = record
         self._inputs = [given.new_zeros(rows, *given.shape[1:]) for given in inputs]
-        self._run: Run = lambda: work(*self._inputs)
         self._uses = 0
+        self._replay: Run | None = None
 
-    def __call__(self, inputs: Sequence[torch.Tensor], spare: Sequence[int]) -> torch.Tensor:
+    def __call__(
+        self, work: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], spare: Sequence[int]
+    ) -> torch.Tensor:
         """[rows of `inputs`, …]. Rows beyond theirs have the numbers `spare`, one for each input."""
         count = len(inputs[0])
         for kept, given, rest in zip(self._inputs, inputs, spare, strict=True):
             kept[:count] = given
             kept[count:] = rest
+        run = partial(work, *self._inputs)
         if self._uses == 1:  # not at once: kernels have to have run before, and what comes once is not worth it
-            self._run = self._recorded()
+            self._replay = self._recorded(run)
         self._uses += 1
-        return self._run()[:count].clone()
+        return (self._replay or run)()[:count].clone()
 
-    def _recorded(self) -> Run:
+    def _recorded(self, run: Run) -> Run | None:
         try:
-            return self._record(self._run)
+            return self._record(run)
         except RuntimeError as error:  # out of memory, too
             log.warning("a step cannot be recorded here and is slower than it might be: %s", error)
-            return self._run
+            return None
 
 
 class Recordings:
