@@ -55,6 +55,7 @@ class LlamaForward:
     def __init__(self, model: PreTrainedModel, record: Record | None = None) -> None:
         whole: Any = model
         self._inner, self._head = whole.model, Product(whole.lm_head.weight, whole.lm_head.bias)
+        self._embed = whole.model.embed_tokens  # PEFT may put an adapter's in its place
         self._like: torch.Tensor = whole.model.embed_tokens.weight
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         config = model.config
@@ -90,7 +91,7 @@ class LlamaForward:
         wanted: torch.Tensor | slice,
     ) -> torch.Tensor:
         """Here the mix's `foreign` is told token by token."""
-        x = self._inner.embed_tokens(ids)
+        x = self._embed(ids)
         angles = _angles(*self._inner.rotary_emb(x[None], positions[None]))
         masks = [self._hidden(part.mask, x.dtype) for part in parts]
         for layer, kept, lora in zip(self._layers, store.layers, mix.layers, strict=True):

@@ -30,14 +30,23 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._pool: Any = None
+        self._able = True
 
     def __call__(self, run: Run) -> Run:
+        if not self._able:  # a recording that failed may leave its pool unusable
+            raise RuntimeError("an earlier step could not be recorded")
+        self._able = False
         if not self._alive:  # a pool ends with the last recording that is in it
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Another thread may load a base meanwhile; and a recording that fails does not put the stream back.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             out = run()
         self._alive.add(graph)
+        self._able = True
 
         def replay() -> torch.Tensor:
             graph.replay()

@@ -190,11 +190,14 @@ class Scheduler:
         if group.store is not None and len(group.store.recordings) and not self._groups:
             self._rested = group.base_digest, group.store
 
-    def _store_for(self, base: Base) -> KeyValues:
-        """A new one, or the last group's, whose recorded steps can be replayed, where that was over the same base."""
+    def _store_for(self, base: Base, length: int) -> KeyValues:
+        """A new one, or the last group's, whose recorded steps can be replayed, where that was over the same base and
+        has room for `length` positions within the budget."""
         rested, self._rested = self._rested, None
         if rested is not None and rested[0] == base.digest:
-            return rested[1]
+            rows, capacity = rested[1].sizes_with(1, length)
+            if rows * capacity * base.position_bytes <= self._budget.live:
+                return rested[1]
         return KeyValues(base.layers, self._models.device)
 
     def _hold(self, request: Generate) -> None:
@@ -249,8 +252,8 @@ class Scheduler:
     def _seat(self, group: Group, request: Generate) -> Sequence:
         base = self._models.load(request.model, self._in_use(), self._groups_bases())
         sequence = Sequence(request, base, self._grammars)
-        group.store = group.store or self._store_for(base)
         row, ids = len(group.seated), sequence.prompt
+        group.store = group.store or self._store_for(base, len(ids) + sequence.sampling.max_tokens)
         group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
         match = None if sequence.reads_all else self._prefixes.find(sequence.reads_as, ids)
         if match:
