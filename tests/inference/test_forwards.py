@@ -226,6 +226,17 @@ def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: P
     )
 
 
+def test_an_adapter_of_the_embeddings_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    directory = adapter(base, tmp_path / "embedded", target_modules=["embed_tokens", "q_proj"])
+    models, bare, model = Models(SETTINGS), served(base), served(base, directory)
+    models.load(bare, [])
+    before = answers(models, bare)
+    models.load(model, [])
+    assert float((answers(models, model)[0] - before[0]).abs().max()) > 0.1
+    assert_same(answers(models, bare), before)
+
+
 def test_a_dropped_base_gives_its_memory_back(shelf: Shelf) -> None:
     size = base_bytes(shelf.served("first"), torch.device("cpu"), torch.float32)
     models = Models(

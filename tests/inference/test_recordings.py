@@ -107,6 +107,30 @@ def test_a_store_keeps_its_recordings_for_whoever_comes_next(tmp_path: Path, tap
     assert tape.recorded == recorded > 0
 
 
+def test_a_store_that_would_go_beyond_the_budget_is_not_kept(tmp_path: Path, tape: Tape) -> None:
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    models = Models(SETTINGS)
+    position = models.load(served(base), []).position_bytes
+    said: list[ToFront] = []
+    settings = SETTINGS.model_copy(update={"kv_bytes": 4 * GROWTH * position, "prefix_cache_bytes": 0})
+    scheduler = Scheduler(models, settings, said.append)
+
+    def running(prompts: list[list[int]]) -> int:
+        sampling = Sampling(max_tokens=4, temperature=0, ignore_eos=True)
+        for number, prompt in enumerate(prompts):
+            scheduler.add(Generate(id=str(number), model=served(base), prompt=prompt, sampling=sampling))
+        most = 0
+        while scheduler.busy or scheduler.reading:
+            scheduler.turn()
+            most = max(most, scheduler.stats.running)
+        return most
+
+    crowd = [[5 + number] for number in range(4)]
+    together = running(crowd)
+    running([[7] * (GROWTH + 44)])
+    assert running(crowd) == together > 1
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_recordings_keep_no_base_in_memory(tmp_path: Path, tape: Tape, steps: int) -> None:
     """A tape holds what it replays, a CUDA graph does not: only steps that were not recorded are looked at here."""
