@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.inference.tape import Tape
-from tests.inference.test_forwards import FAMILY, SETTINGS, assert_same, many, save, served
+from tests.inference.test_forwards import FAMILY, SETTINGS, SHAPE, assert_same, many, save, served
 from worker.inference import adapters
 from worker.inference.adapters import Models
 from worker.inference.forwards import LlamaForward
@@ -108,9 +109,10 @@ def test_a_store_keeps_its_recordings_for_whoever_comes_next(tmp_path: Path, tap
 
 
 def test_a_store_that_would_go_beyond_the_budget_is_not_kept(tmp_path: Path, tape: Tape) -> None:
-    base = save(tmp_path / "base", FAMILY["llama"]())
+    wide = LlamaConfig(**{**SHAPE, "max_position_embeddings": 4 * GROWTH})
+    base = served(save(tmp_path / "base", LlamaForCausalLM(wide))).model_copy(update={"max_model_len": 4 * GROWTH})
     models = Models(SETTINGS)
-    position = models.load(served(base), []).position_bytes
+    position = models.load(base, []).position_bytes
     said: list[ToFront] = []
     settings = SETTINGS.model_copy(update={"kv_bytes": 4 * GROWTH * position, "prefix_cache_bytes": 0})
     scheduler = Scheduler(models, settings, said.append)
@@ -118,7 +120,7 @@ def test_a_store_that_would_go_beyond_the_budget_is_not_kept(tmp_path: Path, tap
     def running(prompts: list[list[int]]) -> int:
         sampling = Sampling(max_tokens=4, temperature=0, ignore_eos=True)
         for number, prompt in enumerate(prompts):
-            scheduler.add(Generate(id=str(number), model=served(base), prompt=prompt, sampling=sampling))
+            scheduler.add(Generate(id=str(number), model=base, prompt=prompt, sampling=sampling))
         most = 0
         while scheduler.busy or scheduler.reading:
             scheduler.turn()

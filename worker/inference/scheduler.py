@@ -191,14 +191,16 @@ class Scheduler:
             self._rested = group.base_digest, group.store
 
     def _store_for(self, base: Base, length: int) -> KeyValues:
-        """A new one, or the last group's, whose recorded steps can be replayed, where that was over the same base and
-        has room for `length` positions within the budget."""
+        """A new one for `length` positions; or the last group's, whose recorded steps can be replayed, where that was
+        over the same base, is no longer than a new one and keeps within the budget."""
+        fresh = KeyValues(base.layers, self._models.device)
         rested, self._rested = self._rested, None
         if rested is not None and rested[0] == base.digest:
             rows, capacity = rested[1].sizes_with(1, length)
-            if rows * capacity * base.position_bytes <= self._budget.live:
+            fits = rows * capacity * base.position_bytes <= self._budget.live
+            if fits and capacity == fresh.sizes_with(1, length)[1]:
                 return rested[1]
-        return KeyValues(base.layers, self._models.device)
+        return fresh
 
     def _hold(self, request: Generate) -> None:
         """Until those that run have made room; whoever else waits stands behind it, or it might never have its turn."""
