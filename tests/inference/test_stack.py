@@ -122,3 +122,18 @@ def test_who_was_needed_least_recently_gives_up_its_place() -> None:
     held.mix(["3", "0", "2", None], adapters)
     held.mix(["4", "3", None, None], adapters)
     assert set(held._places) == {"0", "2", "3", "4"}
+
+
+def test_places_for_which_there_is_no_memory_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    places, mixed = stack(), {"a": adapter(1, 2), "b": adapter(2, 2)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "_empty", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+        with pytest.raises(torch.OutOfMemoryError):
+            places.mix(["a", "b"], mixed)
+    assert places.bytes == 0
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    for found, wanted in zip(
+        added(places.mix(["a", "b"], mixed), x), added(stack().mix(["a", "b"], mixed), x), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+        assert found.any()

@@ -88,13 +88,15 @@ class Stack:
         self._places.clear()
         self._layers.clear()  # before the new ones: both need not fit
         self._packed.clear()
-        self._room, self._ranks, self._roomy = room, ranks, 0
+        self._room, self._ranks, self._roomy = 0, [0] * len(FANS), 0  # as it stays where there is no memory
         self._generation = object()
-        self._layers += [LayerLora(*map(self._empty, ranks, self._widths)) for _ in range(self._count)]
+        heights = [room * rank for rank in ranks]
+        self._layers += [LayerLora(*map(self._empty, heights, self._widths)) for _ in range(self._count)]
+        self._room, self._ranks = room, ranks
 
-    def _empty(self, rank: int, widths: tuple[int, int]) -> Lora | None:
-        a, b = (self._like.new_zeros(self._room * rank, width) for width in widths)
-        return Lora(a, b) if rank else None
+    def _empty(self, height: int, widths: tuple[int, int]) -> Lora | None:
+        a, b = (self._like.new_zeros(height, width) for width in widths)
+        return Lora(a, b) if height else None
 
     def _place(self, name: str, wanted: Sequence[str], adapter: list[LayerLora]) -> None:
         """Move an adapter into an empty place, or else into the one that was needed least recently."""
