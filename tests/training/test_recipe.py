@@ -3,6 +3,7 @@
 import io
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.training.conftest import OrderFactory, make_rows
 from worker.precision import BF16, FP16, Precision
 from worker.training import recipe
 from worker.training.channel import Channel
+from worker.training.checkpoints import read_checkpoint, write_checkpoint
 from worker.training.errors import TrainingError
 
 
@@ -120,6 +122,17 @@ def test_a_checkpoint_of_other_work_is_refused(make_order: OrderFactory) -> None
     path = Path(next(event for event in events if event["event"] == "checkpoint")["path"])
     with pytest.raises(TrainingError) as refused:
         run(make_order({"seed": 1}, updates=4, every=4, name="other", resume_from=path))
+    assert refused.value.code == "checkpoint_mismatch"
+
+
+def test_a_checkpoint_whose_state_is_laid_out_otherwise_is_refused(make_order: OrderFactory, tmp_path: Path) -> None:
+    events = run(make_order(updates=4, every=2, name="one"))
+    path = Path(next(event for event in events if event["event"] == "checkpoint")["path"])
+    saved = read_checkpoint(path)
+    shorter = {key: moment[:-8] if moment.ndim else moment for key, moment in saved.optimizer.items()}
+    older, _ = write_checkpoint(tmp_path / "older", replace(saved, optimizer=shorter))
+    with pytest.raises(TrainingError, match="written by another version") as refused:
+        run(make_order(updates=4, every=2, name="other", resume_from=older))
     assert refused.value.code == "checkpoint_mismatch"
 
 

@@ -77,11 +77,17 @@ class RunState:
         )
 
     def restore(self, saved: Saved) -> None:
-        """Take over `saved`. Raises TrainingError when it belongs to other work."""
+        """Take over `saved`. Raises TrainingError when it belongs to other work or another version."""
         if saved.identity != self.identity:
             raise TrainingError(
                 "checkpoint_mismatch",
                 "the checkpoint belongs to another spec, base model or set of rows",
+                "submit the job again; it starts from the beginning",
+            )
+        if any(moment.ndim and moment.shape != self.masters.flat.shape for moment in saved.optimizer.values()):
+            raise TrainingError(
+                "checkpoint_mismatch",
+                "the checkpoint was written by another version, which laid the optimizer's state out otherwise",
                 "submit the job again; it starts from the beginning",
             )
         self.progress = saved.progress.model_copy()
