@@ -23,8 +23,8 @@ from app.domain.attempts import EncodedRow, TrainOrder
 from app.domain.specs import TrainSpec, servable_by, shares_its_base
 from benchmarks.encoded import Scale, Work, prepare
 from benchmarks.machine import ROOT, head
-from worker.inference.adapters import Models
 from worker.inference.kv import KeyValues
+from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 from worker.precision import FP32

@@ -19,9 +19,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.publishing import KEPT
-from worker.inference.adapters import Models
 from worker.inference.forwards import StockForward
 from worker.inference.kv import Forward, KeyValues
+from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 

@@ -28,10 +28,10 @@ from app.domain.memory import CONTEXT, GPU16, Load, memory_of
 from app.domain.specs import TrainSpec
 from benchmarks.machine import ROOT, head
 from benchmarks.random_base import write_adapter, write_base
-from worker.inference.adapters import Models
 from worker.inference.bases import load_base
 from worker.inference.forwards import LlamaForward
 from worker.inference.kv import Forward, KeyValues
+from worker.inference.models import Models
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
 from worker.inference.sizes import base_bytes
@@ -90,7 +90,7 @@ def serving(base: Path, adapters: Sequence[Path], device: torch.device) -> dict[
         "dtype": str(models.dtype),
         "seconds": round(time.perf_counter() - began, 1),
         "planned": base_bytes(bare, device, models.dtype),
-        "counted": models.bytes,
+        "counted": models.bytes.device,
         "allocated": _allocated(device) - before,
     }
     began = time.perf_counter()

@@ -31,11 +31,18 @@ def describe_device(queues: tuple[str, ...]) -> DeviceDescription:
     return DeviceDescription(
         type="cpu",
         model=_cpu_model(),
-        bytes=_memory(),
+        bytes=host_memory(),
         bfloat16=cpu_here().fast_bf16,
         cores=cores,
         queues=queues,
     )
+
+
+def host_memory() -> int:
+    """The machine's, or what its container leaves to a child."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = memory_limit()
+    return physical if limit is None or limit >= physical else max(0, limit - WORKER_ITSELF)
 
 
 def _first_gpu() -> tuple[str, str, str] | None:
@@ -54,10 +61,3 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.machine())
-
-
-def _memory() -> int:
-    """The machine's, or what its container leaves to a child."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = memory_limit()
-    return physical if limit is None or limit >= physical else max(0, limit - WORKER_ITSELF)

@@ -10,7 +10,7 @@ import torch
 
 from tests.inference.test_words import PROMPTS, order_of, word
 from tests.tiny import make_tiny_model
-from worker.inference.adapters import Models
+from worker.inference.models import Models
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
 from worker.inference.wire import EngineSettings, Finished, Generate, ToFront

@@ -101,13 +101,16 @@ def test_a_deterministic_answer_has_the_same_digits_alone_and_in_company(server:
 def test_a_prompt_is_scored_as_transformers_would(server: Server, logits: Logits, model: str) -> None:
     prompt = [3 + (i * 7) % 390 for i in range(490)]  # several steps are needed to read it
     expected = logits(model, prompt).log_softmax(-1)
-    server.ask(model=model, prompt=prompt, max_tokens=2)  # what the cache knows of it is of no use
+    # What the cache knows of it is of no use.
+    alone = server.ids(model=model, prompt=prompt, max_tokens=8, ignore_eos=True)
 
     with ThreadPoolExecutor(9) as pool:
         crowd = [pool.submit(server.ids, prompt=other, max_tokens=20) for other in prompts(8, salt=6)]
-        first, *others = server.choice(model=model, prompt=prompt, prompt_logprobs=3, max_tokens=2)["prompt_logprobs"]
+        choice = server.choice(model=model, prompt=prompt, prompt_logprobs=3, max_tokens=8, ignore_eos=True)
         assert all(future.result() for future in crowd)
 
+    first, *others = choice["prompt_logprobs"]
+    assert choice["token_ids"] == alone
     assert first is None
     assert len(others) == len(prompt) - 1
     for row, token, told in zip(expected, prompt[1:], others, strict=False):

@@ -76,7 +76,7 @@ def test_whoever_asks_goes_first(shelf: Shelf) -> None:
 def test_nothing_goes_to_make_room_for_what_is_expected(shelf: Shelf) -> None:
     asked, guessed = shelf.served("base"), shelf.served("other", base_digest="other")
     size = base_bytes(asked, torch.device("cpu"), torch.float32)
-    desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + 2, kv_bytes=1, prefix_cache_bytes=1)
+    desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
     desk.scheduler.expect(asked)
     desk.scheduler.expect(guessed)
     desk.run()

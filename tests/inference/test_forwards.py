@@ -24,10 +24,11 @@ from transformers import (
 
 from tests.inference.conftest import Shelf
 from tests.tiny import make_tiny_model
-from worker.inference.adapters import AdaptedBase, Models
+from worker.inference.adapters import AdaptedBase
 from worker.inference.bases import load_base
 from worker.inference.forwards import StockForward
 from worker.inference.kv import CPU, Forward, KeyValues, Read
+from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
 from worker.inference.sizes import PROCESS_BYTES, base_bytes, held_bytes
 from worker.inference.wire import EngineSettings

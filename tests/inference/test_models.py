@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.inference.conftest import NF4, PROMPT, Shelf
-from worker.inference.adapters import Models
+from worker.inference import adapters, models
 from worker.inference.bases import ModelError, NoRoom
 from worker.inference.kv import KeyValues
+from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import PROCESS_BYTES, adapter_bytes, base_bytes
+from worker.inference.sizes import PROCESS_BYTES, Held, adapter_bytes, base_bytes, weights_bytes
 from worker.inference.wire import EngineSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
@@ -25,10 +26,10 @@ SETTINGS = EngineSettings(device="cpu", dtype="float32", max_rank=8)
 
 
 def room_for(shelf: Shelf, *, bases: int = 1, adapters: int = 1) -> EngineSettings:
-    """Memory for so many, and for half an adapter more."""
+    """Memory for so many, and for a quarter of an adapter more."""
     base = base_bytes(shelf.served("base"), torch.device("cpu"), torch.float32)
-    adapter = adapter_bytes(shelf.one, torch.float32)
-    memory = bases * base + adapters * adapter + adapter // 2
+    adapter = adapter_bytes(shelf.served("one", shelf.one), torch.float32)
+    memory = bases * base + adapters * adapter + adapter // 4
     return SETTINGS.model_copy(
         update={"memory_bytes": PROCESS_BYTES["cpu"] + memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
     )
@@ -129,7 +130,7 @@ def test_the_places_of_a_batch_make_way_for_an_adapter(shelf: Shelf) -> None:
 
     models.load(third, [])
 
-    assert models.bytes < taken
+    assert models.bytes.device < taken.device
     assert torch.equal(logits(models, third), before)
     models.load(shelf.served("base"), [])
     models.forward([third, shelf.served("base")])
@@ -169,10 +170,12 @@ def test_what_models_take_is_known_before_they_are_loaded(shelf: Shelf, dtype: A
     settings = SETTINGS.model_copy(update={"dtype": dtype})
     models = Models(settings)
     models.load(shelf.served("base"), [])
-    assert models.bytes == pytest.approx(base_bytes(shelf.served("base"), models.device, models.dtype), rel=0.1)
+    foreseen = base_bytes(shelf.served("base"), models.device, models.dtype)
+    assert models.bytes.device == pytest.approx(foreseen, rel=0.1)
     before = models.bytes
     models.load(shelf.served("one", shelf.one), [])
-    assert models.bytes - before >= adapter_bytes(shelf.one, models.dtype)
+    taken = models.bytes.less(before).device
+    assert weights_bytes(shelf.one, models.dtype) < taken <= adapter_bytes(shelf.served("one", shelf.one), models.dtype)
 
 
 def test_an_adapter_with_nan_is_refused(shelf: Shelf, tmp_path: Path) -> None:
@@ -235,3 +238,60 @@ def test_a_missing_base_is_refused_without_its_path(shelf: Shelf, tmp_path: Path
     with pytest.raises(ModelError, match="base model base cannot be loaded") as caught:
         Models(SETTINGS).load(gone, [])
     assert "gone" not in str(caught.value)
+
+
+@pytest.fixture
+def beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters count as they do where the device has a memory of its own."""
+    for module in (models, adapters):
+        monkeypatch.setattr(module, "held_beside", lambda size, _: Held(host=size))
+
+
+@pytest.mark.usefixtures("beside_a_gpu")
+def test_adapters_beside_a_gpu_take_the_hosts_memory(shelf: Shelf) -> None:
+    one, two, third = shelf.served("one", shelf.one), shelf.served("two", shelf.two), shelf.served("third", shelf.one)
+    size = adapter_bytes(one, torch.float32)
+    held = Models(room_for(shelf, adapters=1).model_copy(update={"host_bytes": 2 * size}))
+    held.load(shelf.served("base"), [])
+    base = held.bytes
+    held.load(one, [])
+    held.load(two, [])
+    assert held.bytes.device == base.device
+    assert size < held.bytes.host <= 2 * size
+
+    held.load(third, [])
+    assert held.adapters == 2, "the least recently used one went"
+    with pytest.raises(NoRoom):
+        held.load(shelf.served("fourth", shelf.one), [two, third])
+    small = Models(room_for(shelf, adapters=1).model_copy(update={"host_bytes": size // 2}))
+    with pytest.raises(ModelError, match=r"adapter one takes the host's memory to .* GB; adapters may have"):
+        small.load(one, [])
+
+
+@pytest.mark.usefixtures("beside_a_gpu")
+def test_what_gives_the_device_no_memory_back_stays(shelf: Shelf) -> None:
+    held = Models(room_for(shelf, bases=2, adapters=1))
+    held.load(shelf.served("one", shelf.one), [])
+    held.load(shelf.served("second", base_digest="second"), [])
+    with pytest.raises(NoRoom):
+        held.load(
+            shelf.served("third", base_digest="third"), [shelf.served("base"), shelf.served("s", base_digest="second")]
+        )
+    assert (held.bases, held.adapters) == (2, 1)
+
+
+def test_places_keep_within_the_budget(shelf: Shelf) -> None:
+    known = [shelf.served(str(n), shelf.two if n % 2 else shelf.one) for n in range(4)]
+    held = Models(room_for(shelf, adapters=3))
+    for model in known:
+        held.load(model, known)
+    held.make_places(known[0], [])
+    assert held.has_places(known[0], [])
+    assert not held.has_places(known[0], known[1:])
+    with pytest.raises(NoRoom):
+        held.make_places(known[0], known[1:])
+    assert held.adapters == 4
+    held.make_places(known[0], known[1:2])  # what is idle goes for it
+    held.forward(known[:2])
+    assert 2 <= held.adapters < 4
+    assert not any(held._missing(Held(1)))

@@ -8,7 +8,8 @@ import torch
 
 from tests.inference.conftest import Shelf
 from tests.inference.test_scheduling import Desk
-from worker.inference.adapters import AdaptedBase, Models
+from worker.inference.adapters import AdaptedBase
+from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
 from worker.inference.sizes import PROCESS_BYTES, base_bytes
 from worker.inference.wire import EngineSettings, Failed
@@ -103,7 +104,8 @@ def test_a_base_that_cannot_be_read_is_told_to_all_who_wait_for_it(shelf: Shelf,
 def one_base(shelf: Shelf) -> Gatehouse:
     """With memory for one base at a time."""
     size = base_bytes(shelf.served("base"), torch.device("cpu"), torch.float32)
-    return Gatehouse(memory_bytes=PROCESS_BYTES["cpu"] + 2 * size - 1, kv_bytes=1, prefix_cache_bytes=1)
+    memory = PROCESS_BYTES["cpu"] + 2 * size - 1 + (1 << 17)
+    return Gatehouse(memory_bytes=memory, kv_bytes=1 << 17, prefix_cache_bytes=0)
 
 
 def test_bases_that_do_not_fit_together_are_read_once_for_all_who_wait(shelf: Shelf, late: ServedModel) -> None:

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.inference.tape import Tape
 from tests.inference.test_forwards import FAMILY, SETTINGS, SHAPE, assert_same, many, save, served
 from worker.inference import adapters
-from worker.inference.adapters import Models
 from worker.inference.forwards import LlamaForward
 from worker.inference.kv import GROWTH, KeyValues
+from worker.inference.models import Models
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.recordings import KEPT, Recording, Recordings, Run
 from worker.inference.scheduler import Scheduler
@@ -108,6 +108,38 @@ def test_a_store_keeps_its_recordings_for_whoever_comes_next(tmp_path: Path, tap
     assert tape.recorded == recorded > 0
 
 
+def test_nothing_is_recorded_while_a_base_is_read(tmp_path: Path, tape: Tape) -> None:
+    base = served(save(tmp_path / "base", FAMILY["llama"]()))
+    models = Models(SETTINGS)
+    models.load(base, [])
+    store = KeyValues(2)
+    store.reserve(1, 16)
+    coming = base.model_copy(update={"base_digest": "coming"})
+    models.make_way(coming, [base])
+    for length in range(4):
+        store.decode(models.forward([base]), [5], [length])
+    assert tape.recorded == 0
+    models.take("coming", None)
+    for length in range(4, 8):
+        store.decode(models.forward([base]), [5], [length])
+    assert (tape.recorded, tape.replayed) == (1, 4)
+
+
+def test_a_deterministic_answer_is_computed_beside_nobody(tmp_path: Path, tape: Tape) -> None:
+    """Its adapter's place, and how wide places are, would depend on who was there before."""
+    base = save(tmp_path / "base", FAMILY["llama"]())
+    known = many(base, tmp_path, 2)
+    said: list[ToFront] = []
+    scheduler = Scheduler(Models(SETTINGS), SETTINGS, said.append)
+    for number, (deterministic, wanted) in enumerate([(True, 0), (False, 1), (True, 1)]):
+        sampling = Sampling(max_tokens=8, temperature=0, ignore_eos=True, deterministic=deterministic)
+        scheduler.add(Generate(id=str(number), model=known["a0"], prompt=[5, 6, 7], sampling=sampling))
+        while scheduler.busy or scheduler.reading:
+            scheduler.turn()
+        assert tape.recorded == wanted
+    assert len({tuple(message.token_ids) for message in said if isinstance(message, Finished)}) == 1
+
+
 def test_a_store_that_would_go_beyond_the_budget_is_not_kept(tmp_path: Path, tape: Tape) -> None:
     wide = LlamaConfig(**{**SHAPE, "max_position_embeddings": 4 * GROWTH})
     base = served(save(tmp_path / "base", LlamaForCausalLM(wide))).model_copy(update={"max_model_len": 4 * GROWTH})
@@ -156,13 +188,18 @@ def test_recordings_of_another_world_and_the_oldest_are_forgotten() -> None:
         made.append(Recording(Tape(), 4, [torch.zeros(2)]))
         return made[-1]
 
-    here, there = object(), object()
-    assert kept.find(here, "a", make) is kept.find(None, "a", make) is kept.find(here, "a", make)
-    assert kept.find(there, "a", make) is not made[0]
+    here, there, model, other = object(), object(), object(), object()
+    first = kept.find((model, here), "a", make)
+    assert kept.find((model, None), "a", make) is kept.find((model, here), "a", make) is first
+    moved = kept.find((model, there), "a", make)
+    assert moved is not first
+    read_anew = kept.find((other, there), "a", make)
+    assert read_anew is not moved
+    assert len(kept) == 1
     for number in range(KEPT):
-        kept.find(None, number, make)
+        kept.find((other, None), number, make)
     assert len(kept) == KEPT
-    assert kept.find(None, "a", make) is made[-1]
+    assert kept.find((other, None), "a", make) is made[-1]
 
 
 def test_rows_that_are_not_there_are_filled_up_and_cut_off() -> None:

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.inference.conftest import Shelf
-from worker.inference import scheduler
-from worker.inference.adapters import Models
+from worker.inference import kv, scheduler
 from worker.inference.bases import Base
-from worker.inference.kv import Snapshot
+from worker.inference.kv import KeyValues, Snapshot, decoding
+from worker.inference.models import Models
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
-from worker.inference.sizes import PROCESS_BYTES, base_bytes
+from worker.inference.sizes import PROCESS_BYTES, Held, adapter_bytes, base_bytes
 from worker.inference.text import AnswerText, Detokenizer
 from worker.inference.wire import EngineSettings, Failed, Finished, Generate, ToFront
 
@@ -155,6 +155,84 @@ def test_the_store_of_keys_and_values_keeps_to_its_budget(shelf: Shelf) -> None:
 
     assert max(running) == 2
     assert len(desk.finished) == 5
+
+
+def test_a_request_that_would_not_fit_alone_is_refused_with_the_figures(shelf: Shelf) -> None:
+    desk = Desk(kv_bytes=256 * 512)  # one row of 256 positions
+    desk.ask("fits", shelf.served("base"), tokens=6, prompt=250)
+    desk.ask("too long", shelf.served("base"), tokens=6, prompt=251)
+    desk.run()
+
+    assert desk.finished == ["fits"]
+    failed = next(message for message in desk.said if isinstance(message, Failed))
+    assert (failed.id, failed.status, failed.param) == ("too long", 400, "prompt")
+    assert "keys and values of 257 tokens take" in failed.message
+    assert "VERITUNE_INFERENCE_MEMORY" in failed.message
+
+
+def test_stores_that_nobody_is_in_make_way(shelf: Shelf) -> None:
+    """A wide store of one group, and a long request of another, which takes all that there is."""
+    desk = Desk(kv_bytes=2 * 256 * 512, slice_steps=1)
+    one, other = shelf.served("one"), shelf.served("other", base_digest="other")
+    for i in range(2):
+        desk.ask(f"wide{i}", one, tokens=2)
+    desk.ask("long", other, tokens=4, prompt=300)
+    for i in range(2):
+        desk.ask(f"late{i}", one, tokens=2)
+    held = []
+    while desk.scheduler.busy:
+        desk.scheduler.turn()
+        stores = [group.store for group in desk.scheduler._groups.values() if group.store is not None]
+        held.append(sum(store.rows * store.capacity for store in stores))
+
+    assert sorted(desk.finished) == ["late0", "late1", "long", "wide0", "wide1"]
+    assert max(held) == 2 * 256
+
+
+def test_adapters_for_whose_places_there_is_no_memory_wait_for_others_to_leave(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv, "GROWTH", 32)  # so that eight rows are small beside adapters
+    known = [shelf.served(f"a{i}", shelf.two if i % 2 else shelf.one) for i in range(4)]
+    size = base_bytes(known[0], torch.device("cpu"), torch.float32)
+    size += 13 * adapter_bytes(known[0], torch.float32) // 4
+    desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
+    for i in range(12):
+        desk.ask(f"r{i}", known[i % 4], tokens=3 + i)
+    running = []
+    while desk.scheduler.busy:
+        desk.scheduler.turn()
+        running.append(desk.scheduler.stats.running)
+        assert not any(desk.models._missing(Held(1)))
+        assert not desk.scheduler._held
+
+    assert 2 <= max(running) < 8
+    assert sorted(desk.finished) == sorted(f"r{i}" for i in range(12))
+
+
+def test_a_store_for_whose_growth_there_is_no_memory_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = KeyValues(3)
+    store.reserve(1, 8)
+    new = torch.randn(1, 2, 1, 4)
+    for layer in store.layers:
+        layer.write(decoding(torch.tensor([0]), 32), new, new)
+    calls = iter([kv._store, kv._store, kv._store])
+
+    def scarce(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+        return next(calls, no_memory)(like, rows, capacity)
+
+    def no_memory(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv, "_store", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            store.reserve(4, 300)
+    assert (store.rows, store.capacity) == (1, 256)
+    store.reserve(4, 300)
+    for layer in store.layers:
+        assert layer.stores[0].shape == (4, 2, 512, 4)
+        assert torch.equal(layer.stores[1][0, :, 0], new[0, :, 0])
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer
-from worker.inference.stack import PATIENCE, WORTH_PACKING, Stack
+from worker.inference.stack import PATIENCE, STEADY_PATIENCE, WORTH_PACKING, Stack
 from worker.processor import cpu_here
 
 WIDTHS = [(32, 64), (32, 32), (32, 96), (48, 32)]
@@ -23,8 +23,8 @@ def adapter(seed: int, rank: int, dtype: torch.dtype = torch.float32) -> list[La
     return [LayerLora(*map(lora, WIDTHS)) for _ in range(LAYERS)]
 
 
-def stack(dtype: torch.dtype = torch.float32) -> Stack:
-    return Stack(LAYERS, WIDTHS, torch.zeros(1, dtype=dtype))
+def stack(dtype: torch.dtype = torch.float32, *, steady: bool = False) -> Stack:
+    return Stack(LAYERS, WIDTHS, torch.zeros(1, dtype=dtype), steady=steady)
 
 
 def added(mix: Mix | None, x: torch.Tensor) -> list[torch.Tensor]:
@@ -137,3 +137,89 @@ def test_places_for_which_there_is_no_memory_leave_room_for_others(monkeypatch: 
     ):
         torch.testing.assert_close(found, wanted)
         assert found.any()
+
+
+def test_steady_places_become_fewer_only_once_that_is_worth_new_recordings() -> None:
+    held = stack(steady=True)
+    adapters = {str(n): adapter(n, 4) for n in range(4)}
+    generation, many = places_of(held.mix(list(adapters), adapters))
+    for _ in range(STEADY_PATIENCE):
+        assert places_of(held.mix(["3"], adapters))[0] is generation
+    moved, one = places_of(held.mix(["3"], adapters))
+    assert moved is not generation
+    assert (many, one) == (4, 1)
+
+
+def places_of(mix: Mix | None) -> tuple[object, int]:
+    assert mix is not None
+    assert mix.places is not None
+    return mix.places
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_a_wide_adapter_does_not_widen_the_places_that_nobody_needs(steady: bool) -> None:
+    held = stack(steady=steady)
+    adapters = {str(n): adapter(n, 4) for n in range(16)} | {"wide": adapter(16, 64)}
+    held.mix(list(adapters)[:16], adapters)
+    narrow = held.bytes
+    held.mix(["wide", None], adapters)
+    assert held.bytes == narrow
+    held.mix(list(adapters)[:16], adapters)
+    assert held.bytes == narrow
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_who_had_a_place_keeps_one_where_that_takes_little(steady: bool) -> None:
+    held = stack(steady=steady)
+    adapters = {str(n): adapter(n, 4) for n in range(4)} | {"wide": adapter(4, 8)}
+    held.mix(["0", "1", "2", "3"], adapters)
+    generation, _ = places_of(held.mix(["wide", "0"], adapters))
+    again, _ = places_of(held.mix(["0", "1", "2", "3"], adapters))
+    assert again is generation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_places_will_take_is_known_before(dtype: torch.dtype) -> None:
+    held = stack(dtype)
+    adapters = {str(n): adapter(n, 1 + n, dtype) for n in range(9)}
+    batches: list[list[str | None]] = [["0", "1"], ["2", None], list(adapters), ["8", "7", None], ["1"], [None]]
+    for rows in batches:
+        before, foreseen = held.bytes, held.growth(rows, adapters)
+        for _ in range(WORTH_PACKING + 1):
+            held.mix(rows, adapters)
+        assert held.bytes <= before + foreseen, rows
+        if dtype is torch.float32 and held.bytes > before:
+            assert held.bytes == before + foreseen, rows
+
+
+def test_one_alone_is_computed_in_shapes_that_do_not_depend_on_others() -> None:
+    held = stack(steady=True)
+    adapters = {"own": adapter(0, 4), "wide": adapter(1, 32)}
+    x = torch.randn(1, 32)
+    first = held.mix(["own"], adapters, alone=True)
+    held.mix(["wide", "own"], adapters)
+    second = held.mix(["own"], adapters, alone=True)
+    for mix in (first, second):
+        assert mix is not None
+        assert mix.places is None
+        assert mix.foreign is None
+        assert [layer.qkv.a.shape[0] for layer in mix.layers if isinstance(layer.qkv, Lora)] == [4] * LAYERS
+        for found, wanted in zip(added(mix, x), added(Mix(adapters["own"]), x), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_all_that_is_read_lies_on_the_device() -> None:
+    """Adapters lie in the host's memory. The other device has no numbers here, but tensors that know where they are."""
+    held = Stack(LAYERS, WIDTHS, torch.zeros(1, device="meta"), steady=True)
+    adapters = {str(n): adapter(n, 4) for n in range(3)}
+    size = sum(part.nbytes for layer in adapters["0"] for lora in layer if lora for part in lora)
+    mixed, alone = held.mix(["0", "2", None], adapters), held.mix(["1"], adapters, alone=True)
+    for mix in (mixed, alone):
+        assert mix is not None
+        parts = [part for layer in mix.layers for lora in layer if isinstance(lora, Lora) for part in lora]
+        assert {part.device.type for part in parts} == {"meta"}
+    assert held.bytes == 2 * size + size
+    held.forget("1")
+    assert held.bytes == 2 * size
+    held.clear()
+    assert held.bytes == 0

@@ -12,8 +12,8 @@ from app.domain.attempts import BaseOnDisk, EncodedRow, TrainOrder
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
-from worker.inference.adapters import Models
 from worker.inference.loras import Mix
+from worker.inference.models import Models
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
 from worker.inference.stack import Stack
@@ -129,8 +129,8 @@ def test_two_places_swapped_would_be_noticed(
 ) -> None:
     mix = Stack.mix
 
-    def swapped(self: Stack, *given: object) -> Mix | None:
-        found = mix(self, *given)  # type: ignore[arg-type]
+    def swapped(self: Stack, *given: Any, **more: Any) -> Mix | None:
+        found = mix(self, *given, **more)
         if found is None or found.foreign is None:
             return found
         return found._replace(foreign=found.foreign[:, [1, 0, *range(2, found.foreign.shape[1])]])

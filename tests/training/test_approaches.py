@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from app.domain.attempts import EncodedRow, TrainOrder
 from benchmarks.approaches import served
 from tests.training.conftest import OrderFactory
-from worker.inference.adapters import Models
 from worker.inference.kv import KeyValues
+from worker.inference.models import Models
 from worker.inference.wire import EngineSettings
 from worker.precision import FP32
 from worker.quantization import bitsandbytes_config

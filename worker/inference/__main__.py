@@ -5,10 +5,14 @@ import uvicorn
 from app.composition import compose
 from app.logs import configure_logs
 from app.settings import Settings
+from worker.device import host_memory
 from worker.inference.front import FrontSettings, create_front
 from worker.inference.resolver import PublishedResolver
 from worker.inference.tenancy import LedgerTenancy
 from worker.inference.wire import EngineSettings
+
+SHARE_OF_THE_HOST = 4
+"""The part of the host's memory that adapters beside a GPU may take is one in so many."""
 
 
 def main() -> None:
@@ -16,7 +20,9 @@ def main() -> None:
     configure_logs(settings.log_format)
     services = compose(settings)
     tenancy = LedgerTenancy(services)
-    engine = EngineSettings(dtype=settings.inference_dtype, memory_bytes=tenancy.bytes)
+    engine = EngineSettings(
+        dtype=settings.inference_dtype, memory_bytes=tenancy.bytes, host_bytes=host_memory() // SHARE_OF_THE_HOST
+    )
     told = FrontSettings(secret=settings.inference_secret, engine=engine)
     front = create_front(PublishedResolver(services), told, tenancy)
     uvicorn.run(

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from transformers.utils import logging as transformers_logging
 
-from worker.inference.adapters import Models
+from worker.inference.models import Models
 from worker.inference.scheduler import Scheduler
 from worker.inference.wire import (
     Cancel,

@@ -63,7 +63,7 @@ class LlamaForward:
         self._layers = [_Layer(module) for module in whole.model.layers]
         self._norm = _Norm(whole.model.norm)
         self._record = record
-        self._name = object()  # in a store's recordings, which outlive a base
+        self._name = object()  # in a store's recordings, which may outlive a base
 
     def stack(self) -> Stack:
         """Room for adapters over this model."""
@@ -71,12 +71,15 @@ class LlamaForward:
 
     def read_lora(self, config: LoraConfig, weights: dict[str, torch.Tensor]) -> list[LayerLora] | None:
         """As `loras.read_lora`, beside this model's layers."""
-        return read_lora(config, weights, self._linears, self._like)
+        return read_lora(config, weights, self._linears, self._like.dtype)
 
-    def __call__(self, step: Step, store: KeyValues, mix: Mix | None = None) -> torch.Tensor:
+    def __call__(
+        self, step: Step, store: KeyValues, mix: Mix | None = None, *, may_record: bool = True
+    ) -> torch.Tensor:
+        in_places = mix is None or mix.places is not None  # an adapter's own memory is another's tomorrow
         mix = mix or Mix([LayerLora()] * len(self._layers))
-        if self._record is not None and step.reads_nothing:
-            return self._replayed(self._record, step, store, mix)
+        if self._record is not None and step.reads_nothing and in_places:
+            return self._replayed(self._record, step, store, mix, may_record)
         if mix.foreign is not None:
             mix = mix._replace(foreign=mix.foreign.repeat_interleave(step.counts, 0, output_size=len(step.ids)))
         return self._logits(step.ids, step.positions, step.parts, store, mix, step.wanted)
@@ -98,7 +101,7 @@ class LlamaForward:
             x = layer.run(x, angles, _Attention(parts, masks, kept), lora, mix.foreign)
         return self._head(self._norm(x[wanted])).float()
 
-    def _replayed(self, record: Record, step: Step, store: KeyValues, mix: Mix) -> torch.Tensor:
+    def _replayed(self, record: Record, step: Step, store: KeyValues, mix: Mix, may_record: bool) -> torch.Tensor:
         rows = power_of_two(len(step.ids))
         visible = -(-step.parts[0].mask.shape[-1] // GROWTH) * GROWTH
 
@@ -107,10 +110,10 @@ class LlamaForward:
             return self._logits(ids, positions, [decoding(positions, visible)], store, mixed, slice(None))
 
         inputs = [step.ids, step.positions, *([] if mix.foreign is None else [mix.foreign])]
-        world, _ = mix.places or (None, 0)
-        key = (self._name, rows, visible, mix.places)
-        recording = store.recordings.find(world, key, lambda: Recording(record, rows, inputs))
-        return recording(work, inputs, (0, 0, True)[: len(inputs)])
+        generation, _ = mix.places or (None, 0)
+        key = (rows, visible, mix.places)
+        recording = store.recordings.find((self._name, generation), key, lambda: Recording(record, rows, inputs))
+        return recording(work, inputs, (0, 0, True)[: len(inputs)], may_record)
 
     def _hidden(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As numbers to be added, once instead of in every layer; the queries of a group stand one behind the other."""

@@ -140,10 +140,10 @@ class KeyValues:
         """Make room for `rows` sequences of up to `length` positions."""
         sizes = self.sizes_with(rows, length)
         if sizes != (self.rows, self.capacity):
-            self.rows, self.capacity = sizes
             self.recordings.clear()  # they read where the positions were
             for layer in self.layers:
                 layer.resize(*sizes)
+            self.rows, self.capacity = sizes  # now that the memory for all of them is there
 
     def aim(self, part: Part) -> Cache:
         """The store as transformers' own cache, for a forward of this part."""

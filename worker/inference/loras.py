@@ -41,6 +41,10 @@ class Lora(NamedTuple):
         """[tokens, Σ rank] brought up and added to `out` [tokens, Σ out]."""
         return out.addmm_(x, self.b)
 
+    def to(self, device: torch.device) -> "Lora":
+        """The same there."""
+        return Lora(self.a.to(device), self.b.to(device))
+
 
 class PackedLora:
     """The same, laid out for many decode steps; to the bit the same results."""
@@ -90,10 +94,10 @@ Linears = Mapping[str, torch.nn.Linear]
 
 
 def read_lora(
-    config: LoraConfig, weights: dict[str, torch.Tensor], linears: Linears, like: torch.Tensor
+    config: LoraConfig, weights: dict[str, torch.Tensor], linears: Linears, dtype: torch.dtype
 ) -> list[LayerLora] | None:
-    """An adapter beside the products of a Llama-like model, in the dtype and on the device of `like`; None where it has
-    parts elsewhere. Raises LoraError."""
+    """An adapter beside the products of a Llama-like model, in the host's memory; None where it has parts elsewhere.
+    Raises LoraError."""
     if config.use_dora or config.bias != "none" or config.modules_to_save or config.lora_bias:
         return None
     given: dict[str, dict[str, torch.Tensor]] = {}
@@ -111,7 +115,7 @@ def read_lora(
         raise LoraError(f"{surplus} of its weights are not in the base")
     if not wanted:
         raise LoraError("its target_modules name nothing there")
-    here = {name: {side: given[name][side].to(like.device, like.dtype) for side in "AB"} for name in wanted}
+    here = {name: {side: given[name][side].to(dtype) for side in "AB"} for name in wanted}
     parts = {name: _scaled(config, name, here[name], linears[name]) for name in wanted}
     layers = sum(name.endswith(f".{FANS[1][0]}") for name in linears)
     return [LayerLora(*(_joined(number, fan, parts, linears) for fan in FANS)) for number in range(layers)]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from worker.inference.adapters import AdaptedBase, Models
+from worker.inference.adapters import AdaptedBase
+from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import Generate
 

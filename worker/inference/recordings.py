@@ -39,7 +39,7 @@ class CudaGraphs:
         if not self._alive:  # a pool ends with the last recording that is in it
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Another thread may load a base meanwhile; and a recording that fails does not put the stream back.
+        # A recording that fails does not put the stream back.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
@@ -62,11 +62,15 @@ class Recording:
     def __init__(self, record: Record, rows: int, inputs: Sequence[torch.Tensor]) -> None:
         self._record = record
         self._inputs = [given.new_zeros(rows, *given.shape[1:]) for given in inputs]
-        self._uses = 0
+        self._has_run = self._was_tried = False
         self._replay: Run | None = None
 
     def __call__(
-        self, work: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], spare: Sequence[int]
+        self,
+        work: Callable[..., torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        spare: Sequence[int],
+        may_record: bool = True,
     ) -> torch.Tensor:
         """[rows of `inputs`, …]. Rows beyond theirs have the numbers `spare`, one for each input."""
         count = len(inputs[0])
@@ -74,9 +78,11 @@ class Recording:
             kept[:count] = given
             kept[count:] = rest
         run = partial(work, *self._inputs)
-        if self._uses == 1:  # not at once: kernels have to have run before, and what comes once is not worth it
+        # Not at once: kernels have to have run before, and what comes once is not worth it.
+        if may_record and self._has_run and not self._was_tried:
+            self._was_tried = True
             self._replay = self._recorded(run)
-        self._uses += 1
+        self._has_run = True
         return (self._replay or run)()[:count].clone()
 
     def _recorded(self, run: Run) -> Run | None:
@@ -92,14 +98,16 @@ class Recordings:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Recording] = OrderedDict()
-        self._world: object = None
+        self._model: object = None
+        self._places: object = None
 
-    def find(self, world: object, key: Hashable, make: Callable[[], Recording]) -> Recording:
-        """What was recorded under `key`, else what is made now. In another `world` nothing is where it was; None is the
-        world that there is."""
-        if world is not None and world is not self._world:
+    def find(self, read: tuple[object, object], key: Hashable, make: Callable[[], Recording]) -> Recording:
+        """What was recorded under `key`, else what is made now. `read`: the model that is read, and its places, or None
+        where it is read without: once one of them is another one, nothing is where it was."""
+        model, places = read
+        if model is not self._model or places not in (None, self._places):
             self.clear()
-            self._world = world
+            self._model, self._places = model, places
         if key not in self._kept:
             self._kept[key] = make()
         self._kept.move_to_end(key)

@@ -8,19 +8,21 @@ starves. Knows no processes and no HTTP.
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator
+from itertools import accumulate
 
 import torch
 
-from worker.inference.adapters import Models
-from worker.inference.bases import Base, ModelError, NoRoom
+from worker.inference.bases import ModelError, NoRoom
 from worker.inference.constraints import Grammars
 from worker.inference.group import Group
-from worker.inference.kv import CHUNK, KeyValues, Read
+from worker.inference.kv import CHUNK, Read
+from worker.inference.models import Models
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import ServedModel
 from worker.inference.reader import Reader, Reading
-from worker.inference.sequence import RequestError, Sequence
+from worker.inference.sequence import RequestError, Sequence, encoded
 from worker.inference.sizes import budget
+from worker.inference.stores import Stores
 from worker.inference.wire import EngineSettings, Failed, Generate, Stats, ToFront
 
 log = logging.getLogger(__name__)
@@ -42,13 +44,12 @@ class Scheduler:
         self._settings = settings
         self._send = send
         self._groups: OrderedDict[Hashable, Group] = OrderedDict()
-        self._rested: tuple[str, KeyValues] | None = None
         self._held: list[Generate] = []
         self._expected: list[ServedModel] = []
         self._grammars = Grammars(settings.max_grammars)
-        self._budget = budget(settings, models.device)
-        self._prefixes = PrefixCache(self._budget.prefixes)
-        self._position_bytes: dict[str, int] = {}
+        bytes_of = budget(settings, models.device)
+        self._stores = Stores(bytes_of.live, models.device)
+        self._prefixes = PrefixCache(bytes_of.prefixes)
         self._counts: defaultdict[str, int] = defaultdict(int)
 
     @property
@@ -91,14 +92,15 @@ class Scheduler:
             lane = self._models.lane(request.model)
             if request.sampling.deterministic:
                 lane = (lane, request.id)  # no company
+            waiting = encoded(request, base)
+            self._stores.admit(waiting, base)
         except NoRoom:
             self._hold(request)
         except Exception as error:
             self._refuse(request.id, error)
         else:
-            self._position_bytes[request.model.base_digest] = base.position_bytes
             group = self._groups.setdefault(lane, Group(lane, request.model.base_digest))
-            group.wait(_encoded(request, base))
+            group.wait(waiting)
 
     def expect(self, model: ServedModel) -> None:
         """Load a model once nobody is answered and nobody waits, if there is room for it then."""
@@ -187,20 +189,8 @@ class Scheduler:
         if not group.idle:
             return
         self._groups.pop(group.lane, None)
-        if group.store is not None and len(group.store.recordings) and not self._groups:
-            self._rested = group.base_digest, group.store
-
-    def _store_for(self, base: Base, length: int) -> KeyValues:
-        """A new one for `length` positions; or the last group's, whose recorded steps can be replayed, where that was
-        over the same base, is no longer than a new one and keeps within the budget."""
-        fresh = KeyValues(base.layers, self._models.device)
-        rested, self._rested = self._rested, None
-        if rested is not None and rested[0] == base.digest:
-            rows, capacity = rested[1].sizes_with(1, length)
-            fits = rows * capacity * base.position_bytes <= self._budget.live
-            if fits and capacity == fresh.sizes_with(1, length)[1]:
-                return rested[1]
-        return fresh
+        if not self._groups:
+            self._stores.rest(group)
 
     def _hold(self, request: Generate) -> None:
         """Until those that run have made room; whoever else waits stands behind it, or it might never have its turn."""
@@ -226,20 +216,18 @@ class Scheduler:
         share = max(1, self._settings.max_batch // len(self._groups))
         if others_wait and len(group.seated) >= share:
             return False
-        return self._running == 0 or self._fits(group)
+        if self._fits(group):
+            return True
+        if self._running:
+            return False
+        for any_group in self._groups.values():
+            any_group.store = None  # nobody is in it
+        return True
 
     def _fits(self, group: Group) -> bool:
-        """Whether the stores stay within their budget when the group's next request joins."""
-        request = group.next
-        store = group.store or KeyValues(0)
-        rows, capacity = store.sizes_with(len(group.seated) + 1, len(request.prompt) + request.sampling.max_tokens)
-        wanted = rows * capacity * self._position_bytes[group.base_digest]
-        others = sum(
-            other.store.rows * other.store.capacity * self._position_bytes.get(other.base_digest, 0)
-            for other in self._groups.values()
-            if other is not group and other.store is not None
-        )
-        return wanted + others <= self._budget.live
+        """Whether there is memory for the group's next request beside those that are answered."""
+        has_room = self._stores.have_room(group, self._groups.values())
+        return has_room and self._models.has_places(group.next.model, self._in_use(), self._groups_bases())
 
     def _begin(self, group: Group) -> None:
         """Give the next request a row, with what is known of its prompt's keys and values."""
@@ -253,14 +241,14 @@ class Scheduler:
 
     def _seat(self, group: Group, request: Generate) -> Sequence:
         base = self._models.load(request.model, self._in_use(), self._groups_bases())
+        self._models.make_places(request.model, self._in_use(), self._groups_bases())
         sequence = Sequence(request, base, self._grammars)
         row, ids = len(group.seated), sequence.prompt
-        group.store = group.store or self._store_for(base, len(ids) + sequence.sampling.max_tokens)
-        group.store.reserve(row + 1, len(ids) + sequence.sampling.max_tokens)
+        store = self._stores.seat(group, request, base)
         match = None if sequence.reads_all else self._prefixes.find(sequence.reads_as, ids)
         if match:
             sequence.cached = min(match.length, len(ids) - 1)  # the last token must be read for its logits
-            group.store.restore(row, match.snapshot, sequence.cached)
+            store.restore(row, match.snapshot, sequence.cached)
         sequence.length = sequence.cached
         self._count(prefills=1, prompt_tokens=len(ids), prefix_queries=len(ids), prefix_hits=sequence.cached)
         return sequence
@@ -269,18 +257,22 @@ class Scheduler:
         assert group.store is not None
         reads = _reads(group)
         tokens = [sequence.tokens[-1] for sequence in group.live]
-        forward = self._models.forward([sequence.model for sequence in group.seated[: len(tokens) + len(reads)]])
-        # Tokens are chosen here, row by row: each of them would wait for a GPU several times.
-        logits = group.store.step(forward, tokens, [sequence.length for sequence in group.live], reads).cpu()
+        answering = group.seated[: len(tokens) + len(reads)]
+        alone = answering[0].sampling.deterministic
+        forward = self._models.forward([sequence.model for sequence in answering], alone=alone)
+        logits = group.store.step(forward, tokens, [sequence.length for sequence in group.live], reads)
         for sequence in group.live:
             sequence.length += 1
-        own = torch.split(logits, [1] * len(tokens) + [read.kept for read in reads])
-        for sequence, read, behind in zip(group.reading, reads, own[len(tokens) :], strict=False):
+        counts = [1] * len(tokens) + [read.kept for read in reads]
+        for sequence, read, behind in zip(
+            group.reading, reads, torch.split(logits, counts)[len(tokens) :], strict=False
+        ):
             sequence.take_in(len(read.ids), behind)
         group.promote()
         self._count(decode_steps=bool(tokens), generation_tokens=len(group.live))
+        last = _last(logits, counts[: len(group.live)])
         for row in reversed(range(len(group.live))):  # backwards: whoever leaves is replaced by one already seen
-            self._advance(group, row, own[row][-1])
+            self._advance(group, row, last[row])
 
     def _advance(self, group: Group, row: int, logits: torch.Tensor) -> None:
         sequence = group.live[row]
@@ -336,11 +328,12 @@ class Scheduler:
             self._counts[name] += value
 
 
-def _encoded(request: Generate, base: Base) -> Generate:
-    """Its prompt in tokens: how many they are decides where it fits."""
-    if not isinstance(request.prompt, str):
-        return request
-    return request.model_copy(update={"prompt": base.tokenizer.encode(request.prompt).ids})
+def _last(logits: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The last ones of each of the first sequences, which have `counts` of them, [sequences, V]: where tokens are
+    chosen, row by row, for each of which a GPU would be waited for several times."""
+    if max(counts, default=1) == 1:
+        return logits[: len(counts)].cpu()
+    return logits[[end - 1 for end in accumulate(counts)]].cpu()
 
 
 def _reads(group: Group) -> list[Read]:

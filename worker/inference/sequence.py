@@ -21,17 +21,36 @@ class RequestError(Exception):
         self.message, self.param, self.status = message, param, status
 
 
+def encoded(request: Generate, base: Base) -> Generate:
+    """The request with its prompt in tokens. Raises RequestError when that does not fit the model."""
+    ids = base.tokenizer.encode(request.prompt).ids if isinstance(request.prompt, str) else request.prompt
+    _check_vocabulary(ids, base, "prompt")
+    _check_vocabulary(request.sampling.allowed_token_ids or [], base, "allowed_token_ids")
+    _check_vocabulary(request.sampling.stop_token_ids, base, "stop_token_ids")
+    limit = min(request.model.max_model_len, base.context)
+    if len(ids) + request.sampling.max_tokens > limit:
+        raise RequestError(
+            f"This model's maximum context length is {limit} tokens, but the prompt has {len(ids)} tokens "
+            f"and max_tokens asks for {request.sampling.max_tokens} more. Shorten or lower one of them.",
+            "prompt",
+        )
+    if not ids:
+        raise RequestError("prompt is empty: it encodes to no token", "prompt")
+    return request.model_copy(update={"prompt": ids})
+
+
 class Sequence:
     """A prompt and the answer so far. `length` counts the positions whose keys and values are stored."""
 
     def __init__(self, request: Generate, base: Base, grammars: Grammars) -> None:
-        """Raises RequestError when the request does not fit the model."""
+        """`request`: encoded. Raises RequestError when the model knows no such grammar."""
         self.id = request.id
         self.model = request.model
         self.stream = request.stream
         self.sampling = request.sampling
         self._base = base
-        self.prompt = _prompt_ids(request, base)
+        assert not isinstance(request.prompt, str)
+        self.prompt = request.prompt
         self.tokens = list(self.prompt)
         self.length = self.cached = 0
         self.finish: Finish | None = None
@@ -135,24 +154,6 @@ class Sequence:
             self.finish = "stop"
         elif self.produced >= self.sampling.max_tokens:
             self.finish = "length"
-
-
-def _prompt_ids(request: Generate, base: Base) -> list[int]:
-    assert not isinstance(request.prompt, str), "it is encoded before it waits"
-    ids = request.prompt
-    _check_vocabulary(ids, base, "prompt")
-    _check_vocabulary(request.sampling.allowed_token_ids or [], base, "allowed_token_ids")
-    _check_vocabulary(request.sampling.stop_token_ids, base, "stop_token_ids")
-    limit = min(request.model.max_model_len, base.context)
-    if len(ids) + request.sampling.max_tokens > limit:
-        raise RequestError(
-            f"This model's maximum context length is {limit} tokens, but the prompt has {len(ids)} tokens "
-            f"and max_tokens asks for {request.sampling.max_tokens} more. Shorten or lower one of them.",
-            "prompt",
-        )
-    if not ids:
-        raise RequestError("prompt is empty: it encodes to no token", "prompt")
-    return ids
 
 
 def _check_vocabulary(ids: list[int], base: Base, param: str) -> None:

@@ -20,7 +20,26 @@ PROCESS_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}
 BLOCK, BLOCK_OF_SCALES = 64, 256
 """Of 4-bit weights that share a scale, and of scales that share one where they are quantised themselves."""
 
+JOINED = 2
+"""Times what an adapter's weights take that they may take beside joined products: zeros stand where a rank of one
+output meets the others."""
+
 _OF_A_LAYER = re.compile(r"\.\d+\.")  # what is quantised; embeddings and output are in no numbered layer
+
+
+class Held(NamedTuple):
+    """Bytes in the device's memory, and in the host's where that is another one."""
+
+    device: int = 0
+    host: int = 0
+
+    def plus(self, other: "Held") -> "Held":
+        """Both together."""
+        return Held(self.device + other.device, self.host + other.host)
+
+    def less(self, other: "Held") -> "Held":
+        """Without the other."""
+        return Held(self.device - other.device, self.host - other.host)
 
 
 class Budget(NamedTuple):
@@ -28,14 +47,14 @@ class Budget(NamedTuple):
 
     live: int
     prefixes: int
-    models: int
+    models: Held
 
 
 def budget(settings: EngineSettings, device: torch.device) -> Budget:
     """How an engine divides its memory."""
     room = max(0, settings.memory_bytes - PROCESS_BYTES[device.type])
     live, prefixes = min(settings.kv_bytes, room // 4), min(settings.prefix_cache_bytes, room // 8)
-    return Budget(live, prefixes, room - live - prefixes)
+    return Budget(live, prefixes, Held(room - live - prefixes, settings.host_bytes))
 
 
 def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) -> int:
@@ -50,9 +69,20 @@ def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) ->
     return numbers * dtype.itemsize * copies
 
 
-def adapter_bytes(directory: Path, dtype: torch.dtype) -> int:
+def adapter_bytes(served: ServedModel, dtype: torch.dtype) -> int:
+    """About what an adapter will take, at most."""
+    joined = JOINED if _is_lean(served.base_path) else 1
+    return 0 if served.adapter_path is None else weights_bytes(Path(served.adapter_path), dtype) * joined
+
+
+def weights_bytes(directory: Path, dtype: torch.dtype) -> int:
     """What an adapter's weights take in this dtype. 0 for one that cannot be read: loading it will say why."""
     return sum(_sizes(directory / "adapter_model.safetensors").values()) * dtype.itemsize
+
+
+def held_beside(size: int, device: torch.device) -> Held:
+    """An adapter beside a base: in the memory that the host has."""
+    return Held(size) if device.type == "cpu" else Held(host=size)
 
 
 def held_bytes(model: nn.Module) -> int:

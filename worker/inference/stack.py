@@ -4,7 +4,7 @@ Knows no files, no bases and no requests.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,11 +12,18 @@ from worker.inference.kv import power_of_two
 from worker.inference.loras import FANS, LayerLora, Lora, Mix, PackedLayer, PackedLora
 from worker.inference.products import packs
 
-PATIENCE = 16
-"""Steps for which a batch must need less before its adapters move to fewer or narrower places."""
+PATIENCE, STEADY_PATIENCE = 16, 512
+"""Steps for which a batch must need less before its adapters move to fewer or narrower places; and where steps have to
+be recorded anew for that."""
+
+GENEROUS = 4
+"""Times what a batch needs that places may take, so that those who had one still have it."""
 
 WORTH_PACKING = 4
 """Steps that the same places are read in before they are laid out for the kernel: that costs about one step."""
+
+Beside = Mapping[str, list[LayerLora]]
+"""Adapters by name, layer by layer, in the host's memory."""
 
 
 class Stack:
@@ -25,33 +32,53 @@ class Stack:
     def __init__(
         self, layers: int, widths: Sequence[tuple[int, int]], like: torch.Tensor, *, steady: bool = False
     ) -> None:
-        """`widths`: what each joined product reads and gives. `like`: whose dtype and device the weights have.
-        `steady`: whether places stay as long as they suffice, and an adapter is read from its place also when it is
-        the only one, so that recorded steps find everything where it was."""
+        """`widths`: what each joined product reads and gives. `like`: whose dtype and device the places have.
+        `steady`: whether an adapter is read from its place also when it is the only one, and places stay for long, so
+        that recorded steps find everything where it was."""
         self._count, self._widths, self._like, self._steady = layers, widths, like, steady
+        self._apart = like.device.type != "cpu"  # adapters lie in the host's memory
+        self._needs: dict[str, list[int]] = {}  # ranks
+        self._lone: tuple[str, list[LayerLora]] | None = None
         self._generation = object()
         self._places: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._room = 0
         self._ranks = [0] * len(FANS)
         self._layers: list[LayerLora] = []
         self._packed: dict[int, list[PackedLayer]] = {}
-        self._reads = self._roomy = 0
+        self._reads = self._roomy = self._promised = 0
 
     @property
     def bytes(self) -> int:
-        """What the places take in memory, and the first few of them once more for each number that is laid out."""
-        width = sum(rank * sum(widths) for rank, widths in zip(self._ranks, self._widths, strict=True))
-        places = self._room + sum(self._packed)
-        return places * width * self._count * self._like.element_size()
+        """What the places take on the device, the first few of them once more for each number that is laid out; or what
+        was promised, where that is more."""
+        lone = self._lone[1] if self._apart and self._lone else []
+        return self._taken() + sum(part.nbytes for layer in lone for lora in layer if lora for part in lora)
 
-    def mix(self, rows: Sequence[str | None], adapters: dict[str, list[LayerLora]]) -> Mix | None:
-        """What a batch reads whose rows have these of the `adapters`; None where no row has one."""
-        wanted = list(dict.fromkeys(row for row in rows if row is not None))
+    def growth(self, rows: Sequence[str | None], adapters: Beside) -> int:
+        """Bytes that `mix` will add for these, at most."""
+        wanted = _named(rows)
+        if not wanted or self._is_lone(wanted, rows):
+            return 0
+        places, ranks = self._need(wanted, adapters)
+        if self._is_too_small(places, ranks):
+            places, ranks = self._grown(places, ranks)
+        else:
+            places, ranks = self._room, self._ranks
+        return max(0, self._whole(places, ranks) - self._taken())
+
+    def promise(self, rows: Sequence[str | None], adapters: Beside) -> None:
+        """Count from now on what `mix` will take for these."""
+        self._promised = self._taken() + self.growth(rows, adapters)
+
+    def mix(self, rows: Sequence[str | None], adapters: Beside, *, alone: bool = False) -> Mix | None:
+        """What a batch reads whose rows have these of the `adapters`; None where no row has one. `alone`: the only row
+        is to be computed in shapes that depend on nobody else."""
+        wanted = _named(rows)
         if not wanted:
             return None
-        if len(wanted) == 1 and None not in rows and not self._steady:
-            return Mix(adapters[wanted[0]])
-        self._settle(wanted, [adapters[name] for name in wanted])
+        if alone or self._is_lone(wanted, rows):
+            return Mix(self._here(wanted[0], adapters[wanted[0]]))
+        self._settle(wanted, adapters)
         for name in wanted:
             if name not in self._places:
                 self._place(name, wanted, adapters[name])
@@ -64,24 +91,68 @@ class Stack:
     def clear(self) -> None:
         """Give all places back, between two steps: whoever is wanted next is moved in anew."""
         self._rebuild(0, [0] * len(FANS))
+        self._lone, self._promised = None, 0
 
     def forget(self, name: str) -> None:
         """An adapter is gone, and its place free."""
         self._places.pop(name, None)
+        self._needs.pop(name, None)
+        if self._lone is not None and self._lone[0] == name:
+            self._lone = None
 
-    def _settle(self, wanted: Sequence[str], adapters: Sequence[list[LayerLora]]) -> None:
+    def _is_lone(self, wanted: Sequence[str], rows: Sequence[str | None]) -> bool:
+        """Whether all rows can read one adapter's own memory."""
+        return len(wanted) == 1 and None not in rows and not self._steady
+
+    def _here(self, name: str, adapter: list[LayerLora]) -> list[LayerLora]:
+        """One adapter's own weights, on the device."""
+        if not self._apart:
+            return adapter
+        if self._lone is None or self._lone[0] != name:
+            self._lone = None  # before the new one: both need not fit
+            self._lone = name, [LayerLora(*(lora and lora.to(self._like.device) for lora in own)) for own in adapter]
+        return self._lone[1]
+
+    def _need(self, wanted: Sequence[str], adapters: Beside) -> tuple[int, list[int]]:
+        """How many places, and how wide ones."""
+        for name in wanted:
+            if name not in self._needs:
+                self._needs[name] = [max(_rank(layer[fan]) for layer in adapters[name]) for fan in range(len(FANS))]
+        return power_of_two(len(wanted)), [max(ranks) for ranks in zip(*map(self._needs.get, wanted), strict=True)]
+
+    def _is_too_small(self, places: int, ranks: Sequence[int]) -> bool:
+        return places > self._room or any(need > had for need, had in zip(ranks, self._ranks, strict=True))
+
+    def _grown(self, places: int, ranks: list[int]) -> tuple[int, list[int]]:
+        """As many as there were, and as wide, too, where that is not much more than these."""
+        room, wider = max(places, self._room), [max(both) for both in zip(ranks, self._ranks, strict=True)]
+        is_much = self._size(room, wider) > GENEROUS * self._size(places, ranks)
+        return (places, ranks) if is_much else (room, wider)
+
+    def _taken(self) -> int:
+        return max(self._promised, self._size(self._room + sum(self._packed), self._ranks))
+
+    def _whole(self, places: int, ranks: Sequence[int]) -> int:
+        """Bytes of places and of what is laid out of them: all, half of them, a quarter, …"""
+        return self._size(places, ranks) * (3 if packs(self._like) else 1)
+
+    def _size(self, places: int, ranks: Sequence[int]) -> int:
+        """Bytes."""
+        width = sum(rank * sum(widths) for rank, widths in zip(ranks, self._widths, strict=True))
+        return places * width * self._count * self._like.element_size()
+
+    def _settle(self, wanted: Sequence[str], adapters: Beside) -> None:
         """Have enough places, wide enough; and no more than that, once less would have done for a while."""
-        places = power_of_two(len(wanted))
-        ranks = [max(_rank(layer[fan]) for adapter in adapters for layer in adapter) for fan in range(len(FANS))]
-        too_few = places > self._room or any(need > had for need, had in zip(ranks, self._ranks, strict=True))
+        places, ranks = self._need(wanted, adapters)
         there = [self._places[name] for name in wanted if name in self._places]
         roomy = power_of_two(max(there, default=0) + 1) > places or ranks != self._ranks
-        self._roomy = self._roomy + 1 if roomy and not too_few else 0
-        if too_few:
-            wider = [max(sizes) for sizes in zip(ranks, self._ranks, strict=True)]
-            self._rebuild(max(places, self._room), wider)
-        elif self._roomy > PATIENCE and not self._steady:
+        if self._is_too_small(places, ranks):
+            self._rebuild(*self._grown(places, ranks))
+            return
+        self._roomy = self._roomy + 1 if roomy else 0
+        if self._roomy > (STEADY_PATIENCE if self._steady else PATIENCE):
             self._rebuild(places, ranks)
+            self._promised = self._whole(places, ranks)
 
     def _rebuild(self, room: int, ranks: list[int]) -> None:
         """Empty places: who is wanted is moved in anew."""
@@ -123,6 +194,10 @@ class Stack:
                 return plain
             self._packed[places] = [PackedLayer(*(lora and PackedLora(lora) for lora in layer)) for layer in plain]
         return self._packed[places]
+
+
+def _named(rows: Sequence[str | None]) -> list[str]:
+    return list(dict.fromkeys(row for row in rows if row is not None))
 
 
 def _cut(lora: Lora | None, end: int) -> Lora | None:

@@ -32,10 +32,11 @@ class TokenLogprobs(Frozen):
 
 
 class EngineSettings(Frozen):
-    """What the front tells a fresh engine. Counts are sequences. `memory_bytes` is for the whole process; a quarter and
-    an eighth of what its libraries leave, but at most `kv_bytes` and `prefix_cache_bytes`, are for keys and values of
-    those who are answered and of those who were; the rest is for bases and adapters. `heartbeat`: the longest time in
-    seconds between two reports; an engine that is silent for ten times as long is taken for stuck.
+    """What the front tells a fresh engine. Counts are sequences. `memory_bytes` is for the whole process, on its
+    device; a quarter and an eighth of what its libraries leave, but at most `kv_bytes` and `prefix_cache_bytes`, are
+    for keys and values of those who are answered and of those who were; the rest is for bases and adapters.
+    `host_bytes`: for adapters, where the device is a GPU. `heartbeat`: the longest time in seconds between two reports;
+    an engine that is silent for ten times as long is taken for stuck.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -44,6 +45,7 @@ class EngineSettings(Frozen):
     max_batch: int = Field(16, ge=1, le=256)
     slice_steps: int = Field(16, ge=1)
     memory_bytes: int = Field(8 * 1024**3, ge=1)
+    host_bytes: int = Field(4 * 1024**3, ge=1)
     kv_bytes: int = Field(2 * 1024**3, ge=1)
     prefix_cache_bytes: int = Field(512 * 1024**2, ge=0)
     max_rank: int = Field(256, ge=1)
