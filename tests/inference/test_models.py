@@ -28,11 +28,20 @@ SETTINGS = EngineSettings(device="cpu", dtype="float32", max_rank=8)
 def room_for(shelf: Shelf, *, bases: int = 1, adapters: int = 1) -> EngineSettings:
     """Memory for so many, and for a quarter of an adapter more."""
     base = base_bytes(shelf.served("base"), torch.device("cpu"), torch.float32)
-    adapter = adapter_bytes(shelf.served("one", shelf.one), torch.float32)
+    adapter = size_of_one(shelf)
     memory = bases * base + adapters * adapter + adapter // 4
     return SETTINGS.model_copy(
         update={"memory_bytes": PROCESS_BYTES["cpu"] + memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
     )
+
+
+def size_of_one(shelf: Shelf) -> int:
+    """What the first adapter takes, which is more than the second."""
+    models = Models(SETTINGS)
+    models.load(shelf.served("base"), [])
+    base = models.bytes
+    models.load(shelf.served("one", shelf.one), [])
+    return sum(models.bytes.less(base))
 
 
 def logits(models: Models, served: ServedModel) -> torch.Tensor:
@@ -250,7 +259,7 @@ def beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_adapters_beside_a_gpu_take_the_hosts_memory(shelf: Shelf) -> None:
     one, two, third = shelf.served("one", shelf.one), shelf.served("two", shelf.two), shelf.served("third", shelf.one)
-    size = adapter_bytes(one, torch.float32)
+    size = size_of_one(shelf)
     held = Models(room_for(shelf, adapters=1).model_copy(update={"host_bytes": 2 * size}))
     held.load(shelf.served("base"), [])
     base = held.bytes
@@ -282,16 +291,62 @@ def test_what_gives_the_device_no_memory_back_stays(shelf: Shelf) -> None:
 
 def test_places_keep_within_the_budget(shelf: Shelf) -> None:
     known = [shelf.served(str(n), shelf.two if n % 2 else shelf.one) for n in range(4)]
-    held = Models(room_for(shelf, adapters=3))
+    held = Models(room_for(shelf, adapters=4))
     for model in known:
         held.load(model, known)
-    held.make_places(known[0], [])
-    assert held.has_places(known[0], [])
-    assert not held.has_places(known[0], known[1:])
+    held.make_places(known[0], [], [])
+    assert held.has_places(known[0], [], [])
+    assert held.has_places(known[0], None, known[1:]), "alone it needs no place"
+    assert not held.has_places(known[0], known[1:], known[1:])
     with pytest.raises(NoRoom):
-        held.make_places(known[0], known[1:])
+        held.make_places(known[0], known[1:], known[1:])
     assert held.adapters == 4
-    held.make_places(known[0], known[1:2])  # what is idle goes for it
+    held.make_places(known[0], known[1:2], known[1:2])  # what is idle goes for it
     held.forward(known[:2])
     assert 2 <= held.adapters < 4
     assert not any(held._missing(Held(1)))
+
+
+@pytest.mark.usefixtures("beside_a_gpu")
+def test_an_adapter_whose_place_is_there_needs_no_more_of_the_device(shelf: Shelf) -> None:
+    known = [shelf.served(str(n), shelf.one) for n in range(4)]
+    spare = Models(SETTINGS)
+    for model in known[:3]:
+        spare.load(model, [])
+    spare.make_places(known[2], known[:2], known[:2])
+    memory = spare.bytes.device + 1
+    held = Models(
+        SETTINGS.model_copy(
+            update={"memory_bytes": PROCESS_BYTES["cpu"] + memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
+        )
+    )
+    for number, model in enumerate(known):
+        held.load(model, known[:number])
+        held.make_places(model, known[:number], known[:number])
+    assert held.bytes.device < memory
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_whether_there_are_places_is_known_before(shelf: Shelf, loaded: bool) -> None:
+    """Nothing is counted twice among what might go: an idle base is there with its adapters."""
+    third, *in_use = [shelf.served(str(n), shelf.one) for n in range(3)]
+    idle = [shelf.served(f"idle{n}", shelf.one, base_digest="idle") for n in range(3)]
+    size = size_of_one(shelf)
+    outcomes = set()
+    for cut in range(0, 24 * size, 3 * size // 2):
+        held = Models(SETTINGS)
+        for model in [*in_use, *idle, *([third] if loaded else [])]:
+            held.load(model, [])
+        held.make_places(in_use[0], in_use[1:], in_use)
+        held._budget = held.bytes.less(Held(cut))
+        said = held.has_places(third, in_use, in_use)
+        try:
+            held.load(third, in_use)
+            held.make_places(third, in_use, in_use)
+        except NoRoom:
+            outcomes.add((said, False))
+        else:
+            outcomes.add((said, True))
+    assert (True, False) not in outcomes
+    assert {(True, True), (False, False)} <= outcomes
+    assert len(outcomes) == 2 or not loaded, "of what is not loaded the estimate is a cautious one"

@@ -36,7 +36,7 @@ def added(mix: Mix | None, x: torch.Tensor) -> list[torch.Tensor]:
         down = layer.qkv.down(x)
         if mix.foreign is not None:
             down.view(*mix.foreign.shape[:2], -1).masked_fill_(mix.foreign, 0)
-        found.append(layer.qkv.up(down, torch.zeros(len(x), 64, dtype=x.dtype)))
+        found.append(layer.qkv.up(down, x.new_zeros(len(x), 64)))
     return found
 
 
@@ -159,11 +159,11 @@ def places_of(mix: Mix | None) -> tuple[object, int]:
 @pytest.mark.parametrize("steady", [False, True])
 def test_a_wide_adapter_does_not_widen_the_places_that_nobody_needs(steady: bool) -> None:
     held = stack(steady=steady)
-    adapters = {str(n): adapter(n, 4) for n in range(16)} | {"wide": adapter(16, 64)}
+    adapters = {str(n): adapter(n, 4) for n in range(16)} | {"wide": adapter(16, 80)}
     held.mix(list(adapters)[:16], adapters)
     narrow = held.bytes
     held.mix(["wide", None], adapters)
-    assert held.bytes == narrow
+    assert held.bytes < 2 * narrow
     held.mix(list(adapters)[:16], adapters)
     assert held.bytes == narrow
 
@@ -208,18 +208,35 @@ def test_one_alone_is_computed_in_shapes_that_do_not_depend_on_others() -> None:
             assert torch.equal(found, wanted)
 
 
-def test_all_that_is_read_lies_on_the_device() -> None:
+@pytest.mark.parametrize("steady", [False, True])
+def test_all_that_is_read_comes_to_the_device(steady: bool) -> None:
     """Adapters lie in the host's memory. The other device has no numbers here, but tensors that know where they are."""
-    held = Stack(LAYERS, WIDTHS, torch.zeros(1, device="meta"), steady=True)
+    held = Stack(LAYERS, WIDTHS, torch.zeros(1, device="meta"), steady=steady)
     adapters = {str(n): adapter(n, 4) for n in range(3)}
     size = sum(part.nbytes for layer in adapters["0"] for lora in layer if lora for part in lora)
-    mixed, alone = held.mix(["0", "2", None], adapters), held.mix(["1"], adapters, alone=True)
-    for mix in (mixed, alone):
+    for rows, places in ((["0", "2", None], 2), (["1"], 1)):
+        mix = held.mix(rows, adapters)
         assert mix is not None
         parts = [part for layer in mix.layers for lora in layer if isinstance(lora, Lora) for part in lora]
         assert {part.device.type for part in parts} == {"meta"}
-    assert held.bytes == 2 * size + size
-    held.forget("1")
+        assert mix.places is not None
+        assert mix.places[1] == places
     assert held.bytes == 2 * size
+    assert {
+        out.device.type for out in added(held.mix(["1"], adapters, alone=True), torch.zeros(1, 32, device="meta"))
+    } == {"meta"}
+    assert held.bytes == 2 * size
+
+
+def test_what_was_promised_to_a_crowd_is_free_once_it_has_left() -> None:
+    held = stack()
+    adapters = {str(n): adapter(n, 4) for n in range(8)}
+    held.promise(list(adapters), adapters)
+    crowd = held.bytes
+    assert held.growth(["0", "1"], adapters) == 0
+    held.promise(["0", "1"], adapters)
+    assert held.bytes == crowd // 4
+    held.mix(["0", "1"], adapters)
+    assert held.bytes == crowd // 4
     held.clear()
     assert held.bytes == 0

@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,11 @@ class AdaptedBase:
         self._alone = False
         laid_out = self._lean is not None and packs(next(base.model.parameters()))
         copies = 2 if laid_out else 1  # the kernel's layout is one more
-        self._held = Held(held_bytes(base.model) * copies)
+        self.bare = Held(held_bytes(base.model) * copies)
+        """What the base takes, with an adapter that has it to itself."""
         self.sizes: dict[str, Held] = {}
-        """Of the adapters, without their places."""
+        """Of its other adapters, without their places."""
+        self._adapters = Held()
 
     def mixes(self, digest: str | None) -> bool:
         """Whether a batch may hold this adapter, or the base for None, beside others."""
@@ -72,6 +74,11 @@ class AdaptedBase:
         """What `forward` will take for those of these that mix, at most."""
         mixing = self._mixing(digests)
         return Held(0 if self._stack is None else self._stack.growth(mixing, self._beside(mixing)))
+
+    def growth_with(self, size: int, digests: Sequence[str | None]) -> Held:
+        """About the same for one more, of which only the bytes are known."""
+        mixing = self._mixing(digests)
+        return Held(0 if self._stack is None else self._stack.growth_with(size, mixing, self._beside(mixing)))
 
     def promise(self, digests: Sequence[str | None]) -> None:
         """Count from now on what `forward` will take for them."""
@@ -99,8 +106,11 @@ class AdaptedBase:
             tuner.set_adapter(str(self.loaded[digest]), inference_mode=True)
         self.active = digest
 
-    def load(self, digest: str, directory: Path, max_rank: int) -> None:
-        """Add an adapter from its PEFT directory. A bad one raises ModelError and leaves nothing behind."""
+    def load(
+        self, digest: str, directory: Path, max_rank: int, make_room: Callable[[Held], None] = lambda _: None
+    ) -> None:
+        """Add an adapter from its PEFT directory. A bad one raises ModelError and leaves nothing behind. `make_room`
+        is told what it will take, and raises where that is too much."""
         config = _read_config(digest, directory, max_rank)
         shared = isinstance(config, LoraConfig)
         if self._alone or (self.loaded and not shared):
@@ -112,10 +122,11 @@ class AdaptedBase:
             except Exception as error:
                 raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
             if beside is not None:
-                self.loaded[digest] = beside
                 size = sum(part.nbytes for layer in beside for lora in layer if lora for part in lora)
-                self._note(digest, held_beside(size, self.base.model.device))
+                make_room(held := held_beside(size, self.base.model.device))
+                self._note(digest, beside, held)
                 return
+        make_room(held := Held(weights_bytes(directory, self.base.model.dtype)))
         name = "a" + hashlib.sha256(digest.encode()).hexdigest()[:24]  # PEFT allows no dots in names
         try:
             self._inject(name, config)
@@ -125,9 +136,8 @@ class AdaptedBase:
             raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
         finally:
             self.active = UNKNOWN
-        self.loaded[digest] = name
-        self._note(digest, Held(weights_bytes(directory, self.base.model.dtype)))
         self._alone = not shared
+        self._note(digest, name, held)
 
     @property
     def is_alone(self) -> bool:
@@ -137,11 +147,11 @@ class AdaptedBase:
     @property
     def bytes(self) -> Held:
         """What the base, its adapters and their places take."""
-        return self._held.plus(self.places)
+        return self.bare.plus(self._adapters).plus(self.places)
 
     @property
     def places(self) -> Held:
-        """What the batches of many adapters took."""
+        """What the adapters' places take, or are promised."""
         return Held(0 if self._stack is None else self._stack.bytes)
 
     def clear_places(self) -> None:
@@ -152,16 +162,20 @@ class AdaptedBase:
     def drop(self, digest: str) -> None:
         """Forget an adapter and give its memory back."""
         loaded = self.loaded.pop(digest)
-        self._held = self._held.less(self.sizes.pop(digest))
+        self._adapters = self._adapters.less(self.sizes.pop(digest))
         if isinstance(loaded, str):
             self._forget(loaded)
             self.active = UNKNOWN
         elif self._stack is not None:
             self._stack.forget(digest)
 
-    def _note(self, digest: str, size: Held) -> None:
-        self.sizes[digest] = size
-        self._held = self._held.plus(size)
+    def _note(self, digest: str, loaded: list[LayerLora] | str, held: Held) -> None:
+        self.loaded[digest] = loaded
+        if self._alone:
+            self.bare = self.bare.plus(held)
+        else:
+            self.sizes[digest] = held
+            self._adapters = self._adapters.plus(held)
 
     def _inject(self, name: str, config: PeftConfig) -> None:
         if self.peft is None:

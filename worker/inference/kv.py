@@ -101,10 +101,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass 
             self.stores = [_store(state, self.rows, self.capacity) for state in (key_states, value_states)]
 
     def resize(self, rows: int, capacity: int) -> None:
-        """Grow, keeping what is there."""
+        """Grow, keeping what is there: a store that is larger already, as when there was no memory for another one's
+        growth, stays so."""
         self.rows, self.capacity = rows, capacity
         for index, old in enumerate(self.stores):
-            self.stores[index] = _store(old, rows, capacity)
+            self.stores[index] = _store(old, max(rows, old.shape[0]), max(capacity, old.shape[2]))
             self.stores[index][: old.shape[0], :, : old.shape[2]] = old
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

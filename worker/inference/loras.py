@@ -34,16 +34,12 @@ class Lora(NamedTuple):
     b: torch.Tensor
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] → [tokens, Σ rank]."""
-        return functional.linear(x, self.a)
+        """[tokens, in] → [tokens, Σ rank]. Weights that lie elsewhere are brought to the tokens."""
+        return functional.linear(x, self.a.to(x.device))
 
     def up(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """[tokens, Σ rank] brought up and added to `out` [tokens, Σ out]."""
-        return out.addmm_(x, self.b)
-
-    def to(self, device: torch.device) -> "Lora":
-        """The same there."""
-        return Lora(self.a.to(device), self.b.to(device))
+        return out.addmm_(x, self.b.to(x.device))
 
 
 class PackedLora:

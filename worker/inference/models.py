@@ -13,7 +13,7 @@ from worker.inference.adapters import AdaptedBase
 from worker.inference.bases import Base, ModelError, NoRoom, compute_device, compute_dtype, load_base
 from worker.inference.kv import Forward
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import Held, adapter_bytes, base_bytes, budget, held_beside
+from worker.inference.sizes import Held, adapter_bytes, base_bytes, budget, held_beside, is_lean
 from worker.inference.wire import EngineSettings
 
 
@@ -57,17 +57,23 @@ class Models:
         return not any(self._missing(wanted))
 
     def has_places(
-        self, served: ServedModel, in_use: Collection[ServedModel], bases_in_use: Collection[str] = ()
+        self,
+        served: ServedModel,
+        beside: Collection[ServedModel] | None,
+        in_use: Collection[ServedModel],
+        bases_in_use: Collection[str] = (),
     ) -> bool:
         """Whether `load` and `make_places` would succeed, as far as that is known before."""
         adapted = self._bases.get(served.base_digest)
         if adapted is None:
             return True
+        others = [_adapter(model) for model in beside or ()]
         if _adapter(served) in (None, *adapted.loaded):
-            wanted = adapted.growth(_over(served, in_use))
+            wanted = Held() if beside is None else adapted.growth([*others, _adapter(served)])
         else:
-            size = self._size_of_adapter(served)
-            wanted = size.plus(Held(size.device))  # its place is as large
+            wanted = self._size_of_adapter(served)
+            if beside is not None:
+                wanted = wanted.plus(adapted.growth_with(sum(wanted), others))
         missing = self._missing(wanted)
         if not any(missing):
             return True
@@ -90,16 +96,25 @@ class Models:
         self._bases.move_to_end(served.base_digest)
         adapted = self._bases[served.base_digest]
         if served.adapter_path is not None and served.digest not in adapted.loaded:
-            wanted = self._size_of_adapter(served)
-            self._make_room(f"adapter {served.digest}", served, lambda: wanted, in_use, bases_in_use)
-            adapted.load(served.digest, Path(served.adapter_path), self._settings.max_rank)
+
+            def make_room(held: Held) -> None:
+                self._make_room(f"adapter {served.digest}", served, lambda: held, in_use, bases_in_use)
+
+            adapted.load(served.digest, Path(served.adapter_path), self._settings.max_rank, make_room)
         return adapted.base
 
     def make_places(
-        self, served: ServedModel, in_use: Collection[ServedModel], bases_in_use: Collection[str] = ()
+        self,
+        served: ServedModel,
+        beside: Collection[ServedModel] | None,
+        in_use: Collection[ServedModel],
+        bases_in_use: Collection[str] = (),
     ) -> None:
-        """Have room for `served`, which is loaded, to be computed beside those `in_use`. Raises as `load` does."""
-        adapted, rows = self._bases[served.base_digest], _over(served, in_use)
+        """Have room for `served`, which is loaded, to be computed `beside` the others of its batch, or alone for None.
+        Raises as `load` does."""
+        if beside is None:
+            return
+        adapted, rows = self._bases[served.base_digest], [_adapter(model) for model in [*beside, served]]
         self._make_room(f"a place for {served.digest}", served, lambda: adapted.growth(rows), in_use, bases_in_use)
         adapted.promise(rows)
 
@@ -137,9 +152,9 @@ class Models:
         return Held(base_bytes(served, self.device, self.dtype))
 
     def _size_of_adapter(self, served: ServedModel) -> Held:
-        """Before it is known where it will lie: beside a GPU it needs a place on that, too."""
+        """Before it is known how it will be served."""
         size = adapter_bytes(served, self.dtype)
-        return Held(size).plus(held_beside(size, self.device)._replace(device=0))
+        return held_beside(size, self.device) if is_lean(served.base_path) else Held(size)
 
     def _missing(self, wanted: Held) -> Held:
         """How much of that there is no room for."""
@@ -191,7 +206,7 @@ class Models:
                 yield adapted.places, adapted.clear_places
         kept = {*bases_in_use, *(model.base_digest for model in in_use), served.base_digest}
         for digest in [digest for digest in self._bases if digest not in kept]:
-            yield self._bases[digest].bytes, partial(self._drop_base, digest)
+            yield self._bases[digest].bare, partial(self._drop_base, digest)
 
     def _drop_base(self, digest: str) -> None:
         del self._bases[digest]
@@ -200,8 +215,3 @@ class Models:
 
 def _adapter(served: ServedModel) -> str | None:
     return served.digest if served.adapter_path else None
-
-
-def _over(served: ServedModel, in_use: Collection[ServedModel]) -> list[str | None]:
-    """The adapters of a batch that answers those and `served`, as its base allows."""
-    return [_adapter(model) for model in [*in_use, served] if model.base_digest == served.base_digest]

@@ -1,8 +1,8 @@
 """Who decodes next: requests grouped by what one batch can answer, joining and leaving between decode steps.
 
 Adapters over one base mix in a batch where they can; a group's adapters take turns in joining, prompts are read in
-chunks in the same steps in which others decode, groups take turns, and slots are shared between groups: so nobody
-starves. Knows no processes and no HTTP.
+chunks in the same steps in which others decode, groups take turns and share the slots, and those that want more memory
+than there is stand in line for it: so nobody starves. Knows no processes and no HTTP.
 """
 
 import logging
@@ -44,6 +44,7 @@ class Scheduler:
         self._settings = settings
         self._send = send
         self._groups: OrderedDict[Hashable, Group] = OrderedDict()
+        self._line: list[Group] = []
         self._held: list[Generate] = []
         self._expected: list[ServedModel] = []
         self._grammars = Grammars(settings.max_grammars)
@@ -209,29 +210,39 @@ class Scheduler:
                 self._admit(request)
 
     def _may_join(self, group: Group) -> bool:
-        """Whether the next request may be begun."""
+        """Whether the next request may be begun. Groups for whose next one there is no memory stand in line: it would
+        never come to those that need much if others went on with little."""
+        self._line = [other for other in self._line if other.waiting]
         if not group.waiting or self._running >= self._settings.max_batch:
             return False
         others_wait = any(other.waiting for other in self._groups.values() if other is not group)
         share = max(1, self._settings.max_batch // len(self._groups))
-        if others_wait and len(group.seated) >= share:
-            return False
-        if self._fits(group):
-            return True
-        if self._running:
-            return False
-        for any_group in self._groups.values():
-            any_group.store = None  # nobody is in it
-        return True
+        has_share = others_wait and len(group.seated) >= share
+        is_next = not self._line or self._line[0] is group
+        joins = not has_share and is_next and (self._fits(group) or self._running == 0)
+        if has_share:
+            self._leave_line(group)
+        elif not joins and group not in self._line:
+            self._line.append(group)
+        return joins
+
+    def _leave_line(self, group: Group) -> None:
+        self._line = [other for other in self._line if other is not group]
 
     def _fits(self, group: Group) -> bool:
         """Whether there is memory for the group's next request beside those that are answered."""
-        has_room = self._stores.have_room(group, self._groups.values())
-        return has_room and self._models.has_places(group.next.model, self._in_use(), self._groups_bases())
+        request = group.next
+        if not self._stores.have_room(group, self._groups.values()):
+            if self._running:
+                return False
+            for any_group in self._groups.values():
+                any_group.store = None  # nobody is in it
+        return self._models.has_places(request.model, _beside(group, request), self._in_use(), self._groups_bases())
 
     def _begin(self, group: Group) -> None:
         """Give the next request a row, with what is known of its prompt's keys and values."""
         request = group.take()
+        self._leave_line(group)
         try:
             group.reading.append(self._seat(group, request))
         except NoRoom:
@@ -241,7 +252,7 @@ class Scheduler:
 
     def _seat(self, group: Group, request: Generate) -> Sequence:
         base = self._models.load(request.model, self._in_use(), self._groups_bases())
-        self._models.make_places(request.model, self._in_use(), self._groups_bases())
+        self._models.make_places(request.model, _beside(group, request), self._in_use(), self._groups_bases())
         sequence = Sequence(request, base, self._grammars)
         row, ids = len(group.seated), sequence.prompt
         store = self._stores.seat(group, request, base)
@@ -326,6 +337,11 @@ class Scheduler:
     def _count(self, **more: int) -> None:
         for name, value in more.items():
             self._counts[name] += value
+
+
+def _beside(group: Group, request: Generate) -> list[ServedModel] | None:
+    """The models of those that the request will be computed with; None where it is to be alone."""
+    return None if request.sampling.deterministic else [sequence.model for sequence in group.seated]
 
 
 def _last(logits: torch.Tensor, counts: list[int]) -> torch.Tensor:

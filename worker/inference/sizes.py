@@ -64,14 +64,14 @@ def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) ->
     if served.quantization is not None and device.type == "cuda":
         quantised = sum(size for name, size in sizes if _OF_A_LAYER.search(name))
         return int(quantised * _bytes_a_weight(served.quantization) + (numbers - quantised) * dtype.itemsize)
-    laid_out = _is_lean(served.base_path) and packs(torch.empty(1, 1, dtype=dtype, device=device))
+    laid_out = is_lean(served.base_path) and packs(torch.empty(1, 1, dtype=dtype, device=device))
     copies = 2 if laid_out else 1  # the kernel's layout is one more
     return numbers * dtype.itemsize * copies
 
 
 def adapter_bytes(served: ServedModel, dtype: torch.dtype) -> int:
-    """About what an adapter will take, at most."""
-    joined = JOINED if _is_lean(served.base_path) else 1
+    """About what an adapter will take. 0 for one that cannot be read: loading it will say why."""
+    joined = JOINED if is_lean(served.base_path) else 1
     return 0 if served.adapter_path is None else weights_bytes(Path(served.adapter_path), dtype) * joined
 
 
@@ -93,7 +93,8 @@ def held_bytes(model: nn.Module) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def _is_lean(directory: str) -> bool:
+def is_lean(directory: str) -> bool:
+    """Whether the base there is served by the lean forward."""
     try:
         return is_llama(AutoConfig.from_pretrained(directory, local_files_only=True))
     except Exception:

@@ -33,12 +33,10 @@ class Stack:
         self, layers: int, widths: Sequence[tuple[int, int]], like: torch.Tensor, *, steady: bool = False
     ) -> None:
         """`widths`: what each joined product reads and gives. `like`: whose dtype and device the places have.
-        `steady`: whether an adapter is read from its place also when it is the only one, and places stay for long, so
+        `steady`: whether places stay for long, and an adapter is read from its place also when it is the only one, so
         that recorded steps find everything where it was."""
         self._count, self._widths, self._like, self._steady = layers, widths, like, steady
-        self._apart = like.device.type != "cpu"  # adapters lie in the host's memory
         self._needs: dict[str, list[int]] = {}  # ranks
-        self._lone: tuple[str, list[LayerLora]] | None = None
         self._generation = object()
         self._places: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._room = 0
@@ -51,24 +49,24 @@ class Stack:
     def bytes(self) -> int:
         """What the places take on the device, the first few of them once more for each number that is laid out; or what
         was promised, where that is more."""
-        lone = self._lone[1] if self._apart and self._lone else []
-        return self._taken() + sum(part.nbytes for layer in lone for lora in layer if lora for part in lora)
+        return max(self._promised, self._size(self._room + sum(self._packed), self._ranks))
 
     def growth(self, rows: Sequence[str | None], adapters: Beside) -> int:
         """Bytes that `mix` will add for these, at most."""
+        return max(0, self._foreseen(rows, adapters) - self.bytes)
+
+    def growth_with(self, size: int, rows: Sequence[str | None], adapters: Beside) -> int:
+        """About the same with one more, of which only the bytes are known."""
         wanted = _named(rows)
-        if not wanted or self._is_lone(wanted, rows):
+        if not rows and self._reads_own:
             return 0
-        places, ranks = self._need(wanted, adapters)
-        if self._is_too_small(places, ranks):
-            places, ranks = self._grown(places, ranks)
-        else:
-            places, ranks = self._room, self._ranks
-        return max(0, self._whole(places, ranks) - self._taken())
+        _, ranks = self._need(wanted, adapters) if wanted else (0, [0] * len(FANS))
+        place = max(size, self._size(1, ranks))
+        return max(0, power_of_two(len(wanted) + 1) * place * self._copies - self.bytes)
 
     def promise(self, rows: Sequence[str | None], adapters: Beside) -> None:
-        """Count from now on what `mix` will take for these."""
-        self._promised = self._taken() + self.growth(rows, adapters)
+        """Count from now on what `mix` will take for these, instead of those before."""
+        self._promised = self._foreseen(rows, adapters)
 
     def mix(self, rows: Sequence[str | None], adapters: Beside, *, alone: bool = False) -> Mix | None:
         """What a batch reads whose rows have these of the `adapters`; None where no row has one. `alone`: the only row
@@ -77,7 +75,7 @@ class Stack:
         if not wanted:
             return None
         if alone or self._is_lone(wanted, rows):
-            return Mix(self._here(wanted[0], adapters[wanted[0]]))
+            return Mix(adapters[wanted[0]])
         self._settle(wanted, adapters)
         for name in wanted:
             if name not in self._places:
@@ -91,34 +89,32 @@ class Stack:
     def clear(self) -> None:
         """Give all places back, between two steps: whoever is wanted next is moved in anew."""
         self._rebuild(0, [0] * len(FANS))
-        self._lone, self._promised = None, 0
+        self._promised = 0
 
     def forget(self, name: str) -> None:
         """An adapter is gone, and its place free."""
         self._places.pop(name, None)
         self._needs.pop(name, None)
-        if self._lone is not None and self._lone[0] == name:
-            self._lone = None
+
+    @property
+    def _reads_own(self) -> bool:
+        """Whether a batch of one adapter's rows reads its own memory: not where that is another device's."""
+        return not self._steady and self._like.device.type == "cpu"
+
+    @property
+    def _copies(self) -> int:
+        """How often places are there, with what is laid out of them: all, half of them, a quarter, …"""
+        return 3 if packs(self._like) else 1
 
     def _is_lone(self, wanted: Sequence[str], rows: Sequence[str | None]) -> bool:
-        """Whether all rows can read one adapter's own memory."""
-        return len(wanted) == 1 and None not in rows and not self._steady
-
-    def _here(self, name: str, adapter: list[LayerLora]) -> list[LayerLora]:
-        """One adapter's own weights, on the device."""
-        if not self._apart:
-            return adapter
-        if self._lone is None or self._lone[0] != name:
-            self._lone = None  # before the new one: both need not fit
-            self._lone = name, [LayerLora(*(lora and lora.to(self._like.device) for lora in own)) for own in adapter]
-        return self._lone[1]
+        return len(wanted) == 1 and None not in rows and self._reads_own
 
     def _need(self, wanted: Sequence[str], adapters: Beside) -> tuple[int, list[int]]:
         """How many places, and how wide ones."""
         for name in wanted:
             if name not in self._needs:
                 self._needs[name] = [max(_rank(layer[fan]) for layer in adapters[name]) for fan in range(len(FANS))]
-        return power_of_two(len(wanted)), [max(ranks) for ranks in zip(*map(self._needs.get, wanted), strict=True)]
+        return power_of_two(len(wanted)), [max(ranks) for ranks in zip(*(self._needs[n] for n in wanted), strict=True)]
 
     def _is_too_small(self, places: int, ranks: Sequence[int]) -> bool:
         return places > self._room or any(need > had for need, had in zip(ranks, self._ranks, strict=True))
@@ -129,12 +125,14 @@ class Stack:
         is_much = self._size(room, wider) > GENEROUS * self._size(places, ranks)
         return (places, ranks) if is_much else (room, wider)
 
-    def _taken(self) -> int:
-        return max(self._promised, self._size(self._room + sum(self._packed), self._ranks))
-
-    def _whole(self, places: int, ranks: Sequence[int]) -> int:
-        """Bytes of places and of what is laid out of them: all, half of them, a quarter, …"""
-        return self._size(places, ranks) * (3 if packs(self._like) else 1)
+    def _foreseen(self, rows: Sequence[str | None], adapters: Beside) -> int:
+        """Bytes of the places that `mix` will read, and of what will be laid out of them."""
+        wanted = _named(rows)
+        if not wanted or self._is_lone(wanted, rows):
+            return 0
+        need = self._need(wanted, adapters)
+        places, ranks = self._grown(*need) if self._is_too_small(*need) else (self._room, self._ranks)
+        return self._size(places, ranks) * self._copies
 
     def _size(self, places: int, ranks: Sequence[int]) -> int:
         """Bytes."""
@@ -152,7 +150,6 @@ class Stack:
         self._roomy = self._roomy + 1 if roomy else 0
         if self._roomy > (STEADY_PATIENCE if self._steady else PATIENCE):
             self._rebuild(places, ranks)
-            self._promised = self._whole(places, ranks)
 
     def _rebuild(self, room: int, ranks: list[int]) -> None:
         """Empty places: who is wanted is moved in anew."""
