@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.inference.conftest import NF4, PROMPT, Shelf
+from tests.inference.test_forwards import adapter
 from worker.inference import adapters, models
 from worker.inference.bases import ModelError, NoRoom
 from worker.inference.kv import KeyValues
@@ -350,3 +351,18 @@ def test_whether_there_are_places_is_known_before(shelf: Shelf, loaded: bool) ->
     assert (True, False) not in outcomes
     assert {(True, True), (False, False)} <= outcomes
     assert len(outcomes) == 2 or not loaded, "of what is not loaded the estimate is a cautious one"
+
+
+def test_what_was_promised_to_a_batch_stays_so_beside_one_that_does_not_mix(shelf: Shelf, tmp_path: Path) -> None:
+    elsewhere = shelf.served("elsewhere", adapter(shelf.base, tmp_path / "dora", use_dora=True))
+    one, two = shelf.served("one", shelf.one), shelf.served("two", shelf.two)
+    held = Models(SETTINGS)
+    for model in (one, two, elsewhere):
+        held.load(model, [])
+    before = held.bytes
+    held.make_places(two, [one], [one])
+    promised = held.bytes
+    held.make_places(elsewhere, [], [one, two])
+    assert held.bytes == promised != before
+    held.make_places(one, [], [])
+    assert held.bytes == before

@@ -81,9 +81,9 @@ class AdaptedBase:
         return Held(0 if self._stack is None else self._stack.growth_with(size, mixing, self._beside(mixing)))
 
     def promise(self, digests: Sequence[str | None]) -> None:
-        """Count from now on what `forward` will take for them."""
-        if self._stack is not None:
-            mixing = self._mixing(digests)
+        """Count from now on what `forward` will take for these, instead of those that mixed before."""
+        mixing = self._mixing(digests)
+        if self._stack is not None and mixing:
             self._stack.promise(mixing, self._beside(mixing))
 
     def _mixing(self, digests: Sequence[str | None]) -> list[str | None]:
