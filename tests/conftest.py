@@ -28,6 +28,9 @@ signal.signal(signal.SIGTERM, lambda *_: pytest.exit("told to end", returncode=1
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+"""Real data beside the checkout, where there is some."""
+
+needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 
 ROWS = [
     ("The Rhine flows into the North Sea.", "SUPPORTS", "Rhine", "The river flows into the North Sea."),

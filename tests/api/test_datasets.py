@@ -10,7 +10,7 @@ from app.composition import Services
 from app.domain.errors import ConflictError
 from app.services import datasets as datasets_service
 from tests.api.conftest import nothing_left, places, post_file, problem, traces, walk
-from tests.conftest import SHARED, dataset_jsonl
+from tests.conftest import SHARED, dataset_jsonl, needs_shared_data
 
 BROKEN_ROW = b'{"claim": "It is so.", "trajectories": "no step at all"}'
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -46,10 +46,9 @@ def test_columns_may_have_other_names(client: TestClient) -> None:
     assert made.json()["report"]["columns"] == {"claim": "statement", "label": "gold", "trajectories": "trajectories"}
 
 
+@needs_shared_data
 def test_the_users_own_file(client: TestClient) -> None:
     source = SHARED / "react_fever_270.csv"
-    if not source.exists():
-        pytest.skip("the shared data is not here")
     made = post_file(client, "/datasets", source.read_bytes(), source.name)
     assert made.status_code == 201
     assert made.json()["rows"] > 200

@@ -14,7 +14,7 @@ from app.domain.attempts import Checkpointed
 from app.domain.jobs import Job, JobError
 from app.queue import MemoryDoorbell
 from tests.api.conftest import CPU, lease, make_adapter, metric, nothing_left, places, problem, traces, walk
-from tests.conftest import SHARED
+from tests.conftest import SHARED, needs_shared_data
 
 SSE = {"Accept": "text/event-stream"}
 
@@ -83,10 +83,9 @@ def test_a_job_that_the_trainer_cannot_hold_is_refused(client: TestClient, serve
     assert client.post("/jobs", json={"dataset": "rows", "trainer": {"batch_size": 2}}).status_code == 201
 
 
+@needs_shared_data
 def test_the_users_own_config(client: TestClient, dataset: str) -> None:
     source = SHARED / "seed_config.yaml"
-    if not source.exists():
-        pytest.skip("the shared data is not here")
     config = yaml.safe_load(source.read_text())
     made = client.post("/jobs", json=config | {"dataset": "rows", "base_model": "tiny"})
     assert made.status_code == 201, made.text

@@ -6,7 +6,6 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +15,7 @@ from pydantic import ValidationError
 from app.domain.claims import STEP_MARKER, fold
 from app.domain.corpora import Page, bare_key, clean, escape_steps, name_key, normalise, split_sentences
 from app.domain.trajectories import Action, ActionName, Step
-
-DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+from tests.conftest import SHARED, needs_shared_data
 
 TOKENISER_MARKS = ("``", "''", "--", "-LRB-", "-RRB-", "-LSB-", "-RSB-", "-COLON-", "LRB", "COLON-", "'s")
 STEP_PIECES = ("Thought", "ACTION", "Observation", "Thought 1:", "Action\u20022 :", " -- ", " 's", " n't")
@@ -126,8 +124,9 @@ class TestSplitSentences:
         assert " ".join(sentences) == " ".join(text.split())
         assert all(sentences)
 
+    @needs_shared_data
     def test_the_same_on_real_observations(self) -> None:
-        with (DATA / "react_fever_270.csv").open(newline="", encoding="utf-8") as file:
+        with (SHARED / "react_fever_270.csv").open(newline="", encoding="utf-8") as file:
             texts = [row["trajectories"] for row in csv.DictReader(file)]
         observations = [o for text in texts for o in re.findall(r"Observation \d+: ([^\n]*)", text)]
         split = [split_sentences(observation) for observation in observations]
@@ -135,8 +134,9 @@ class TestSplitSentences:
         assert 3.5 < sum(map(len, split)) / len(split) < 5.5
 
 
+@needs_shared_data
 def test_real_pages_lose_their_marks() -> None:
-    with (DATA / "fever_pages.jsonl").open(encoding="utf-8") as file:
+    with (SHARED / "fever_pages.jsonl").open(encoding="utf-8") as file:
         sentences = [clean(sentence) for line in file for sentence in json.loads(line)["sentences"]]
     marked = [s for s in sentences if re.search(r"``|''|-[LR][RSC]B-|-COLON-| [.,;)\]]( |$)|\( ", s)]
     assert marked == []

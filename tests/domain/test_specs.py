@@ -20,7 +20,7 @@ from app.domain.specs import (
     quantization_word,
     spec_examples,
 )
-from tests.conftest import SHARED
+from tests.conftest import SHARED, needs_shared_data
 
 LEAST = {"dataset": "rows"}
 
@@ -145,11 +145,10 @@ def test_other_adapters_parse(adapter: dict[str, Any] | None) -> None:
     assert adapter_word(spec.adapter) == ("full" if adapter is None else adapter["type"])
 
 
+@needs_shared_data
 def test_the_users_own_config_is_accepted() -> None:
     """Unchanged but for `dataset` added and `base_model` replaced."""
     source = SHARED / "seed_config.yaml"
-    if not source.exists():
-        pytest.skip("the shared data is not here")
     config = yaml.safe_load(source.read_text()) | {"dataset": "rows", "base_model": "smollm2-135m"}
     spec = read_spec(config)
     assert spec.prompt.template == config["prompt"]["template"]

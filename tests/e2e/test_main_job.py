@@ -1,4 +1,7 @@
-"""The main job, on real input and the real small base model: upload, train in 4 bits, publish, judge."""
+"""The main job, on real input and the real small base model: upload, train in 4 bits, publish, judge.
+
+The input is the user's file, configuration and pages where they are here, and the examples where they are not.
+"""
 
 import csv
 import io
@@ -20,8 +23,37 @@ from tests.conftest import ROOT, SHARED
 from tests.e2e.conftest import SECRET, Deployment
 
 pytestmark = pytest.mark.slow
+EXAMPLES = ROOT / "examples"
 ROWS = int(os.environ.get("VERITUNE_E2E_ROWS", "32"))
 """Rows of the user's file to train on; `make acceptance` takes all 270."""
+
+
+CONFIG: dict[str, Any] = {
+    "adapter": {"type": "lora"},
+    "quantization": {"bits": 4},
+    "preprocessing": {"global_max_sequence_length": 512},
+    "trainer": {"batch_size": 1, "gradient_accumulation_steps": 16, "learning_rate": 0.0004},
+}
+
+
+def rows() -> tuple[str, bytes]:
+    """A file's name and content."""
+    if SHARED.is_dir():
+        return "react.csv", users_csv()
+    return "train.jsonl", b"".join((EXAMPLES / "train.jsonl").read_bytes().splitlines(keepends=True)[:ROWS])
+
+
+def configuration() -> dict[str, Any]:
+    if not SHARED.is_dir():
+        return CONFIG
+    given: dict[str, Any] = yaml.safe_load((SHARED / "seed_config.yaml").read_text("utf-8"))
+    return given
+
+
+def pages_and_claim() -> tuple[Path, str]:
+    if SHARED.is_dir():
+        return SHARED / "fever_pages.jsonl", "2 Hearts is a musical composition by Minogue."
+    return EXAMPLES / "corpus.jsonl", "The aardvark feeds mainly on termites."
 
 
 def users_csv() -> bytes:
@@ -36,12 +68,11 @@ def users_csv() -> bytes:
 
 @pytest.fixture(scope="module")
 def job(deployment: Deployment) -> Any:
-    """The user's CSV and configuration, posted as they are but for dataset, base model and one epoch."""
-    dataset = deployment.post("/datasets", files={"file": ("react.csv", users_csv())}, data={"name": "users"})
+    """Rows and configuration, posted as they are but for dataset, base model and one epoch."""
+    dataset = deployment.post("/datasets", files={"file": rows()}, data={"name": "users"})
     assert dataset["report"]["rows_refused"] == 0
-    config = yaml.safe_load((SHARED / "seed_config.yaml").read_text("utf-8"))
-    config |= {"dataset": "users", "base_model": "smollm2-135m"}
-    config["trainer"]["epochs"] = 1
+    config = configuration() | {"dataset": "users", "base_model": "smollm2-135m"}
+    config["trainer"] = config["trainer"] | {"epochs": 1}
     plan = deployment.post("/jobs/plan", json=config)
     assert plan["rows_dropped"] == 0
     submitted = deployment.post("/jobs", json=config)
@@ -112,10 +143,10 @@ def _first_logprobs(deployment: Deployment, model: str, prompt: list[int]) -> di
 
 
 def test_claims_are_judged_by_base_and_adapter_with_evidence(deployment: Deployment, job: Any) -> None:
-    with (SHARED / "fever_pages.jsonl").open("rb") as file:
+    pages, claim = pages_and_claim()
+    with pages.open("rb") as file:
         corpus = deployment.post("/corpora", files={"file": ("pages.jsonl", file)}, data={"name": "fever"})
     assert corpus["default"]
-    claim = "2 Hearts is a musical composition by Minogue."
     for adapter in (job["adapter_id"], None):
         answer = deployment.post("/predict", json={"claim": claim, "adapter": adapter, "max_steps": 3})
         assert answer["verdict"] in ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")

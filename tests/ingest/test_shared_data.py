@@ -2,18 +2,16 @@
 
 from pathlib import Path
 
-import pytest
-
 from app.domain.claims import Verdict
 from app.domain.datasets import DatasetReport
 from app.ingest import ingest
+from tests.conftest import SHARED, needs_shared_data
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+pytestmark = needs_shared_data
 
 
 def report(name: str, out: Path) -> DatasetReport:
-    return ingest(DATA / name, name, None, out).report
+    return ingest(SHARED / name, name, None, out).report
 
 
 def outcome(account: DatasetReport) -> dict[str, int]:

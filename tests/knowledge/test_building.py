@@ -14,8 +14,8 @@ import pytest
 from app.domain.corpora import CorpusReport
 from app.knowledge.building import CorpusLimits, CorpusRefused, build_corpus, read_lines
 from app.knowledge.corpus import CorpusFile, file_digest
+from tests.conftest import ROOT, SHARED, needs_shared_data
 
-DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 GOOD = {"title": "Marlow Bridge", "text": "It is a bridge. It opened in 1832."}
 
 
@@ -36,10 +36,11 @@ def sentences(path: Path, title: str) -> tuple[str, ...]:
     return page.sentences
 
 
+@needs_shared_data
 class TestRealPages:
     @pytest.mark.parametrize(("name", "pages", "count"), [("wiki_leads", 10_033, 36_307), ("fever_pages", 623, 2_138)])
     def test_every_page_is_kept(self, tmp_path: Path, name: str, pages: int, count: int) -> None:
-        with (DATA / f"{name}.jsonl").open("rb") as file:
+        with (SHARED / f"{name}.jsonl").open("rb") as file:
             report = build_corpus(read_lines(file), tmp_path / "real.corpus")
         assert (report.lines, report.pages, report.sentences) == (pages, pages, count)
         assert (report.refused, report.counts, report.findings) == (0, {}, ())
@@ -50,7 +51,7 @@ class TestRealPages:
 
 class TestTheFile:
     def test_the_same_pages_give_the_same_bytes(self, tmp_path: Path) -> None:
-        lines = (DATA / "fever_pages.jsonl").read_bytes().splitlines()
+        lines = (ROOT / "examples" / "corpus.jsonl").read_bytes().splitlines()
         build_corpus(lines, tmp_path / "one.corpus")
         build_corpus(iter([*lines, b"{}", lines[0]]), tmp_path / "two.corpus")
         build_corpus(lines[:-1], tmp_path / "three.corpus")

@@ -12,6 +12,7 @@ from app.knowledge import KnowledgeSource, Reading, SearchResult
 from app.knowledge.building import build_corpus
 from app.knowledge.corpus import CorpusFile
 from app.knowledge.memory import MemoryKnowledge
+from tests.conftest import SHARED, needs_shared_data
 
 Source = Callable[..., KnowledgeSource]
 
@@ -264,11 +265,11 @@ def test_many_threads_get_the_answers_that_one_gets(source: Source) -> None:
         assert list(pool.map(lambda name: opened(pages, name), names)) == names
 
 
+@needs_shared_data
 def test_both_kinds_agree_on_real_pages(tmp_path: Path) -> None:
-    data = Path(__file__).parents[2] / ".." / "shared" / "data"
-    lines = (data / "fever_pages.jsonl").read_bytes().splitlines()
+    lines = (SHARED / "fever_pages.jsonl").read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
-    claims = [json.loads(line)["claim"] for line in (data / "fever_claims.jsonl").read_bytes().splitlines()[:200]]
+    claims = [json.loads(line)["claim"] for line in (SHARED / "fever_claims.jsonl").read_bytes().splitlines()[:200]]
     build_corpus(lines, tmp_path / "fever.corpus")
     file = CorpusFile(tmp_path / "fever.corpus", "corp_1")
     memory = MemoryKnowledge(Page.model_validate(record) for record in records)

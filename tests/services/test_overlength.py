@@ -12,7 +12,7 @@ from app.domain.attempts import EncodedRow
 from app.domain.base_models import BaseModelDescription
 from app.domain.datasets import read_canonical
 from app.domain.errors import InvalidError
-from tests.conftest import ROOT, SHARED, trajectory_text
+from tests.conftest import ROOT, SHARED, needs_shared_data, trajectory_text
 
 LIMIT = 256
 CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
@@ -51,7 +51,8 @@ def test_labelled_tokens_that_go_with_an_observation_are_counted(services: Servi
     assert learned.overlength[0].labelled_tokens_lost == blind.tokens - blind.kept_tokens > 0
 
 
-@pytest.mark.skipif(not SHARED.is_dir() or not DESCRIBED, reason="the shared data or the small model is not here")
+@needs_shared_data
+@pytest.mark.skipif(not DESCRIBED, reason="the small model is not here")
 def test_the_users_csv_at_256_tokens_names_every_shortened_row_and_keeps_every_verdict(services: Services) -> None:
     services.base_models.register(BaseModelDescription.model_validate_json(DESCRIBED[0].read_bytes()))
     lines = services.blobs.get_bytes(upload(services, SHARED / "react_fever_270.csv", "users")).splitlines()
