@@ -334,7 +334,7 @@ def test_whether_there_are_places_is_known_before(shelf: Shelf, loaded: bool) ->
     idle = [shelf.served(f"idle{n}", shelf.one, base_digest="idle") for n in range(3)]
     size = size_of_one(shelf)
     outcomes = set()
-    for cut in range(0, 24 * size, 3 * size // 2):
+    for cut in range(0, 24 * size, 2 * size):
         held = Models(SETTINGS)
         for model in [*in_use, *idle, *([third] if loaded else [])]:
             held.load(model, [])
@@ -350,7 +350,23 @@ def test_whether_there_are_places_is_known_before(shelf: Shelf, loaded: bool) ->
             outcomes.add((said, True))
     assert (True, False) not in outcomes
     assert {(True, True), (False, False)} <= outcomes
-    assert len(outcomes) == 2 or not loaded, "of what is not loaded the estimate is a cautious one"
+
+
+def test_places_that_would_have_to_be_made_anew_are_no_room(shelf: Shelf) -> None:
+    base, one, two = shelf.served("base"), shelf.served("one", shelf.one), shelf.served("two", shelf.two)
+    held = Models(SETTINGS)
+    held.load(two, [])
+    held.make_places(two, [base], [base])
+    held.forward([two, base])
+    places = held._bases["base"].places.device
+    held.load(one, [])
+    held._bases["base"].drop("two")
+    growth = held._bases["base"].growth(["one", None]).device
+    held._budget = held.bytes.plus(Held(growth - places // 2))
+    assert min(growth, places) > 0
+    assert not held.has_places(one, [base], [base])
+    with pytest.raises(NoRoom):
+        held.make_places(one, [base], [base])
 
 
 def test_what_was_promised_to_a_batch_stays_so_beside_one_that_does_not_mix(shelf: Shelf, tmp_path: Path) -> None:

@@ -210,6 +210,29 @@ def test_a_request_that_needs_much_memory_is_not_kept_out_by_many_that_need_litt
     assert len(desk.finished) == asked + 1
 
 
+def test_an_empty_store_of_one_group_keeps_no_other_out(shelf: Shelf) -> None:
+    """There is room for four rows of 256 positions: one is taken all the time, another group wants two at once."""
+    desk = Desk(kv_bytes=4 * 256 * 512, prefix_cache_bytes=0, slice_steps=1)
+
+    def alone(name: str, prompt: int, tokens: int) -> None:
+        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True, deterministic=True)
+        desk.scheduler.add(Generate(id=name, model=shelf.served("base"), prompt=[7] * prompt, sampling=sampling))
+
+    desk.ask("first", shelf.served("base"), tokens=2)
+    desk.run()
+    alone("taken", 4, 200)
+    desk.scheduler.turn()
+    for number in range(8):
+        desk.ask(f"y{number}", shelf.served("base"), tokens=4)
+    for _ in range(4):
+        desk.scheduler.turn()
+    alone("two", 300, 4)
+    desk.run()
+
+    assert len(desk.finished) == 11
+    assert desk.finished[-1] == "taken"
+
+
 def test_adapters_for_whose_places_there_is_no_memory_wait_for_others_to_leave(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,3 +240,19 @@ def test_what_was_promised_to_a_crowd_is_free_once_it_has_left() -> None:
     assert held.bytes == crowd // 4
     held.clear()
     assert held.bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_one_whose_ranks_are_not_known_no_less_is_foreseen(dtype: torch.dtype) -> None:
+    adapters = {str(n): adapter(n, rank, dtype) for n, rank in enumerate((4, 4, 2, 16, 64, 4, 4, 4, 4))}
+    sizes = {
+        name: sum(part.nbytes for layer in own for lora in layer if lora for part in lora)
+        for name, own in adapters.items()
+    }
+    for history in ([], list("0125"), list("01256780"), ["4"], list("34")):
+        for rows in ([None], ["0"], list("012"), list("03"), list("0125678")):
+            for joins in "348":
+                held = stack(dtype, steady=True)
+                held.mix(history, adapters)
+                exact = held.growth([*rows, joins], adapters)
+                assert held.growth_with(sizes[joins], rows, adapters) >= exact, (history, rows, joins)

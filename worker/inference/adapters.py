@@ -76,7 +76,7 @@ class AdaptedBase:
         return Held(0 if self._stack is None else self._stack.growth(mixing, self._beside(mixing)))
 
     def growth_with(self, size: int, digests: Sequence[str | None]) -> Held:
-        """About the same for one more, of which only the bytes are known."""
+        """The same for one more, of which only the bytes are known; or more than that."""
         mixing = self._mixing(digests)
         return Held(0 if self._stack is None else self._stack.growth_with(size, mixing, self._beside(mixing)))
 

@@ -78,6 +78,8 @@ class Models:
         if not any(missing):
             return True
         freed = reduce(Held.plus, (freed for freed, _ in self._idle(served, in_use, bases_in_use)), Held())
+        if not {model.digest for model in in_use} & adapted.loaded.keys():
+            freed = freed.less(adapted.places)  # these would have to be made anew
         return max(missing.less(freed)) <= 0
 
     def load(self, served: ServedModel, in_use: Collection[ServedModel], bases_in_use: Collection[str] = ()) -> Base:

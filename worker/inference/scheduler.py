@@ -153,7 +153,9 @@ class Scheduler:
         return sum(len(group.seated) for group in self._groups.values())
 
     def _runnable(self) -> Iterator[Group]:
-        return (group for group in self._groups.values() if group.seated or self._may_join(group))
+        """Whoever is first in line comes first once there is memory."""
+        first = [group for group in self._line[:1] if self._may_join(group)]
+        return (group for group in [*first, *self._groups.values()] if group.seated or self._may_join(group))
 
     def _in_use(self) -> list[ServedModel]:
         return [sequence.model for group in self._groups.values() for sequence in group.seated]
@@ -190,6 +192,7 @@ class Scheduler:
         if not group.idle:
             return
         self._groups.pop(group.lane, None)
+        self._leave_line(group)
         if not self._groups:
             self._stores.rest(group)
 
@@ -233,10 +236,10 @@ class Scheduler:
         """Whether there is memory for the group's next request beside those that are answered."""
         request = group.next
         if not self._stores.have_room(group, self._groups.values()):
-            if self._running:
+            for other in self._groups.values():
+                other.store = other.store if other.seated else None
+            if not self._stores.have_room(group, self._groups.values()):
                 return False
-            for any_group in self._groups.values():
-                any_group.store = None  # nobody is in it
         return self._models.has_places(request.model, _beside(group, request), self._in_use(), self._groups_bases())
 
     def _begin(self, group: Group) -> None:

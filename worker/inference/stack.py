@@ -56,13 +56,18 @@ class Stack:
         return max(0, self._foreseen(rows, adapters) - self.bytes)
 
     def growth_with(self, size: int, rows: Sequence[str | None], adapters: Beside) -> int:
-        """About the same with one more, of which only the bytes are known."""
+        """The same with one more, of which only the bytes are known; or more than that: it may be wide where the others
+        are narrow, and places that are there may stay."""
         wanted = _named(rows)
         if not rows and self._reads_own:
             return 0
         _, ranks = self._need(wanted, adapters) if wanted else (0, [0] * len(FANS))
-        place = max(size, self._size(1, ranks))
-        return max(0, power_of_two(len(wanted) + 1) * place * self._copies - self.bytes)
+        wider = [max(both) for both in zip(ranks, self._ranks, strict=True)]
+        places = power_of_two(len(wanted) + 1)
+        least = places * (self._size(1, ranks) + size)
+        kept = max(places, self._room) * (self._size(1, wider) + size)
+        most = max(min(kept, GENEROUS * least), self._size(self._room, self._ranks))
+        return max(0, most * self._copies - self.bytes)
 
     def promise(self, rows: Sequence[str | None], adapters: Beside) -> None:
         """Count from now on what `mix` will take for these, instead of those before."""
