@@ -11,9 +11,11 @@ export VERITUNE_CACHE ?= $(CURDIR)/.cache/veritune
 export VERITUNE_HOME ?= $(CURDIR)/.cache/home
 VLLM := .cache/vllm
 VLLM_PINS := tests/vllm/constraints.txt
+LLAMA := .cache/llama.cpp
+LLAMA_PIN := llama-cpp-python==0.3.36
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo up test check format acceptance chaos gpu vllm bench bench-training bench-inference bench-gpu model clean
+.PHONY: help setup demo up test check format acceptance chaos gpu vllm bench bench-training bench-inference bench-gpu llama model clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -82,6 +84,22 @@ bench-inference: model $(VLLM)/.ready ## Measure serving against vLLM and PEFT: 
 	@$(BIN)/python -m benchmarks.inference
 	@$(BIN)/python -m benchmarks.served
 	@$(BIN)/python -m benchmarks.decode_step
+
+llama: $(LLAMA)/.ready ## Build llama.cpp's server, a third peer of bench-inference: five minutes, with a C++ compiler
+
+$(LLAMA)/.ready:
+	@mkdir -p $(LLAMA)/source
+	@test -x $(LLAMA)/venv/bin/python || $(PYTHON) -m venv $(LLAMA)/venv
+	@echo "building llama.cpp's server in $(LLAMA)"
+	@pip="$(LLAMA)/venv/bin/python -m pip"; PATH="$(CURDIR)/$(LLAMA)/venv/bin:$$PATH"; \
+		{ $$pip install --quiet cmake==4.4.5 ninja==1.13.2 && \
+		$$pip install --quiet --no-deps --target $(LLAMA)/site sentencepiece==0.2.1 && \
+		$$pip download --quiet --no-deps --no-binary llama-cpp-python -d $(LLAMA) $(LLAMA_PIN) && \
+		tar xzf $(LLAMA)/llama_cpp_python-*.tar.gz -C $(LLAMA)/source --strip-components 1 && \
+		cmake -G Ninja -S $(LLAMA)/source/vendor/llama.cpp -B $(LLAMA)/build -DCMAKE_BUILD_TYPE=Release \
+			-DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_USE_PREBUILT_UI=OFF && \
+		cmake --build $(LLAMA)/build --target llama-server; } > .cache/llama.log 2>&1 || { tail -50 .cache/llama.log; exit 1; }
+	@touch $@
 
 bench-gpu: $(READY) ## Measure this machine's GPU at Llama-2-7B's sizes, beside PEFT and the plan: some minutes, 14 GB of disk
 	@$(BIN)/python -m benchmarks.gpu

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
@@ -21,28 +21,62 @@ class Row:
     prompt: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How a server is asked. `body`: of the question that this row, at this place of the batch, asks for so many
+    tokens. `ids`: of the answer's tokens."""
+
+    path: str
+    body: Callable[[int, Row, int], dict[str, Any]]
+    ids: Callable[[Any], list[int]]
+
+
+OPENAI = Protocol(
+    "/v1/completions",
+    lambda _, row, tokens: {
+        "model": row.model,
+        "prompt": row.prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "return_token_ids": True,
+    },
+    lambda answer: answer["choices"][0]["token_ids"],
+)
+
+
+def llama_cpp(names: Sequence[str]) -> Protocol:
+    """llama.cpp's own: adapters by their places among `names`, and a slot for each row, where its prompt is kept."""
+
+    def body(slot: int, row: Row, tokens: int) -> dict[str, Any]:
+        lora = [{"id": names.index(row.model), "scale": 1.0}] if row.model in names else []
+        asked = {"prompt": row.prompt, "n_predict": tokens, "temperature": 0, "lora": lora, "id_slot": slot}
+        return asked | {"return_tokens": True}
+
+    return Protocol("/completion", body, lambda answer: answer["tokens"])
+
+
 class Asker:
     """Asks many rows at once, a connection for each."""
 
-    def __init__(self, url: str, rows: int) -> None:
+    def __init__(self, url: str, rows: int, protocol: Protocol = OPENAI) -> None:
         limits = httpx.Limits(max_connections=rows, max_keepalive_connections=rows)
         self._client = httpx.Client(base_url=url, timeout=600, limits=limits, trust_env=False)
         self._pool = ThreadPoolExecutor(rows)
+        self._protocol = protocol
 
     def ask(self, rows: Sequence[Row], tokens: int, **options: Any) -> tuple[float, list[list[int]]]:
         """(seconds until all have answered, the ids of each answer)."""
         start = threading.Barrier(len(rows) + 1)
 
-        def one(row: Row) -> list[int]:
-            body = {"model": row.model, "prompt": row.prompt, "max_tokens": tokens, "temperature": 0}
+        def one(place: int, row: Row) -> list[int]:
+            body = self._protocol.body(place, row, tokens) | options
             start.wait()
-            answer = self._client.post("/v1/completions", json=body | {"return_token_ids": True} | options)
+            answer = self._client.post(self._protocol.path, json=body)
             if not answer.is_success:
                 raise BenchmarkError(f"{answer.status_code}: {answer.text[:500]}")
-            ids: list[int] = answer.json()["choices"][0]["token_ids"]
-            return ids
+            return self._protocol.ids(answer.json())
 
-        futures = [self._pool.submit(one, row) for row in rows]
+        futures = [self._pool.submit(one, *each) for each in enumerate(rows)]
         start.wait()
         began = time.perf_counter()
         answers = [future.result() for future in futures]
@@ -53,9 +87,11 @@ class Asker:
         self._client.close()
 
 
-def decoding(url: str, rows: Sequence[Row], tokens: int, times: int, **options: Any) -> dict[str, Any]:
+def decoding(
+    url: str, rows: Sequence[Row], tokens: int, times: int, *, protocol: Protocol = OPENAI, **options: Any
+) -> dict[str, Any]:
     """Tokens a second behind the first one. The prompts are in the server's prefix cache when the time counts."""
-    asker = Asker(url, len(rows))
+    asker = Asker(url, len(rows), protocol)
     try:
         for _ in range(2):
             asker.ask(rows, 1)

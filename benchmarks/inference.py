@@ -1,11 +1,13 @@
-"""`python -m benchmarks.inference`: answers from many adapters over one base, against vLLM and PEFT in the same run.
+"""`python -m benchmarks.inference`: answers from many adapters over one base, against vLLM, PEFT and, where it is
+built, llama.cpp in the same run.
 
     --quick                small counts, nothing kept: to see that everything runs
     --data DIR --cache DIR the real claims and trajectories, and where the converted base model lies (VERITUNE_CACHE)
     --only decode|react    one of the two parts, nothing kept
 
-Everybody gets the same prompts and the same adapters over the same weights, in bfloat16 and greedily. Prints ratios and
-writes `benchmarks/results/inference.json` with every raw figure. `make bench-inference` installs vLLM for it.
+Everybody gets the same prompts and the same adapters over the same weights, in bfloat16 and greedily. Prints ratios
+and writes `benchmarks/results/inference.json` with every raw figure. `make bench-inference` installs vLLM for it, and
+`make llama` builds llama.cpp's server.
 """
 
 import argparse
@@ -25,11 +27,13 @@ from typing import Any
 from benchmarks import peft_peer
 from benchmarks.claims import judging
 from benchmarks.contender import environment
-from benchmarks.decoding import Row, decoding
+from benchmarks.decoding import OPENAI, Protocol, Row, decoding
+from benchmarks.decoding import llama_cpp as llama_cpp_protocol
 from benchmarks.deployment import BenchmarkError
+from benchmarks.gguf import converted
 from benchmarks.machine import ROOT, busy, head
 from benchmarks.publishing import ADAPTERS, CORPUS, LIVE, Published, many, published
-from benchmarks.serving import VLLM, application, veritune, vllm
+from benchmarks.serving import LLAMA_CPP, VLLM, application, llama_cpp, veritune, vllm
 from worker.environment import for_tensors
 
 RESULTS = ROOT / "benchmarks" / "results" / "inference.json"
@@ -140,16 +144,16 @@ def decode(task: Task, directory: Path) -> dict[str, Any]:
             theirs |= _step(f"vllm, {live} adapters", _decode, task, server.url, wanted)
             if live == 4:
                 figures["regex_vllm"] = _step("vllm, by a regex", _by_regex, task, server.url)
-    peft = _step("peft", _peft, task, directory)
-    figures |= {"veritune": own, "vllm": theirs, "peft": peft}
+    peers = {"vllm": theirs, "peft": _step("peft", _peft, task, directory)}
+    if LLAMA_CPP.exists():
+        peers["llama_cpp"] = _llama_cpp(task, directory)
     figures["same_tokens"] = {
-        peer: {
-            key: _same(own[key].pop("answers") if last else own[key]["answers"], row.pop("answers"))
-            for key, row in table.items()
-        }
-        for peer, table, last in (("vllm", theirs, False), ("peft", peft, True))
+        peer: {key: _same(own[key]["answers"], row["answers"]) for key, row in table.items()}
+        for peer, table in peers.items()
     }
-    return figures
+    for row in (row for table in (own, *peers.values()) for row in table.values()):
+        del row["answers"]
+    return figures | {"veritune": own} | peers
 
 
 def _models(task: Task) -> dict[str, dict[str, Any]]:
@@ -166,10 +170,10 @@ def _models(task: Task) -> dict[str, dict[str, Any]]:
     return {task.found.base.name: base | {"digest": task.found.base.name}} | adapters
 
 
-def _decode(task: Task, url: str, settings: Sequence[tuple[int, int]]) -> Table:
+def _decode(task: Task, url: str, settings: Sequence[tuple[int, int]], protocol: Protocol = OPENAI) -> Table:
     found = {}
     for rows, live in settings:
-        figures = decoding(url, task.rows(rows, live), task.counts.tokens, task.counts.times)
+        figures = decoding(url, task.rows(rows, live), task.counts.tokens, task.counts.times, protocol=protocol)
         found[f"{rows} rows, {live} live"] = figures
         print(f"\n  {rows} rows, {live} live: {figures['tokens_per_second']}", end="", flush=True)
     return found
@@ -179,7 +183,8 @@ def _by_regex(task: Task, url: str) -> dict[str, float]:
     """Rows of 4 adapters that a grammar holds, and the same without."""
     rows = task.rows(min(16, max(task.counts.rows)), 4)
     found = {}
-    for name, options in (("free", {}), ("held", {"structured_outputs": {"regex": REGEX}})):
+    ways: dict[str, dict[str, Any]] = {"free": {}, "held": {"structured_outputs": {"regex": REGEX}}}
+    for name, options in ways.items():
         figures = decoding(url, rows, task.counts.tokens, task.counts.times, **options)
         found[name] = figures["tokens_per_second"]
     return found
@@ -222,6 +227,17 @@ def _peft(task: Task, directory: Path) -> Table:
         raise BenchmarkError(done.stderr[-3000:])
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {f"{rows} rows, {live} live": line for (rows, live), line in zip(task.settings, lines, strict=True)}
+
+
+def _llama_cpp(task: Task, directory: Path) -> Table:
+    """A server for each setting, with as many slots and adapters as that has: that is when it is fastest."""
+    base, adapters = _step("llama.cpp's files", converted, task.found.base, [task.adapters / n for n in task.names])
+    found: Table = {}
+    for rows, live in task.settings:
+        with llama_cpp(base, adapters[:live], directory / "llama.log", rows=rows) as server:
+            protocol = llama_cpp_protocol(task.names[:live])
+            found |= _step("llama.cpp", _decode, task, server.url, [(rows, live)], protocol)
+    return found
 
 
 def _same(mine: list[list[int]], theirs: list[list[int]]) -> float:
@@ -288,7 +304,7 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
     if decoded := figures.get("decode"):
         for key, mine in decoded["veritune"].items():
             rows, live = (int(word) for word in key.replace(" rows,", "").replace(" live", "").split())
-            for peer in ("vllm", "peft"):
+            for peer in decoded["same_tokens"]:
                 name = f"mixed{rows}_vs_{peer}" if live == 4 else f"rows{rows}_live{live}_vs_{peer}"
                 found[name] = mine["tokens_per_second"] / decoded[peer][key]["tokens_per_second"]
         pace = {key: row["tokens_per_second"] for key, row in decoded["veritune"].items()}

@@ -1,4 +1,4 @@
-"""Inference servers of one run: Veritune's front and vLLM's, each over the same base and the same adapters' folder."""
+"""Inference servers of one run: Veritune's front, vLLM's and llama.cpp's, each over the same base and adapters."""
 
 import json
 import os
@@ -19,6 +19,10 @@ from benchmarks.machine import ROOT
 
 START_SECONDS = 240.0
 VLLM = ROOT / ".cache" / "vllm" / "bin" / "python"
+LLAMA_CPP = ROOT / ".cache" / "llama.cpp" / "build" / "bin" / "llama-server"
+
+SLOT_TOKENS = 512
+"""That a slot of llama.cpp has room for: prompt and answer of one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,18 @@ def vllm(base: Path, adapters: Path, log: Path, *, live: int, rows: int = 32) ->
         "VLLM_LORA_RESOLVER_CACHE_DIR": str(adapters),
     }
     with _running(command, port, log, base.parent, own) as server:
+        yield server
+
+
+@contextmanager
+def llama_cpp(base: Path, adapters: Sequence[Path], log: Path, *, rows: int) -> Iterator[Server]:
+    """llama.cpp's server over files of its own format, with a slot for each of `rows` rows."""
+    port, threads = free_port(), str(os.cpu_count() or 1)
+    command = [str(LLAMA_CPP), "--model", str(base), "--host", "127.0.0.1", "--port", str(port), "--offline"]
+    command += ["--parallel", str(rows), "--ctx-size", str(rows * SLOT_TOKENS), "--threads", threads]
+    if adapters:
+        command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
+    with _running(command, port, log, ROOT, {}) as server:
         yield server
 
 
