@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from app.domain.approaches import servable_by, shares_its_base
 from app.domain.attempts import EncodedRow, TrainOrder
-from app.domain.specs import TrainSpec, servable_by, shares_its_base
+from app.domain.specs import TrainSpec
 from benchmarks.encoded import Scale, Work, prepare
 from benchmarks.machine import ROOT, head
 from worker.inference.kv import KeyValues

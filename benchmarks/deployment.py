@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
+from app.cli.ports import free_port
 from benchmarks.machine import ROOT
 
 START_SECONDS = 180.0
@@ -22,12 +22,6 @@ ASK_SECONDS = 0.05
 
 class BenchmarkError(Exception):
     """Why a benchmark could not be carried out."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Deployment:

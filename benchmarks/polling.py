@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.deployment import BenchmarkError, Deployment, free_port
+from app.cli.ports import free_port
+from benchmarks.deployment import BenchmarkError, Deployment
 from benchmarks.first_update import SPEC
 from benchmarks.machine import ROOT
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from benchmarks.deployment import BenchmarkError, free_port
+from app.cli.ports import free_port
+from benchmarks.deployment import BenchmarkError
 from benchmarks.machine import ROOT
 
 START_SECONDS = 240.0

@@ -7,7 +7,6 @@ nothing of this project's tables.
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import psycopg
 import pytest
 from sqlalchemy import URL, make_url
 
+from app.cli.ports import free_port
 from app.db.migrating import migrate
 
 UNPRIVILEGED = 65534
@@ -64,7 +64,7 @@ def postgres_server(
     )
     if owner:
         os.chown(home, UNPRIVILEGED, UNPRIVILEGED)
-    port = _free_port()
+    port = free_port()
     keeper = subprocess.Popen(
         ["/bin/sh", "-c", _KEEPER, "keeper", str(program), str(port), user, password, database],
         stdin=subprocess.PIPE,
@@ -82,12 +82,6 @@ def postgres_server(
         url = URL.create("postgresql", user, password, "127.0.0.1", port, database)
         programs = next(home.glob(".pg0/installation/*/bin"))
         yield PostgresServer(url.render_as_string(hide_password=False), port, programs)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

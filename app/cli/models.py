@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from app.composition import Services
+from app.domain.approaches import Quantization
 from app.domain.base_models import BaseModelDescription, ExportedBase
-from app.domain.specs import Quantization
 
 
 class ModelCommandError(Exception):

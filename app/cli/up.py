@@ -16,6 +16,7 @@ import httpx
 
 from app.cli.broker import broker_answers, broker_command
 from app.cli.models import fetch_default
+from app.cli.ports import free_port
 from app.cli.processes import Part, Processes
 from app.composition import compose
 from app.db.migrating import migrate
@@ -115,14 +116,8 @@ def _environment(settings: Settings) -> dict[str, str]:
     if settings.inference_secret is None:
         environment["VERITUNE_INFERENCE_SECRET"] = secrets.token_urlsafe(32)
     if "inference_port" not in settings.model_fields_set:
-        environment["VERITUNE_INFERENCE_PORT"] = str(_free_port())
+        environment["VERITUNE_INFERENCE_PORT"] = str(free_port())
     return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _check_port(settings: Settings) -> None:

@@ -11,8 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from app.domain.approaches import LoraAdapter, Quantization
 from app.domain.architectures import Architecture
-from app.domain.specs import LoraAdapter, Quantization, TrainSpec
+from app.domain.specs import TrainSpec
 from app.domain.trainables import fast_form, fast_kept, rank, stock_kept, trainable_parameters
 
 MASTER = 4

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.domain.claims import Claim, Verdict
-from app.domain.specs import Name, Reference
+from app.domain.spec_base import Name, Reference
 from app.domain.trajectories import ActionName
 
 MOST_STEPS = 10

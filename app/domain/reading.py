@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from app.domain.claims import forbidden_character
 from app.domain.errors import InvalidError, Loc, NotYetSupportedError, Problem
-from app.domain.specs import SPEC_CODES, JobKind, TrainSpec, not_yet_supported
+from app.domain.spec_base import SPEC_CODES
+from app.domain.specs import JobKind, TrainSpec, not_yet_supported
 
 _LUDWIG_DIFFERS = {
     ("quantization", "bnb_4bit_compute_dtype"): "the compute type follows the device; leave it out",

@@ -1,7 +1,8 @@
 """What of a model a spec trains, counted from sizes alone: parameters, and what each token's backward pass needs."""
 
+from app.domain.approaches import AdaloraAdapter, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter
 from app.domain.architectures import Architecture
-from app.domain.specs import AdaloraAdapter, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter, TrainSpec
+from app.domain.specs import TrainSpec
 
 IA3_OUTPUTS = ("k_proj", "v_proj")
 IA3_INPUTS = ("down_proj",)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from app.domain.claims import fold
 from app.domain.errors import ConflictError, InvalidError, Problem
-from app.domain.specs import NAME_PATTERN
+from app.domain.spec_base import NAME_PATTERN
 
 LONGEST_FILENAME = 255
 

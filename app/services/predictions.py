@@ -12,6 +12,7 @@ from typing import Literal
 
 from app.db.tables import BaseModelRow
 from app.domain.adapters import Adapter
+from app.domain.approaches import Quantization
 from app.domain.claims import Verdict, read_verdict
 from app.domain.errors import BusyError, ConflictError, VerituneError
 from app.domain.identity import new_id
@@ -26,7 +27,7 @@ from app.domain.predictions import (
     Timings,
 )
 from app.domain.react import ReactFormat, header, parse
-from app.domain.specs import Generation, Quantization
+from app.domain.specs import Generation
 from app.domain.trajectories import read_action
 from app.generation import Generator
 from app.knowledge.base import Reading

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from app.db.tables import BaseModelRow
+from app.domain.approaches import AdapterSpec, LoraAdapter
 from app.domain.architectures import Architecture
 from app.domain.errors import InvalidError, NotFoundError, Problem
-from app.domain.specs import AdapterSpec, LoraAdapter, TrainSpec
+from app.domain.specs import TrainSpec
 from app.services.adapters import Adapters
 
 PLACE = ("adapter", "pretrained_adapter_weights")

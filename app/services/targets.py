@@ -1,9 +1,10 @@
 """What a spec asks of its base model's layers, against their sizes."""
 
+from app.domain.approaches import AdaloraAdapter, LoraAdapter
 from app.domain.architectures import Architecture
 from app.domain.errors import InvalidError, Problem
 from app.domain.reading import did_you_mean, headline
-from app.domain.specs import AdaloraAdapter, LoraAdapter, TrainSpec
+from app.domain.specs import TrainSpec
 from app.domain.trainables import rank, targets
 
 OTHERS = ("lm_head",)

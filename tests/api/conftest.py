@@ -3,8 +3,7 @@
 import re
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,17 +19,18 @@ from app.composition import Services, compose
 from app.db.base import Base
 from app.db.migrating import migrate
 from app.domain.adapters import CONFIG, WEIGHTS, Kind, Manifest, ManifestBase
+from app.domain.approaches import servable_by
 from app.domain.attempts import Checkpointed, Metrics
 from app.domain.base_models import BaseModelDescription
 from app.domain.devices import DeviceDescription
 from app.domain.jobs import Lease
 from app.domain.react import ReactFormat
-from app.domain.specs import servable_by
 from app.generation import GenerationRequest, ScriptedGenerator
 from app.main import create_app
 from app.queue import MemoryDoorbell
 from app.settings import Settings
 from tests.conftest import corpus_jsonl, dataset_jsonl
+from tests.waiting import until
 
 HOST = "http://127.0.0.1"
 MEMBERS = {"type", "title", "status", "detail", "instance", "code", "errors"}
@@ -113,13 +113,6 @@ def listening(services: Services) -> Iterator[httpx.Client]:
 def server(served: Services) -> Iterator[httpx.Client]:
     with listening(served) as client:
         yield client
-
-
-def until(check: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 Answer = httpx.Response | Any

@@ -23,9 +23,9 @@ from tests.api.conftest import (
     problem,
     reads_the_page,
     traces,
-    until,
 )
 from tests.conftest import corpus_jsonl, dataset_jsonl
+from tests.waiting import until
 
 SSE = {"Accept": "text/event-stream"}
 PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'

@@ -4,12 +4,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import psutil
 import pytest
 
 from app.cli.processes import FIRST_PAUSE, Part, Processes
+from tests.waiting import until
 
 SLEEPER = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
 STUBBORN = [
@@ -32,13 +33,6 @@ def processes(said: list[tuple[str, str]]) -> Iterator[Processes]:
     kept = Processes(lambda who, line: said.append((who, line)))
     yield kept
     kept.stop()
-
-
-def until(check: Callable[[], bool]) -> None:
-    end = time.monotonic() + 15
-    while not check():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_lines_carry_the_name_of_who_said_them(processes: Processes, said: list[tuple[str, str]]) -> None:

@@ -7,7 +7,6 @@ volumes' directory becomes a private one. Postgres and Valkey are real.
 import io
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 import redis
 
 from app.cli.broker import server_program
+from app.cli.ports import free_port
 from app.cli.processes import Part, Processes
 from tests.conftest import ROOT, corpus_jsonl, dataset_jsonl
 from tests.deployment.compose import SECRETS, Service, read_services
@@ -97,7 +97,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 
 def _deployment(home: Path, services: dict[str, Service], postgres: PostgresServer) -> Deployment:
-    ports = {name: _free_port() for name in ("redis", "inference", "api")} | {"postgres": postgres.port}
+    ports = {name: free_port() for name in ("redis", "inference", "api")} | {"postgres": postgres.port}
     places = {
         "redis:6379": f"127.0.0.1:{ports['redis']}",
         "postgres:5432": f"127.0.0.1:{ports['postgres']}",
@@ -137,12 +137,6 @@ def _start(deployment: Deployment, processes: Processes) -> None:
         processes.start(Part(name, command, deployment.environment(name)))
     for name in ("api", "trainer", "runner", "inference"):
         deployment.wait_until_healthy(name)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

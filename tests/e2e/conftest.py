@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,18 +16,13 @@ import psutil
 import pytest
 
 from app.cli.broker import server_program
+from app.cli.ports import free_port
 from tests.conftest import ROOT
 from tests.postgres import postgres_server
 
 MODEL_CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
 READY_SECONDS = 180
 SECRET = "a secret of this test"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

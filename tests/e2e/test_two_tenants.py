@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -13,6 +13,7 @@ import pytest
 from tests.cgroup import memory_group
 from tests.conftest import ROOT
 from tests.e2e.conftest import Deployment, start, stop
+from tests.waiting import until
 
 pytestmark = pytest.mark.acceptance
 
@@ -66,15 +67,6 @@ def device(deployment: Deployment) -> Any:
 
 def reserved(deployment: Deployment) -> set[str]:
     return {one["tenant"] for one in device(deployment)["reservations"]}
-
-
-def until(check: Callable[[], bool], seconds: float) -> float:
-    """Seconds that it took."""
-    began = time.monotonic()
-    while not check():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.1)
-    return time.monotonic() - began
 
 
 def ready_again(deployment: Deployment) -> None:

@@ -21,6 +21,7 @@ from app.generation import CompletionsGenerator, GenerationRequest, Generator, S
 from app.tokenizers import load_tokenization
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.conftest import shelf as shelf
+from tests.waiting import until
 from worker.inference.front import FrontSettings
 from worker.inference.residence import FixedTenancy
 
@@ -189,7 +190,7 @@ def test_a_server_that_makes_way_says_when_it_is_back(shelf: Shelf, asked: Asked
         serving(shelf.table(), FrontSettings(engine=ENGINE), absent) as server,
         closing(CompletionsGenerator(str(server.client.base_url))) as client,
     ):
-        server.wait_until(lambda: "job_1" in server.front.link.why)
+        until(lambda: "job_1" in server.front.link.why)
         assert not client.healthy()
         with pytest.raises(UnavailableError, match="makes way for training") as raised:
             client.generate(asked())

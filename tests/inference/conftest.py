@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from tests.tiny import make_tiny_adapter, make_tiny_model
+from tests.waiting import until
 from worker.inference.front import FrontSettings, StaticResolver, create_front
 from worker.inference.protocol import ServedModel
 from worker.inference.residence import Tenancy
@@ -96,16 +97,9 @@ class Server(Speaker):
             if before == [self.metric(name) for name in names]:
                 return before
 
-    def wait_until(self, condition: Any, seconds: float = 30) -> None:
-        """Poll a condition; fail when it does not come true in time."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen in time"
-            time.sleep(0.02)
-
     def wait_until_ready(self) -> None:
         """Wait for the engine."""
-        self.wait_until(lambda: self.client.get("/health").status_code == 200)
+        until(lambda: self.client.get("/health").status_code == 200)
 
 
 @contextlib.contextmanager
@@ -127,7 +121,7 @@ def serving(
         thread.start()
         running = Server(f"http://127.0.0.1:{port}", app)
         try:
-            running.wait_until(lambda: server.started)
+            until(lambda: server.started)
             yield running
         finally:
             running.client.close()

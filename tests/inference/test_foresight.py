@@ -13,6 +13,7 @@ from app.domain.ledger import Absence
 from tests.api.conftest import lease, make_adapter
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_scheduling import Desk
+from tests.waiting import until
 from worker.inference.front import FrontSettings
 from worker.inference.residence import FixedTenancy
 from worker.inference.resolver import PublishedResolver
@@ -36,22 +37,22 @@ def loaded(server: Server) -> tuple[float, float]:
 
 
 def test_every_engine_loads_what_is_expected(server: Server, tenancy: FixedTenancy) -> None:
-    server.wait_until(lambda: loaded(server) == (1, 1))
+    until(lambda: loaded(server) == (1, 1))
 
     tenancy.absence = Absence("inference makes way for training (job_1)", 1_000.0)
-    server.wait_until(lambda: not tenancy.held)
+    until(lambda: not tenancy.held)
     assert loaded(server) == (0, 0)
     tenancy.absence = None
 
-    server.wait_until(lambda: loaded(server) == (1, 1))
+    until(lambda: loaded(server) == (1, 1))
     assert server.metric("veritune:prefills_total") == 0
 
 
 def test_an_engine_that_follows_a_dead_one_is_told_nothing(server: Server) -> None:
-    server.wait_until(lambda: loaded(server) == (1, 1))
+    until(lambda: loaded(server) == (1, 1))
     pid = server.front.link.pid
     os.kill(pid, signal.SIGKILL)
-    server.wait_until(lambda: server.front.link.pid not in (None, pid))
+    until(lambda: server.front.link.pid not in (None, pid))
     server.wait_until_ready()
 
     assert server.front.link.shaky

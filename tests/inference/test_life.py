@@ -16,6 +16,7 @@ import pytest
 from pydantic import SecretStr
 
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from tests.waiting import until
 from worker.inference.front import FrontSettings, StaticResolver
 from worker.inference.link import SILENCE
 from worker.inference.protocol import ServedModel
@@ -56,7 +57,7 @@ def ask_in_background(server: Server, pool: ThreadPoolExecutor, count: int) -> l
     """Requests that are in flight when this returns."""
     before = server.front.link.in_flight
     futures = [pool.submit(server.ask, prompt=[9, 9 + i], max_tokens=20) for i in range(count)]
-    server.wait_until(lambda: server.front.link.in_flight == before + count)
+    until(lambda: server.front.link.in_flight == before + count)
     return futures
 
 
@@ -153,7 +154,7 @@ def test_a_lost_client_frees_its_slot(small: Server) -> None:
         next(response.iter_lines())
     with stopped(small), pytest.raises(httpx.ReadTimeout):
         small.client.post("/v1/completions", json=body, timeout=0.3)
-    small.wait_until(lambda: small.front.link.in_flight == 0)
+    until(lambda: small.front.link.in_flight == 0)
 
     (after,) = small.settled("vllm:generation_tokens_total")
     assert small.metric("vllm:num_requests_running") == 0
@@ -177,7 +178,7 @@ def test_the_engine_ends_when_the_front_is_killed() -> None:
 
 def test_the_engine_ends_with_the_server(shelf: Shelf) -> None:
     with serving(shelf.table(), FrontSettings(engine=ENGINE)) as running:
-        running.wait_until(lambda: running.front.link.pid is not None)
+        until(lambda: running.front.link.pid is not None)
         engine = running.front.link.pid
 
     assert not alive(engine)

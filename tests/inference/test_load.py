@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from tests.waiting import until
 from worker.inference.front import FrontSettings
 
 CROWD, FEW = 470, 30
@@ -63,7 +64,7 @@ def test_an_engine_that_dies_among_sixteen_comes_back_with_its_adapters(server: 
 
     with ThreadPoolExecutor(16) as pool:
         futures = [pool.submit(ask, one) for one in asked]
-        server.wait_until(lambda: server.front.link.in_flight == 16)
+        until(lambda: server.front.link.in_flight == 16)
         time.sleep(0.1)  # so that they are being answered; 500 tokens take longer
         os.kill(server.front.link.pid, signal.SIGKILL)
         answers = [future.result() for future in futures]

@@ -11,6 +11,7 @@ from app.domain.errors import UnavailableError
 from app.domain.ledger import Absence
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_life import alive, ask_in_background, stopped
+from tests.waiting import until
 from worker.inference.front import FrontSettings
 from worker.inference.residence import LOST, PATIENCE, UNKNOWN, FixedTenancy
 
@@ -46,7 +47,7 @@ def pid_of(server: Server) -> int:
 
 def rest(server: Server, tenancy: FixedTenancy, absence: Absence = TRAINS) -> None:
     tenancy.absence = absence
-    server.wait_until(lambda: not tenancy.held)
+    until(lambda: not tenancy.held)
 
 
 def test_the_engine_ends_and_the_place_is_given_back_behind_it(server: Server, tenancy: FixedTenancy) -> None:
@@ -95,11 +96,11 @@ def test_running_answers_may_end_and_new_ones_are_refused_at_once(server: Server
         with stopped(server):
             running = ask_in_background(server, pool, 2)
             tenancy.absence = TRAINS
-            server.wait_until(lambda: server.front.link.resting)
+            until(lambda: server.front.link.resting)
             assert server.ask().status_code == 503
             assert tenancy.held
         assert [future.result().status_code for future in running] == [200, 200]
-    server.wait_until(lambda: not tenancy.held)
+    until(lambda: not tenancy.held)
 
 
 def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, tenancy: FixedTenancy) -> None:
@@ -117,7 +118,7 @@ def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, 
 def test_one_that_is_starting_ends_at_once(server: Server, tenancy: FixedTenancy) -> None:
     rest(server, tenancy)
     tenancy.absence = None
-    server.wait_until(lambda: server.front.link.pid is not None)
+    until(lambda: server.front.link.pid is not None)
     assert tenancy.held
     pid, began = pid_of(server), time.monotonic()
     rest(server, tenancy)
@@ -135,7 +136,7 @@ def test_a_ledger_that_is_away_changes_nothing(
         raise UnavailableError("the database does not answer")
 
     monkeypatch.setattr(tenancy, "stay", away)
-    server.wait_until(lambda: len(asked) > 1)
+    until(lambda: len(asked) > 1)
     assert server.ask().status_code == 200
     assert pid_of(server) == pid
 
@@ -150,7 +151,7 @@ def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
 
     monkeypatch.setattr(tenancy, "lease", 1.0)
     monkeypatch.setattr(tenancy, "stay", away)
-    server.wait_until(lambda: not alive(pid))
+    until(lambda: not alive(pid))
     assert server.ask().json()["error"]["message"] == LOST.why
     monkeypatch.undo()
     server.wait_until_ready()
@@ -159,7 +160,7 @@ def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
 def test_there_is_no_engine_before_it_has_a_place(shelf: Shelf) -> None:
     waiting = FixedTenancy(TRAINS)
     with serving(shelf.table(), FrontSettings(engine=ENGINE), waiting) as server:
-        server.wait_until(lambda: server.front.link.why == TRAINS.why)
+        until(lambda: server.front.link.why == TRAINS.why)
         assert server.front.link.pid is None
         assert server.client.get("/health").json()["error"]["message"] == TRAINS.why
         waiting.absence = None

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 from app.domain.attempts import CHILD_EVENT, EncodedRow, TrainOrder
 from tests.training.conftest import Child, OrderFactory
+from tests.waiting import until
 from worker.training.__main__ import NICENESS
 from worker.training.checkpoints import checkpoints_in, verify
 
@@ -149,10 +149,7 @@ def test_a_child_waits_for_an_order_that_comes_later(make_order: OrderFactory, s
     order = make_order(updates=1)
     child = start(order, given=None)
     memory = psutil.Process(child.process.pid).memory_info
-    end = time.monotonic() + 60
-    while memory().rss < 200 << 20:  # torch is there
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: memory().rss > 200 << 20)  # torch is there
     assert child.process.poll() is None
     child.write(order.model_dump_json())
     assert child.finish()[0]["outcome"] == "succeeded", child.errors()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import httpx
 
+from app.cli.ports import free_port
 from app.cli.processes import Part, Processes
 from tests.conftest import ROOT
-from tests.e2e.conftest import free_port
 from worker.environment import TENSORS
 
 PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"

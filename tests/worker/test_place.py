@@ -16,7 +16,8 @@ from app.domain.errors import UnavailableError
 from app.domain.jobs import Event, Job, JobStatus, Wish
 from app.domain.ledger import Policy, Reservation, Tenant
 from tests.conftest import dataset_jsonl
-from tests.worker.test_supervisor import LONG, TRAINER, _start_owner, children, until, updates
+from tests.waiting import until
+from tests.worker.test_supervisor import LONG, TRAINER, _start_owner, children, updates
 from worker import place
 from worker.child import SPARE_BYTES, Child
 from worker.device import describe_device

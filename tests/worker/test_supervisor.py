@@ -22,6 +22,7 @@ from app.domain.adapters import adapter_digest
 from app.domain.errors import InvalidError
 from app.domain.jobs import Job, JobStatus, Wish
 from tests.conftest import dataset_jsonl
+from tests.waiting import until
 from worker.device import describe_device
 from worker.supervisor import Supervisor
 
@@ -62,13 +63,6 @@ def background() -> Iterator[Callable[[Supervisor], threading.Thread]]:
         chosen.leave()
         thread.join(60)
         assert not thread.is_alive()
-
-
-def until(check: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def updates(services: Services, job: Job) -> int:

@@ -4,10 +4,11 @@ from typing import Any
 
 from app.composition import Services
 from app.domain.adapters import Manifest
+from app.domain.approaches import Quantization, shares_its_base
 from app.domain.base_models import canonical_digest
 from app.domain.errors import NotFoundError
 from app.domain.jobs import Job
-from app.domain.specs import Quantization, TrainSpec, shares_its_base
+from app.domain.specs import TrainSpec
 from worker.bases import ensure_base
 from worker.inference.front import UnknownModel
 from worker.inference.protocol import ServedModel

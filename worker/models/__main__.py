@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from app.domain.approaches import Quantization
 from app.domain.base_models import (
     CATALOGUE,
     MODEL_SOURCE,
@@ -22,7 +23,7 @@ from app.domain.base_models import (
     HubSource,
     ModelSource,
 )
-from app.domain.specs import Name, Quantization
+from app.domain.spec_base import Name
 from worker.models.errors import ModelError
 from worker.models.store import ModelStore
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from app.domain.approaches import Quantization
 from app.domain.base_models import BaseModelDescription, DirectorySource, ExportedBase, served_base_digest
-from app.domain.specs import Quantization
 from worker.models.describe import COMPANIONS
 from worker.models.fetch import copy_directory, say
 from worker.whole_directories import locked, place

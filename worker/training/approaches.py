@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from app.domain.specs import AdaloraAdapter, AdapterSpec, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter
+from app.domain.approaches import AdaloraAdapter, AdapterSpec, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter
 from worker.training.errors import TrainingError
 
 CHANGES_THE_BASE = ("pissa", "olora")

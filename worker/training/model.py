@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from app.domain.approaches import Quantization
 from app.domain.attempts import EncodedRow
-from app.domain.specs import Quantization, TrainSpec
+from app.domain.specs import TrainSpec
 from worker.architecture import window_of, windows_of
 from worker.precision import Precision
 from worker.quantization import bitsandbytes_config

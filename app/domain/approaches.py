@@ -1,0 +1,153 @@
+"""The approaches: full fine-tuning or an adapter of some kind, over a base that is quantised or not.
+
+Which adapter goes with which quantisation is one table, `PAIRINGS`.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from app.domain.spec_base import Count, Positive, Reference, Spec, disagree
+
+MODULE_LIMIT = 64
+
+
+class _Adapter(Spec):
+    """`pretrained_adapter_weights`: a published adapter of the same shape, by id or name, to start from."""
+
+    pretrained_adapter_weights: Reference | None = None
+
+
+TargetModules = Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, max_length=MODULE_LIMIT)]
+
+
+class LoraAdapter(_Adapter):
+    """Low-rank adaptation. `alpha` defaults to twice the rank."""
+
+    type: Literal["lora"] = "lora"
+    r: Annotated[int, Field(ge=1, le=256)] = 16
+    alpha: Positive | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: TargetModules = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        if self.pretrained_adapter_weights is not None and self.init_lora_weights in ("pissa", "olora"):
+            raise disagree(
+                f"the weights begin either as pretrained_adapter_weights or as {self.init_lora_weights} makes them; "
+                "leave one of the two out",
+                "pretrained_adapter_weights",
+            )
+        return self
+
+    @property
+    def scale_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.r
+
+
+class AdaloraAdapter(_Adapter):
+    """LoRA with a rank budget that is spent where it helps."""
+
+    type: Literal["adalora"]
+    target_r: Annotated[int, Field(ge=1, le=256)] = 8
+    init_r: Annotated[int, Field(ge=1, le=256)] = 12
+    alpha: Positive | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: TargetModules = "all-linear"
+
+    @model_validator(mode="after")
+    def _shrinks(self) -> Self:
+        if self.target_r >= self.init_r:
+            raise disagree(
+                f"adalora begins with init_r {self.init_r} ranks and ends with fewer, but target_r says "
+                f"{self.target_r}; use a target_r below init_r",
+                "target_r",
+            )
+        if self.pretrained_adapter_weights is not None:
+            raise disagree(
+                "adalora begins with ranks of its own, and is published as plain LoRA; to train such an adapter "
+                "further, use {type: lora}",
+                "pretrained_adapter_weights",
+            )
+        return self
+
+    @property
+    def scale_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.init_r
+
+
+class Ia3Adapter(_Adapter):
+    """Learned scales of activations. `feedforward_modules`: those of `target_modules` whose input is scaled."""
+
+    type: Literal["ia3"]
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1, max_length=MODULE_LIMIT)] | None = None
+    feedforward_modules: Annotated[tuple[str, ...], Field(max_length=MODULE_LIMIT)] | None = None
+
+    @model_validator(mode="after")
+    def _inner_is_target(self) -> Self:
+        if (self.target_modules is None) != (self.feedforward_modules is None):
+            raise disagree("name both target_modules and feedforward_modules, or neither", "feedforward_modules")
+        if surplus := set(self.feedforward_modules or ()) - set(self.target_modules or ()):
+            raise disagree(
+                f"feedforward_modules must be among target_modules: {', '.join(sorted(surplus))}",
+                "feedforward_modules",
+            )
+        return self
+
+
+class AdaptionPromptAdapter(_Adapter):
+    """LLaMA-Adapter: learned prompts gated into the upper layers."""
+
+    type: Literal["adaption_prompt"]
+    adapter_len: Annotated[int, Field(ge=1, le=256)] = 10
+    adapter_layers: Count | None = None
+
+
+AdapterSpec = Annotated[LoraAdapter | AdaloraAdapter | Ia3Adapter | AdaptionPromptAdapter, Field(discriminator="type")]
+
+
+class Quantization(Spec):
+    """How the frozen base is held. `quant_type` and `double_quant` matter at 4 bits only."""
+
+    bits: Literal[4, 8] = 4
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+
+
+def adapter_word(adapter: BaseModel | None) -> str:
+    return "full" if adapter is None else str(getattr(adapter, "type"))  # noqa: B009  a union of four models
+
+
+def quantization_word(quantization: Quantization | None) -> str:
+    return "none" if quantization is None else f"{quantization.bits}-bit"
+
+
+def servable_by(adapter: AdapterSpec | None) -> tuple[str, ...]:
+    """Who can serve what such a job publishes. vLLM takes whole models and plain LoRA; AdaLoRA is published as that."""
+    plain = adapter is None or adapter.type == "adalora" or (adapter.type == "lora" and not adapter.use_dora)
+    return ("veritune", "vllm") if plain else ("veritune",)
+
+
+def shares_its_base(adapter: AdapterSpec | None) -> bool:
+    """Whether adapters of this kind can lie beside each other over one served base, and be switched there."""
+    return adapter is not None and adapter.type in ("lora", "adalora")
+
+
+_FULL_NEEDS_PLAIN = (
+    "full fine-tuning (adapter: null) changes every weight, which a quantised base cannot take; "
+    "set quantization to null, or keep the quantisation and use adapter {type: lora}"
+)
+_IA3_NEEDS_PLAIN = "ia3 scales activations of an unquantised base; set quantization to null, or use {type: lora}"
+_ADALORA_NOT_8 = "adalora does not train over an 8-bit base; use quantization {bits: 4}, or {type: lora}"
+
+PAIRINGS: dict[str, dict[str, str | None]] = {
+    "full": {"none": None, "4-bit": _FULL_NEEDS_PLAIN, "8-bit": _FULL_NEEDS_PLAIN},
+    "lora": {"none": None, "4-bit": None, "8-bit": None},
+    "adalora": {"none": None, "4-bit": None, "8-bit": _ADALORA_NOT_8},
+    "ia3": {"none": None, "4-bit": _IA3_NEEDS_PLAIN, "8-bit": _IA3_NEEDS_PLAIN},
+    "adaption_prompt": {"none": None, "4-bit": None, "8-bit": None},
+}
+"""Adapter × quantisation → None when the pair is sound, else why not and the nearest pair that is."""
