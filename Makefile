@@ -80,7 +80,7 @@ bench: model ## Measure, against a peer or a limit in the same run
 bench-training: model ## Measure training against TRL and the matrix products' own time: about an hour
 	@$(BIN)/python -m benchmarks.training
 
-bench-inference: model $(VLLM)/.ready ## Measure serving against vLLM and PEFT: about half an hour
+bench-inference: model $(VLLM)/.ready ## Measure serving against vLLM, PEFT and, where it is built, llama.cpp: about 40 minutes
 	@$(BIN)/python -m benchmarks.inference
 	@$(BIN)/python -m benchmarks.served
 	@$(BIN)/python -m benchmarks.decode_step

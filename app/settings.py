@@ -51,12 +51,20 @@ class Settings(BaseSettings):
     inference_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Number format of the engine; auto follows the device."
     )
+    inference_max_batch: int = Field(
+        default=16, ge=1, le=256, description="Sequences that the engine answers at once; others wait."
+    )
     inference_secret: SecretStr | None = Field(default=None, description="Shared secret of API and inference.")
 
     default_base_model: str = Field(default="smollm2-135m", description="The base model of a spec without one.")
     max_upload_bytes: int = Field(default=1 << 30, ge=1, description="Largest upload.")
     max_json_bytes: int = Field(default=1 << 20, ge=1_024, description="Largest JSON body.")
-    prediction_slots: int = Field(default=32, ge=1, le=1_000, description="Predictions at once; more get 429.")
+    prediction_slots: int = Field(
+        default=32,
+        ge=1,
+        le=1_000,
+        description="Predictions, or batches of them, that an API process takes at once; more get 429.",
+    )
     max_sequence_length: int = Field(
         default=2_048, ge=64, description="Cap on the sequence length a spec gets by default."
     )
@@ -93,6 +101,14 @@ class Settings(BaseSettings):
         if self.key is None and self.host not in LOOPBACK:
             raise ValueError(
                 f"host {self.host} is not loopback: set VERITUNE_API_KEY or VERITUNE_API_KEY_FILE to guard it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _secret_off_loopback(self) -> Self:
+        if self.inference_secret is None and self.inference_host not in LOOPBACK:
+            raise ValueError(
+                f"inference_host {self.inference_host} is not loopback: set VERITUNE_INFERENCE_SECRET to guard it"
             )
         return self
 

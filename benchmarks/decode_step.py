@@ -3,7 +3,8 @@
     --base DIR     a base as plain weights (default: what `benchmarks.inference` exported)
     --adapters DIR its adapters, for the mixed step
 
-Prints milliseconds a step by kind of work; the rest is Python and dispatch between kernels.
+Prints milliseconds a step by kind of work, and writes them to `benchmarks/results/decode_step.json`; the rest is Python
+and dispatch between kernels.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import ROOT, head
 from benchmarks.publishing import KEPT
 from worker.inference.forwards import StockForward
 from worker.inference.kv import Forward, KeyValues
@@ -25,6 +27,7 @@ from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import EngineSettings
 
+RESULTS = ROOT / "benchmarks" / "results" / "decode_step.json"
 ROWS = 16
 LENGTH = 200
 STEPS = 30
@@ -53,8 +56,12 @@ def main() -> None:
     }
     for live in (4, 16):
         ways[f"ours, {live} adapters"] = partial(models.forward, [adapters[row % live] for row in range(ROWS)])
+    figures = {}
     for name, way in ways.items():
-        print(name, json.dumps(measured(way, stock, loaded.layers)))
+        figures[name] = measured(way, stock, loaded.layers)
+        print(name, json.dumps(figures[name]))
+    result = head("veritune decode step", "benchmarks.decode_step") | {"milliseconds": figures}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def served(base: Path, adapter: Path | None = None) -> ServedModel:

@@ -74,6 +74,12 @@ def test_off_loopback_a_key_is_required(host: str) -> None:
     assert Settings.model_validate({"host": host, "api_key": "a key"}).key is not None
 
 
+def test_off_loopback_inference_has_a_secret() -> None:
+    with pytest.raises(ValidationError, match="VERITUNE_INFERENCE_SECRET"):
+        Settings(inference_host="0.0.0.0")
+    assert Settings.model_validate({"inference_host": "0.0.0.0", "inference_secret": "a secret"}).inference_secret
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_on_loopback_none_is(host: str) -> None:
     assert Settings(host=host).key is None

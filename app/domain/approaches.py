@@ -10,6 +10,8 @@ from pydantic import BaseModel, Field, model_validator
 from app.domain.spec_base import Count, Positive, Reference, Spec, disagree
 
 MODULE_LIMIT = 64
+MAX_RANK = 256
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 
 
 class _Adapter(Spec):
@@ -25,7 +27,7 @@ class LoraAdapter(_Adapter):
     """Low-rank adaptation. `alpha` defaults to twice the rank."""
 
     type: Literal["lora"] = "lora"
-    r: Annotated[int, Field(ge=1, le=256)] = 16
+    r: Rank = 16
     alpha: Positive | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: TargetModules = "all-linear"
@@ -34,8 +36,16 @@ class LoraAdapter(_Adapter):
     init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
 
     @model_validator(mode="after")
-    def _begins_once(self) -> Self:
-        if self.pretrained_adapter_weights is not None and self.init_lora_weights in ("pissa", "olora"):
+    def _begins_soundly(self) -> Self:
+        if self.init_lora_weights not in ("pissa", "olora"):
+            return self
+        if self.r > MAX_RANK // 2:
+            raise disagree(
+                f"what begins as {self.init_lora_weights} is published as plain LoRA of twice the rank, which may be "
+                f"{MAX_RANK}; use an r of at most {MAX_RANK // 2}",
+                "r",
+            )
+        if self.pretrained_adapter_weights is not None:
             raise disagree(
                 f"the weights begin either as pretrained_adapter_weights or as {self.init_lora_weights} makes them; "
                 "leave one of the two out",
@@ -52,8 +62,8 @@ class AdaloraAdapter(_Adapter):
     """LoRA with a rank budget that is spent where it helps."""
 
     type: Literal["adalora"]
-    target_r: Annotated[int, Field(ge=1, le=256)] = 8
-    init_r: Annotated[int, Field(ge=1, le=256)] = 12
+    target_r: Rank = 8
+    init_r: Rank = 12
     alpha: Positive | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: TargetModules = "all-linear"

@@ -80,7 +80,8 @@ class ReactLoop:
 
     def _think(self, number: int) -> Iterator[LoopEvent]:
         self._pen.append([header("Thought", number)])
-        self._thought = self._pen.thought()
+        room = self._limit - len(self._pen.ids) - TURN_RESERVE  # an Observation may have left less than a Thought takes
+        self._thought = self._pen.thought(max(1, room))
         self._pen.append([TURN_END, header("Action", number)])
         yield ThoughtWritten(step=number, thought=self._thought)
 

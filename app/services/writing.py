@@ -72,9 +72,9 @@ class Pen:
         for segment in segments:
             self.ids += self.encoder.atom(segment)
 
-    def thought(self) -> str:
-        """Let the model write one Thought. Whatever looks like a step's beginning in it is cut off."""
-        answer = self._ask(max_tokens=self.max_thought_tokens, stop=("\n",))
+    def thought(self, room: int) -> str:
+        """Let the model write one Thought of at most `room` tokens. What looks like a step's beginning is cut off."""
+        answer = self._ask(max_tokens=min(self.max_thought_tokens, room), stop=("\n",))
         text = answer.text.split("\n", 1)[0]
         if marker := STEP_MARKER.search(text):
             text = text[: marker.start()]

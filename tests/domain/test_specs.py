@@ -246,6 +246,15 @@ def test_an_initialiser_that_would_change_a_quantised_base(initialiser: str, bit
     TrainSpec.model_validate(LEAST | {"adapter": asked, "quantization": None})
 
 
+@pytest.mark.parametrize("initialiser", ["pissa", "olora"])
+def test_an_initialiser_that_doubles_the_rank(initialiser: str) -> None:
+    asked = {"type": "lora", "init_lora_weights": initialiser}
+    error = refusal(adapter=asked | {"r": 129}, quantization=None)
+    assert error.problems[0].loc == ("adapter", "r")
+    assert "at most 128" in error.detail
+    TrainSpec.model_validate(LEAST | {"adapter": asked | {"r": 128}, "quantization": None})
+
+
 # Not run by this version.
 
 

@@ -19,7 +19,7 @@ from worker.inference.bases import ModelError, NoRoom
 from worker.inference.kv import KeyValues
 from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import PROCESS_BYTES, Held, adapter_bytes, base_bytes, weights_bytes
+from worker.inference.sizes import PROCESS_BYTES, Held, adapter_bytes, base_bytes, budget, weights_bytes
 from worker.inference.wire import EngineSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
@@ -382,3 +382,11 @@ def test_what_was_promised_to_a_batch_stays_so_beside_one_that_does_not_mix(shel
     assert held.bytes == promised != before
     held.make_places(one, [], [])
     assert held.bytes == before
+
+
+@pytest.mark.parametrize("gigabytes", [1, 64])
+def test_what_there_is_is_shared_out_however_much_that_is(gigabytes: int) -> None:
+    room = gigabytes << 30
+    settings = EngineSettings(memory_bytes=PROCESS_BYTES["cpu"] + room)
+    live, prefixes, models = budget(settings, torch.device("cpu"))
+    assert (live, prefixes, models.device) == (room // 4, room // 16, room - room // 4 - room // 16)

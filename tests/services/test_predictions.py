@@ -14,8 +14,10 @@ from app.domain.predictions import Observed, PredictRequest
 from app.domain.react import ReactFormat
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
 from app.generation import Generated, GenerationRequest, ScriptedGenerator
+from app.knowledge.base import Reading
 from app.queue import MemoryDoorbell
-from app.services.reasoning import REPEATED
+from app.services.reasoning import REPEATED, ReactLoop
+from app.services.writing import Pen
 from tests.conftest import corpus_jsonl
 
 Script = Callable[[str, GenerationRequest], str]
@@ -206,6 +208,22 @@ def test_a_long_observation_is_trimmed_to_whole_sentences(services: Services, tm
     assert seen.trimmed
     assert 1 <= len(seen.sentences) < 5
     assert seen.text == " ".join(sentences[: len(seen.sentences)])
+
+
+def test_nothing_is_asked_for_beyond_the_length_that_the_adapter_was_trained_with(
+    ask: Callable[[Script], Services], tmp_path: Path
+) -> None:
+    """Where a Thought may be long, an Observation leaves less room than the next one might take."""
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"title": "Long", "text": "' + ("The river is long" + " and winds on" * 11 + ". ") * 6 + '"}')
+    served = ask(plan(("Look.", "Search[Long]"), ("So.", "Finish[SUPPORTS]")))
+    served.corpora.create(path, "long.jsonl", "long")
+    _, source = served.corpora.open("long")
+    encoder = served.base_models.encoder(served.base_models.get(None), ReactFormat())
+    for limit in range(510, 620, 10):
+        pen = Pen(served.generator, encoder, "model", temperature=0, top_p=1, max_thought_tokens=300)
+        list(ReactLoop(pen, Reading(source), CLAIM, 6, limit).run())
+        assert max(len(request.prompt) + request.max_tokens for request in requests_of(served)) <= limit
 
 
 def test_votes_over_samples(ask: Callable[[Script], Services]) -> None:

@@ -21,7 +21,10 @@ def main() -> None:
     services = compose(settings)
     tenancy = LedgerTenancy(services)
     engine = EngineSettings(
-        dtype=settings.inference_dtype, memory_bytes=tenancy.bytes, host_bytes=host_memory() // SHARE_OF_THE_HOST
+        dtype=settings.inference_dtype,
+        max_batch=settings.inference_max_batch,
+        memory_bytes=tenancy.bytes,
+        host_bytes=host_memory() // SHARE_OF_THE_HOST,
     )
     told = FrontSettings(secret=settings.inference_secret, engine=engine)
     front = create_front(PublishedResolver(services), told, tenancy)

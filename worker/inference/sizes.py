@@ -53,8 +53,13 @@ class Budget(NamedTuple):
 def budget(settings: EngineSettings, device: torch.device) -> Budget:
     """How an engine divides its memory."""
     room = max(0, settings.memory_bytes - PROCESS_BYTES[device.type])
-    live, prefixes = min(settings.kv_bytes, room // 4), min(settings.prefix_cache_bytes, room // 8)
+    live = _share(settings.kv_bytes, room, 4)
+    prefixes = _share(settings.prefix_cache_bytes, room - live, 12)
     return Budget(live, prefixes, Held(room - live - prefixes, settings.host_bytes))
+
+
+def _share(asked: int | None, room: int, parts: int) -> int:
+    return room // parts if asked is None else min(asked, room)
 
 
 def base_bytes(served: ServedModel, device: torch.device, dtype: torch.dtype) -> int:

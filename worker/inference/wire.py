@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from app.domain.approaches import MAX_RANK
 from worker.inference.protocol import Finish, Frozen, Prompt, Sampling, ServedModel
 
 
@@ -33,8 +34,8 @@ class TokenLogprobs(Frozen):
 
 class EngineSettings(Frozen):
     """What the front tells a fresh engine. Counts are sequences. `memory_bytes` is for the whole process, on its
-    device; a quarter and an eighth of what its libraries leave, but at most `kv_bytes` and `prefix_cache_bytes`, are
-    for keys and values of those who are answered and of those who were; the rest is for bases and adapters.
+    device; of what its libraries leave, `kv_bytes` (None: a quarter) are for keys and values of those who are
+    answered, `prefix_cache_bytes` (None: a sixteenth) of those who were, and the rest is for bases and adapters.
     `host_bytes`: for adapters, where the device is a GPU. `heartbeat`: the longest time in seconds between two reports;
     an engine that is silent for ten times as long is taken for stuck.
     """
@@ -46,9 +47,9 @@ class EngineSettings(Frozen):
     slice_steps: int = Field(16, ge=1)
     memory_bytes: int = Field(8 * 1024**3, ge=1)
     host_bytes: int = Field(4 * 1024**3, ge=1)
-    kv_bytes: int = Field(2 * 1024**3, ge=1)
-    prefix_cache_bytes: int = Field(512 * 1024**2, ge=0)
-    max_rank: int = Field(256, ge=1)
+    kv_bytes: int | None = Field(None, ge=1)
+    prefix_cache_bytes: int | None = Field(None, ge=0)
+    max_rank: int = Field(MAX_RANK, ge=1)
     max_grammars: int = Field(256, ge=1)
     heartbeat: float = Field(30.0, gt=0)
 
