@@ -2,12 +2,15 @@
 
 from pathlib import Path
 from threading import Event
+from threading import enumerate as enumerate_threads
+from time import sleep
 
 import pytest
 import torch
 
 from tests.inference.conftest import Shelf
 from tests.inference.test_scheduling import Desk
+from tests.waiting import until
 from worker.inference.adapters import AdaptedBase
 from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
@@ -99,6 +102,33 @@ def test_a_base_that_cannot_be_read_is_told_to_all_who_wait_for_it(shelf: Shelf,
     assert all("base model torn cannot be loaded" in failed.message for failed in told)
     assert desk.finished == ["other"]
     assert not desk.scheduler.busy
+
+
+def test_bases_are_read_one_at_a_time_by_threads_that_end(shelf: Shelf, late: ServedModel) -> None:
+    """transformers makes a model under the process's default dtype; and a thread that stays slows the one that answers
+    (`reader` has why)."""
+    desk = Gatehouse()
+    at_once: list[int] = []
+    read = desk.models.read
+
+    def counted(served: ServedModel) -> AdaptedBase:
+        at_once.append(1)
+        try:
+            sleep(0.2)
+            return read(served)
+        finally:
+            assert len(at_once) == 1
+            at_once.clear()
+
+    desk.models.read = counted  # type: ignore[method-assign]
+    for number, model in enumerate((shelf.served("base"), late)):
+        desk.hand_in(f"{number}", model)
+    assert sum(thread.name == "reader" for thread in enumerate_threads()) == 2
+
+    desk.run()
+
+    assert sorted(desk.finished) == ["0", "1"]
+    until(lambda: all(thread.name != "reader" for thread in enumerate_threads()))
 
 
 def one_base(shelf: Shelf) -> Gatehouse:

@@ -1,11 +1,15 @@
 """Bases are read beside the thread that answers, one at a time, so that those over other bases go on meanwhile.
 
-Everything but the reading itself happens on that thread, which takes in what was read between two steps.
+Everything but the reading itself happens on that thread, which takes in what was read between two steps. Each reading
+has a thread that ends with it. OpenMP keeps threads for every one that has computed, and while there are more of them
+than cores, those beside the thread that answers sleep after each kernel instead of spinning: a step takes half as long
+again.
 """
 
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from threading import Lock, Thread
 
 from worker.inference.adapters import AdaptedBase
 from worker.inference.models import Models
@@ -33,7 +37,7 @@ class Reader:
     def __init__(self, models: Models, wake: Callable[[], None]) -> None:
         self._models = models
         self._wake = wake
-        self._thread = ThreadPoolExecutor(1, "reader")
+        self._one_at_a_time = Lock()
         self._under_way: dict[str, Reading] = {}
 
     @property
@@ -56,9 +60,9 @@ class Reader:
         digest = model.base_digest
         if digest not in self._under_way:
             self._models.make_way(model, in_use, bases_in_use)
-            future = self._thread.submit(self._models.read, model)
-            self._under_way[digest] = Reading(model, future)
-            future.add_done_callback(lambda _: self._wake())
+            reading = self._under_way[digest] = Reading(model, Future())
+            reading.future.add_done_callback(lambda _: self._wake())
+            Thread(target=self._read, args=(reading,), name="reader", daemon=True).start()
         return self._under_way[digest]
 
     def take_in(self) -> list[Reading]:
@@ -73,3 +77,10 @@ class Reader:
         """One request waits no longer."""
         for reading in self._under_way.values():
             reading.waiting = [request for request in reading.waiting if request.id != request_id]
+
+    def _read(self, reading: Reading) -> None:
+        with self._one_at_a_time:
+            try:
+                reading.future.set_result(self._models.read(reading.model))
+            except BaseException as error:
+                reading.future.set_exception(error)
