@@ -32,6 +32,8 @@ def test_a_run_from_order_to_adapter(make_order: OrderFactory, start: Start) -> 
     child = start(order)
     child.until("metrics", update=1)
     assert os.getpriority(os.PRIO_PROCESS, child.process.pid) >= NICENESS
+    session = Path(f"/proc/{child.process.pid}/autogroup")  # not every system groups by session
+    assert not session.exists() or session.read_text().split()[-1] == str(NICENESS)
     last, status = child.finish()
     events = [CHILD_EVENT.validate_python(event) for event in child.seen]
     assert (status, last["event"], last["outcome"]) == (0, "finished", "succeeded"), child.errors()

@@ -3,9 +3,11 @@
 Exit status 0: finished, paused or stopped; 1: failed, as the last event says; 3: the supervisor is gone.
 """
 
+import contextlib
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from app.domain.attempts import Failed, TrainOrder
 from worker.training.channel import Channel
@@ -19,7 +21,7 @@ FILE_ERROR = "I/O error: "
 
 
 def main() -> int:
-    os.nice(NICENESS)
+    _give_way()
     channel = Channel.open()
     try:
         # Imported here: torch takes seconds. The channel listens meanwhile, and the order may come later still.
@@ -31,6 +33,13 @@ def main() -> int:
         channel.tell(_failed(error))
         return 1
     return 0
+
+
+def _give_way() -> None:
+    os.nice(NICENESS)
+    # This process has a session of its own, and Linux may weigh sessions before it looks at niceness within them.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS), encoding="ascii")
 
 
 def _failed(error: Exception) -> Failed:
