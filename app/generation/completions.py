@@ -13,6 +13,10 @@ TIMEOUT = httpx.Timeout(900.0, connect=3.0)
 """Far beyond what one Thought takes on a loaded machine. A server that dies ends its connections, and the front
 answers 503 when its engine dies; only a host that vanishes says nothing, and that is what the keepalive finds out."""
 
+IDLE_SECONDS = 2.0
+"""For which a connection that nobody uses is kept. uvicorn, vLLM's server too, closes one after five: a question that
+is sent at that moment gets no answer."""
+
 KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """A host that acknowledges nothing for 40 seconds is gone. Options that a system does not know are left out."""
 
@@ -22,7 +26,9 @@ class CompletionsGenerator:
 
     def __init__(self, url: str, secret: SecretStr | None = None, connections: int = 64) -> None:
         headers = {"Authorization": f"Bearer {secret.get_secret_value()}"} if secret else {}
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        limits = httpx.Limits(
+            max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=IDLE_SECONDS
+        )
         transport = httpx.HTTPTransport(limits=limits, socket_options=_keepalive(), trust_env=False)
         self._client = httpx.Client(
             base_url=url, headers=headers, timeout=TIMEOUT, transport=transport, trust_env=False

@@ -5,19 +5,21 @@ What takes `asked` and `connect` alone asks for no more than the protocol: `test
 
 import math
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from threading import Thread
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import pytest
+import uvicorn
 from pydantic import SecretStr
 
 from app.domain.encoding import Tokenization
 from app.domain.errors import InvalidError, NotFoundError, UnavailableError
 from app.domain.ledger import Absence
-from app.generation import CompletionsGenerator, GenerationRequest, Generator, ScriptedGenerator
+from app.generation import CompletionsGenerator, GenerationRequest, Generator, ScriptedGenerator, completions
 from app.tokenizers import load_tokenization
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.conftest import shelf as shelf
@@ -243,3 +245,34 @@ def test_whatever_stands_between_is_an_outage_in_words(
             client.generate(asked())
         thread.join()
     assert (raised.value.code, raised.value.retry_after) == (code, after)
+
+
+def test_no_question_is_sent_over_a_connection_that_the_server_may_be_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        connections: ClassVar[list[int]] = []
+
+        def setup(self) -> None:
+            self.connections.append(1)
+            super().setup()
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    assert uvicorn.Config("").timeout_keep_alive > 2 * completions.IDLE_SECONDS
+    monkeypatch.setattr(completions, "IDLE_SECONDS", 0.1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with closing(CompletionsGenerator(f"http://127.0.0.1:{server.server_port}")) as client:
+            assert client.healthy()
+            assert client.healthy()
+            assert len(Server.connections) == 1
+            time.sleep(0.2)
+            assert client.healthy()
+        server.shutdown()
+    assert len(Server.connections) == 2
