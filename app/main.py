@@ -15,7 +15,7 @@ from app.api import adapters, corpora, datasets, errors, health, jobs, models, p
 from app.api.guard import Guard
 from app.api.schema import DocumentedApp
 from app.composition import Services, compose
-from app.settings import Settings
+from app.settings import read_settings
 
 DESCRIPTION = """
 Fine-tune a base model on your fact-checking trajectories and serve the adapter.
@@ -48,7 +48,7 @@ SWAGGER = {
 
 def create_app(services: Services | None = None) -> FastAPI:
     """The application over `services`; without any, over those of the environment's settings."""
-    served = services or compose(Settings())
+    served = services or compose(read_settings())
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

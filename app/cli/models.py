@@ -5,13 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from app.cli.errors import CommandError
 from app.composition import Services
 from app.domain.approaches import Quantization
 from app.domain.base_models import BaseModelDescription, ExportedBase
-
-
-class ModelCommandError(Exception):
-    """What `python -m worker.models` said went wrong, and the way out."""
 
 
 def fetch(services: Services, name: str) -> BaseModelDescription:
@@ -45,7 +42,7 @@ def _register(services: Services, arguments: list[str]) -> BaseModelDescription:
 
 
 def _told(services: Services, arguments: list[str]) -> str:
-    """The line that `python -m worker.models` answers with. Raises ModelCommandError."""
+    """The line that `python -m worker.models` answers with. Raises CommandError, with what it says went wrong."""
     command = [sys.executable, "-m", "worker.models", *arguments]
     command += ["--cache", str(services.settings.cache_path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -56,5 +53,5 @@ def _told(services: Services, arguments: list[str]) -> str:
             "message": f"python -m worker.models ended with status {done.returncode}",
             "hint": None,
         }
-        raise ModelCommandError(f"{told['message']}; {told['hint']}" if told["hint"] else told["message"])
+        raise CommandError(f"{told['message']}; {told['hint']}" if told["hint"] else told["message"])
     return line

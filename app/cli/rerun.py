@@ -4,13 +4,14 @@ from typing import Any
 
 import httpx
 
-from app.cli.client import RequestError, get, ok
+from app.cli.client import get, ok
+from app.cli.errors import CommandError
 
 
 def rerun(client: httpx.Client, reference: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(the new job, the manifest of what the old one published if it did).
 
-    Raises RequestError, also when the base model or the dataset is no longer what the manifest names.
+    Raises CommandError, also when the base model or the dataset is no longer what the manifest names.
     """
     job = get(client, f"/jobs/{reference}")
     manifest = get(client, f"/adapters/{job['adapter_id']}")["manifest"] if job["adapter_id"] else None
@@ -30,6 +31,6 @@ def _check_unchanged(client: httpx.Client, job: dict[str, Any], manifest: dict[s
     base = manifest["base"]
     listed = {model["name"]: model["digest"] for model in get(client, "/base-models")["data"]}
     if listed.get(base["name"]) != base["digest"]:
-        raise RequestError(f"{base['name']} is no longer the base model that {job['name']} was trained on")
+        raise CommandError(f"{base['name']} is no longer the base model that {job['name']} was trained on")
     if get(client, f"/datasets/{job['spec']['dataset']}")["digest"] != manifest["dataset_digest"]:
-        raise RequestError(f"the dataset is no longer the one that {job['name']} was trained on")
+        raise CommandError(f"the dataset is no longer the one that {job['name']} was trained on")

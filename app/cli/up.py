@@ -15,6 +15,7 @@ from typing import IO
 import httpx
 
 from app.cli.broker import broker_answers, broker_command
+from app.cli.errors import CommandError
 from app.cli.models import fetch_default
 from app.cli.ports import free_port
 from app.cli.processes import Part, Processes
@@ -25,10 +26,6 @@ from app.settings import LOOPBACK, Settings
 COLOURS = {"broker": 35, "api": 32, "trainer": 33, "runner": 36, "inference": 34, "up": 1}
 TEND_SECONDS = 0.2
 BROKER_SECONDS = 15.0
-
-
-class CannotStartError(Exception):
-    """Why the deployment cannot be started, in words for the operator."""
 
 
 def up(settings: Settings) -> None:
@@ -58,7 +55,7 @@ def _start(settings: Settings, environment: dict[str, str], processes: Processes
         until = time.monotonic() + BROKER_SECONDS
         while not broker_answers(socket_path):
             if not processes.running("broker") or time.monotonic() > until:
-                raise CannotStartError("the embedded broker did not start; its lines above say why")
+                raise CommandError("the embedded broker did not start; its lines above say why")
             time.sleep(0.05)
     migrate(settings.database)
     services = compose(settings)
@@ -126,7 +123,7 @@ def _check_port(settings: Settings) -> None:
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            raise CannotStartError(
+            raise CommandError(
                 f"port {settings.port} on {settings.host} cannot be used ({error.strerror}); set VERITUNE_PORT"
             ) from None
 
@@ -138,7 +135,7 @@ def _only_one(settings: Settings) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CannotStartError(
+            raise CommandError(
                 f"veritune is up already with {settings.home_path}; stop it, or set VERITUNE_HOME"
             ) from None
         lock.write(str(os.getpid()))

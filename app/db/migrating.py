@@ -4,6 +4,9 @@ from importlib.resources import files
 
 from alembic import command
 from alembic.config import Config
+from sqlalchemy.exc import OperationalError
+
+from app.domain.errors import UnavailableError
 
 
 def migration_config(url: str) -> Config:
@@ -15,5 +18,9 @@ def migration_config(url: str) -> Config:
 
 
 def migrate(url: str) -> None:
-    """Upgrade to the newest revision; does nothing when it is there already."""
-    command.upgrade(migration_config(url), "head")
+    """Upgrade to the newest revision; does nothing when it is there already. Raises UnavailableError."""
+    try:
+        command.upgrade(migration_config(url), "head")
+    except OperationalError as error:
+        reason = str(error.orig).strip().splitlines()[0]
+        raise UnavailableError(f"the database cannot be used: {reason}", code="database_away") from error

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import application
-from app.cli.client import RequestError
+from app.cli.errors import CommandError
 from app.cli.rerun import rerun
 from app.composition import Services, compose
 from app.domain.jobs import JobStatus
@@ -82,7 +82,7 @@ def test_a_base_model_that_is_another_now_is_refused(services: Services, client:
         assert row is not None
         row.digest = "0" * 64
         row.description = described.model_copy(update={"digest": "0" * 64}).model_dump(mode="json")
-    with nothing_left(services), pytest.raises(RequestError, match="no longer the base model"):
+    with nothing_left(services), pytest.raises(CommandError, match="no longer the base model"):
         rerun(client, "first")
 
 

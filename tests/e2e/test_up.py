@@ -16,9 +16,9 @@ from tests.e2e.conftest import MODEL_CACHE, start
 pytestmark = pytest.mark.slow
 
 
-def run(home: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(home: Path, *words: str, module: str = "app.cli", **environment: str) -> "subprocess.CompletedProcess[str]":
     own = {"VERITUNE_HOME": str(home), "VERITUNE_CACHE": str(MODEL_CACHE)}
-    command = [sys.executable, "-m", "app.cli", *words]
+    command = [sys.executable, "-m", module, *words]
     return subprocess.run(
         command, env=os.environ | own | environment, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120
     )
@@ -28,6 +28,29 @@ def test_off_loopback_it_asks_for_a_key(tmp_path: Path) -> None:
     refused = run(tmp_path, "up", VERITUNE_HOST="0.0.0.0")
     assert refused.returncode == 1
     assert "VERITUNE_API_KEY" in refused.stderr
+
+
+@pytest.mark.parametrize("module", ["app.cli", "worker", "worker.inference"])
+def test_a_refused_setting_is_told_in_one_line_by_whoever_reads_it(tmp_path: Path, module: str) -> None:
+    refused = run(tmp_path, "up", module=module, VERITUNE_INFERENCE_MAX_BATCH="0")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith("veritune: VERITUNE_INFERENCE_MAX_BATCH: ")
+
+
+def test_a_database_that_is_away_ends_it_in_one_line(tmp_path: Path) -> None:
+    refused = run(tmp_path, "up", VERITUNE_DATABASE_URL="postgresql://someone:a-password@127.0.0.1:1/none")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "Connection refused" in refused.stderr
+    assert "a-password" not in refused.stdout + refused.stderr
+
+
+def test_a_home_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = run(tmp_path / "file" / "home", "up")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert f"{tmp_path / 'file'}" in refused.stderr
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:

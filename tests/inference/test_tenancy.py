@@ -8,6 +8,7 @@ import pytest
 from app.composition import Services, compose
 from app.domain.ledger import Tenant
 from worker.device import describe_device
+from worker.inference.__main__ import front_of
 from worker.inference.tenancy import LedgerTenancy
 
 GB = 10**9
@@ -28,6 +29,12 @@ def reserved(services: Services) -> dict[Tenant, int]:
 def test_it_reserves_what_the_operator_says_else_half(services: Services, deployment: Services) -> None:
     assert LedgerTenancy(deployment).bytes == GB
     assert LedgerTenancy(services).bytes == describe_device(()).bytes // 2
+
+
+def test_the_engine_is_told_what_the_deployment_sets(services: Services) -> None:
+    told = {"inference_max_batch": 3, "inference_dtype": "float32", "inference_memory": GB}
+    engine = front_of(services.settings.model_copy(update=told)).state.front.settings.engine
+    assert (engine.max_batch, engine.dtype, engine.memory_bytes) == (3, "float32", GB)
 
 
 def test_it_stays_until_a_job_comes_and_comes_back_behind_it(deployment: Services) -> None:

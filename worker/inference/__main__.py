@@ -1,10 +1,11 @@
 """`python -m worker.inference`: the front over what this deployment has published; it starts the engine itself."""
 
 import uvicorn
+from fastapi import FastAPI
 
 from app.composition import compose
 from app.logs import configure_logs
-from app.settings import Settings
+from app.settings import Settings, read_settings
 from worker.device import host_memory
 from worker.inference.front import FrontSettings, create_front
 from worker.inference.resolver import PublishedResolver
@@ -15,9 +16,8 @@ SHARE_OF_THE_HOST = 4
 """The part of the host's memory that adapters beside a GPU may take is one in so many."""
 
 
-def main() -> None:
-    settings = Settings()
-    configure_logs(settings.log_format)
+def front_of(settings: Settings) -> FastAPI:
+    """The front of a deployment; its engine starts when the front does."""
     services = compose(settings)
     tenancy = LedgerTenancy(services)
     engine = EngineSettings(
@@ -27,9 +27,14 @@ def main() -> None:
         host_bytes=host_memory() // SHARE_OF_THE_HOST,
     )
     told = FrontSettings(secret=settings.inference_secret, engine=engine)
-    front = create_front(PublishedResolver(services), told, tenancy)
+    return create_front(PublishedResolver(services), told, tenancy)
+
+
+def main() -> None:
+    settings = read_settings()
+    configure_logs(settings.log_format)
     uvicorn.run(
-        front,
+        front_of(settings),
         host=settings.inference_host,
         port=settings.inference_port,
         log_level="warning",
