@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import itertools
 import random
 import weakref
 from collections.abc import Callable, Sequence
@@ -32,7 +31,6 @@ from worker.inference.models import Models
 from worker.inference.protocol import ServedModel
 from worker.inference.sizes import PROCESS_BYTES, base_bytes, held_bytes
 from worker.inference.wire import EngineSettings
-from worker.processor import cpu_here
 from worker.quantization import bitsandbytes_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
@@ -276,17 +274,3 @@ def test_adapters_come_and_go_between_places(tmp_path: Path) -> None:
         rows = [draw.choice(list(known)) for _ in PROMPTS]
         found = answers(models, *(known[name] for name in rows))
         assert_same(found, [wanted[rows[place % len(PROMPTS)]][place] for place in range(len(found))])
-
-
-@pytest.mark.skipif(not cpu_here().fast_bf16, reason="rows are bit-equal where bfloat16 is the processor's own")
-def test_in_bfloat16_a_row_has_the_same_bits_alone_and_in_company(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", FAMILY["llama"]())
-    known = many(base, tmp_path, 5) | {"base": served(base)}
-    models = Models(SETTINGS.model_copy(update={"dtype": "bfloat16"}))
-    for model in known.values():
-        models.load(model, [])
-    wanted = {name: answers(models, model) for name, model in known.items()}
-    for rows in itertools.permutations(known, len(PROMPTS)):
-        found = answers(models, *(known[name] for name in rows))
-        for place, logits in enumerate(found):
-            assert torch.equal(logits, wanted[rows[place % len(PROMPTS)]][place]), (rows, place)

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from tests.inference.test_life import stopped
 from tests.waiting import until
 from worker.inference.front import FrontSettings
 
@@ -63,8 +64,9 @@ def test_an_engine_that_dies_among_sixteen_comes_back_with_its_adapters(server: 
         return server.ask(model=one[0], prompt=one[1], max_tokens=500, ignore_eos=True)
 
     with ThreadPoolExecutor(16) as pool:
-        futures = [pool.submit(ask, one) for one in asked]
-        until(lambda: server.front.link.in_flight == 16)
+        with stopped(server):  # or the first would be done before the last has come, where the machine is busy
+            futures = [pool.submit(ask, one) for one in asked]
+            until(lambda: server.front.link.in_flight == 16)
         time.sleep(0.1)  # so that they are being answered; 500 tokens take longer
         os.kill(server.front.link.pid, signal.SIGKILL)
         answers = [future.result() for future in futures]

@@ -107,6 +107,14 @@ def test_one_adapter_at_a_time_and_none_for_the_base(shelf: Shelf) -> None:
     assert not torch.equal(one, two)
 
 
+def test_the_base_goes_that_was_used_least_recently(shelf: Shelf) -> None:
+    first, second, third = (shelf.served(name, base_digest=name) for name in ("first", "second", "third"))
+    models = Models(room_for(shelf, bases=2))
+    for model in (first, second, first, third):
+        models.load(model, [])
+    assert [models.has_base(model) for model in (first, second, third)] == [True, False, True]
+
+
 def test_what_is_in_use_is_never_dropped(shelf: Shelf) -> None:
     models = Models(room_for(shelf, adapters=1))
     one, two = shelf.served("one", shelf.one), shelf.served("two", shelf.two)
@@ -269,10 +277,11 @@ def test_adapters_beside_a_gpu_take_the_hosts_memory(shelf: Shelf) -> None:
     assert held.bytes.device == base.device
     assert size < held.bytes.host <= 2 * size
 
+    held.forward([one])
     held.load(third, [])
-    assert held.adapters == 2, "the least recently used one went"
+    assert list(held._bases["base"].loaded) == ["one", "third"], "the least recently used one went"
     with pytest.raises(NoRoom):
-        held.load(shelf.served("fourth", shelf.one), [two, third])
+        held.load(shelf.served("fourth", shelf.one), [one, third])
     small = Models(room_for(shelf, adapters=1).model_copy(update={"host_bytes": size // 2}))
     with pytest.raises(ModelError, match=r"adapter one takes the host's memory to .* GB; adapters may have"):
         small.load(one, [])

@@ -17,6 +17,7 @@ from worker.inference.models import Models
 from worker.inference.prefix_cache import PrefixCache
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
+from worker.inference.sequence import Sequence
 from worker.inference.sizes import PROCESS_BYTES, Held, adapter_bytes, base_bytes
 from worker.inference.text import AnswerText, Detokenizer
 from worker.inference.wire import EngineSettings, Failed, Finished, Generate, ToFront
@@ -37,9 +38,9 @@ class Desk:
         while self.scheduler.reading:
             self.scheduler.settle()
 
-    def hand_in(self, request_id: str, model: ServedModel, tokens: int = 6, prompt: int = 4) -> None:
-        """Queue a request."""
-        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)
+    def hand_in(self, request_id: str, model: ServedModel, tokens: int = 6, prompt: int = 4, **more: Any) -> None:
+        """Queue a request. `more` of its sampling may be given."""
+        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True, **more)
         self.scheduler.add(Generate(id=request_id, model=model, prompt=list(range(3, 3 + prompt)), sampling=sampling))
 
     def run(self) -> None:
@@ -72,27 +73,130 @@ def test_a_crowd_at_one_adapter_does_not_starve_another(shelf: Shelf) -> None:
     assert desk.finished.index("single") <= 4
 
 
-def test_a_row_whose_numbers_overflowed_is_clean_for_the_next(shelf: Shelf, tmp_path: Path) -> None:
-    wild = Path(shutil.copytree(shelf.one, tmp_path / "wild"))
-    weights = load_file(wild / "adapter_model.safetensors")
+def test_who_is_answered_alone_takes_turns_with_the_others(shelf: Shelf) -> None:
+    desk = Desk(max_batch=4, slice_steps=4)
+    for i in range(12):
+        desk.hand_in(f"crowd{i}", shelf.served("one", shelf.one), deterministic=True)
+    while desk.scheduler.reading:
+        desk.scheduler.settle()
+    desk.ask("single", shelf.served("two", shelf.two))
+    desk.hand_in("alone", shelf.served("two", shelf.two), deterministic=True)
+
+    desk.run()
+
+    assert len(desk.finished) == 14
+    assert desk.finished.index("single") <= 3
+    assert desk.finished.index("alone") <= 3
+
+
+@pytest.fixture
+def wild(shelf: Shelf, tmp_path: Path) -> ServedModel:
+    """An adapter whose numbers overflow."""
+    copy = Path(shutil.copytree(shelf.one, tmp_path / "wild"))
+    weights = load_file(copy / "adapter_model.safetensors")
     save_file(
-        {name: torch.full_like(value, 1e30) for name, value in weights.items()}, wild / "adapter_model.safetensors"
+        {name: torch.full_like(value, 1e30) for name, value in weights.items()}, copy / "adapter_model.safetensors"
     )
-    alone = Desk()
-    alone.ask("next", shelf.served("base"))
-    alone.run()
+    return shelf.served("wild", copy)
+
+
+@pytest.fixture
+def sane(shelf: Shelf) -> list[int]:
+    """What the base answers in clean rows."""
+    desk = Desk()
+    desk.ask("next", shelf.served("base"))
+    desk.run()
+    return desk.answers["next"]
+
+
+def failures(desk: Desk) -> list[tuple[str, int]]:
+    return [(failed.id, failed.status) for failed in desk.said if isinstance(failed, Failed)]
+
+
+def test_a_row_whose_numbers_overflowed_is_clean_for_the_next(shelf: Shelf, wild: ServedModel, sane: list[int]) -> None:
     desk = Desk()
     desk.ask("company", shelf.served("base"), tokens=60)
-    desk.ask("wild", shelf.served("wild", wild), prompt=30)
+    desk.ask("wild", wild, prompt=30)
     for _ in range(3):
         desk.scheduler.turn()
-    assert [(failed.id, failed.status) for failed in desk.said if isinstance(failed, Failed)] == [("wild", 500)]
+    assert failures(desk) == [("wild", 500)]
 
     desk.ask("next", shelf.served("base"))
     desk.run()
 
-    assert desk.answers["next"] == alone.answers["next"]
+    assert desk.answers["next"] == sane
     assert len(desk.answers["company"]) == 60
+
+
+def test_a_row_in_which_a_prompt_overflowed_is_clean_when_its_reader_was_cancelled(
+    shelf: Shelf, wild: ServedModel, sane: list[int]
+) -> None:
+    desk = Desk(prefix_cache_bytes=0)
+    desk.ask("company", shelf.served("base"), tokens=60)
+    desk.ask("wild", wild, prompt=300)
+    desk.scheduler.turn()
+    assert [sequence.id for group in desk.scheduler._groups.values() for sequence in group.reading] == ["wild"]
+
+    desk.scheduler.cancel("wild")
+    desk.ask("next", shelf.served("base"))
+    desk.run()
+
+    assert desk.answers["next"] == sane
+    assert failures(desk) == []
+
+
+def test_a_row_in_which_a_prompt_overflowed_is_clean_when_its_reader_has_moved(
+    shelf: Shelf, wild: ServedModel, sane: list[int]
+) -> None:
+    desk = Desk(prefix_cache_bytes=0)
+    desk.ask("short", shelf.served("base"), tokens=1)
+    desk.ask("company", shelf.served("base"), tokens=60)
+    desk.ask("wild", wild, prompt=300)
+    while not failures(desk):
+        desk.scheduler.turn()
+
+    desk.ask("next", shelf.served("base"))
+    desk.ask("after", shelf.served("base"))
+    desk.run()
+
+    assert failures(desk) == [("wild", 500)]
+    assert desk.answers["next"] == desk.answers["after"] == sane
+
+
+def test_a_prompt_that_cannot_be_scored_fails_by_itself(shelf: Shelf, wild: ServedModel) -> None:
+    desk = Desk()
+    desk.ask("company", shelf.served("base"), tokens=9)
+    desk.hand_in("scored", wild, prompt_logprobs=2)
+    desk.run()
+    assert failures(desk) == [("scored", 500)]
+    assert len(desk.answers["company"]) == 9
+
+
+def test_an_unforeseen_fault_of_one_answer_fails_no_other(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Sequence.advance
+
+    def faulty(sequence: Sequence, logits: torch.Tensor) -> None:
+        if sequence.id == "odd":
+            raise RuntimeError("out of luck")
+        advance(sequence, logits)
+
+    monkeypatch.setattr(Sequence, "advance", faulty)
+    desk = Desk()
+    for name in ("one", "odd", "other"):
+        desk.ask(name, shelf.served("base"))
+    desk.run()
+    assert failures(desk) == [("odd", 500)]
+    assert sorted(desk.finished) == ["one", "other"]
+
+
+def test_what_is_remembered_is_of_one_base_and_counted(shelf: Shelf) -> None:
+    desk = Desk()
+    for number, digest in enumerate(("base", "base", "other")):
+        desk.ask(str(number), shelf.served("same", shelf.one, base_digest=digest), prompt=40)
+        desk.run()
+    cached = [message.cached_tokens for message in desk.said if isinstance(message, Finished)]
+    assert cached == [0, 39, 0]
+    assert (desk.scheduler.stats.prefix_hits, desk.scheduler.stats.prefix_queries) == (39, 120)
 
 
 def test_long_answers_of_one_adapter_let_others_through(shelf: Shelf) -> None:
@@ -158,15 +262,15 @@ def test_the_store_of_keys_and_values_keeps_to_its_budget(shelf: Shelf) -> None:
 
 
 def test_a_request_that_would_not_fit_alone_is_refused_with_the_figures(shelf: Shelf) -> None:
-    desk = Desk(kv_bytes=256 * 512)  # one row of 256 positions
-    desk.ask("fits", shelf.served("base"), tokens=6, prompt=250)
-    desk.ask("too long", shelf.served("base"), tokens=6, prompt=251)
+    desk = Desk(kv_bytes=256 * 512)  # one row of 256 positions, and behind 192 tokens 384 are looked at
+    desk.ask("fits", shelf.served("base"), tokens=6, prompt=186)
+    desk.ask("too long", shelf.served("base"), tokens=6, prompt=187)
     desk.run()
 
     assert desk.finished == ["fits"]
     failed = next(message for message in desk.said if isinstance(message, Failed))
     assert (failed.id, failed.status, failed.param) == ("too long", 400, "prompt")
-    assert "keys and values of 257 tokens take" in failed.message
+    assert "keys and values of 193 tokens take" in failed.message
     assert "VERITUNE_INFERENCE_MEMORY" in failed.message
 
 
@@ -214,19 +318,15 @@ def test_an_empty_store_of_one_group_keeps_no_other_out(shelf: Shelf) -> None:
     """There is room for four rows of 256 positions: one is taken all the time, another group wants two at once."""
     desk = Desk(kv_bytes=4 * 256 * 512, prefix_cache_bytes=0, slice_steps=1)
 
-    def alone(name: str, prompt: int, tokens: int) -> None:
-        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True, deterministic=True)
-        desk.scheduler.add(Generate(id=name, model=shelf.served("base"), prompt=[7] * prompt, sampling=sampling))
-
     desk.ask("first", shelf.served("base"), tokens=2)
     desk.run()
-    alone("taken", 4, 200)
+    desk.hand_in("taken", shelf.served("base"), tokens=200, deterministic=True)
     desk.scheduler.turn()
     for number in range(8):
         desk.ask(f"y{number}", shelf.served("base"), tokens=4)
     for _ in range(4):
         desk.scheduler.turn()
-    alone("two", 300, 4)
+    desk.ask("two", shelf.served("other", base_digest="other"), tokens=4, prompt=300)
     desk.run()
 
     assert len(desk.finished) == 11

@@ -6,6 +6,7 @@ The work is llguidance's; here it is bounded, compiled once and kept. Knows no m
 import json
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,17 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from worker.inference.bases import Base
 from worker.inference.protocol import StructuredOutputs
 
-# Fuel is work, so these bound time: about 20 ms to build a grammar and 15 ms for one token's mask.
-LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, max_lexer_states=50_000)
-
+# Fuel is work, so these bound time and memory: at worst 0.1 s and 50 MB for a first token, and 15 ms for another.
+LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=200_000, max_lexer_states=50_000)
 
 SLICES = [r"[^\[\]\n\x00-\x1F\x7F]{1,30}", *LLTokenizer.general_slices()]
 """Parts of the vocabulary that a grammar is asked about as a whole. The first one is what an action's argument is made
 of: without it a mask takes 340 µs instead of 20."""
+
+
+_Spelling = tuple[str, tuple[int, ...]]
+"""What a grammar is compiled for: a tokenizer's digest, and the tokens that end an answer. Bases may share the one and
+not the other."""
 
 
 class GrammarError(Exception):
@@ -31,8 +36,9 @@ class GrammarError(Exception):
 class Grammar:
     """One answer's place in its grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, give_up: Callable[[], object]) -> None:
+        """`give_up` is called once it cannot be followed any further."""
+        self._matcher, self._give_up = matcher, give_up
 
     def mask(self, vocabulary: int) -> torch.Tensor:
         """The tokens that may come next, as booleans [vocabulary]. Raises GrammarError."""
@@ -55,6 +61,7 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._give_up()
             raise GrammarError(f"structured_outputs cannot be followed: {_first(self._matcher.get_error())}")
 
 
@@ -63,18 +70,19 @@ class Grammars:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._compiled: OrderedDict[tuple[str, str, str], LLMatcher] = OrderedDict()
-        self._tokenizers: dict[str, LLTokenizer] = {}
+        self._compiled: OrderedDict[tuple[_Spelling, str, str], LLMatcher] = OrderedDict()
+        self._tokenizers: dict[_Spelling, LLTokenizer] = {}
 
     def start(self, base: Base, wanted: StructuredOutputs) -> Grammar:
         """A fresh grammar for one answer. Raises GrammarError."""
-        key = (base.tokenizer_digest, wanted.kind, wanted.text())
+        key = (_spelling(base), wanted.kind, wanted.text())
         if key not in self._compiled:
             self._compiled[key] = self._compile(base, wanted)
         self._compiled.move_to_end(key)
         if len(self._compiled) > self._capacity:
             self._compiled.popitem(last=False)
-        return Grammar(self._compiled[key].deep_copy())
+        # What is too much for one answer is too much for the next: its memory, which is nobody's, is not worth keeping.
+        return Grammar(self._compiled[key].deep_copy(), lambda: self._compiled.pop(key, None))
 
     def _compile(self, base: Base, wanted: StructuredOutputs) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer(base), _source(wanted), log_level=0, limits=LIMITS)
@@ -83,11 +91,16 @@ class Grammars:
         return matcher
 
     def _tokenizer(self, base: Base) -> LLTokenizer:
-        if base.tokenizer_digest not in self._tokenizers:
-            self._tokenizers[base.tokenizer_digest] = LLTokenizer(
+        spelling = _spelling(base)
+        if spelling not in self._tokenizers:
+            self._tokenizers[spelling] = LLTokenizer(
                 base.tokenizer.to_str(), eos_token=list(base.eos_ids) or None, slices=SLICES
             )
-        return self._tokenizers[base.tokenizer_digest]
+        return self._tokenizers[spelling]
+
+
+def _spelling(base: Base) -> _Spelling:
+    return base.tokenizer_digest, tuple(sorted(base.eos_ids))
 
 
 def _source(wanted: StructuredOutputs) -> Any:

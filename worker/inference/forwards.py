@@ -45,6 +45,11 @@ class StockForward:
         return logits[:, logits.shape[1] - part.kept :].flatten(0, 1)
 
 
+FOLD = 4
+"""On a CPU, products and attention have a multiple of so many rows: fewer are summed in another order, and in float32 a
+number in between is, too."""
+
+
 class LlamaForward:
     """The Llama family's, over the model's own layers. Dense ones are joined; their weights become views of that.
 
@@ -62,6 +67,7 @@ class LlamaForward:
         self._kv_heads, self._heads = int(config.num_key_value_heads), int(config.num_attention_heads)
         self._layers = [_Layer(module) for module in whole.model.layers]
         self._norm = _Norm(whole.model.norm)
+        self._fold = FOLD if self._like.device.type == "cpu" else 1
         self._record = record
         self._name = object()  # in a store's recordings, which may outlive a base
 
@@ -81,8 +87,14 @@ class LlamaForward:
         if self._record is not None and step.reads_nothing and in_places:
             return self._replayed(self._record, step, store, mix, may_record)
         if mix.foreign is not None:
-            mix = mix._replace(foreign=mix.foreign.repeat_interleave(step.counts, 0, output_size=len(step.ids)))
-        return self._logits(step.ids, step.positions, step.parts, store, mix, step.wanted)
+            foreign = mix.foreign.repeat_interleave(step.counts, 0, output_size=len(step.ids))
+            mix = mix._replace(foreign=self._folded(foreign))
+        ids, positions, wanted = map(self._folded, (step.ids, step.positions, step.wanted))
+        return self._logits(ids, positions, step.parts, store, mix, wanted)[: len(step.wanted)]
+
+    def _folded(self, rows: torch.Tensor) -> torch.Tensor:
+        """With rows of zeros behind them, for whose answers nobody asks."""
+        return _filled(rows, -(-len(rows) // self._fold) * self._fold)
 
     def _logits(
         self,
@@ -118,7 +130,8 @@ class LlamaForward:
     def _hidden(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As numbers to be added, once instead of in every layer; the queries of a group stand one behind the other."""
         added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        return added.repeat(1, 1, self._heads // self._kv_heads, 1)
+        added = added.repeat(1, 1, self._heads // self._kv_heads, 1)
+        return self._folded(added.transpose(0, 2)).transpose(0, 2)
 
 
 class _Fan:
@@ -206,12 +219,13 @@ class _Attention:
         self._parts, self._masks, self._kept = parts, masks, kept
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        """q: [tokens, heads, head_dim]; k, v: [tokens, kv heads, head_dim] → [tokens, heads · head_dim]."""
+        """q: [tokens, heads, head_dim]; k, v: [tokens, kv heads, head_dim] → [tokens, heads · head_dim]. Tokens of no
+        part see nothing."""
         seen = [
             self._seen(part, mask, q[part.tokens], k[part.tokens], v[part.tokens], scaling)
             for part, mask in zip(self._parts, self._masks, strict=True)
         ]
-        return seen[0] if len(seen) == 1 else torch.cat(seen)
+        return _filled(seen[0] if len(seen) == 1 else torch.cat(seen), len(q))
 
     def _seen(
         self, part: Part, mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
@@ -220,8 +234,20 @@ class _Attention:
         keys, values = self._kept.write(part, k, v)
         rows, kv_heads, count, width = k.shape
         grouped = q.view(rows, count, kv_heads, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        queries, folded = grouped.shape[2], mask.shape[2]
+        if folded > queries:
+            grouped = functional.pad(grouped, (0, 0, 0, folded - queries))
         seen = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-        return seen.view(rows, kv_heads, -1, count, width).permute(0, 3, 1, 2, 4).reshape(rows * count, -1)
+        return (
+            seen[:, :, :queries].view(rows, kv_heads, -1, count, width).permute(0, 3, 1, 2, 4).reshape(rows * count, -1)
+        )
+
+
+def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """[rows, …] → [count, …], those behind them zeros."""
+    if len(rows) == count:
+        return rows
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
 def _angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,11 +13,11 @@ from worker.inference.wire import Generate
 class Group:
     """`live` sequences have the first rows of `store`, in their order; those that are being read have the next.
 
-    `steps`: turns since the group was chosen.
+    `steps`: turns since the group was chosen. `solitary`: whether each of its requests is answered by itself.
     """
 
-    def __init__(self, lane: Hashable, base_digest: str) -> None:
-        self.lane, self.base_digest = lane, base_digest
+    def __init__(self, lane: Hashable, base_digest: str, *, solitary: bool = False) -> None:
+        self.lane, self.base_digest, self.solitary = lane, base_digest, solitary
         self.live: list[Sequence] = []
         self.reading: list[Sequence] = []
         self.store: KeyValues | None = None
@@ -79,15 +79,20 @@ class Group:
                 return
 
     def leave(self, row: int) -> None:
-        """Free a row; others move so that the first rows stay the ones in use."""
+        """Free a row; others move so that the first rows stay the ones in use. Nobody knows yet whether what is being
+        read is finite: it stays in no row that others get."""
         if row < len(self.live):
             self._fill(self.live, row, 0)
             row = len(self.live)  # which the first of those being read has now to fill
             if self.reading:
                 self._move(row + len(self.reading), row, self.reading[-1])
+                self._wipe(row + len(self.reading), self.reading[-1])
                 self.reading.insert(0, self.reading.pop())
         else:
-            self._fill(self.reading, row - len(self.live), len(self.live))
+            last = len(self.seated) - 1
+            self._wipe(row, self.seated[row])
+            moved = self._fill(self.reading, row - len(self.live), len(self.live))
+            self._wipe(last, moved)
 
     def promote(self) -> None:
         """Whoever's prompt is read decodes from now on: they come first among those being read."""
@@ -99,12 +104,17 @@ class Group:
         self.reading.clear()
         self._waiting.clear()
 
-    def _fill(self, among: list[Sequence], place: int, first: int) -> None:
-        """Take one out of a run of rows that starts at `first`; the last of the run takes its row."""
+    def _fill(self, among: list[Sequence], place: int, first: int) -> Sequence:
+        """Take one out of a run of rows that starts at `first`; its last one takes that row, and is returned."""
         last = among.pop()
         if place < len(among):
             self._move(first + len(among), first + place, last)
             among[place] = last
+        return last
+
+    def _wipe(self, row: int, sequence: Sequence) -> None:
+        assert self.store is not None
+        self.store.clear(row, sequence.length)
 
     def _move(self, source: int, target: int, sequence: Sequence) -> None:
         assert self.store is not None

@@ -12,7 +12,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from worker.inference.recordings import Recordings
 
-BLOCK = 32  # attention over a multiple of 32 positions gives a row the same bits alone and in company
+BLOCK = 32
+"""Positions are looked at in whole blocks: attention over other numbers of them has other bits."""
+
+STRETCH, WHOLE, HALVES = 512, 192, 384
+"""The kernel takes a stretch of keys at once, and then what is left. Up to 192 are summed in one piece, 384 and more in
+pieces of one length, and what lies between in others: that has other bits."""
+
 GROWTH = 256
 CHUNK = 256
 """Tokens of prompts that one step reads."""
@@ -135,7 +141,14 @@ class KeyValues:
     def sizes_with(self, rows: int, length: int) -> tuple[int, int]:
         """The (rows, capacity) that holding `rows` sequences of `length` positions would take."""
         grown_rows = self.rows if rows <= self.rows else power_of_two(rows)
-        return grown_rows, max(self.capacity, -(-length // GROWTH) * GROWTH)
+        return grown_rows, max(self.capacity, -(-self.visible(length) // GROWTH) * GROWTH)
+
+    def visible(self, length: int) -> int:
+        """How many positions are looked at: the first `length`, and as many more as, on a CPU, leave a row's bits what
+        they are in any company and whichever of its tokens are read together."""
+        whole = -(-length // BLOCK) * BLOCK
+        rest = whole % STRETCH if self._device.type == "cpu" else 0
+        return whole - rest + HALVES if WHOLE < rest < HALVES else whole
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for `rows` sequences of up to `length` positions."""
@@ -157,7 +170,7 @@ class KeyValues:
     ) -> torch.Tensor:
         """Append a token to each of the first rows, which hold `lengths` positions, and read parts of prompts into
         others. Logits [first rows and what the reads keep, V]. A prompt's part is read without padding."""
-        parts = [decoding(self._tensor(lengths), _whole_blocks(max(lengths) + 1))] if tokens else []
+        parts = [decoding(self._tensor(lengths), self.visible(max(lengths) + 1))] if tokens else []
         at, wanted = len(tokens), list(range(len(tokens)))
         for read in reads:
             parts.append(self._reading(read, at))
@@ -201,11 +214,11 @@ class KeyValues:
             layer.stores[1][row, :, :length] = values[:, :length]
 
     @torch.inference_mode()
-    def clear(self, row: int) -> None:
-        """Zero a row: a NaN in it would be seen through the mask by whoever has it next."""
+    def clear(self, row: int, length: int) -> None:
+        """Zero the first `length` positions of a row: a NaN there would be seen through the mask by whoever is next."""
         for layer in self.layers:
             for store in layer.stores:
-                store[row].zero_()
+                store[row, :, :length].zero_()
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
@@ -216,7 +229,7 @@ class KeyValues:
 
     def _reading(self, read: Read, at: int) -> Part:
         end = read.start + len(read.ids)
-        seen = torch.arange(_whole_blocks(end), device=self._device)
+        seen = torch.arange(self.visible(end), device=self._device)
         mask = seen <= torch.arange(read.start, end, device=self._device)[:, None]
         tokens, row = slice(at, at + len(read.ids)), slice(read.row, read.row + 1)
         return Part(tokens, row, slice(read.start, end), mask[None, None], read.kept)
@@ -235,10 +248,10 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def decoding(positions: torch.Tensor, visible: int) -> Part:
-    """The first rows, a token each at `positions` [rows], all of which see at most the first `visible` ones."""
+def decoding(positions: torch.Tensor, seen: int) -> Part:
+    """The first rows, a token each at `positions` [rows], all of which see at most the first `seen` ones."""
     rows = slice(0, len(positions))
-    mask = torch.arange(visible, device=positions.device) <= positions[:, None]
+    mask = torch.arange(seen, device=positions.device) <= positions[:, None]
     return Part(rows, rows, positions, mask[:, None, None], kept=1)
 
 
@@ -249,11 +262,6 @@ def _written(store: torch.Tensor, part: Part, state: torch.Tensor) -> torch.Tens
     else:
         store[torch.arange(state.shape[0], device=state.device), :, part.columns] = state[:, :, 0]
     return store[part.rows, :, : part.mask.shape[-1]]
-
-
-def _whole_blocks(length: int) -> int:
-    """The positions that are looked at: the first `length`, and those that fill the last block."""
-    return -(-length // BLOCK) * BLOCK
 
 
 def _store(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:

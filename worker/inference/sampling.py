@@ -86,7 +86,9 @@ class Sampler:
 
 def ranked(logits: torch.Tensor, ids: Sequence[int], count: int, base: Base) -> list[list[RankedToken]]:
     """For each position, its token of `ids` and then the `count` most probable ones; from logits [len(ids), V] before
-    any mask. A rank is 1 where no token is more probable."""
+    any mask. A rank is 1 where no token is more probable. Raises SamplingError."""
+    if not bool(torch.isfinite(logits).all()):
+        raise _hopeless(None)
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(ids, device=logits.device, dtype=torch.long)[:, None])
     ranks = (logprobs > own).sum(1) + 1
@@ -120,4 +122,6 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
         return logits
     ordered, ids = logits.sort(descending=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    return logits.index_fill(0, ids[before >= top_p], -torch.inf)
+    beyond = before >= top_p
+    beyond[0] = False  # float32 makes 0 of a very small `top_p`
+    return logits.index_fill(0, ids[beyond], -torch.inf)

@@ -90,9 +90,8 @@ class Scheduler:
                 self._reader.fetch(request.model, self._in_use(), self._groups_bases()).waiting.append(request)
                 return
             base = self._models.load(request.model, self._in_use(), self._groups_bases())
-            lane = self._models.lane(request.model)
-            if request.sampling.deterministic:
-                lane = (lane, request.id)  # no company
+            solitary = request.sampling.deterministic
+            lane = (self._models.lane(request.model), solitary)
             waiting = encoded(request, base)
             self._stores.admit(waiting, base)
         except NoRoom:
@@ -100,7 +99,7 @@ class Scheduler:
         except Exception as error:
             self._refuse(request.id, error)
         else:
-            group = self._groups.setdefault(lane, Group(lane, request.model.base_digest))
+            group = self._groups.setdefault(lane, Group(lane, request.model.base_digest, solitary=solitary))
             group.wait(waiting)
 
     def expect(self, model: ServedModel) -> None:
@@ -216,7 +215,7 @@ class Scheduler:
         """Whether the next request may be begun. Groups for whose next one there is no memory stand in line: it would
         never come to those that need much if others went on with little."""
         self._line = [other for other in self._line if other.waiting]
-        if not group.waiting or self._running >= self._settings.max_batch:
+        if not group.waiting or self._running >= self._settings.max_batch or (group.solitary and group.seated):
             return False
         others_wait = any(other.waiting for other in self._groups.values() if other is not group)
         share = max(1, self._settings.max_batch // len(self._groups))
@@ -240,7 +239,7 @@ class Scheduler:
                 other.store = other.store if other.seated else None
             if not self._stores.have_room(group, self._groups.values()):
                 return False
-        return self._models.has_places(request.model, _beside(group, request), self._in_use(), self._groups_bases())
+        return self._models.has_places(request.model, _beside(group), self._in_use(), self._groups_bases())
 
     def _begin(self, group: Group) -> None:
         """Give the next request a row, with what is known of its prompt's keys and values."""
@@ -255,7 +254,7 @@ class Scheduler:
 
     def _seat(self, group: Group, request: Generate) -> Sequence:
         base = self._models.load(request.model, self._in_use(), self._groups_bases())
-        self._models.make_places(request.model, _beside(group, request), self._in_use(), self._groups_bases())
+        self._models.make_places(request.model, _beside(group), self._in_use(), self._groups_bases())
         sequence = Sequence(request, base, self._grammars)
         row, ids = len(group.seated), sequence.prompt
         store = self._stores.seat(group, request, base)
@@ -272,8 +271,7 @@ class Scheduler:
         reads = _reads(group)
         tokens = [sequence.tokens[-1] for sequence in group.live]
         answering = group.seated[: len(tokens) + len(reads)]
-        alone = answering[0].sampling.deterministic
-        forward = self._models.forward([sequence.model for sequence in answering], alone=alone)
+        forward = self._models.forward([sequence.model for sequence in answering], alone=group.solitary)
         logits = group.store.step(forward, tokens, [sequence.length for sequence in group.live], reads)
         for sequence in group.live:
             sequence.length += 1
@@ -292,10 +290,10 @@ class Scheduler:
         sequence = group.live[row]
         try:
             sequence.advance(logits)
-        except RequestError as error:
-            self._fail(sequence.id, error.status, error.message, error.param)
+        except Exception as error:
+            self._refuse(sequence.id, error)
             if group.store is not None:
-                group.store.clear(row)
+                group.store.clear(row, sequence.length)
             group.leave(row)
         else:
             self._report(group, row)
@@ -331,7 +329,7 @@ class Scheduler:
             case ModelError():
                 self._fail(request_id, 422, str(error), "model")
             case _:
-                log.error("a request could not be begun", exc_info=error)
+                log.error("a request could not be answered", exc_info=error)
                 self._fail(request_id, 500, f"the engine failed on this request: {type(error).__name__}")
 
     def _fail(self, request_id: str, status: int, message: str, param: str | None = None) -> None:
@@ -342,9 +340,9 @@ class Scheduler:
             self._counts[name] += value
 
 
-def _beside(group: Group, request: Generate) -> list[ServedModel] | None:
-    """The models of those that the request will be computed with; None where it is to be alone."""
-    return None if request.sampling.deterministic else [sequence.model for sequence in group.seated]
+def _beside(group: Group) -> list[ServedModel] | None:
+    """The models of those that its next request will be computed with; None where each is alone."""
+    return None if group.solitary else [sequence.model for sequence in group.seated]
 
 
 def _last(logits: torch.Tensor, counts: list[int]) -> torch.Tensor:

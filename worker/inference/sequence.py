@@ -60,6 +60,7 @@ class Sequence:
         self._text = AnswerText(self.sampling.stop, self.sampling.include_stop_str_in_output)
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[list[RankedToken]] = []
+        self._unsound: SamplingError | None = None
         self._sent = 0
 
     @property
@@ -87,12 +88,17 @@ class Sequence:
         if self.is_scored:
             following = self.prompt[self.length + 1 : self.length + 1 + count]
             top = self.sampling.prompt_logprobs or 0
-            self._prompt_logprobs += ranked(logits[: len(following)], following, top, self._base)
+            try:
+                self._prompt_logprobs += ranked(logits[: len(following)], following, top, self._base)
+            except SamplingError as error:
+                self._unsound = error
         self.length += count
 
     def advance(self, logits: torch.Tensor) -> None:
         """Choose the next token from logits [V] and take it in. Raises RequestError."""
         try:
+            if self._unsound is not None:
+                raise self._unsound
             token, logprobs = self._sampler.choose(logits, self.produced)
             self.tokens.append(token)
             if logprobs:

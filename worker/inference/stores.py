@@ -16,6 +16,7 @@ class Stores:
 
     def __init__(self, budget: int, device: torch.device) -> None:
         self._budget, self._device = budget, device
+        self._none = KeyValues(0, device)
         self._position_bytes: dict[str, int] = {}
         self._rested: tuple[str, KeyValues] | None = None
 
@@ -23,7 +24,7 @@ class Stores:
         """Whether the request, whose prompt is in tokens, would fit alone. Raises RequestError."""
         self._position_bytes[base.digest] = base.position_bytes
         length = _length(request)
-        if (needed := self._bytes(base.digest, *KeyValues(0).sizes_with(1, length))) > self._budget:
+        if (needed := self._bytes(base.digest, *self._none.sizes_with(1, length))) > self._budget:
             raise RequestError(
                 f"The keys and values of {length} tokens take {needed / 1e9:.2f} GB here, and may have "
                 f"{self._budget / 1e9:.2f} GB (VERITUNE_INFERENCE_MEMORY). Shorten the prompt or lower max_tokens.",
@@ -32,7 +33,7 @@ class Stores:
 
     def have_room(self, group: Group, groups: Iterable[Group]) -> bool:
         """Whether all stay within their budget when the next request of `group`, one of the `groups`, joins it."""
-        store = group.store or KeyValues(0)
+        store = group.store or self._none
         wanted = store.sizes_with(len(group.seated) + 1, _length(group.next))
         others = sum(
             self._bytes(other.base_digest, other.store.rows, other.store.capacity)
