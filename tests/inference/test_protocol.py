@@ -85,6 +85,17 @@ def test_a_stream_carries_the_same_answer_in_pieces(speaker: Speaker) -> None:
     assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 12
 
 
+def test_a_stream_that_holds_back_text_tells_the_same_offsets(server: Server) -> None:
+    body: dict[str, Any] = {"max_tokens": 12, "logprobs": 0, "stop": "never to be said"}
+    whole = server.choice(**body)["logprobs"]["text_offset"]
+
+    *chunks, _ = events(server.ask(**body, stream=True).text)
+
+    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    assert len(choices) > 3
+    assert [offset for choice in choices for offset in choice["logprobs"]["text_offset"]] == whole
+
+
 def test_a_stream_holds_back_what_a_stop_string_may_still_cut(speaker: Speaker) -> None:
     text = speaker.choice(max_tokens=12)["text"]
     stop = text[4:9]

@@ -102,7 +102,7 @@ class Exchange:
         try:
             async for message in self._messages():
                 choice = self._choice(message, offsets[message.id])
-                offsets[message.id] += len(choice.text)
+                offsets[message.id] += sum(len(position.chosen.text) for position in message.logprobs or [])
                 finished += [message] if isinstance(message, Finished) else []
                 yield _event(self._completion([choice]).model_dump(exclude={"usage"}))
         except Refused as refused:
