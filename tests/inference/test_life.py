@@ -145,6 +145,15 @@ def test_a_stuck_engine_fails_its_requests_and_another_comes(shelf: Shelf) -> No
         assert running.ids(model="one")
 
 
+def test_an_engine_that_is_not_ready_in_time_is_ended_and_another_started() -> None:
+    with serving({}, FrontSettings(engine=ENGINE, start_limit=0.3)) as running:
+        until(lambda: running.front.link.starts >= 2)
+
+        answer = running.client.get("/health")
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) >= 1
+
+
 def test_a_lost_client_frees_its_slot(small: Server) -> None:
     small.wait_until_ready()
     (before,) = small.settled("vllm:generation_tokens_total")

@@ -10,9 +10,11 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import torch
+from pydantic import ValidationError
 from transformers.utils import logging as transformers_logging
 
 from worker.inference.models import Models
@@ -22,14 +24,18 @@ from worker.inference.wire import (
     Configure,
     EngineSettings,
     Expect,
+    Failed,
     Generate,
     Ready,
     Stats,
     ToEngine,
     ToFront,
+    id_of,
     line,
     to_engine,
 )
+
+log = logging.getLogger(__name__)
 
 STATS_EVERY = 0.2  # seconds, while busy; and at once when work runs out
 
@@ -45,16 +51,20 @@ class Mouth:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def say(self, message: ToFront) -> None:
-        """Send one message."""
+        """Send one message; from any thread, since a line is one write."""
         self._out.write(line(message))
         self._out.flush()
 
 
-def listen(source: BinaryIO, inbox: Inbox) -> None:
+def listen(source: BinaryIO, inbox: Inbox, say: Callable[[ToFront], None]) -> None:
     """Pass the front's lines on; end the process when there are no more."""
     try:
         for raw in source:
-            inbox.put(to_engine(raw))
+            try:
+                inbox.put(to_engine(raw))
+            except ValidationError:
+                log.error("the front said what is no message: %r", raw[:200])
+                say(Failed(id=id_of(raw), status=500, message="the engine cannot read this request"))
     finally:
         os._exit(0)  # not sys.exit: the model thread may be deep in a forward
 
@@ -106,7 +116,7 @@ def main() -> None:
     untyped: Any = transformers_logging
     untyped.disable_progress_bar()
     mouth, inbox = Mouth(), Inbox()
-    threading.Thread(target=listen, args=(sys.stdin.buffer, inbox), name="listener", daemon=True).start()
+    threading.Thread(target=listen, args=(sys.stdin.buffer, inbox, mouth.say), name="listener", daemon=True).start()
     settings = configure(inbox)
     models = Models(settings)
     dtype = str(models.dtype).removeprefix("torch.")

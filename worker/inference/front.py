@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from worker.inference.exchange import Exchange, Refused
 from worker.inference.foresight import Expectations, Foresight
-from worker.inference.link import EngineAway, EngineLink
+from worker.inference.link import START_LIMIT, EngineAway, EngineLink
 from worker.inference.metrics import Metrics
 from worker.inference.protocol import CompletionRequest, Frozen, ServedModel
 from worker.inference.residence import Residence, Tenancy
@@ -63,11 +63,13 @@ class StaticResolver:
 
 
 class FrontSettings(Frozen):
-    """What a front is told. `secret` guards `/v1`; `max_in_flight` counts answers, decoding and waiting."""
+    """What a front is told. `secret` guards `/v1`; `max_in_flight` counts answers, decoding and waiting; an engine is
+    ready in `start_limit` seconds, or another one is started."""
 
     secret: SecretStr | None = None
     max_in_flight: int = Field(256, ge=1)
     max_body: int = Field(8 * 1024**2, ge=1)
+    start_limit: float = Field(START_LIMIT, gt=0)
     engine: EngineSettings = EngineSettings()
 
 
@@ -77,7 +79,7 @@ class Front:
     def __init__(self, resolver: Resolver, settings: FrontSettings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.link = EngineLink(settings.engine, self.metrics.take)
+        self.link = EngineLink(settings.engine, self.metrics.take, settings.start_limit)
         self.resolved: OrderedDict[str, ServedModel] = OrderedDict()
         self._resolver = resolver
         self._typical_seconds = 1.0

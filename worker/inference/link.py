@@ -7,19 +7,14 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
-import signal
-import sys
 import time
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
-import worker
-from worker.environment import for_tensors
+from worker.inference.launch import kill_group, start_engine
 from worker.inference.protocol import ServedModel
 from worker.inference.wire import (
     Cancel,
@@ -33,19 +28,20 @@ from worker.inference.wire import (
     Stats,
     ToEngine,
     ToFront,
+    id_of,
     line,
     to_front,
 )
 
 log = logging.getLogger(__name__)
 
-MAX_LINE = 64 * 1024**2
 START_SECONDS = 10.0  # about what an engine takes to be ready; refined by the last start
 FIRST_SECONDS = 2.0  # the same for its first answer, which loads a base; refined by the last first one
 SHORT_ANSWER = 64  # tokens of an answer whose time is mostly that
 FIRST_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
 GRACE = 5.0  # seconds an engine has to end by itself once its stdin is closed
 SILENCE = 10  # heartbeats
+START_LIMIT = 300.0  # seconds to be ready in: what it imports may come from a cold or distant disk, once
 REST_GRACE = 1.0  # the same where somebody waits for its memory
 STARTING = "the inference engine is starting; try again soon"
 
@@ -68,8 +64,12 @@ class EngineAway(Exception):
 class EngineLink:
     """One engine at a time, over and over, until stopped; none while it rests. Lives on one event loop."""
 
-    def __init__(self, settings: EngineSettings, on_stats: Callable[[Stats], None]) -> None:
+    def __init__(
+        self, settings: EngineSettings, on_stats: Callable[[Stats], None], start_limit: float = START_LIMIT
+    ) -> None:
+        """`start_limit`: the seconds after which an engine that is not ready is taken for stuck."""
         self._settings = settings
+        self._start_limit = start_limit
         self._on_stats = on_stats
         self._awaited: dict[str, _Awaited] = {}
         self._process: Process | None = None
@@ -199,13 +199,13 @@ class EngineLink:
         try:  # one that is still starting does not listen yet, and holds nothing
             await asyncio.wait_for(process.wait(), grace if self._ready else 0)
         except TimeoutError:
-            _kill_group(process.pid)
+            kill_group(process.pid)
             await process.wait()
 
     async def _one_life(self) -> None:
         began = time.monotonic()
         self._expected_at = began + self._start_seconds
-        process = await _start_process()
+        process = await start_engine()
         self._process, self._first = process, None
         self.starts += 1
         try:
@@ -219,20 +219,19 @@ class EngineLink:
             log.exception("the engine said what cannot be read")
         finally:
             self._ready = False
-            _kill_group(process.pid)
+            kill_group(process.pid)
             await process.wait()
             self._process = None
             self._on_stats(Stats())
             self._fail_all()
 
     async def _line(self, out: asyncio.StreamReader) -> bytes:
-        """What the engine says next; nothing at its end, which a ready one's long silence is taken for."""
-        if not self._ready:
-            return await out.readline()
+        """What the engine says next; nothing at its end, which a long silence is taken for."""
+        patience = SILENCE * self._settings.heartbeat if self._ready else self._start_limit
         try:
-            return await asyncio.wait_for(out.readline(), SILENCE * self._settings.heartbeat)
+            return await asyncio.wait_for(out.readline(), patience)
         except TimeoutError:
-            log.error("the engine is stuck: it said nothing for %g s", SILENCE * self._settings.heartbeat)
+            log.error("the engine is stuck: it said nothing for %g s", patience)
             return b""
 
     def _take(self, raw: bytes, began: float) -> None:
@@ -240,6 +239,7 @@ class EngineLink:
             message = to_front(raw)
         except ValidationError:
             log.error("the engine said what is no message: %r", raw[:200])
+            self._fail_unread(id_of(raw))
             return
         if isinstance(message, Ready):
             self._ready = True
@@ -254,6 +254,12 @@ class EngineLink:
             awaited = self._awaited.pop(message.id, None) if ends else self._awaited.get(message.id)
             if awaited is not None:
                 awaited.listener(message)
+
+    def _fail_unread(self, request_id: str) -> None:
+        """Whoever waits for what cannot be read would wait for ever."""
+        if awaited := self._awaited.get(request_id):
+            self.cancel(request_id)
+            awaited.listener(Failed(id=request_id, status=500, message="the engine's answer cannot be read"))
 
     def _learn_from(self, answer: Finished) -> None:
         """How long an engine's first answer takes, for those who are told when to come back."""
@@ -270,31 +276,3 @@ class EngineLink:
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError):  # its end is noticed on stdout
                 self._process.stdin.write(line(message))
-
-
-async def _start_process() -> Process:
-    environment = {
-        **for_tensors(),
-        "PYTHONPATH": os.pathsep.join([_root(), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "HF_HUB_OFFLINE": "1",
-    }
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "worker.inference.engine",
-        stdin=PIPE,
-        stdout=PIPE,
-        limit=MAX_LINE,
-        env=environment,
-        start_new_session=True,
-    )
-
-
-def _root() -> str:
-    """The folder from which `worker` is imported here, so that the engine imports the same one."""
-    return str(Path(worker.__path__[0]).resolve().parent)
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)

@@ -3,12 +3,17 @@
 Knows no pipes: `link` and `engine` hold the two ends.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
 from app.domain.approaches import MAX_RANK
 from worker.inference.protocol import Finish, Frozen, Prompt, Sampling, ServedModel
+
+MAX_LINE = 64 * 1024**2  # bytes
+
+_ID = re.compile(rb'\{"(?:op|event)":"\w+","id":"([^"\\]*)"')
 
 
 class TopToken(Frozen):
@@ -175,3 +180,9 @@ def to_engine(raw: bytes) -> ToEngine:
 def to_front(raw: bytes) -> ToFront:
     """Read a line that the engine wrote. Raises pydantic's ValidationError."""
     return _TO_FRONT.validate_json(raw)
+
+
+def id_of(raw: bytes) -> str:
+    """Whose line this is, as far as that can be told of one that cannot be read; else nothing."""
+    found = _ID.match(raw)
+    return found[1].decode(errors="replace") if found else ""

@@ -1,0 +1,46 @@
+"""Lines that one of the two processes cannot read: whoever waits is told, and nobody else is hurt."""
+
+import subprocess
+import sys
+import time
+
+from tests.conftest import ROOT
+from tests.inference.conftest import ENGINE
+from worker.inference.link import EngineLink
+from worker.inference.protocol import Sampling, ServedModel
+from worker.inference.wire import Configure, Failed, Generate, Ready, ToFront, id_of, line, to_front
+
+
+def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:
+    lines = [line(Configure(settings=ENGINE)), b'{"op":"generate","id":"odd","model":1}\n', b"\xff[[\n"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "worker.inference.engine"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as engine:
+        assert engine.stdin is not None
+        assert engine.stdout is not None
+        engine.stdin.write(b"".join(lines))
+        engine.stdin.flush()
+        said = [to_front(engine.stdout.readline()) for _ in range(3)]
+        engine.stdin.close()
+
+    assert [message.id for message in said if isinstance(message, Failed)] == ["odd", ""]
+    assert any(isinstance(message, Ready) for message in said)
+
+
+def test_an_answer_that_cannot_be_read_fails_whoever_waits_for_it() -> None:
+    link, heard = EngineLink(ENGINE, lambda _: None), list[ToFront]()
+    link._take(line(Ready(pid=1, device="cpu", dtype="float32")), time.monotonic())
+    model = ServedModel(digest="one", base_digest="one", base_path="/nowhere", max_model_len=8)
+    for name in ("mine", "another"):
+        link.submit(Generate(id=name, model=model, prompt=[5], sampling=Sampling()), heard.append)
+
+    link._take(b'{"event":"finished","id":"mine","text":null}', 0.0)
+
+    assert heard == [Failed(id="mine", status=500, message="the engine's answer cannot be read")]
+    assert link.in_flight == 1
+
+
+def test_the_id_of_a_line_is_told_by_its_place() -> None:
+    assert id_of(line(Failed(id="cmpl-1-0", status=500, message=""))) == "cmpl-1-0"
+    assert id_of(b'{"event":"finished","text":"{\\"id\\":\\"mine\\"","id":"cmpl-1-0"}') == ""
+    assert id_of(b"\xff") == ""
