@@ -187,6 +187,7 @@ BAD = {
     "a scored stream": ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
     "empty stop": ({"stop": ""}, 400, "stop"),
     "unknown field": ({"best_of": 2}, 400, "best_of"),
+    "unknown field that is null": ({"nonsense": None}, 400, "nonsense"),
     "two answers": ({"n": 2}, 400, "n"),
     "echo": ({"echo": True}, 400, "echo"),
     "stream options alone": ({"stream_options": {"include_usage": True}}, 400, "stream"),
@@ -196,6 +197,7 @@ BAD = {
     "enormous regex": ({"structured_outputs": {"regex": "a" * 5_000}}, 400, "4096"),
     "two grammars": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, 400, "exactly one"),
     "no choice": ({"structured_outputs": {"choice": []}}, 400, "choice"),
+    "deep schema": ({"structured_outputs": {"json": json.loads('{"not":' * 150 + "{}" + "}" * 150)}}, 400, "levels"),
     "no schema": ({"structured_outputs": {"json": "{"}}, 400, "json"),
     "nothing left to say": ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [50]}, 400, "no token"),
 }

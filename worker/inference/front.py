@@ -15,14 +15,15 @@ from typing import Protocol
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr
 from starlette.exceptions import HTTPException
 
 from worker.inference.exchange import Exchange, Refused
 from worker.inference.foresight import Expectations, Foresight
+from worker.inference.intake import check, parse
 from worker.inference.link import START_LIMIT, EngineAway, EngineLink
 from worker.inference.metrics import Metrics
-from worker.inference.protocol import CompletionRequest, Frozen, ServedModel
+from worker.inference.protocol import Frozen, ServedModel
 from worker.inference.residence import Residence, Tenancy
 from worker.inference.wire import EngineSettings
 
@@ -95,9 +96,10 @@ class Front:
 
     async def complete(self, request: Request) -> Response:
         """Answer one completions request."""
-        body = _parse(await self._body(request))
+        body = parse(await self._body(request))
         self._check_room(body.model, len(body.prompts()))
         served = await self._resolve(body.model)
+        check(body, served)
         self._check_room(body.model, len(body.prompts()))  # once more: others came while it was asked for
         exchange = Exchange(self.link, self.metrics, body, served)
         try:
@@ -256,17 +258,6 @@ def _card(model: ServedModel) -> dict[str, object]:
         "parent": model.base_digest if model.adapter_path else None,
         "max_model_len": model.max_model_len,
     }
-
-
-def _parse(body: bytes) -> CompletionRequest:
-    try:
-        return CompletionRequest.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        param = str(first["loc"][0]) if first["loc"] else None
-        message = first["msg"].removeprefix("Value error, ")
-        raise Refused(400, f"{place}: {message}" if place else message, param) from None
 
 
 async def _disconnected(request: Request) -> None:

@@ -5,7 +5,8 @@ and no processes; the words between front and engine are in `wire`.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,7 +15,25 @@ MAX_PROMPTS = 64
 MAX_REGEX = 4_096
 MAX_CHOICES = 1_000
 MAX_GRAMMAR = 65_536
+MAX_DEPTH = 100  # of a schema; pydantic reads lines of 200 levels, of which a request has three around it
 MAX_STOPS = 32
+MAX_STOP_IDS = 1_024
+MAX_ALLOWED_IDS = 65_536
+
+NOT_OFFERED = frozenset(
+    [
+        *("add_special_tokens", "bad_words", "best_of", "cache_salt", "ec_transfer_params", "frequency_penalty"),
+        *("kv_transfer_params", "length_penalty", "logit_bias", "logprob_token_ids", "min_p", "presence_penalty"),
+        *("priority", "prompt_embeds", "repetition_detection", "repetition_penalty", "request_id", "response_format"),
+        *("session_id", "spaces_between_special_tokens", "stream_interval", "suffix", "thinking_token_budget", "top_k"),
+        *("truncate_prompt_tokens", "truncation_side", "use_beam_search", "user", "vllm_xargs", "watermarking"),
+    ]
+)
+"""Fields of vLLM's that clients send as null when they do not use them."""
+
+Item = TypeVar("Item")
+Several = Annotated[list[Item], Field(fail_fast=True)]
+"""A list of which the first wrong item is told: a million of them would take seconds and gigabytes to describe."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1_024)]
@@ -25,6 +44,19 @@ class Frozen(BaseModel):
     """A value: immutable, and nothing in it goes unread."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Given(Frozen):
+    """A value that a client writes: of the fields that it has not, the first is told."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stranger(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        kept = {*known, next((name for name in data if name not in known), "")}
+        return {name: value for name, value in data.items() if name in kept}
 
 
 class ServedModel(Frozen):
@@ -42,11 +74,11 @@ class ServedModel(Frozen):
     max_model_len: int = Field(gt=0)
 
 
-class StructuredOutputs(Frozen):
+class StructuredOutputs(Given):
     """A grammar the answer must follow: exactly one of a regular expression, choices, or a JSON schema."""
 
     regex: str | None = Field(None, min_length=1, max_length=MAX_REGEX)
-    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    choice: Several[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_CHOICES)
     json_schema: str | dict[str, Any] | None = Field(None, alias="json")
 
     @model_validator(mode="after")
@@ -57,6 +89,8 @@ class StructuredOutputs(Frozen):
         size = len(self.text())
         if size > MAX_GRAMMAR:
             raise ValueError(f"the grammar has {size} characters; at most {MAX_GRAMMAR} are accepted")
+        if _depth(self.json_schema) > MAX_DEPTH:
+            raise ValueError(f"the schema is nested in more than {MAX_DEPTH} levels")
         return self
 
     @property
@@ -85,14 +119,14 @@ class Sampling(Frozen):
     temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[Stop] = Field(default=[], max_length=MAX_STOPS)
-    stop_token_ids: list[TokenId] = []
+    stop: Several[Stop] = Field(default=[], max_length=MAX_STOPS)
+    stop_token_ids: Several[TokenId] = Field(default=[], max_length=MAX_STOP_IDS)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
+    allowed_token_ids: Several[TokenId] | None = Field(None, min_length=1, max_length=MAX_ALLOWED_IDS)
     structured_outputs: StructuredOutputs | None = None
     deterministic: bool = False
 
@@ -108,7 +142,7 @@ class Sampling(Frozen):
         return self
 
 
-class StreamOptions(Frozen):
+class StreamOptions(Given):
     """What a stream carries besides the answer."""
 
     include_usage: bool = False
@@ -117,11 +151,11 @@ class StreamOptions(Frozen):
 Prompt = str | list[TokenId]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Sampling, Given):
     """The body of `POST /v1/completions`. `model` is a digest; `n` is 1 and `echo` false."""
 
     model: str = Field(min_length=1, max_length=256)
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: str | Several[TokenId] | Several[str] | Several[Several[TokenId]]
     n: Literal[1] = 1
     echo: Literal[False] = False
     stream: bool = False
@@ -134,7 +168,8 @@ class CompletionRequest(Sampling):
     def _null_means_default(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {name: value for name, value in data.items() if value is not None}
+        unused = NOT_OFFERED | cls.model_fields.keys()
+        return {name: value for name, value in data.items() if value is not None or name not in unused}
 
     @model_validator(mode="after")
     def _prompts_and_stream(self) -> "CompletionRequest":
@@ -162,6 +197,20 @@ class CompletionRequest(Sampling):
     def sampling(self) -> Sampling:
         """The part of the request that the engine reads."""
         return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields})
+
+
+def _depth(value: object) -> int:
+    """How many objects and lists lie within each other."""
+    depth, level = 0, [value]
+    while level := [inner for outer in level for inner in _within(outer)]:
+        depth += 1
+    return depth
+
+
+def _within(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 class CompletionLogProbs(BaseModel):

@@ -12,6 +12,8 @@ from app.domain.approaches import MAX_RANK
 from worker.inference.protocol import Finish, Frozen, Prompt, Sampling, ServedModel
 
 MAX_LINE = 64 * 1024**2  # bytes
+MAX_CANDIDATES = MAX_LINE // 256
+"""Of a request's answers: each takes about 70 bytes of a line, and its text."""
 
 _ID = re.compile(rb'\{"(?:op|event)":"\w+","id":"([^"\\]*)"')
 
