@@ -7,9 +7,9 @@ It loads no torch and knows no tensors.
 import asyncio
 import contextlib
 import hmac
+import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field, SecretStr
 from starlette.exceptions import HTTPException
 
+from worker.inference.catalogue import Catalogue
 from worker.inference.exchange import Exchange, Refused
 from worker.inference.foresight import Expectations, Foresight
 from worker.inference.intake import check, parse
@@ -27,10 +28,13 @@ from worker.inference.protocol import Frozen, ServedModel
 from worker.inference.residence import Residence, Tenancy
 from worker.inference.wire import EngineSettings
 
+log = logging.getLogger(__name__)
+
 KEPT_FOR_OTHERS = 4
 """One part in so many of the queue that a crowd at one model leaves free."""
 
-REMEMBERED = 4_096  # digests whose model is not asked for again
+ASK_AGAIN = 5
+"""Seconds after which to come back where a model cannot be looked up: whoever knows is away."""
 
 
 class UnknownModel(Exception):
@@ -81,8 +85,7 @@ class Front:
         self.settings = settings
         self.metrics = Metrics()
         self.link = EngineLink(settings.engine, self.metrics.take, settings.start_limit)
-        self.resolved: OrderedDict[str, ServedModel] = OrderedDict()
-        self._resolver = resolver
+        self.catalogue = Catalogue(resolver.resolve)
         self._typical_seconds = 1.0
 
     def authorize(self, request: Request) -> None:
@@ -109,7 +112,7 @@ class Front:
             return await self._whole(exchange, request)
         except Refused as refused:
             if refused.param == "model":
-                self.resolved.pop(body.model, None)  # it may have been published anew, or be gone
+                self.catalogue.forget(body.model)  # it may have been published anew, or be gone
             raise self._with_hint(refused) from None
         except EngineAway as away:
             raise Refused(503, str(away), retry_after=away.retry_after) from None
@@ -139,14 +142,13 @@ class Front:
         return StreamingResponse(_chain(first, events, exchange), media_type="text/event-stream")
 
     async def _resolve(self, digest: str) -> ServedModel:
-        if digest not in self.resolved:
-            try:
-                self.resolved[digest] = await asyncio.to_thread(self._resolver.resolve, digest)
-            except UnknownModel:
-                raise Refused(404, f"The model `{digest}` does not exist.", "model") from None
-            if len(self.resolved) > REMEMBERED:
-                self.resolved.popitem(last=False)
-        return self.resolved[digest]
+        try:
+            return await self.catalogue.find(digest)
+        except UnknownModel:
+            raise Refused(404, f"The model `{digest}` does not exist.", "model") from None
+        except Exception:
+            log.exception("the model %s could not be looked up", digest)
+            raise Refused(503, "the model cannot be looked up now; try again soon", retry_after=ASK_AGAIN) from None
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
@@ -208,7 +210,7 @@ def _add_routes(app: FastAPI, front: Front) -> None:
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_card(model) for model in front.resolved.values()]})
+        return JSONResponse({"object": "list", "data": [_card(model) for model in front.catalogue.models()]})
 
     @app.get("/health")
     async def health() -> Response:
