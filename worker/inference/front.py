@@ -10,8 +10,8 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -30,11 +30,17 @@ from worker.inference.wire import EngineSettings
 
 log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 KEPT_FOR_OTHERS = 4
 """One part in so many of the queue that a crowd at one model leaves free."""
 
 ASK_AGAIN = 5
 """Seconds after which to come back where a model cannot be looked up: whoever knows is away."""
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
 
 
 class UnknownModel(Exception):
@@ -107,9 +113,10 @@ class Front:
         exchange = Exchange(self.link, self.metrics, body, served)
         try:
             exchange.open()
-            if body.stream:
-                return await self._stream(exchange)
-            return await self._whole(exchange, request)
+            answer = self._stream if body.stream else self._whole
+            return await answer(exchange, request)
+        except ClientGone:
+            return Response(status_code=499)
         except Refused as refused:
             if refused.param == "model":
                 self.catalogue.forget(body.model)  # it may have been published anew, or be gone
@@ -118,24 +125,17 @@ class Front:
             raise Refused(503, str(away), retry_after=away.retry_after) from None
 
     async def _whole(self, exchange: Exchange, request: Request) -> Response:
-        answer = asyncio.ensure_future(exchange.whole())
-        gone = asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                return Response(status_code=499)  # nobody reads it
-            completion = answer.result()
+            completion = await _while_read(exchange.whole(), request)
             self._typical_seconds += 0.2 * (exchange.seconds - self._typical_seconds)
             return Response(completion.model_dump_json(), media_type="application/json")
         finally:
-            answer.cancel()
-            gone.cancel()
             exchange.close()
 
-    async def _stream(self, exchange: Exchange) -> Response:
+    async def _stream(self, exchange: Exchange, request: Request) -> Response:
         events = exchange.events()
         try:
-            first = await anext(events)  # so that a refusal still has a status of its own
+            first = await _while_read(anext(events), request)  # so that a refusal still has a status of its own
         except BaseException:
             exchange.close()
             raise
@@ -260,6 +260,19 @@ def _card(model: ServedModel) -> dict[str, object]:
         "parent": model.base_digest if model.adapter_path else None,
         "max_model_len": model.max_model_len,
     }
+
+
+async def _while_read(answer: Awaitable[Answer], request: Request) -> Answer:
+    """The answer. Raises ClientGone as soon as whoever asked has left."""
+    coming, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            raise ClientGone
+        return coming.result()
+    finally:
+        coming.cancel()
+        gone.cancel()
 
 
 async def _disconnected(request: Request) -> None:
