@@ -18,6 +18,7 @@ from app.domain.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, Manife
 from app.domain.errors import NotFoundError
 from app.domain.identity import new_id
 from app.domain.jobs import JobStatus, Lease
+from app.services.naming import free_name
 from app.storage import Blobs, sweep
 
 RESOURCE = "adapter"
@@ -38,17 +39,18 @@ class Adapters:
     def publish(self, lease: Lease, name: str, directory: Path, manifest: Manifest) -> str | None:
         """Store what was trained and end its job as succeeded, in one transaction.
 
-        Returns the adapter's id; None when the user asked to cancel before the transaction began (the job is
-        cancelled then, and nothing is published).
+        Its name is `name`, or one made from it where another adapter has that. Returns the adapter's id; None when the
+        user asked to cancel before the transaction began (the job is cancelled then, and nothing is published).
         """
         weights, config = WEIGHTS[manifest.kind], CONFIG[manifest.kind]
+        named = self._free_name(name)
         stored = {path.name: self._blobs.put_file(path) for path in sorted(directory.iterdir())}
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
         stored[MANIFEST] = self._blobs.put_bytes(document.encode())
-        stored[CARD] = self._blobs.put_bytes(model_card(name, manifest).encode())
+        stored[CARD] = self._blobs.put_bytes(model_card(named, manifest).encode())
         row = AdapterRow(
             id=new_id("adp"),
-            name=name,
+            name=named,
             digest=adapter_digest(stored[weights].digest, (directory / config).read_bytes()),
             kind=manifest.kind,
             job_id=manifest.job_id,
@@ -58,20 +60,27 @@ class Adapters:
             bytes=sum(blob.size for blob in stored.values()),
             created_at=datetime.now(UTC),
         )
-        published = self._commit(lease, row)
+        published = self._commit(lease, row, name)
         if published is None:
             self._drop({weights, MANIFEST, CARD}, row)  # the other files may be on their way into another adapter
         else:
             self.on_disk(row.digest)
         return published
 
-    def _commit(self, lease: Lease, row: AdapterRow) -> str | None:
+    def _free_name(self, name: str) -> str:
+        with self._database.read() as unit:
+            return free_name(name, lambda taken: unit.adapters.find(taken) is not None)
+
+    def _commit(self, lease: Lease, row: AdapterRow, asked: str) -> str | None:
         with self._database.write() as unit:
             if unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
                 unit.jobs.tell(lease.job_id, "cancelled", "cancelled before it was published", "info", {})
                 return None
             unit.adapters.add(row)
             unit.jobs.end(lease, (S.RUNNING, S.PAUSING), S.SUCCEEDED, adapter_id=row.id)
+            if row.name != asked:
+                message = f"another adapter is named {asked!r}; this one is published as {row.name!r}"
+                unit.jobs.tell(lease.job_id, "name_taken", message, "warning", {"name": row.name})
             told = {"adapter_id": row.id, "digest": row.digest}
             unit.jobs.tell(lease.job_id, "succeeded", f"published as {row.id}", "info", told)
             if unit.aliases.target(RESOURCE, DEFAULT) is None:

@@ -20,6 +20,7 @@ from app.domain.adapters import (
 )
 from app.domain.errors import ConflictError, NotFoundError
 from app.domain.identity import new_id
+from app.domain.jobs import TERMINAL
 from app.services.adapters import Adapters
 from app.services.jobs import unknown_job
 from app.services.naming import check_name
@@ -40,39 +41,39 @@ class Checkpoints:
         check_name(name)
         with self._database.read() as unit:
             job, checkpoint = _found(unit, reference, update)
+            named = name or f"{job.name}-{update}"
+            _refuse_taken(unit, named)  # before anything is stored
         if checkpoint.manifest is None:
             raise ConflictError(
                 f"the checkpoint of update {update} was written by a version that could not publish one",
                 code="not_publishable",
             )
-        row = self._row(job, checkpoint, Manifest.model_validate(checkpoint.manifest), name)
+        row = self._row(checkpoint, Manifest.model_validate(checkpoint.manifest), named)
         try:
             with self._database.write() as unit:
                 _found(unit, job.id, update)  # its files are there as long as its row, or the adapter's
+                _refuse_taken(unit, named)
                 unit.adapters.add(row)
                 told = {"adapter_id": row.id, "digest": row.digest, "update": update}
                 message = f"the checkpoint of update {update} was published as {row.id}"
                 unit.jobs.tell(job.id, "checkpoint_published", message, "info", told)
-        except IntegrityError:
-            raise ConflictError(
-                f"there is an adapter named {row.name!r} already; choose another name", code="name_taken"
-            ) from None
+        except IntegrityError:  # taken at the same instant
+            raise _taken("an adapter", named) from None
         self._adapters.on_disk(row.digest)
         return self._adapters.get(row.id)
 
-    def _row(self, job: JobRow, checkpoint: CheckpointRow, manifest: Manifest, name: str | None) -> AdapterRow:
-        named = name or f"{job.name}-{checkpoint.update}"
+    def _row(self, checkpoint: CheckpointRow, manifest: Manifest, name: str) -> AdapterRow:
         weights, config = WEIGHTS[manifest.kind], CONFIG[manifest.kind]
         belonging = (weights, config, *BESIDES[manifest.kind])
         files = {file: checkpoint.files[file] for file in belonging if file in checkpoint.files}
         size = sum(self._blobs.size(digest) for digest in files.values())
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
-        for file, text in ((MANIFEST, document), (CARD, model_card(named, manifest))):
+        for file, text in ((MANIFEST, document), (CARD, model_card(name, manifest))):
             blob = self._blobs.put_bytes(text.encode())
             files[file], size = blob.digest, size + blob.size
         return AdapterRow(
             id=new_id("adp"),
-            name=named,
+            name=name,
             digest=adapter_digest(files[weights], self._blobs.get_bytes(files[config])),
             kind=manifest.kind,
             job_id=None,
@@ -108,3 +109,16 @@ def _found(unit: Unit, reference: str, update: int) -> tuple[JobRow, CheckpointR
             f"{job.name} has no checkpoint of update {update}; kept are: {there}", code="unknown_checkpoint"
         )
     return job, found
+
+
+def _refuse_taken(unit: Unit, name: str) -> None:
+    """ConflictError where an adapter has the name, or a job that will yet publish one under it."""
+    if unit.adapters.find(name) is not None:
+        raise _taken("an adapter", name)
+    job = unit.jobs.find(name)
+    if job is not None and job.status not in TERMINAL:
+        raise _taken("a job that has not ended", name)
+
+
+def _taken(what: str, name: str) -> ConflictError:
+    return ConflictError(f"there is {what} named {name!r} already; choose another name", code="name_taken")

@@ -63,6 +63,7 @@ class Jobs:
         row = _row(prepared)
         try:
             with self._database.write() as unit:
+                _refuse_adapters_name(unit, row.name)
                 unit.jobs.add(row)
                 told = {"total_updates": prepared.schedule.updates, "rows": prepared.summary.trained}
                 unit.jobs.tell(row.id, "queued", "waiting for a worker", "info", told)
@@ -176,6 +177,14 @@ def _found(unit: Unit, reference: str) -> JobRow:
     if row is None:
         raise unknown_job(reference)
     return row
+
+
+def _refuse_adapters_name(unit: Unit, name: str) -> None:
+    if unit.adapters.find(name) is not None:
+        raise ConflictError(
+            f"there is an adapter named {name!r} already, and a job's adapter gets its name; choose another one",
+            code="name_taken",
+        )
 
 
 def _refuse_what_does_not_fit(plan: Plan) -> None:

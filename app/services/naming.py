@@ -30,7 +30,12 @@ def choose_name(asked: str | None, filename: str, taken: Callable[[str], bool], 
         if taken(asked):
             raise ConflictError(f"there is a {what} named {asked!r} already; choose another name", code="name_taken")
         return asked
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", filename.rsplit(".", 1)[0]).strip("-._")[:80] or what
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", filename.rsplit(".", 1)[0]).strip("-._")[:80]
+    return free_name(stem or what, taken)
+
+
+def free_name(stem: str, taken: Callable[[str], bool]) -> str:
+    """The stem; or, where that is taken, the stem with a number behind it."""
     number = 1
     name = stem
     while taken(name):

@@ -72,6 +72,27 @@ def test_a_job_cancelled_before_it_publishes_leaves_nothing_and_takes_nothing(
     assert client.get("/adapters/first/download").status_code == 200
 
 
+def test_a_job_is_not_submitted_under_an_adapters_name(
+    client: TestClient, served: Services, adapter: str, dataset: str
+) -> None:
+    with nothing_left(served):
+        refused = client.post("/jobs", json={"dataset": dataset, "name": "first"})
+        assert "adapter" in problem(refused, 409, "name_taken")["detail"]
+
+
+def test_what_was_trained_is_published_under_another_name_where_an_adapter_has_its_own(
+    client: TestClient, served: Services, twin: tuple[Lease, Manifest], tmp_path: Path
+) -> None:
+    held, manifest = twin
+    published = served.adapters.publish(held, "first", tmp_path / "adapter", manifest)
+    assert client.get("/adapters/first-2").json()["id"] == published
+    assert client.get("/jobs/twin").json()["status"] == "succeeded"
+    told = [event for event in client.get("/jobs/twin/events").json()["data"] if event["level"] == "warning"]
+    assert [(event["kind"], event["data"]) for event in told] == [("name_taken", {"name": "first-2"})]
+    with zipfile.ZipFile(io.BytesIO(client.get("/adapters/first-2/download").content)) as archive:
+        assert b"# first-2\n" in archive.read("README.md")
+
+
 def test_promote_delete_and_page(
     client: TestClient, served: Services, adapter: str, dataset: str, tmp_path: Path
 ) -> None:

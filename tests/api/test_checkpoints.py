@@ -104,6 +104,18 @@ def test_what_cannot_be_published(client: TestClient, served: Services, job: str
     problem(client.post(ROUTE.format(job, 1), json={"name": "taken"}), 409, "name_taken")
 
 
+def test_the_name_of_a_job_that_has_not_ended_is_kept_for_its_adapter(
+    client: TestClient, served: Services, job: str, tmp_path: Path
+) -> None:
+    held = lease(served)
+    make_checkpoint(served, held, tmp_path / "1", 1)
+    own = {"name": client.get(f"/jobs/{job}").json()["name"]}
+    with nothing_left(served):
+        problem(client.post(ROUTE.format(job, 1), json=own), 409, "name_taken")
+    served.attempts.fail(held, JobError(code="x", message="x"))
+    assert client.post(ROUTE.format(job, 1), json=own).status_code == 201
+
+
 @pytest.mark.parametrize("ending", ["failed", "cancelled"])
 def test_the_checkpoints_of_an_ended_job_go_when_their_time_is_over(
     client: TestClient, served: Services, job: str, tmp_path: Path, ending: str
