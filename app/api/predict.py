@@ -28,6 +28,7 @@ from app.domain.predictions import Prediction, PredictionEvent, PredictRequest
 router = APIRouter(tags=["predictions"], route_class=TypedRoute)
 
 MOST_CLAIMS = 1_000
+PASSING = (429, 503)
 
 _ASK = {
     "the promoted adapter": {"value": {"claim": "The Danube flows into the Black Sea."}},
@@ -128,8 +129,13 @@ def batch(
         answers = services.predictions.batch(ask.requests)
         return 200, BatchAnswer(data=[_told(answer) for answer in answers]).model_dump(mode="json")
 
-    status, answer = services.idempotency.once("POST /predict/batch", key, body, work)
+    status, answer = services.idempotency.once("POST /predict/batch", key, body, work, _final)
     return JSONResponse(answer, status)
+
+
+def _final(answer: dict[str, Any]) -> bool:
+    """Whether no claim of a batch failed for a reason that passes: asked again, it may be judged."""
+    return not any(one.get("status") in PASSING for one in answer["data"])
 
 
 def _told(answer: Prediction | VerituneError) -> Prediction | ProblemDocument:

@@ -27,8 +27,18 @@ class Idempotency:
         self._database = database
         self._patience = patience
 
-    def once(self, route: str, key: str | None, body: bytes, work: Callable[[], Answer]) -> Answer:
-        """`work`'s (status, answer), or the answer that this key had before. An error is not kept: try again."""
+    def once(
+        self,
+        route: str,
+        key: str | None,
+        body: bytes,
+        work: Callable[[], Answer],
+        final: Callable[[dict[str, Any]], bool] = lambda _answer: True,
+    ) -> Answer:
+        """`work`'s (status, answer), or the answer that this key had before.
+
+        An error is not kept, nor an answer that is not `final`: try again.
+        """
         if key is None:
             return work()
         _check(key)
@@ -46,7 +56,10 @@ class Idempotency:
         except BaseException:
             held.forget()
             raise
-        held.settle(status, answer)
+        if final(answer):
+            held.settle(status, answer)
+        else:
+            held.forget()
         return status, answer
 
     def _known(self, route: str, key: str, digest: str) -> Answer | None:

@@ -277,6 +277,23 @@ def test_the_same_key_gives_the_first_answer_again(
     problem(ask(VOLGA), 422, "idempotency_key_reused")
 
 
+@pytest.mark.parametrize("error", [UnavailableError("inference is away"), BusyError("busy")])
+def test_a_batch_in_which_something_failed_for_now_is_not_its_keys_answer(
+    client: TestClient, corpus: str, fails_at: Callable[[int, Exception], None], error: VerituneError
+) -> None:
+    def ask() -> list[Any]:
+        asked = {"requests": [{"claim": RHINE}, {"claim": RHINE, "adapter": "adp_nowhere"}]}
+        answer = client.post("/predict/batch", json=asked, headers={"Idempotency-Key": "one"}).json()
+        return [one.get("verdict", one.get("code")) for one in answer["data"]]
+
+    fails_at(1, error)
+    assert ask() == [error.code, "unknown_adapter"]
+    fails_at(1_000_000, error)
+    assert ask() == ["SUPPORTS", "unknown_adapter"]
+    fails_at(1, error)
+    assert ask() == ["SUPPORTS", "unknown_adapter"]
+
+
 @pytest.mark.parametrize("reference", ["pred_nowhere", "a" * 200, "😀"])
 def test_an_unknown_prediction(door: TestClient, reference: str) -> None:
     problem(door.get(f"/predictions/{reference}"), 404, "unknown_prediction")
