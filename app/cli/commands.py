@@ -78,15 +78,15 @@ def api_command() -> None:
 
 @application.command("worker-health")
 def worker_health_command() -> None:
-    """Whether the worker of this host and these queues reports to the database; status 1 when it does not."""
+    """Whether workers of this host serve these queues, as they report to the database; status 1 when they do not."""
     services = compose(read_settings())
-    name = services.settings.worker_name
+    settings = services.settings
     try:
-        alive = any(device.name == name and device.online for device in services.devices.all())
+        served = services.devices.served_on(settings.host_name)
     finally:
         services.close()
-    if not alive:
-        raise CommandError(f"the worker {name} has not reported of late")
+    if idle := [queue for queue in settings.queues if queue not in served]:
+        raise CommandError(f"no worker of {settings.host_name} has reported of late for the queues {', '.join(idle)}")
 
 
 @application.command("migrate")

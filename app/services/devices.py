@@ -55,6 +55,10 @@ class Devices:
             for row in rows
         ]
 
+    def served_on(self, host: str) -> set[str]:
+        """The queues that the online workers of a host serve."""
+        return {queue for device in self.all() if device.host == host and device.online for queue in device.queues}
+
     def shown(self) -> list[Device]:
         """All of them, with what is reserved of each."""
         reserved = self._ledger.by_host()

@@ -1,4 +1,4 @@
-"""`veritune worker-health`: healthy is a worker whose own row in the database is fresh."""
+"""`veritune worker-health`: healthy is a host each of whose queues has a worker whose row in the database is fresh."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -19,7 +19,8 @@ def environment(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def report(services: Services, name: str, seconds_ago: float = 0.0) -> None:
-    description = DeviceDescription(type="cpu", model="a CPU", bytes=1, cores=1, queues=("gpu",))
+    queues = tuple(name.partition("/")[2].split("+"))
+    description = DeviceDescription(type="cpu", model="a CPU", bytes=1, cores=1, queues=queues)
     services.devices.report(name, description)
     with services.database.write() as unit:
         row = unit.session.get(DeviceRow, name)
@@ -49,6 +50,20 @@ def test_another_workers_report_is_not_its_own(services: Services) -> None:
     report(services, "host/cpu")
     report(services, "other/gpu")
     assert health() == 1
+
+
+def test_several_workers_of_a_host_serve_its_queues_together(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VERITUNE_WORKER_QUEUES", "gpu,cpu")
+    report(services, "host/gpu")
+    assert health() == 1
+    report(services, "host/cpu")
+    assert health() == 0
+    report(services, "host/gpu", seconds_ago=120)
+    assert health() == 1
+    report(services, "host/gpu+cpu")
+    assert health() == 0
 
 
 def test_a_worker_whose_database_is_away_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
