@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.queue.base import QUEUES
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SCHEMES = {
     "database_url": ("sqlite", "postgresql", "postgresql+psycopg"),
@@ -125,6 +127,15 @@ class Settings(BaseSettings):
             raise ValueError("its port is no number from 1 to 65535; a password's / and # are written %2F and %23")
         return url
 
+    @field_validator("worker_queues")
+    @classmethod
+    def _known_queues(cls, names: str) -> str:
+        known = sorted(set(QUEUES.values()))
+        unknown = [name for name in _words(names) if name not in known]
+        if unknown or not _words(names):
+            raise ValueError(f"names {', '.join(unknown) or 'no queue'}; known are: {', '.join(known)}")
+        return names
+
     @model_validator(mode="after")
     def _key_off_loopback(self) -> Self:
         if self.key is None and self.host not in LOOPBACK:
@@ -190,7 +201,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def queues(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.worker_queues.split(",") if name.strip())
+        return _words(self.worker_queues)
 
     @cached_property
     def host_name(self) -> str:
@@ -215,6 +226,10 @@ def _told(place: tuple[int | str, ...], message: str) -> str:
     """A message of one field does not name it; one of several fields (no place) does."""
     variable = "".join(f"VERITUNE_{str(field).upper()}: " for field in place[:1])
     return variable + message.removeprefix("Value error, ")
+
+
+def _words(listed: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in listed.split(",") if word.strip())
 
 
 def _key_of(path: Path) -> str:

@@ -198,3 +198,9 @@ def test_settings_do_not_change() -> None:
 
 def test_queues_are_a_list() -> None:
     assert Settings(worker_queues=" gpu, ,cpu ").queues == ("gpu", "cpu")
+
+
+@pytest.mark.parametrize(("queues", "named"), [("gpuu", "gpuu"), ("gpu,tpu", "tpu"), (" ,", "no queue")])
+def test_a_queue_that_nobody_rings_is_refused_by_name(queues: str, named: str) -> None:
+    with pytest.raises(ValidationError, match=f"names {named}; known are: cpu, gpu"):
+        Settings(worker_queues=queues)

@@ -1,6 +1,7 @@
 """`veritune up`: the embedded deployment. Broker, tables, base model, then the four processes, kept until Ctrl-C."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -123,8 +124,9 @@ def _check_port(settings: Settings) -> None:
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
+            variable = "VERITUNE_PORT" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "VERITUNE_HOST"
             raise CommandError(
-                f"port {settings.port} on {settings.host} cannot be used ({error.strerror}); set VERITUNE_PORT"
+                f"port {settings.port} on {settings.host} cannot be used ({error.strerror}); set {variable}"
             ) from None
 
 

@@ -4,7 +4,7 @@ from importlib.resources import files
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError
 
 from app.domain.errors import UnavailableError
 
@@ -21,6 +21,6 @@ def migrate(url: str) -> None:
     """Upgrade to the newest revision; does nothing when it is there already. Raises UnavailableError."""
     try:
         command.upgrade(migration_config(url), "head")
-    except OperationalError as error:
+    except DatabaseError as error:  # also that it is none, or that this user may not change it
         reason = str(error.orig).strip().splitlines()[0]
         raise UnavailableError(f"the database cannot be used: {reason}", code="database_away") from error

@@ -46,6 +46,14 @@ def test_a_database_that_is_away_ends_it_in_one_line(tmp_path: Path) -> None:
     assert "a-password" not in refused.stdout + refused.stderr
 
 
+@pytest.mark.parametrize("words", [("up",), ("migrate",), ("models", "list")])
+def test_a_file_that_is_no_database_ends_any_command_in_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "veritune.db").write_bytes(b"no database at all " * 100)
+    refused = run(tmp_path, *words, VERITUNE_REDIS_URL="redis://127.0.0.1:1")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "file is not a database" in refused.stderr
+
+
 def test_a_home_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused = run(tmp_path / "file" / "home", "up")
@@ -62,6 +70,13 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert str(port) in refused.stderr
     assert "VERITUNE_PORT" in refused.stderr
+
+
+def test_a_host_that_cannot_be_is_named(tmp_path: Path) -> None:
+    refused = run(tmp_path, "up", VERITUNE_HOST="nowhere.invalid", VERITUNE_API_KEY="a key")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "nowhere.invalid" in refused.stderr
+    assert "set VERITUNE_HOST" in refused.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
