@@ -25,7 +25,7 @@ def read_columns(given: Mapping[str, str] | None) -> Columns:
                 problems=(Problem(("columns", key), "not a column that is read", f"known: {', '.join(known)}"),),
             )
         if not isinstance(name, str) or not name.strip():
-            raise InvalidError(f"columns.{key} is no column's name", code="bad_columns")
+            raise InvalidError(f"{_field(key)} is no column's name", code="bad_columns")
     return Columns(**{key: name.strip() for key, name in (given or {}).items()})
 
 
@@ -46,9 +46,14 @@ def check_header(names: Sequence[str], columns: Columns, shapes: Iterable[str] =
             raise InvalidError(
                 f"{names.count(name)} columns are called {name[:40]!r}; rename all but one",
                 code="duplicate_column",
-                problems=(Problem(("columns", name), "the name stands more than once in the header"),),
+                problems=(Problem(("file",), f"{name[:40]!r} stands more than once in the header"),),
             )
     return frozenset(used)
+
+
+def _field(role: str) -> str:
+    """The field of an upload that says which column holds what."""
+    return f"{role}_column"
 
 
 def missing_column(role: str, wanted: str, names: Sequence[str]) -> InvalidError:
@@ -57,10 +62,10 @@ def missing_column(role: str, wanted: str, names: Sequence[str]) -> InvalidError
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     message = f"there is no column {wanted[:40]!r}; found: {shown}{more}"
     close = _closest(role, wanted, names)
-    hint = f"did you mean {close[:40]!r}? Map it: columns {{{role!r}: {close[:40]!r}}}" if close else None
-    hint = hint or f"rename the column that holds the {role} to {wanted[:40]!r}, or map it in `columns`"
+    hint = f"did you mean {close[:40]!r}? Send {_field(role)}={close[:40]}" if close else None
+    hint = hint or f"rename the column that holds the {role} to {wanted[:40]!r}, or name it in {_field(role)}"
     return InvalidError(
-        f"{message}; {hint}", code="missing_column", problems=(Problem(("columns", role), message, hint),)
+        f"{message}; {hint}", code="missing_column", problems=(Problem((_field(role),), message, hint),)
     )
 
 

@@ -46,6 +46,18 @@ def test_columns_may_have_other_names(client: TestClient) -> None:
     assert made.json()["report"]["columns"] == {"claim": "statement", "label": "gold", "trajectories": "trajectories"}
 
 
+def test_the_hint_of_a_missing_column_is_a_field_that_helps(client: TestClient) -> None:
+    rows = dataset_jsonl().replace(b'"trajectories"', b'"trace"').splitlines()
+    table = b"claim,trace\n" + b"".join(b'"x","%s"\n' % json.loads(row)["trace"].encode() for row in rows)
+    (error,) = problem(post_file(client, "/datasets", table, "rows.csv"), 422, "missing_column")["errors"]
+    assert error["hint"] == "did you mean 'trace'? Send trajectories_column=trace"
+    field, _, column = error["hint"].rpartition(" ")[2].partition("=")
+    assert error["loc"] == [field]
+    assert post_file(client, "/datasets", table, "rows.csv", **{field: column}).status_code == 201
+    nothing_like = problem(post_file(client, "/datasets", b"claim,b\nx,y\n", "rows.csv"), 422, "missing_column")
+    assert "name it in trajectories_column" in nothing_like["detail"]
+
+
 @needs_shared_data
 def test_the_users_own_file(client: TestClient) -> None:
     source = SHARED / "react_fever_270.csv"

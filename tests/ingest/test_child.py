@@ -70,8 +70,8 @@ def test_columns_are_mapped(out: Path) -> None:
 def test_an_error_crosses_the_process_with_its_places(out: Path) -> None:
     error = refused(out, b"claim,trace\nOne.,x\n", "a.csv")
     assert error.code == "missing_column"
-    assert error.problems[0].loc == ("columns", "trajectories")
-    assert error.problems[0].hint == "did you mean 'trace'? Map it: columns {'trajectories': 'trace'}"
+    assert error.problems[0].loc == ("trajectories_column",)
+    assert error.problems[0].hint == "did you mean 'trace'? Send trajectories_column=trace"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_a_missing_column_is_named_with_those_found(tmp_path: Path) -> None:
     with pytest.raises(InvalidError, match=r"found: 'claim', 'trajectory'.*did you mean 'trajectory'") as caught:
         read(tmp_path, b"claim,trajectory\nOne.,x\n", "a.csv")
     assert caught.value.code == "missing_column"
-    assert caught.value.problems[0].loc == ("columns", "trajectories")
+    assert caught.value.problems[0].loc == ("trajectories_column",)
 
 
 def test_a_name_that_stands_twice_is_refused_if_it_is_read(tmp_path: Path) -> None:
