@@ -36,6 +36,15 @@ def test_devices_show_who_has_how_much_of_them(client: TestClient, served: Servi
     assert training == {"tenant": "training", "bytes": 1 << 33, "policy": "yield", "job_id": "job_1"}
 
 
+def test_a_job_that_is_late_ends_in_no_time(client: TestClient, served: Services) -> None:
+    served.devices.report("host/gpu", CPU)
+    held = served.ledger.train("host", "trainer", "job_1", 1 << 33, 1 << 33).held
+    assert held is not None
+    served.ledger.expect(held, -60.0)
+    (device,) = client.get("/devices").json()["data"]
+    assert [one["ends_in"] for one in device["reservations"]] == [0.0]
+
+
 def test_live_says_nothing_of_the_other_parts(door: TestClient) -> None:
     assert door.get("/health/live").json() == {"status": "live"}
 

@@ -78,6 +78,6 @@ def _held(row: Row[*tuple[Any, ...]]) -> Held:
         bytes=row.bytes,
         policy=row.policy and Policy(row.policy),
         job_id=row.job_id,
-        ends_in=None if row.ends_in is None else round(row.ends_in, 1),
+        ends_in=None if row.ends_in is None else max(0.0, round(row.ends_in, 1)),  # it may take longer than expected
     )
     return Held(row.host, row.owner, reservation)
