@@ -7,7 +7,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict
 
 from app.api.dependencies import ServicesDep, problems
-from app.domain.errors import Problem, UnavailableError
+from app.composition import Services
+from app.domain.errors import Problem, UnavailableError, VerituneError
 
 router = APIRouter(tags=["deployment"])
 
@@ -38,18 +39,25 @@ def ready(services: ServicesDep) -> Ready:
     """
     trainer = services.devices.trainer()
     parts = {
-        "base_model": (bool(services.base_models.all()), "run: veritune models fetch"),
-        "trainer": (trainer is not None and trainer.online, "start one: python -m worker"),
-        "inference": (
-            services.predictions.ready() or services.ledger.makes_way(),
-            "start it: python -m worker.inference",
-        ),
+        "base_model": None if services.base_models.all() else ("is not there", "run: veritune models fetch"),
+        "trainer": None if trainer and trainer.online else ("is not there", "start one: python -m worker"),
+        "inference": _inference(services),
     }
-    missing = tuple(Problem((part,), "is not there", hint) for part, (there, hint) in parts.items() if not there)
+    missing = tuple(Problem((part,), *wrong) for part, wrong in parts.items() if wrong)
     if missing:
         names = ", ".join(str(part.loc[0]) for part in missing)
         raise UnavailableError(f"not ready: {names}", code="not_ready", problems=missing, retry_after=2)
     return Ready()
+
+
+def _inference(services: Services) -> tuple[str, str] | None:
+    """Why inference does not answer, as a prediction would be told, and what to do; None where it does or makes way."""
+    try:
+        services.predictions.check()
+    except VerituneError as error:
+        if not services.ledger.makes_way():
+            return error.detail, "where it does not run, start it: python -m worker.inference"
+    return None
 
 
 @router.get(

@@ -43,8 +43,8 @@ class Generator(Protocol):
     def generate(self, request: GenerationRequest) -> Generated:
         """Raises UnavailableError or BusyError (try again) and InvalidError (never will work)."""
 
-    def healthy(self) -> bool:
-        """Whether the server answers now."""
+    def check(self) -> None:
+        """Ask whether the server would answer now. Raises what `generate` would."""
 
     def close(self) -> None:
         """Let go of connections."""

@@ -38,11 +38,7 @@ class CompletionsGenerator:
         try:
             response = self._client.post("/v1/completions", json=_body(request))
         except httpx.TransportError as error:
-            raise UnavailableError(
-                f"the inference server does not answer ({type(error).__name__})",
-                code="inference_away",
-                retry_after=2,
-            ) from error
+            raise _unanswered(error) from error
         _raise_for(response)
         try:
             return _read(response.json())
@@ -51,11 +47,12 @@ class CompletionsGenerator:
                 "the inference server's answer is none of vLLM's completions protocol", code="inference_not_understood"
             ) from error
 
-    def healthy(self) -> bool:
+    def check(self) -> None:
         try:
-            return self._client.get("/health", timeout=2.0).status_code == httpx.codes.OK
-        except httpx.TransportError:
-            return False
+            response = self._client.get("/health", timeout=2.0)
+        except httpx.TransportError as error:
+            raise _unanswered(error) from error
+        _raise_for(response)
 
     def close(self) -> None:
         self._client.close()
@@ -89,6 +86,11 @@ def _body(request: GenerationRequest) -> dict[str, Any]:
     if request.logprobs is not None:
         body |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
     return body
+
+
+def _unanswered(error: httpx.TransportError) -> UnavailableError:
+    what = f"the inference server does not answer ({type(error).__name__})"
+    return UnavailableError(what, code="inference_away", retry_after=2)
 
 
 def _raise_for(response: httpx.Response) -> None:

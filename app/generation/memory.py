@@ -47,8 +47,8 @@ class ScriptedGenerator:
             prompt_tokens=len(request.prompt),
         )
 
-    def healthy(self) -> bool:
-        return True
+    def check(self) -> None:
+        return
 
     def close(self) -> None:
         return

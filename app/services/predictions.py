@@ -104,8 +104,9 @@ class Predictions:
         with self._slot(), ThreadPoolExecutor(min(BATCH_THREADS, len(requests))) as pool:
             return list(pool.map(one, requests))
 
-    def ready(self) -> bool:
-        return self._generator.healthy()
+    def check(self) -> None:
+        """Raises VerituneError, in inference's own words, where no claim could be judged now."""
+        self._generator.check()
 
     @contextmanager
     def _slot(self) -> Iterator[None]:

@@ -1,9 +1,11 @@
 """What this deployment has and how it does: base models, devices, health, metrics."""
 
+import pytest
 from starlette.testclient import TestClient
 
 from app.composition import Services
 from app.domain.devices import DeviceDescription
+from app.domain.errors import UnavailableError
 from app.main import create_app
 from tests.api.conftest import HOST, places, problem
 
@@ -56,6 +58,20 @@ def test_ready_names_what_is_missing(door: TestClient) -> None:
     assert places(document) == ["trainer", "inference"]
     assert all(error["hint"] for error in document["errors"])
     assert response.headers["retry-after"] == "2"
+
+
+def test_ready_tells_inference_that_is_away_from_inference_that_starts(
+    client: TestClient, served: Services, door: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starting() -> None:
+        raise UnavailableError("the inference engine is starting", code="inference_away")
+
+    served.devices.report("host", CPU)
+    monkeypatch.setattr(served.generator, "check", starting)
+    (starts,) = problem(client.get("/health/ready"), 503, "not_ready")["errors"]
+    (_, away) = problem(door.get("/health/ready"), 503, "not_ready")["errors"]
+    assert (starts["loc"], starts["message"]) == (["inference"], "the inference engine is starting")
+    assert "does not answer" in away["message"]
 
 
 def test_ready(client: TestClient, served: Services) -> None:

@@ -116,8 +116,8 @@ def test_one_of_the_allowed_tokens_comes_and_all_are_weighed(
     assert math.isclose(sum(map(math.exp, answer.first_logprobs.values())), 1.0, abs_tol=1e-3)
 
 
-def test_a_server_that_answers_is_healthy(generator: Generator) -> None:
-    assert generator.healthy()
+def test_a_server_that_answers_has_nothing_to_say_of_itself(generator: Generator) -> None:
+    generator.check()
 
 
 def test_a_regex_bounds_what_is_written(connect: Connect, asked: Asked) -> None:
@@ -193,7 +193,8 @@ def test_a_server_that_makes_way_says_when_it_is_back(shelf: Shelf, asked: Asked
         closing(CompletionsGenerator(str(server.client.base_url))) as client,
     ):
         until(lambda: "job_1" in server.front.link.why)
-        assert not client.healthy()
+        with pytest.raises(UnavailableError, match="makes way for training"):
+            client.check()
         with pytest.raises(UnavailableError, match="makes way for training") as raised:
             client.generate(asked())
     assert raised.value.code == "inference_away"
@@ -205,7 +206,8 @@ def test_a_server_that_is_away(asked: Asked) -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         with closing(CompletionsGenerator(f"http://127.0.0.1:{taken.getsockname()[1]}")) as client:
-            assert not client.healthy()
+            with pytest.raises(UnavailableError, match="does not answer"):
+                client.check()
             with pytest.raises(UnavailableError) as raised:
                 client.generate(asked())
     assert raised.value.retry_after == 2
@@ -269,10 +271,10 @@ def test_no_question_is_sent_over_a_connection_that_the_server_may_be_closing(mo
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         with closing(CompletionsGenerator(f"http://127.0.0.1:{server.server_port}")) as client:
-            assert client.healthy()
-            assert client.healthy()
+            client.check()
+            client.check()
             assert len(Server.connections) == 1
             time.sleep(0.2)
-            assert client.healthy()
+            client.check()
         server.shutdown()
     assert len(Server.connections) == 2
