@@ -3,10 +3,9 @@
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from app.domain.claims import Claim, Verdict
-from app.domain.spec_base import Name, Reference
+from app.domain.spec_base import Name, Reference, disagree
 from app.domain.trajectories import ActionName
 
 MOST_STEPS = 10
@@ -19,7 +18,9 @@ class _Word(BaseModel):
 class PredictRequest(_Word):
     """What is to be judged, and by what. `adapter` left out: the promoted one, else the base; `null`: the base.
 
-    `store` keeps the answer, under a unique `name` too where one is given.
+    `store` keeps the answer, under a unique `name` too where one is given. In mode `ungrounded` the model writes all
+    steps alone and at once, Observations too: `corpus`, `max_steps` and `samples` are refused, and a stream has the
+    prediction only.
     """
 
     claim: Claim
@@ -37,7 +38,14 @@ class PredictRequest(_Word):
     def _only_what_is_kept_has_a_name(self) -> Self:
         if self.name is not None and not self.store:
             message = "only a prediction that is stored has a name; add store: true, or leave name out"
-            raise PydanticCustomError("name_without_store", "{message}", {"message": message, "place": ("name",)})
+            raise disagree(message, "name", code="name_without_store")
+        return self
+
+    @model_validator(mode="after")
+    def _alone_it_searches_nothing_and_speaks_once(self) -> Self:
+        idle = [name for name in ("corpus", "max_steps", "samples") if name in self.model_fields_set]
+        if self.mode == "ungrounded" and idle:
+            raise disagree(f"{', '.join(idle)} without effect in mode ungrounded; leave it out", idle[0])
         return self
 
 
