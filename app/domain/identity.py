@@ -1,5 +1,6 @@
 """Ids: prefixed, sortable by the time they were made, safe in URLs and file names."""
 
+import re
 import secrets
 import threading
 import time
@@ -7,7 +8,10 @@ import time
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no letter is mistaken for another
 _RANDOM_BITS = 50
 
+_DIGITS = 20
+
 PREFIXES = ("ds", "corp", "job", "adp", "pred", "eval")
+_ID = re.compile(rf"(?:{'|'.join(PREFIXES)})_[{_ALPHABET}]{{{_DIGITS}}}")
 
 
 class _Sequence:
@@ -40,4 +44,9 @@ def _base32(number: int, digits: int) -> str:
 
 def new_id(prefix: str) -> str:
     """`job_` + 10 characters of milliseconds + 10 random ones; later ids of a process sort behind earlier ones."""
-    return f"{prefix}_{_base32(_sequence.next(), 20)}"
+    return f"{prefix}_{_base32(_sequence.next(), _DIGITS)}"
+
+
+def looks_like_id(name: str) -> bool:
+    """Whether a name is spelled as an id: what it would name could be hidden by what has that id, or will have it."""
+    return _ID.fullmatch(name) is not None

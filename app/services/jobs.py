@@ -18,6 +18,7 @@ from app.domain.plans import Plan
 from app.domain.remedies import Change
 from app.domain.specs import JobKind, TrainSpec
 from app.queue import Doorbell
+from app.services.naming import check_name
 from app.services.plans import Plans, Prepared
 
 _TOLD = {
@@ -56,9 +57,11 @@ class Jobs:
     def submit(self, data: Any) -> Job:
         """Queue a job. The worker is told only after the row is committed.
 
-        Raises InvalidError when it does not fit the trainer's memory, with what would.
+        Raises InvalidError for a name that cannot be one, and, with what would fit, where the trainer's memory does not
+        hold it.
         """
         prepared = self._plans.with_remedies(self._plans.prepare(data))
+        check_name(prepared.spec.name)
         _refuse_what_does_not_fit(prepared.plan)
         row = _row(prepared)
         try:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from app.domain.claims import fold
 from app.domain.errors import ConflictError, InvalidError, Problem
+from app.domain.identity import looks_like_id
 from app.domain.spec_base import NAME_PATTERN
 
 LONGEST_FILENAME = 255
@@ -12,9 +13,11 @@ LONGEST_FILENAME = 255
 
 def check_name(asked: str | None) -> None:
     """InvalidError for a name that cannot be one."""
-    if asked is None or re.fullmatch(NAME_PATTERN, asked):
+    if asked is None or (re.fullmatch(NAME_PATTERN, asked) and not looks_like_id(asked)):
         return
     message = "a name has 1 to 100 letters, digits, dots, dashes or underscores and begins with a letter or digit"
+    if looks_like_id(asked):
+        message = "a name is not spelled like an id; choose another one"
     raise InvalidError(f"name: {message}", code="bad_name", problems=(Problem(("name",), message),))
 
 
@@ -35,10 +38,10 @@ def choose_name(asked: str | None, filename: str, taken: Callable[[str], bool], 
 
 
 def free_name(stem: str, taken: Callable[[str], bool]) -> str:
-    """The stem; or, where that is taken, the stem with a number behind it."""
+    """The stem; or, where that is taken or spelled like an id, the stem with a number behind it."""
     number = 1
     name = stem
-    while taken(name):
+    while taken(name) or looks_like_id(name):
         number += 1
         name = f"{stem}-{number}"
     return name

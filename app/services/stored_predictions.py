@@ -8,6 +8,7 @@ from app.db import Database
 from app.db.tables import PredictionRow
 from app.domain.errors import ConflictError, NotFoundError, Problem
 from app.domain.predictions import Prediction
+from app.services.naming import check_name
 
 NAME = "name"
 
@@ -32,9 +33,13 @@ class StoredPredictions:
         return [_view(row) for row in rows], more
 
     def refuse_taken(self, name: str | None) -> None:
-        """ConflictError for a name that is taken already: worth asking before a model is run for it."""
+        """ConflictError for a name that is taken already: worth asking before a model is run for it.
+
+        InvalidError for one that cannot be a name.
+        """
         if name is None:
             return
+        check_name(name)
         with self._database.read() as unit:
             if unit.predictions.find(name) is not None:
                 raise _taken(name)

@@ -96,7 +96,7 @@ def test_a_taken_name_is_refused_before_the_model_is_asked(
     with nothing_left(served):
         document = problem(client.post("/predict", json=asked | {"stream": stream}), 409, "name_taken")
         assert places(document) == ["name"]
-        problem(client.post("/predict", json=asked | {"name": stored["id"]}), 409, "name_taken")
+        problem(client.post("/predict", json=asked | {"name": stored["id"]}), 422, "bad_name")
         (one,) = client.post("/predict/batch", json={"requests": [asked]}).json()["data"]
         assert one["code"] == "name_taken"
     assert len(served.generator.requests) == before

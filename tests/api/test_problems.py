@@ -5,6 +5,7 @@ import json
 import time
 import timeit
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
@@ -15,9 +16,11 @@ from app.api.guard import _check_json
 from app.composition import Services, compose
 from app.domain import errors
 from app.domain.errors import VerituneError
+from app.domain.identity import PREFIXES
 from app.main import create_app
 from app.queue import MemoryDoorbell
-from tests.api.conftest import HOST, places, problem
+from tests.api.conftest import HOST, RHINE, lease, make_checkpoint, nothing_left, places, post_file, problem
+from tests.conftest import corpus_jsonl, dataset_jsonl
 
 KEY = "a key of this test"
 JSON = {"Content-Type": "application/json"}
@@ -307,3 +310,24 @@ def test_every_error_of_the_tree_has_a_status() -> None:
         "UnavailableError": 503,
         "LeaseLostError": 500,
     }
+
+
+@pytest.mark.parametrize("name", [f"{prefix}_01m8ep6b0dvxpbkvs2my" for prefix in PREFIXES])
+def test_no_name_is_spelled_like_an_id(
+    client: TestClient, served: Services, job: str, name: str, tmp_path: Path
+) -> None:
+    """What it would name could be hidden by what has that id."""
+    make_checkpoint(served, lease(served), tmp_path / "1", 1)
+    one = {"claim": RHINE, "mode": "ungrounded", "store": True, "name": name}
+    with nothing_left(served):
+        for refused in (
+            post_file(client, "/datasets", dataset_jsonl(2), name=name),
+            post_file(client, "/corpora", corpus_jsonl(), "pages.jsonl", name=name),
+            client.post("/jobs", json={"dataset": "rows", "name": name}),
+            client.post(f"/jobs/{job}/checkpoints/1/publish", json={"name": name}),
+            client.post("/predict", json=one),
+            client.post("/predict", json=one | {"stream": True}),
+        ):
+            assert places(problem(refused, 422, "bad_name")) == ["name"]
+    made = post_file(client, "/datasets", dataset_jsonl(2), f"{name}.jsonl").json()
+    assert made["name"] == f"{name}-2"
