@@ -24,7 +24,7 @@ from app.knowledge import (
     build_corpus,
     read_lines,
 )
-from app.services.naming import check_name, choose_name, shown_filename
+from app.services.naming import check_known_as, check_name, choose_name, shown_filename
 from app.storage import Blobs, sweep
 from app.storage.blobs import hash_file
 
@@ -64,7 +64,7 @@ class Corpora:
         sweep(self._directory, ".build-*", ".*.sqlite.*")
 
     def create(self, upload: Path, filename: str, name: str | None) -> tuple[Corpus, bool]:
-        """(the corpus, whether it is new): the same pages give the same corpus again, by whatever name."""
+        """(the corpus, whether it is new): the same pages give the same corpus again, and have one name."""
         check_name(name)
         filename = shown_filename(filename)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -73,9 +73,9 @@ class Corpora:
             report = _build(upload, built)
             digest, size = hash_file(built)
             with self._database.read() as unit:
-                if known := unit.corpora.by_digest(digest):
-                    return self._view(unit, known), False
-                _choose(unit, name, filename)  # refused before the pages are stored
+                if same := self._same(unit, digest, name):
+                    return same, False
+                _choose(unit, name, filename, digest)  # refused before the pages are stored
             self._blobs.put_file(built)
         return self._add(report, digest, size, filename, name)
 
@@ -84,9 +84,11 @@ class Corpora:
     ) -> tuple[Corpus, bool]:
         try:
             with self._database.write() as unit:
+                if same := self._same(unit, digest, name):
+                    return same, False
                 row = CorpusRow(
                     id=new_id("corp"),
-                    name=_choose(unit, name, filename),
+                    name=_choose(unit, name, filename, digest),
                     digest=digest,
                     bytes=size,
                     pages=report.pages,
@@ -98,11 +100,19 @@ class Corpora:
                     unit.aliases.point(RESOURCE, DEFAULT, row.id)
         except IntegrityError:  # the same pages, or the same name, came in twice at once
             with self._database.read() as unit:
-                known = unit.corpora.by_digest(digest)
-                if known is None:
-                    raise ConflictError("that name was taken meanwhile; try again", code="name_taken") from None
-                return self._view(unit, known), False
+                same = self._same(unit, digest, name)
+            if same is None:
+                raise ConflictError("that name was taken meanwhile; try again", code="name_taken") from None
+            return same, False
         return self.get(row.id), True
+
+    def _same(self, unit: Unit, digest: str, name: str | None) -> Corpus | None:
+        """The corpus that has these pages. ConflictError where it has another name than is asked for."""
+        known = unit.corpora.by_digest(digest)
+        if known is None:
+            return None
+        check_known_as(name, known.name, known.id, "corpus")
+        return self._view(unit, known)
 
     def get(self, reference: str) -> Corpus:
         with self._database.read() as unit:
@@ -190,8 +200,12 @@ def _build(upload: Path, out: Path) -> CorpusReport:
         raise InvalidError(str(error), code="bad_corpus") from None
 
 
-def _choose(unit: Unit, name: str | None, filename: str) -> str:
-    return choose_name(name, filename, lambda taken: unit.corpora.find(taken) is not None, "corpus")
+def _choose(unit: Unit, name: str | None, filename: str, digest: str) -> str:
+    def taken(wanted: str) -> bool:
+        row = unit.corpora.find(wanted)
+        return row is not None and row.digest != digest  # the same pages may come in several times at once
+
+    return choose_name(name, filename, taken, "corpus")
 
 
 def _found(unit: Unit, reference: str) -> CorpusRow:

@@ -15,7 +15,7 @@ from app.domain.errors import ConflictError, NotFoundError
 from app.domain.identity import new_id
 from app.domain.trajectories import Trajectory
 from app.ingest import ingest
-from app.services.naming import check_name, choose_name, shown_filename
+from app.services.naming import check_known_as, check_name, choose_name, shown_filename
 from app.storage import Blobs, sweep
 
 
@@ -56,16 +56,16 @@ class Datasets:
     def create(
         self, upload: Path, filename: str, content_type: str | None, name: str | None, columns: dict[str, str]
     ) -> tuple[Dataset, bool]:
-        """(the dataset, whether it is new): the same content gives the same dataset again, by whatever name."""
+        """(the dataset, whether it is new): the same content gives the same dataset again, and has one name."""
         check_name(name)
         filename = shown_filename(filename)
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ingest-") as directory:
             read = ingest(upload, filename, content_type, Path(directory), columns=columns)
             with self._database.read() as unit:
-                if known := unit.datasets.by_digest(read.digest):
-                    return _view(known), False
-                _choose(unit, name, filename)  # refused before the content is stored
+                if same := _same(unit, read.digest, name):
+                    return same, False
+                _choose(unit, name, filename, read.digest)  # refused before the content is stored
             size = self._blobs.put_file(read.canonical).size
         return self._add(read.report, read.digest, size, filename, name)
 
@@ -74,9 +74,11 @@ class Datasets:
     ) -> tuple[Dataset, bool]:
         try:
             with self._database.write() as unit:
+                if same := _same(unit, digest, name):
+                    return same, False
                 row = DatasetRow(
                     id=new_id("ds"),
-                    name=_choose(unit, name, filename),
+                    name=_choose(unit, name, filename, digest),
                     digest=digest,
                     filename=filename,
                     bytes=size,
@@ -87,10 +89,10 @@ class Datasets:
                 unit.datasets.add(row)
         except IntegrityError:  # the same content, or the same name, came in twice at once
             with self._database.read() as unit:
-                known = unit.datasets.by_digest(digest)
-            if known is None:
+                same = _same(unit, digest, name)
+            if same is None:
                 raise ConflictError("that name was taken meanwhile; try again", code="name_taken") from None
-            return _view(known), False
+            return same, False
         return _view(row), True
 
     def get(self, reference: str) -> Dataset:
@@ -135,8 +137,21 @@ class Datasets:
             self._blobs.delete(blob)
 
 
-def _choose(unit: Unit, name: str | None, filename: str) -> str:
-    return choose_name(name, filename, lambda taken: unit.datasets.find(taken) is not None, "dataset")
+def _same(unit: Unit, digest: str, name: str | None) -> Dataset | None:
+    """The dataset that has this content. ConflictError where it has another name than is asked for."""
+    known = unit.datasets.by_digest(digest)
+    if known is None:
+        return None
+    check_known_as(name, known.name, known.id, "dataset")
+    return _view(known)
+
+
+def _choose(unit: Unit, name: str | None, filename: str, digest: str) -> str:
+    def taken(wanted: str) -> bool:
+        row = unit.datasets.find(wanted)
+        return row is not None and row.digest != digest  # the same content may come in several times at once
+
+    return choose_name(name, filename, taken, "dataset")
 
 
 def _found(unit: Unit, reference: str) -> DatasetRow:
