@@ -78,7 +78,8 @@ class Settings(BaseSettings):
         default=32,
         ge=1,
         le=1_000,
-        description="Predictions, or batches of them, that an API process takes at once; more get 429.",
+        description="Predictions, or batches of them, that an API process takes at once, a quarter of them kept from "
+        "any one model; more get 429.",
     )
     max_sequence_length: int = Field(
         default=2_048, ge=64, description="Cap on the sequence length a spec gets by default."

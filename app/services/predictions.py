@@ -5,16 +5,15 @@ from collections import Counter
 from collections.abc import Generator as Generating
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
-from threading import BoundedSemaphore
 from typing import Literal
 
 from app.db.tables import BaseModelRow
 from app.domain.adapters import Adapter
 from app.domain.approaches import Quantization
 from app.domain.claims import Verdict, read_verdict
-from app.domain.errors import BusyError, ConflictError, VerituneError
+from app.domain.errors import ConflictError, VerituneError
 from app.domain.identity import new_id
 from app.domain.predictions import (
     ObservedText,
@@ -35,6 +34,7 @@ from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.corpora import Corpora
 from app.services.reasoning import ReactLoop, Trace, written
+from app.services.slots import Slots
 from app.services.stored_predictions import StoredPredictions
 from app.services.writing import Pen
 
@@ -79,54 +79,55 @@ class Predictions:
         self._base_models = base_models
         self._corpora = corpora
         self._generator = generator
-        self._slots = BoundedSemaphore(slots)
+        self._slots = Slots(slots)
         self._cap = max_sequence_length
 
     def predict(self, request: PredictRequest) -> Prediction:
         """Judge one claim."""
-        with self._slot():
-            return self._drain(request)
+        answerer = self._answerer(request)
+        with self._slots.slot({answerer.model}):
+            return self._drain(request, answerer)
 
     def events(self, request: PredictRequest) -> Generating[PredictionEvent]:
         """Judge one claim and tell of it on the way; the first event comes after all checks have passed."""
-        with self._slot():
-            yield from self._run(request)
+        answerer = self._answerer(request)
+        with self._slots.slot({answerer.model}):
+            yield from self._run(request, answerer)
 
     def batch(self, requests: Sequence[PredictRequest]) -> list[Prediction | VerituneError]:
         """Judge many claims, several at a time; one that fails leaves its error in its place."""
 
         def one(request: PredictRequest) -> Prediction | VerituneError:
             try:
-                return self._drain(request)
+                return self._drain(request, self._answerer(request))
             except VerituneError as error:
                 return error
 
-        with self._slot(), ThreadPoolExecutor(min(BATCH_THREADS, len(requests))) as pool:
+        with self._slots.slot(self._models(requests)), ThreadPoolExecutor(min(BATCH_THREADS, len(requests))) as pool:
             return list(pool.map(one, requests))
 
     def check(self) -> None:
         """Raises VerituneError, in inference's own words, where no claim could be judged now."""
         self._generator.check()
 
-    @contextmanager
-    def _slot(self) -> Iterator[None]:
-        if not self._slots.acquire(blocking=False):
-            raise BusyError("all prediction slots are taken; try again", code="predictions_busy", retry_after=2)
-        try:
-            yield
-        finally:
-            self._slots.release()
+    def _models(self, requests: Sequence[PredictRequest]) -> set[str]:
+        """Those that a batch asks, as far as they are known; each is looked up once, however often it is named."""
+        asked = {(one.adapter, one.base_model, "adapter" in one.model_fields_set): one for one in requests}
+        found = set()
+        for one in asked.values():
+            with suppress(VerituneError):  # told in the request's place
+                found.add(self._answerer(one).model)
+        return found
 
-    def _drain(self, request: PredictRequest) -> Prediction:
-        for event in self._run(request):
+    def _drain(self, request: PredictRequest, answerer: Answerer) -> Prediction:
+        for event in self._run(request, answerer):
             if isinstance(event, Predicted):
                 return event.prediction
         raise AssertionError("the loop ends with a prediction")
 
-    def _run(self, request: PredictRequest) -> Iterator[PredictionEvent]:
+    def _run(self, request: PredictRequest, answerer: Answerer) -> Iterator[PredictionEvent]:
         started = time.monotonic()
         self._stored.refuse_taken(request.name)
-        answerer = self._answerer(request)
         runs: list[Run] = []
         if request.mode == "ungrounded":
             runs.append(self._alone(request, answerer))

@@ -1,7 +1,7 @@
 """/predict: a claim judged whole, streamed and in batches, and what is refused before any model is asked."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from app.composition import Services
 from app.domain.errors import BusyError, UnavailableError, VerituneError
-from app.domain.predictions import PredictRequest
+from app.domain.predictions import PredictionEvent, PredictRequest
 from app.generation import Generated, GenerationRequest, ScriptedGenerator
 from tests.api.conftest import RHINE, nothing_left, places, problem, traces, walk
 
@@ -25,6 +25,13 @@ def events_of(response: Any) -> list[tuple[str, dict[str, Any]]]:
         event, data = block.split("\n")
         found.append((event.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
     return found
+
+
+def hold(served: Services, slots: int, by: str | None) -> list[Generator[PredictionEvent]]:
+    """Take so many slots with predictions by one adapter that go no further than their first event."""
+    held = [served.predictions.events(PredictRequest(claim=RHINE, adapter=by)) for _ in range(slots)]
+    assert [next(stream).event for stream in held] == ["thought"] * slots
+    return held
 
 
 @pytest.fixture
@@ -174,21 +181,31 @@ def test_a_slot_comes_back_from_every_ending(
             for stream in (False, True):
                 client.post("/predict", json={"claim": RHINE, "stream": stream})
     fails_at(1_000_000, UnavailableError("never"))
-    held = [served.predictions.events(PredictRequest(claim=RHINE)) for _ in range(served.settings.prediction_slots)]
-    assert [next(stream).event for stream in held] == ["thought"] * served.settings.prediction_slots
+    most = served.settings.prediction_slots * 3 // 4
+    assert len(hold(served, most, None)) == most
 
 
-def test_a_full_house_is_told_to_come_back(client: TestClient, served: Services, corpus: str) -> None:
+def test_a_crowd_at_one_adapter_keeps_no_other_out(
+    client: TestClient, served: Services, corpus: str, adapter: str
+) -> None:
+    def refused(by: str | None) -> list[bool]:
+        one = {"claim": RHINE, "adapter": by}
+        bodies = {"/predict": one, "/predict/batch": {"requests": [one, {"claim": RHINE, "adapter": "adp_nowhere"}]}}
+        responses = [client.post(route, json=body) for route, body in bodies.items()]
+        for response in responses:
+            if response.status_code != 200:
+                problem(response, 429, "predictions_busy")
+                assert response.headers["retry-after"] == "2"
+        return [response.status_code != 200 for response in responses]
+
     slots = served.settings.prediction_slots
-    held = [served.predictions.events(PredictRequest(claim=RHINE)) for _ in range(slots)]
-    for stream in held:
-        next(stream)
-    for route, body in (("/predict", {"claim": RHINE}), ("/predict/batch", {"requests": [{"claim": RHINE}]})):
-        response = client.post(route, json=body)
-        problem(response, 429, "predictions_busy")
-        assert response.headers["retry-after"] == "2"
+    held = hold(served, slots * 3 // 4, adapter)
+    assert (refused("first"), refused(None)) == ([True, True], [False, False])
+    others = hold(served, slots // 4, None)
+    assert (refused("first"), refused(None)) == ([True, True], [True, True])
     held.pop().close()
-    assert client.post("/predict", json={"claim": RHINE}).status_code == 200
+    assert (refused("first"), refused(None)) == ([False, False], [False, False])
+    others.pop().close()
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ def test_an_unknown_adapter_is_named(services: Services) -> None:
 
 def test_a_full_house_is_busy_and_a_slot_comes_back(ask: Callable[[Script], Services]) -> None:
     served = ask(STRAIGHT)
-    slots = served.settings.prediction_slots
+    slots = served.settings.prediction_slots * 3 // 4
     open_streams = [served.predictions.events(PredictRequest(claim=CLAIM)) for _ in range(slots)]
     for stream in open_streams:
         next(stream)
