@@ -1,8 +1,9 @@
 """What routes share: the services, paging, uploads, the idempotency key, pages of answers."""
 
+import asyncio
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from app.composition import Services
 from app.domain.claims import forbidden_character
 from app.domain.errors import InvalidError, Problem
 from app.domain.reading import did_you_mean
+from app.services.writing import Gone
 
 Item = TypeVar("Item")
 FILE = "file"
@@ -39,8 +41,25 @@ async def raw_body(request: Request) -> bytes:
     return await request.body()
 
 
+async def client_gone(request: Request) -> AsyncIterator[Gone]:
+    """Tells whether the client has hung up, for as long as its request is worked on. The body has been read by then."""
+    gone = asyncio.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield gone.is_set
+    finally:
+        watching.cancel()
+
+
 ServicesDep = Annotated[Services, Depends(services)]
 RawBody = Annotated[bytes, Depends(raw_body)]
+ClientGone = Annotated[Gone, Depends(client_gone)]
 After = Annotated[
     str | None,
     Query(

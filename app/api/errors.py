@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from app.domain.errors import (
     BusyError,
     ConflictError,
+    CutOffError,
     InvalidError,
     NotFoundError,
     Problem,
@@ -40,6 +41,7 @@ STATUS: tuple[tuple[type[VerituneError], int], ...] = (
     (ConflictError, 409),
     (BusyError, 429),
     (UnavailableError, 503),
+    (CutOffError, 400),
 )
 
 

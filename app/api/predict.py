@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.dependencies import (
     After,
+    ClientGone,
     IdempotencyKey,
     Limit,
     Page,
@@ -24,6 +25,7 @@ from app.api.errors import ProblemDocument, document_of, unexpected
 from app.api.routing import TypedRoute
 from app.domain.errors import InvalidError, VerituneError
 from app.domain.predictions import Prediction, PredictionEvent, PredictRequest
+from app.services.writing import stays
 
 router = APIRouter(tags=["predictions"], route_class=TypedRoute)
 
@@ -79,6 +81,7 @@ def predict(
     services: ServicesDep,
     ask: Annotated[PredictRequest, Body(openapi_examples=_ASK)],
     body: RawBody,
+    gone: ClientGone,
     key: IdempotencyKey = None,
 ) -> Response:
     """Verdict, its probability, the steps taken and the sentences read.
@@ -87,12 +90,12 @@ def predict(
     `stream: true` the steps come as server-sent events, the prediction last.
     """
     if ask.stream:
-        told = services.predictions.events(ask)
+        told = services.predictions.events(ask, gone)
         first = next(told)  # raises here, before any header is sent, when the request cannot be served
         return StreamingResponse(_stream(chain([first], told)), media_type="text/event-stream")
 
     def work() -> tuple[int, dict[str, Any]]:
-        return 200, services.predictions.predict(ask).model_dump(mode="json")
+        return 200, services.predictions.predict(ask, gone if key is None else stays).model_dump(mode="json")
 
     status, answer = services.idempotency.once("POST /predict", key, body, work)
     return JSONResponse(answer, status)
@@ -119,6 +122,7 @@ def batch(
     services: ServicesDep,
     ask: Annotated[BatchRequest, Body(openapi_examples=_ASK_MANY)],
     body: RawBody,
+    gone: ClientGone,
     key: IdempotencyKey = None,
 ) -> Response:
     """Several run at a time. One that cannot be judged leaves a problem in its place."""
@@ -126,7 +130,7 @@ def batch(
         raise InvalidError("a batch is not streamed; leave stream out", code="batch_not_streamed")
 
     def work() -> tuple[int, dict[str, Any]]:
-        answers = services.predictions.batch(ask.requests)
+        answers = services.predictions.batch(ask.requests, gone if key is None else stays)
         return 200, BatchAnswer(data=[_told(answer) for answer in answers]).model_dump(mode="json")
 
     status, answer = services.idempotency.once("POST /predict/batch", key, body, work, _final)

@@ -8,6 +8,7 @@ VerituneError
 ├── ConflictError       the request is fine, the present state forbids it
 ├── BusyError           try again after `retry_after` seconds: a bounded queue is full
 ├── UnavailableError    try again after `retry_after` seconds: a part is away
+├── CutOffError         whoever asked has gone: nobody waits for the answer
 └── LeaseLostError      internal: an attempt that no longer owns its job tried to write
 """
 
@@ -71,6 +72,10 @@ class BusyError(VerituneError):
 
 class UnavailableError(VerituneError):
     default_code = "unavailable"
+
+
+class CutOffError(VerituneError):
+    default_code = "cut_off"
 
 
 class LeaseLostError(VerituneError):

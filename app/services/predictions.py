@@ -13,7 +13,7 @@ from app.db.tables import BaseModelRow
 from app.domain.adapters import Adapter
 from app.domain.approaches import Quantization
 from app.domain.claims import Verdict, read_verdict
-from app.domain.errors import ConflictError, VerituneError
+from app.domain.errors import ConflictError, CutOffError, VerituneError
 from app.domain.identity import new_id
 from app.domain.predictions import (
     ObservedText,
@@ -36,7 +36,7 @@ from app.services.corpora import Corpora
 from app.services.reasoning import ReactLoop, Trace, written
 from app.services.slots import Slots
 from app.services.stored_predictions import StoredPredictions
-from app.services.writing import Pen
+from app.services.writing import Gone, Pen, stays
 
 BATCH_THREADS = 16
 SAMPLING_TEMPERATURE = 0.7
@@ -82,24 +82,26 @@ class Predictions:
         self._slots = Slots(slots)
         self._cap = max_sequence_length
 
-    def predict(self, request: PredictRequest) -> Prediction:
-        """Judge one claim."""
+    def predict(self, request: PredictRequest, gone: Gone = stays) -> Prediction:
+        """Judge one claim. CutOffError, between two calls of the model, once whoever asked is gone."""
         answerer = self._answerer(request)
         with self._slots.slot({answerer.model}):
-            return self._drain(request, answerer)
+            return self._drain(request, answerer, gone)
 
-    def events(self, request: PredictRequest) -> Generating[PredictionEvent]:
+    def events(self, request: PredictRequest, gone: Gone = stays) -> Generating[PredictionEvent]:
         """Judge one claim and tell of it on the way; the first event comes after all checks have passed."""
         answerer = self._answerer(request)
         with self._slots.slot({answerer.model}):
-            yield from self._run(request, answerer)
+            yield from self._run(request, answerer, gone)
 
-    def batch(self, requests: Sequence[PredictRequest]) -> list[Prediction | VerituneError]:
+    def batch(self, requests: Sequence[PredictRequest], gone: Gone = stays) -> list[Prediction | VerituneError]:
         """Judge many claims, several at a time; one that fails leaves its error in its place."""
 
         def one(request: PredictRequest) -> Prediction | VerituneError:
             try:
-                return self._drain(request, self._answerer(request))
+                return self._drain(request, self._answerer(request), gone)
+            except CutOffError:  # of all of them
+                raise
             except VerituneError as error:
                 return error
 
@@ -119,23 +121,23 @@ class Predictions:
                 found.add(self._answerer(one).model)
         return found
 
-    def _drain(self, request: PredictRequest, answerer: Answerer) -> Prediction:
-        for event in self._run(request, answerer):
+    def _drain(self, request: PredictRequest, answerer: Answerer, gone: Gone) -> Prediction:
+        for event in self._run(request, answerer, gone):
             if isinstance(event, Predicted):
                 return event.prediction
         raise AssertionError("the loop ends with a prediction")
 
-    def _run(self, request: PredictRequest, answerer: Answerer) -> Iterator[PredictionEvent]:
+    def _run(self, request: PredictRequest, answerer: Answerer, gone: Gone) -> Iterator[PredictionEvent]:
         started = time.monotonic()
         self._stored.refuse_taken(request.name)
         runs: list[Run] = []
         if request.mode == "ungrounded":
-            runs.append(self._alone(request, answerer))
+            runs.append(self._alone(request, self._pen(answerer, None, gone), answerer.limit))
             corpus = None
         else:
             corpus, source = self._corpora.open(request.corpus)
             for sample in range(request.samples):
-                pen = self._pen(answerer, sample if request.samples > 1 else None)
+                pen = self._pen(answerer, sample if request.samples > 1 else None, gone)
                 loop = ReactLoop(pen, Reading(source), request.claim, request.max_steps, answerer.limit)
                 for event in loop.run():
                     if sample == 0:
@@ -170,7 +172,7 @@ class Predictions:
         limit = adapter.manifest.max_sequence_length
         return Answerer(adapter.digest, adapter.id, base, form, limit, generation)
 
-    def _pen(self, answerer: Answerer, sample: int | None) -> Pen:
+    def _pen(self, answerer: Answerer, sample: int | None, gone: Gone) -> Pen:
         generation = answerer.generation
         warm = generation.temperature or (0.0 if sample is None else SAMPLING_TEMPERATURE)
         room = max(16, answerer.limit // 4)
@@ -182,15 +184,15 @@ class Predictions:
             top_p=generation.top_p,
             max_thought_tokens=min(generation.max_new_tokens, room),
             seed=sample,
+            gone=gone,
         )
 
-    def _alone(self, request: PredictRequest, answerer: Answerer) -> Run:
-        """Ungrounded: the model writes the whole trajectory, Observations included."""
-        pen = self._pen(answerer, None)
+    def _alone(self, request: PredictRequest, pen: Pen, limit: int) -> Run:
+        """Ungrounded: the model writes the whole trajectory, Observations included, within `limit` tokens."""
         pen.begin(pen.encoder.form.head(request.claim))
         opening = list(pen.ids)
         pen.append([header("Thought", 1)])
-        room = answerer.limit - len(pen.ids) - 1
+        room = limit - len(pen.ids) - 1
         text = pen.everything(max(1, min(UNGROUNDED_TOKENS, room)))
         trace = Trace(steps=_steps(f"Thought 1:{text}"))
         pen.ids = opening

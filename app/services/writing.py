@@ -6,11 +6,12 @@ kept as they are; a token that holds a stop and something more is replaced by th
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from app.domain.claims import STEP_MARKER, Verdict
 from app.domain.encoding import Encoder
+from app.domain.errors import CutOffError
 from app.domain.predictions import Usage
 from app.domain.react import Part, Segment, action_atom, header
 from app.domain.trajectories import ARGUMENT_LIMIT, ActionName
@@ -51,9 +52,21 @@ class Meter:
         )
 
 
+Gone = Callable[[], bool]
+"""Whether whoever asked has gone."""
+
+
+def stays() -> bool:
+    """Whoever asked stays, or comes back for the answer."""
+    return False
+
+
 @dataclass(slots=True)
 class Pen:
-    """Writes for one model with one format. `ids` is the prompt so far, BOS included."""
+    """Writes for one model with one format. `ids` is the prompt so far, BOS included.
+
+    Once whoever asked is `gone`, the model is asked no more: CutOffError.
+    """
 
     generator: Generator
     encoder: Encoder
@@ -62,6 +75,7 @@ class Pen:
     top_p: float
     max_thought_tokens: int
     seed: int | None = None
+    gone: Gone = stays
     ids: list[int] = field(default_factory=list)
     meter: Meter = field(default_factory=Meter)
 
@@ -139,6 +153,8 @@ class Pen:
         logprobs: int | None = None,
         prompt: list[int] | None = None,
     ) -> Generated:
+        if self.gone():
+            raise CutOffError("the client has gone")
         started = time.monotonic()
         answer = self.generator.generate(
             GenerationRequest(

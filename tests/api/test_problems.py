@@ -308,6 +308,7 @@ def test_every_error_of_the_tree_has_a_status() -> None:
         "ConflictError": 409,
         "BusyError": 429,
         "UnavailableError": 503,
+        "CutOffError": 400,
         "LeaseLostError": 500,
     }
 

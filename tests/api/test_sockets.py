@@ -14,6 +14,7 @@ import pytest
 from app.composition import Services, compose
 from app.domain.predictions import PredictRequest
 from app.generation import GenerationRequest, ScriptedGenerator
+from app.services.predictions import BATCH_THREADS
 from tests.api.conftest import (
     RHINE,
     lease,
@@ -31,6 +32,8 @@ SSE = {"Accept": "text/event-stream"}
 PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'
 END = b"\r\n--x--\r\n"
 FORM = "multipart/form-data; boundary=x"
+CALLS = 7
+"""Calls of the model for a claim: two Thoughts, two actions, an argument, the verdict, its probabilities."""
 
 
 def head(route: str, kind: str, *lines: str) -> bytes:
@@ -263,6 +266,44 @@ def test_a_client_that_hangs_up_gives_its_slot_back(gated: tuple[httpx.Client, S
 
     until(free)
     assert composed.predictions.predict(PredictRequest(claim=RHINE)).verdict == "SUPPORTS"
+
+
+def hang_up(client: httpx.Client, route: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    """Ask, and be gone before the answer; then the server has seen that."""
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(route, json=body, headers=headers, timeout=1)
+    for _ in range(3):
+        client.get("/health/live")
+
+
+@pytest.mark.parametrize("route", ["/predict", "/predict/batch"])
+def test_nothing_more_is_asked_for_a_client_that_hung_up(
+    gated: tuple[httpx.Client, Services, threading.Event], route: str
+) -> None:
+    client, composed, gate = gated
+    post_file(client, "/corpora", corpus_jsonl(), "pages.jsonl")
+    assert isinstance(composed.generator, ScriptedGenerator)
+    asked = composed.generator.requests
+    one = {"claim": RHINE}
+    hang_up(client, route, one if route == "/predict" else {"requests": [one] * (BATCH_THREADS + 4)})
+    most = len(asked)
+    problem(client.post("/predict", json=one), 429, "predictions_busy")
+    gate.set()
+    until(lambda: client.post("/predict", json=one).status_code == 200)
+    assert len(asked) <= most + CALLS
+
+
+def test_a_keyed_claim_is_judged_to_its_end_for_a_client_that_comes_back(
+    gated: tuple[httpx.Client, Services, threading.Event],
+) -> None:
+    client, composed, gate = gated
+    post_file(client, "/corpora", corpus_jsonl(), "pages.jsonl")
+    assert isinstance(composed.generator, ScriptedGenerator)
+    body, key = {"claim": RHINE}, {"Idempotency-Key": "one"}
+    hang_up(client, "/predict", body, key)
+    gate.set()
+    until(lambda: client.post("/predict", json=body, headers=key).status_code == 200)
+    assert len(composed.generator.requests) == CALLS
 
 
 def test_the_server_answers_while_predictions_wait(gated: tuple[httpx.Client, Services, threading.Event]) -> None:
