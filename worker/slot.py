@@ -12,7 +12,7 @@ from worker.supervisor import Supervisor
 
 REPORT_SECONDS = 15.0
 EXPIRE_SECONDS = 60.0
-"""How often checkpoints are looked for whose time is over."""
+"""How often checkpoints and deleted adapters are looked for whose time is over."""
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +56,7 @@ class Slot:
                 if time.monotonic() - swept >= EXPIRE_SECONDS:
                     swept = time.monotonic()
                     self._services.checkpoints.expire(self._services.settings.checkpoint_ttl_hours)
+                    self._services.adapters.sweep()
                 self.drain()
             except VerituneError as error:
                 log.warning("poll_failed", reason=error.detail)

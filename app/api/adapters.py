@@ -48,5 +48,5 @@ def promote(services: ServicesDep, adapter: Named) -> Adapter:
 
 @router.delete("/{adapter}", status_code=204, summary="Delete an adapter", responses=problems(404))
 def delete(services: ServicesDep, adapter: Named) -> None:
-    """Unpublish it. The job that made it stays."""
+    """Unpublish it. The job that made it stays, and claims that are being judged with it are judged to their end."""
     services.adapters.delete(adapter)

@@ -19,10 +19,13 @@ from app.domain.errors import NotFoundError
 from app.domain.identity import new_id
 from app.domain.jobs import JobStatus, Lease
 from app.services.naming import free_name
-from app.storage import Blobs, sweep
+from app.storage import Blobs, stale, sweep
 
 RESOURCE = "adapter"
 DEFAULT = "default"
+DELETED = ".deleted-"
+"""Begins the name of an empty file that says since when the adapter of a directory beside it is deleted."""
+
 S = JobStatus
 
 
@@ -33,8 +36,15 @@ class Adapters:
         self._directory = cache / "adapters"
 
     def sweep(self) -> None:
-        """Remove half-made directories whose process was killed."""
+        """Remove half-made directories whose process was killed, and those of adapters that were deleted long ago."""
         sweep(self._directory, ".partial-*")
+        for mark in stale(self._directory, f"{DELETED}*"):
+            digest = mark.name.removeprefix(DELETED)
+            with self._database.read() as unit:
+                published = unit.adapters.by_digest(digest) is not None  # anew
+            if not published:
+                shutil.rmtree(self._directory / digest, ignore_errors=True)
+            mark.unlink(missing_ok=True)
 
     def publish(self, lease: Lease, name: str, directory: Path, manifest: Manifest) -> str | None:
         """Store what was trained and end its job as succeeded, in one transaction.
@@ -120,16 +130,20 @@ class Adapters:
         return self.get(reference)
 
     def delete(self, reference: str) -> None:
-        """Unpublish. Blobs stay while another adapter shares them: adapter_config.json is often the same."""
+        """Unpublish. Blobs stay while another adapter shares them: adapter_config.json is often the same.
+
+        Predictions that are under way with it end well: its directory on this host is left to the sweep.
+        """
         with self._database.write() as unit:
             row = _found(unit, reference)
             unit.aliases.drop(RESOURCE, row.id)
             unit.adapters.remove(row)
             unit.session.flush()
             shared = unit.adapters.by_digest(row.digest) is not None
-        if not shared:
-            shutil.rmtree(self._directory / row.digest, ignore_errors=True)
+        if not shared and (self._directory / row.digest).exists():
+            (self._directory / f"{DELETED}{row.digest}").touch()
         self._drop(set(row.files), row)
+        self.sweep()
 
     def _drop(self, files: set[str], row: AdapterRow) -> None:
         """Delete files of an adapter that is not published, as far as nothing that is kept shares them."""

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 STALE_SECONDS = 3_600.0
@@ -12,12 +13,19 @@ Other processes of this host may have such files in hand at any time, so it is a
 
 def sweep(directory: Path, *patterns: str) -> None:
     """Remove what matches one of the patterns in `directory` and has not been written to for long."""
-    before = time.time() - STALE_SECONDS
     for pattern in patterns:
-        for path in directory.glob(pattern):
+        for path in stale(directory, pattern):
             with contextlib.suppress(OSError):  # its owner has just removed it, or it is not ours to remove
-                if _touched(path) < before:
-                    _remove(path)
+                _remove(path)
+
+
+def stale(directory: Path, pattern: str) -> Iterator[Path]:
+    """What matches the pattern in `directory` and has not been written to for long."""
+    before = time.time() - STALE_SECONDS
+    for path in directory.glob(pattern):
+        with contextlib.suppress(OSError):  # its owner has just removed it
+            if _touched(path) < before:
+                yield path
 
 
 def _touched(path: Path) -> float:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from app.domain.adapters import WEIGHTS, Manifest
 from app.domain.approaches import Quantization
 from app.domain.errors import NotFoundError
 from app.domain.jobs import Lease
+from app.services.adapters import DELETED
+from app.storage.leftovers import STALE_SECONDS
 from tests.api.conftest import lease, make_adapter, nothing_left, problem, traces, walk
 
 
@@ -58,7 +62,30 @@ def test_files_on_disk_go_with_the_last_adapter_that_has_them(
     assert client.delete("/adapters/first").status_code == 204
     assert (directory / WEIGHTS["peft"]).is_file()
     assert client.delete("/adapters/twin").status_code == 204
-    assert not directory.exists()
+    assert (directory / WEIGHTS["peft"]).is_file(), "a claim may be judged with it at this moment"
+    served.sweep()
+    assert directory.exists()
+    later(directory.parent / f"{DELETED}{directory.name}")
+    served.sweep()
+    assert list(directory.parent.glob(f"*{directory.name}*")) == []
+
+
+def later(path: Path) -> None:
+    """As if its time were over."""
+    os.utime(path, (time.time() - STALE_SECONDS - 60,) * 2)
+
+
+def test_files_of_a_deleted_adapter_stay_for_one_that_is_published_with_them_anew(
+    client: TestClient, served: Services, adapter: str, twin: tuple[Lease, Manifest], tmp_path: Path
+) -> None:
+    directory = served.settings.cache_path / "adapters" / served.adapters.get(adapter).digest
+    client.delete("/adapters/first")
+    held, manifest = twin
+    served.adapters.publish(held, "twin", tmp_path / "adapter", manifest)
+    later(directory.parent / f"{DELETED}{directory.name}")
+    served.sweep()
+    assert (directory / WEIGHTS["peft"]).is_file()
+    assert not (directory.parent / f"{DELETED}{directory.name}").exists()
 
 
 def test_a_job_cancelled_before_it_publishes_leaves_nothing_and_takes_nothing(

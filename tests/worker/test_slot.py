@@ -1,5 +1,6 @@
 """What a worker's poll does beside running jobs."""
 
+import os
 import time
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from worker.slot import Slot
 from worker.supervisor import Supervisor
 
 
-def test_it_removes_checkpoints_whose_time_is_over(services: Services, upload: Path, tmp_path: Path) -> None:
+def test_it_removes_checkpoints_and_adapters_files_whose_time_is_over(
+    services: Services, upload: Path, tmp_path: Path
+) -> None:
     dataset = services.datasets.create(upload, "rows.jsonl", None, "rows", {})[0].id
     job = services.jobs.submit({"dataset": dataset})
     taken = services.attempts.lease(("train",), "worker")
@@ -21,12 +24,16 @@ def test_it_removes_checkpoints_whose_time_is_over(services: Services, upload: P
     services.attempts.checkpoint(taken.lease, Checkpointed(update=1, path=directory, digest="0" * 64))
     services.attempts.fail(taken.lease, JobError(code="x", message="x"))
 
+    left = services.settings.cache_path / "adapters" / ".partial-x"
+    left.mkdir(parents=True, exist_ok=True)
+    os.utime(left, (0, 0))
+
     hasty = compose(services.settings.model_copy(update={"checkpoint_ttl_hours": 0.0}))
     slot = Slot(hasty, Supervisor(hasty, "worker-1", ("cpu",)), "host/cpu", ("cpu",))
     slot.start()
     try:
         end = time.monotonic() + 20
-        while services.jobs.checkpoints(job.id):
+        while services.jobs.checkpoints(job.id) or left.exists():
             assert time.monotonic() < end, "it was not removed"
             time.sleep(0.05)
     finally:
