@@ -153,11 +153,11 @@ def models_list() -> None:
 def corpora_fetch(name: str) -> None:
     """Get a corpus of the catalogue (wiki-leads: 10,033 leads of Wikipedia articles, CC BY-SA)."""
     corpus = corpora.fetch(_services(), name)
-    typer.echo(f"{corpus.name}  {corpus.pages:,} pages  {corpus.id}{'  (default)' if corpus.default else ''}")
+    typer.echo(corpora.told(corpus))
 
 
 @corpora_application.command("add")
 def corpora_add(file: Path, name: Annotated[str | None, typer.Option()] = None) -> None:
     """Import pages from a JSONL file: {title, text} or {title, sentences} a line."""
     corpus, _new = _services().corpora.create(file, file.name, name)
-    typer.echo(f"{corpus.name}  {corpus.pages:,} pages  {corpus.id}{'  (default)' if corpus.default else ''}")
+    typer.echo(corpora.told(corpus))

@@ -49,6 +49,14 @@ def fetch(services: Services, name: str) -> Corpus:
         return services.corpora.create(pages, f"{name}.jsonl", None if _listed(services, name) else name)[0]
 
 
+def told(corpus: Corpus) -> str:
+    """A corpus in one line, with how many lines of its file were refused."""
+    default = "  (default)" if corpus.default else ""
+    report = corpus.report
+    refused = f"  {report.refused:,} of {report.lines:,} lines refused" if report.refused else ""
+    return f"{corpus.name}  {corpus.pages:,} pages  {corpus.id}{default}{refused}"
+
+
 def _listed(services: Services, name: str) -> bool:
     page, _more = services.corpora.page(None, 100)
     return any(corpus.name == name for corpus in page)
