@@ -31,6 +31,8 @@ from app.storage.blobs import hash_file
 RESOURCE = "corpus"
 DEFAULT = "default"
 OPEN_AT_ONCE = 16
+NAMED_AT_MOST = 5
+"""Corpora that are named to who has named none."""
 
 
 class Corpus(BaseModel):
@@ -148,12 +150,7 @@ class Corpora:
         with self._database.read() as unit:
             wanted = reference or unit.aliases.target(RESOURCE, DEFAULT)
             if wanted is None:
-                raise InvalidError(
-                    "no corpus is named and there is no default; POST /corpora one (the first becomes the default), "
-                    "or run: veritune corpora fetch wiki-leads",
-                    code="no_corpus",
-                    problems=(Problem(("corpus",), "missing, and no default is set"),),
-                )
+                raise _none_named(there=[row.name for row in unit.corpora.page(None, NAMED_AT_MOST)[0]])
             row = _found(unit, wanted)
         return row.id, self._file(row)
 
@@ -198,6 +195,19 @@ def _build(upload: Path, out: Path) -> CorpusReport:
         ) from None
     except CorpusUnreadable as error:
         raise InvalidError(str(error), code="bad_corpus") from None
+
+
+def _none_named(there: list[str]) -> InvalidError:
+    way_out = (
+        f"name one ({', '.join(there)}), or POST /corpora/{there[0]}/promote"
+        if there
+        else "POST /corpora one (the first becomes the default), or run: veritune corpora fetch wiki-leads"
+    )
+    return InvalidError(
+        f"no corpus is named and there is no default; {way_out}",
+        code="no_corpus",
+        problems=(Problem(("corpus",), "missing, and no default is set", way_out),),
+    )
 
 
 def _choose(unit: Unit, name: str | None, filename: str, digest: str) -> str:

@@ -256,6 +256,17 @@ def test_without_a_corpus_the_way_out_is_named(services: Services) -> None:
     assert caught.value.code == "no_corpus"
 
 
+def test_where_no_corpus_is_the_default_those_that_there_are_are_named(ask: Callable[[Script], Services]) -> None:
+    served = ask(STRAIGHT)
+    with served.database.write() as unit:
+        unit.aliases.drop("corpus", served.corpora.get("pages").id)
+    with pytest.raises(InvalidError, match=r"name one \(pages\), or POST /corpora/pages/promote") as caught:
+        served.predictions.predict(PredictRequest(claim=CLAIM))
+    assert caught.value.code == "no_corpus"
+    served.corpora.promote("pages")
+    assert served.predictions.predict(PredictRequest(claim=CLAIM)).grounded
+
+
 def test_an_unknown_adapter_is_named(services: Services) -> None:
     with pytest.raises(NotFoundError, match="adp_nowhere"):
         services.predictions.predict(PredictRequest(claim=CLAIM, adapter="adp_nowhere"))
