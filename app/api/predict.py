@@ -23,7 +23,7 @@ from app.api.dependencies import (
 )
 from app.api.errors import ProblemDocument, document_of, unexpected
 from app.api.routing import TypedRoute
-from app.domain.errors import InvalidError, VerituneError
+from app.domain.errors import InvalidError, Problem, VerituneError
 from app.domain.predictions import Prediction, PredictionEvent, PredictRequest
 from app.services.writing import stays
 
@@ -128,6 +128,7 @@ def batch(
     """Several run at a time. One that cannot be judged leaves a problem in its place."""
     if any(request.stream for request in ask.requests):
         raise InvalidError("a batch is not streamed; leave stream out", code="batch_not_streamed")
+    _refuse_repeated_names([request.name for request in ask.requests])
 
     def work() -> tuple[int, dict[str, Any]]:
         answers = services.predictions.batch(ask.requests, gone if key is None else stays)
@@ -135,6 +136,13 @@ def batch(
 
     status, answer = services.idempotency.once("POST /predict/batch", key, body, work, _final)
     return JSONResponse(answer, status)
+
+
+def _refuse_repeated_names(names: list[str | None]) -> None:
+    repeated = [place for place, name in enumerate(names) if name is not None and name in names[:place]]
+    if repeated:
+        found = tuple(Problem(("requests", place, "name"), "an earlier claim has this name") for place in repeated)
+        raise InvalidError("each claim of a batch has a name of its own, or none", code="name_repeated", problems=found)
 
 
 def _final(answer: dict[str, Any]) -> bool:

@@ -279,6 +279,9 @@ def test_bad_batches(door: TestClient) -> None:
         assert places(problem(door.post("/predict/batch", json={"requests": asked}), 422)) == ["requests"]
     streamed = {"requests": [{"claim": RHINE, "stream": True}]}
     problem(door.post("/predict/batch", json=streamed), 422, "batch_not_streamed")
+    named = [{"claim": RHINE, "store": True, "name": name} for name in ("first", "second", "first")]
+    repeated = door.post("/predict/batch", json={"requests": [{"claim": RHINE}, {"claim": RHINE}, *named]})
+    assert places(problem(repeated, 422, "name_repeated")) == ["requests.4.name"]
 
 
 @pytest.mark.parametrize("route", ["/predict", "/predict/batch"])
