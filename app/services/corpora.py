@@ -24,7 +24,7 @@ from app.knowledge import (
     build_corpus,
     read_lines,
 )
-from app.services.naming import check_known_as, check_name, choose_name, shown_filename
+from app.services.naming import check_name, choose_name, shown_filename, taken_by_another
 from app.storage import Blobs, sweep
 from app.storage.blobs import hash_file
 
@@ -109,11 +109,12 @@ class Corpora:
         return self.get(row.id), True
 
     def _same(self, unit: Unit, digest: str, name: str | None) -> Corpus | None:
-        """The corpus that has these pages. ConflictError where it has another name than is asked for."""
+        """The corpus that has these pages. ConflictError where the name that is asked for means another one."""
         known = unit.corpora.by_digest(digest)
         if known is None:
             return None
-        check_known_as(name, known.name, known.id, "corpus")
+        if name not in (None, known.name) and unit.corpora.find(name) is not None:
+            raise taken_by_another(name, known.name, known.id, "corpus")
         return self._view(unit, known)
 
     def get(self, reference: str) -> Corpus:

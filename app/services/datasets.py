@@ -15,7 +15,7 @@ from app.domain.errors import ConflictError, NotFoundError
 from app.domain.identity import new_id
 from app.domain.trajectories import Trajectory
 from app.ingest import ingest
-from app.services.naming import check_known_as, check_name, choose_name, shown_filename
+from app.services.naming import check_name, choose_name, shown_filename, taken_by_another
 from app.storage import Blobs, sweep
 
 
@@ -138,11 +138,12 @@ class Datasets:
 
 
 def _same(unit: Unit, digest: str, name: str | None) -> Dataset | None:
-    """The dataset that has this content. ConflictError where it has another name than is asked for."""
+    """The dataset that has this content. ConflictError where the name that is asked for means another one."""
     known = unit.datasets.by_digest(digest)
     if known is None:
         return None
-    check_known_as(name, known.name, known.id, "dataset")
+    if name not in (None, known.name) and unit.datasets.find(name) is not None:
+        raise taken_by_another(name, known.name, known.id, "dataset")
     return _view(known)
 
 

@@ -21,12 +21,10 @@ def check_name(asked: str | None) -> None:
     raise InvalidError(f"name: {message}", code="bad_name", problems=(Problem(("name",), message),))
 
 
-def check_known_as(asked: str | None, name: str, identity: str, what: str) -> None:
-    """ConflictError where what is here already should get another name: it would not be found by that."""
-    if asked in (None, name):
-        return
-    message = f"this is the {what} {name!r} ({identity}) already; refer to it so, or leave the name out"
-    raise ConflictError(message, code="known_by_another_name", problems=(Problem(("name",), message),))
+def taken_by_another(asked: str, name: str, identity: str, what: str) -> ConflictError:
+    """What is here already is asked for under a name that means another one."""
+    message = f"another {what} is named {asked!r}, and this is the {what} {name!r} ({identity}) already; refer to it so"
+    return ConflictError(message, code="name_taken", problems=(Problem(("name",), message),))
 
 
 def shown_filename(given: str) -> str:

@@ -34,13 +34,19 @@ def test_an_upload_is_answered_with_an_exact_account(client: TestClient) -> None
 def test_the_same_content_is_the_same_dataset(client: TestClient, served: Services) -> None:
     first = post_file(client, "/datasets", dataset_jsonl(), name="rows")
     with nothing_left(served):
-        for fields in ({}, {"name": "rows"}):
+        for fields in ({}, {"name": "rows"}, {"name": "others"}):
             again = post_file(client, "/datasets", dataset_jsonl() + b"\n\n", "other.jsonl", **fields)
             assert again.status_code == 200
             assert again.json() == first.json()
-        other = problem(post_file(client, "/datasets", dataset_jsonl(), name="others"), 409, "known_by_another_name")
-        assert places(other) == ["name"]
-        assert f"'rows' ({first.json()['id']})" in other["detail"]
+
+
+def test_the_same_content_gets_no_name_that_means_another(client: TestClient, served: Services) -> None:
+    first = post_file(client, "/datasets", dataset_jsonl(), name="rows").json()
+    post_file(client, "/datasets", dataset_jsonl(7), name="others")
+    with nothing_left(served):
+        refused = problem(post_file(client, "/datasets", dataset_jsonl(), name="others"), 409, "name_taken")
+    assert places(refused) == ["name"]
+    assert f"'rows' ({first['id']})" in refused["detail"]
 
 
 def test_columns_may_have_other_names(client: TestClient) -> None:
