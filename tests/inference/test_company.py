@@ -134,17 +134,6 @@ def test_what_is_remembered_changes_no_bit(requests: Requests) -> None:
     assert heard(again) == heard(fresh)
 
 
-@to_the_bit
-def test_a_token_that_was_written_has_the_bits_of_one_that_is_read(requests: Requests) -> None:
-    (whole,) = answers(requests, at_once=16)
-    half = TOKENS // 2
-    longer = [
-        (model, prompt + answer.token_ids[:half]) for (model, prompt), answer in zip(requests, whole, strict=True)
-    ]
-    (rest,) = answers(longer, at_once=16)
-    assert heard(rest, 0, half) == heard(whole, half, TOKENS)
-
-
 def test_in_float32_answers_part_only_at_a_near_tie(requests: Requests) -> None:
     (alone,) = answers(requests, at_once=1, dtype="float32")
     (together,) = answers(requests, at_once=16, dtype="float32")

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from worker.architecture import is_llama
-from worker.inference.kv import GROWTH, KeyValues, Part, Step, decoding, power_of_two
+from worker.inference.kv import GROWTH, KeyValues, Part, Step, decoding, looked_at, power_of_two
 from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer, PackedLora, read_lora
 from worker.inference.products import Product, SideBySide
 from worker.inference.recordings import CudaGraphs, Record, Recording
@@ -45,9 +45,9 @@ class StockForward:
         return logits[:, logits.shape[1] - part.kept :].flatten(0, 1)
 
 
-FOLD = 4
-"""On a CPU, products and attention have a multiple of so many rows: fewer are summed in another order, and in float32 a
-number in between is, too."""
+PAIR, FOUR = 2, 4
+"""Multiples that a step's tokens, and attention's queries where a prompt is read, are filled up to on a CPU: fewer are
+summed in another order (decision 16)."""
 
 
 class LlamaForward:
@@ -67,7 +67,7 @@ class LlamaForward:
         self._kv_heads, self._heads = int(config.num_key_value_heads), int(config.num_attention_heads)
         self._layers = [_Layer(module) for module in whole.model.layers]
         self._norm = _Norm(whole.model.norm)
-        self._fold = FOLD if self._like.device.type == "cpu" else 1
+        self._on_cpu = self._like.device.type == "cpu"
         self._record = record
         self._name = object()  # in a store's recordings, which may outlive a base
 
@@ -90,11 +90,24 @@ class LlamaForward:
             foreign = mix.foreign.repeat_interleave(step.counts, 0, output_size=len(step.ids))
             mix = mix._replace(foreign=self._folded(foreign))
         ids, positions, wanted = map(self._folded, (step.ids, step.positions, step.wanted))
-        return self._logits(ids, positions, step.parts, store, mix, wanted)[: len(step.wanted)]
+        parts = [self._widened(part) for part in step.parts]
+        return self._logits(ids, positions, parts, store, mix, wanted)[: len(step.wanted)].float()
 
-    def _folded(self, rows: torch.Tensor) -> torch.Tensor:
-        """With rows of zeros behind them, for whose answers nobody asks."""
-        return _filled(rows, -(-len(rows) // self._fold) * self._fold)
+    def _folded(self, rows: torch.Tensor, number: int = PAIR) -> torch.Tensor:
+        """A multiple of `number` on a CPU, the last ones zeros, for whose answers nobody asks."""
+        spare = -len(rows) % number if self._on_cpu else 0
+        return torch.cat([rows, rows.new_zeros(spare, *rows.shape[1:])]) if spare else rows
+
+    def _widened(self, part: Part) -> Part:
+        """Over as many positions as give its tokens the bits that they have over any other number."""
+        if self._decodes_few(part):
+            return part
+        more = looked_at(part.mask.shape[-1], part.mask.device) - part.mask.shape[-1]
+        return part._replace(mask=functional.pad(part.mask, (0, more))) if more else part
+
+    def _decodes_few(self, part: Part) -> bool:
+        """Whether each row asks its keys of one token by so few heads that attention sums in one piece."""
+        return part.decodes and self._heads // self._kv_heads < FOUR
 
     def _logits(
         self,
@@ -108,10 +121,11 @@ class LlamaForward:
         """Here the mix's `foreign` is told token by token."""
         x = self._embed(ids)
         angles = _angles(*self._inner.rotary_emb(x[None], positions[None]))
-        masks = [self._hidden(part.mask, x.dtype) for part in parts]
+        masks = [self._hidden(part, x.dtype) for part in parts]
+        beyond = x.new_zeros(len(ids) - max(part.tokens.stop for part in parts), self._layers[0].attended)
         for layer, kept, lora in zip(self._layers, store.layers, mix.layers, strict=True):
-            x = layer.run(x, angles, _Attention(parts, masks, kept), lora, mix.foreign)
-        return self._head(self._norm(x[wanted])).float()
+            x = layer.run(x, angles, _Attention(parts, masks, kept, beyond), lora, mix.foreign)
+        return self._head(self._norm(x[wanted]))
 
     def _replayed(self, record: Record, step: Step, store: KeyValues, mix: Mix, may_record: bool) -> torch.Tensor:
         rows = power_of_two(len(step.ids))
@@ -119,7 +133,7 @@ class LlamaForward:
 
         def work(ids: torch.Tensor, positions: torch.Tensor, *foreign: torch.Tensor) -> torch.Tensor:
             mixed = mix._replace(foreign=foreign[0] if foreign else None)
-            return self._logits(ids, positions, [decoding(positions, visible)], store, mixed, slice(None))
+            return self._logits(ids, positions, [decoding(positions, visible)], store, mixed, slice(None)).float()
 
         inputs = [step.ids, step.positions, *([] if mix.foreign is None else [mix.foreign])]
         generation, _ = mix.places or (None, 0)
@@ -127,11 +141,12 @@ class LlamaForward:
         recording = store.recordings.find((self._name, generation), key, lambda: Recording(record, rows, inputs))
         return recording(work, inputs, (0, 0, True)[: len(inputs)], may_record)
 
-    def _hidden(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """As numbers to be added, once instead of in every layer; the queries of a group stand one behind the other."""
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    def _hidden(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
+        """A part's mask as numbers to be added, once instead of in every layer; the queries of a group stand one behind
+        the other."""
+        added = torch.zeros(part.mask.shape, dtype=dtype, device=part.mask.device).masked_fill_(~part.mask, -torch.inf)
         added = added.repeat(1, 1, self._heads // self._kv_heads, 1)
-        return self._folded(added.transpose(0, 2)).transpose(0, 2)
+        return added if self._decodes_few(part) else self._folded(added.transpose(0, 2), FOUR).transpose(0, 2)
 
 
 class _Fan:
@@ -193,6 +208,7 @@ class _Layer:
         self._down = _Fan(mlp.down_proj)
         self._width, self._scaling = int(attention.head_dim), float(attention.scaling)
         self._kv_heads = attention.k_proj.out_features // self._width
+        self.attended = attention.o_proj.in_features
         self.widths = [fan.widths for fan in (self._qkv, self._o, self._gate_up, self._down)]
 
     def run(
@@ -213,19 +229,19 @@ class _Layer:
 
 
 class _Attention:
-    """One layer's, over the parts of a step: each row sees its own positions."""
+    """One layer's, over the parts of a step: each row sees its own positions. `beyond`: what tokens of no part get."""
 
-    def __init__(self, parts: Sequence[Part], masks: Sequence[torch.Tensor], kept: Any) -> None:
-        self._parts, self._masks, self._kept = parts, masks, kept
+    def __init__(self, parts: Sequence[Part], masks: Sequence[torch.Tensor], kept: Any, beyond: torch.Tensor) -> None:
+        self._parts, self._masks, self._kept, self._beyond = parts, masks, kept, beyond
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        """q: [tokens, heads, head_dim]; k, v: [tokens, kv heads, head_dim] → [tokens, heads · head_dim]. Tokens of no
-        part see nothing."""
+        """q: [tokens, heads, head_dim]; k, v: [tokens, kv heads, head_dim] → [tokens, heads · head_dim]."""
         seen = [
             self._seen(part, mask, q[part.tokens], k[part.tokens], v[part.tokens], scaling)
             for part, mask in zip(self._parts, self._masks, strict=True)
         ]
-        return _filled(seen[0] if len(seen) == 1 else torch.cat(seen), len(q))
+        seen += [self._beyond] if len(self._beyond) else []
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
 
     def _seen(
         self, part: Part, mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
@@ -241,13 +257,6 @@ class _Attention:
         return (
             seen[:, :, :queries].view(rows, kv_heads, -1, count, width).permute(0, 3, 1, 2, 4).reshape(rows * count, -1)
         )
-
-
-def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """[rows, …] → [count, …], those behind them zeros."""
-    if len(rows) == count:
-        return rows
-    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
 def _angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,12 +12,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from worker.inference.recordings import Recordings
 
-BLOCK = 32
-"""Positions are looked at in whole blocks: attention over other numbers of them has other bits."""
-
+BLOCK = 32  # attention over other numbers of positions than multiples of 32 has other bits
 STRETCH, WHOLE, HALVES = 512, 192, 384
-"""The kernel takes a stretch of keys at once, and then what is left. Up to 192 are summed in one piece, 384 and more in
-pieces of one length, and what lies between in others: that has other bits."""
+"""Attention takes a stretch of keys at once, and then what is left. For four queries or more, up to 192 of these are
+summed in one piece, 384 and more in pieces of one length, and what lies between in others."""
 
 GROWTH = 256
 CHUNK = 256
@@ -47,6 +45,11 @@ class Part(NamedTuple):
         """How many rows."""
         return int(self.rows.stop - self.rows.start)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether each row has one token, at a position of its own."""
+        return isinstance(self.columns, torch.Tensor)
+
 
 class Step(NamedTuple):
     """What one forward reads: `ids` and `positions` [tokens]; `counts` [rows], the tokens of each row in the order of
@@ -61,7 +64,7 @@ class Step(NamedTuple):
     @property
     def reads_nothing(self) -> bool:
         """Whether all rows decode."""
-        return all(isinstance(part.columns, torch.Tensor) for part in self.parts)
+        return all(part.decodes for part in self.parts)
 
 
 class Read(NamedTuple):
@@ -141,14 +144,7 @@ class KeyValues:
     def sizes_with(self, rows: int, length: int) -> tuple[int, int]:
         """The (rows, capacity) that holding `rows` sequences of `length` positions would take."""
         grown_rows = self.rows if rows <= self.rows else power_of_two(rows)
-        return grown_rows, max(self.capacity, -(-self.visible(length) // GROWTH) * GROWTH)
-
-    def visible(self, length: int) -> int:
-        """How many positions are looked at: the first `length`, and as many more as, on a CPU, leave a row's bits what
-        they are in any company and whichever of its tokens are read together."""
-        whole = -(-length // BLOCK) * BLOCK
-        rest = whole % STRETCH if self._device.type == "cpu" else 0
-        return whole - rest + HALVES if WHOLE < rest < HALVES else whole
+        return grown_rows, max(self.capacity, -(-looked_at(_whole_blocks(length), self._device) // GROWTH) * GROWTH)
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for `rows` sequences of up to `length` positions."""
@@ -170,7 +166,7 @@ class KeyValues:
     ) -> torch.Tensor:
         """Append a token to each of the first rows, which hold `lengths` positions, and read parts of prompts into
         others. Logits [first rows and what the reads keep, V]. A prompt's part is read without padding."""
-        parts = [decoding(self._tensor(lengths), self.visible(max(lengths) + 1))] if tokens else []
+        parts = [decoding(self._tensor(lengths), _whole_blocks(max(lengths) + 1))] if tokens else []
         at, wanted = len(tokens), list(range(len(tokens)))
         for read in reads:
             parts.append(self._reading(read, at))
@@ -229,7 +225,7 @@ class KeyValues:
 
     def _reading(self, read: Read, at: int) -> Part:
         end = read.start + len(read.ids)
-        seen = torch.arange(self.visible(end), device=self._device)
+        seen = torch.arange(_whole_blocks(end), device=self._device)
         mask = seen <= torch.arange(read.start, end, device=self._device)[:, None]
         tokens, row = slice(at, at + len(read.ids)), slice(read.row, read.row + 1)
         return Part(tokens, row, slice(read.start, end), mask[None, None], read.kept)
@@ -248,10 +244,17 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def decoding(positions: torch.Tensor, seen: int) -> Part:
-    """The first rows, a token each at `positions` [rows], all of which see at most the first `seen` ones."""
+def looked_at(visible: int, device: torch.device) -> int:
+    """How many positions attention looks at where `visible` ones, whole blocks, may be seen: it has the bits then that
+    it has over any other such number (decision 16). On a GPU that is not known of any."""
+    rest = visible % STRETCH if device.type == "cpu" else 0
+    return visible - rest + HALVES if WHOLE < rest < HALVES else visible
+
+
+def decoding(positions: torch.Tensor, visible: int) -> Part:
+    """The first rows, a token each at `positions` [rows], all of which see at most the first `visible` ones."""
     rows = slice(0, len(positions))
-    mask = torch.arange(seen, device=positions.device) <= positions[:, None]
+    mask = torch.arange(visible, device=positions.device) <= positions[:, None]
     return Part(rows, rows, positions, mask[:, None, None], kept=1)
 
 
@@ -262,6 +265,11 @@ def _written(store: torch.Tensor, part: Part, state: torch.Tensor) -> torch.Tens
     else:
         store[torch.arange(state.shape[0], device=state.device), :, part.columns] = state[:, :, 0]
     return store[part.rows, :, : part.mask.shape[-1]]
+
+
+def _whole_blocks(length: int) -> int:
+    """The positions that are looked at: the first `length`, and those that fill the last block."""
+    return -(-length // BLOCK) * BLOCK
 
 
 def _store(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
