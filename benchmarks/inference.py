@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks import peft_peer
 from benchmarks.claims import judging
 from benchmarks.contender import environment
@@ -198,7 +200,13 @@ def _loaded(task: Task, url: str) -> dict[str, float]:
         numbers = range(first, min(first + len(task.prompts), task.counts.loaded))
         decoding(url, [Row(f"more-{n:04}", task.prompts[0][:8]) for n in numbers], 1, 1)
     lots = decoding(url, rows, task.counts.tokens, 2 * task.counts.times)
-    return {"few": few["tokens_per_second"], "many": lots["tokens_per_second"]}
+    return {"few": few["tokens_per_second"], "many": lots["tokens_per_second"], "in_memory": _in_memory(url)}
+
+
+def _in_memory(url: str) -> float:
+    """How many adapters the engine holds."""
+    told = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    return next(float(line.split()[1]) for line in told if line.startswith("veritune:loaded_adapters "))
 
 
 def _peft(task: Task, directory: Path) -> Table:

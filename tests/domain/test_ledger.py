@@ -49,7 +49,7 @@ def test_who_shares_fits_and_nobody_reserves_more_than_there_is(wanted: int | No
             assert size + beside <= device
 
 
-def test_inference_takes_two_fifths_unless_told_otherwise() -> None:
+def test_inference_takes_half_unless_told_otherwise() -> None:
     assert inference_bytes(None, 16 << 30) == 8 << 30
     assert inference_bytes(7, 1_000) == 7
 

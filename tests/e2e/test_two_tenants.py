@@ -1,6 +1,5 @@
 """One device, two tenants, under a real memory limit: inference makes way while a job trains, and comes back."""
 
-import math
 import os
 import sys
 import time
@@ -157,7 +156,7 @@ def test_who_asks_meanwhile_is_told_when_to_come_back(yielding: dict[str, Any]) 
         assert problem["code"] == "inference_away"
         assert "inference makes way for training" in problem["detail"]
         wait = yielding["answered"] - at
-        assert math.isclose(after, wait, rel_tol=0.2, abs_tol=1.0), (after, wait, update)
+        assert abs(after - wait) <= max(0.2 * wait, 1.0), (after, wait, update)
 
 
 def test_the_first_answer_comes_soon_after_the_job(yielding: dict[str, Any]) -> None:
