@@ -46,8 +46,8 @@ class StockForward:
 
 
 PAIR, FOUR = 2, 4
-"""Multiples that a step's tokens, and attention's queries where a prompt is read, are filled up to on a CPU: fewer are
-summed in another order (decision 16)."""
+"""What a step's tokens, and attention's queries for a head of keys, are a multiple of on a CPU: fewer are summed in
+another order (decision 16)."""
 
 
 class LlamaForward:
@@ -100,14 +100,8 @@ class LlamaForward:
 
     def _widened(self, part: Part) -> Part:
         """Over as many positions as give its tokens the bits that they have over any other number."""
-        if self._decodes_few(part):
-            return part
         more = looked_at(part.mask.shape[-1], part.mask.device) - part.mask.shape[-1]
         return part._replace(mask=functional.pad(part.mask, (0, more))) if more else part
-
-    def _decodes_few(self, part: Part) -> bool:
-        """Whether each row asks its keys of one token by so few heads that attention sums in one piece."""
-        return part.decodes and self._heads // self._kv_heads < FOUR
 
     def _logits(
         self,
@@ -146,7 +140,7 @@ class LlamaForward:
         the other."""
         added = torch.zeros(part.mask.shape, dtype=dtype, device=part.mask.device).masked_fill_(~part.mask, -torch.inf)
         added = added.repeat(1, 1, self._heads // self._kv_heads, 1)
-        return added if self._decodes_few(part) else self._folded(added.transpose(0, 2), FOUR).transpose(0, 2)
+        return self._folded(added.transpose(0, 2), FOUR).transpose(0, 2)
 
 
 class _Fan:
