@@ -1,6 +1,7 @@
 """An answer at temperature 0 is the same to the bit alone, in any company, and from any cache: the products and the
 attention of real models' shapes, through the scheduler."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.tiny import make_tiny_model
+from worker.inference.forwards import lean_forward
+from worker.inference.kv import KeyValues, Read, Snapshot
 from worker.inference.models import Models
 from worker.inference.protocol import Sampling, ServedModel
 from worker.inference.scheduler import Scheduler
@@ -132,6 +135,75 @@ def test_what_is_remembered_changes_no_bit(requests: Requests) -> None:
     assert sum(answer.cached_tokens for answer in again) > 0.9 * sum(LENGTHS)
     assert heard(first) == heard(fresh)
     assert heard(again) == heard(fresh)
+
+
+class Cancelling:
+    """A model beside keys and values that cancel but for their last bits: an order of summing shows in one row of ten
+    that text would show in one answer of twenty."""
+
+    def __init__(self, model: Any) -> None:
+        self._config = model.config
+        forward = lean_forward(model.to(torch.bfloat16).eval())
+        assert forward is not None
+        self._forward = forward
+
+    def remembered(self, length: int) -> Snapshot:
+        """Of each layer, two by two with the same key and nearly opposite values."""
+        config = self._config
+        shape = config.num_key_value_heads, length // 2, 1, config.hidden_size // config.num_attention_heads
+
+        def layer() -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = torch.randn(shape), 256 * torch.randn(shape)
+            opposite = -values * (1 + 2**-8 * torch.randn(shape))
+            both = torch.cat([keys, keys], 2), torch.cat([values, opposite], 2)
+            return both[0].flatten(1, 2).bfloat16(), both[1].flatten(1, 2).bfloat16()
+
+        return [layer() for _ in range(config.num_hidden_layers)]
+
+    def answered(self, rows: Sequence[Snapshot], lengths: list[int]) -> torch.Tensor:
+        """The logits behind one more token of each row, [rows, V]."""
+        return self._store(rows, lengths).decode(self._forward, [5] * len(rows), lengths)
+
+    def read(self, row: Snapshot, start: int, ids: list[int], ends: Sequence[int]) -> torch.Tensor:
+        """The logits behind the last of `ids`, read in as many steps as `ends` has numbers, [1, V]."""
+        store, logits = self._store([row], [start]), torch.empty(0)
+        for begin, end in itertools.pairwise([0, *ends]):
+            logits = store.step(self._forward, (), (), [Read(0, ids[begin:end], start + begin, 1)])
+        return logits
+
+    def _store(self, rows: Sequence[Snapshot], lengths: list[int]) -> KeyValues:
+        store = KeyValues(len(rows[0]))
+        store.reserve(len(rows), max(lengths) + 64)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            store.restore(number, row, length)
+        return store
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def cancelling(request: pytest.FixtureRequest) -> Cancelling:
+    torch.manual_seed(7)
+    return Cancelling(SHAPES[request.param]())
+
+
+@to_the_bit
+def test_company_changes_no_bit_of_what_nearly_cancels(cancelling: Cancelling) -> None:
+    for _ in range(20):
+        lengths = torch.randint(1, 350, (16,)).mul(2).tolist()
+        rows = [cancelling.remembered(length) for length in lengths]
+        together = cancelling.answered(rows, lengths)
+        for row, length in enumerate(lengths):
+            alone = cancelling.answered([rows[row]], [length])
+            assert torch.equal(alone[0], together[row]), (length, max(lengths))
+
+
+@to_the_bit
+def test_how_a_prompt_is_cut_changes_no_bit_of_what_nearly_cancels(cancelling: Cancelling) -> None:
+    ids = list(range(3, 53))
+    for length in range(2, 720, 24):
+        row = cancelling.remembered(length)
+        at_once = cancelling.read(row, length, ids, [50])
+        for ends in ((49, 50), (48, 50), (47, 50), (46, 50), (1, 3, 6, 31, 50)):
+            assert torch.equal(cancelling.read(row, length, ids, ends), at_once), (length, ends)
 
 
 def test_in_float32_answers_part_only_at_a_near_tie(requests: Requests) -> None:

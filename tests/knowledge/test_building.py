@@ -86,7 +86,8 @@ class TestTheFile:
             return highest
 
         peak(pages(10))  # what is only ever made once
-        assert peak(pages(600)) < peak(pages(60)) + 100_000
+        few, many = (min(peak(pages(count)) for _ in range(3)) for count in (60, 600))  # other threads take some, too
+        assert many < few + 100_000
 
 
 class TestWhatIsKept:
