@@ -41,7 +41,7 @@ up: model ## Run the service until Ctrl-C: http://127.0.0.1:8000/docs
 
 test: model ## Lint, types, imports, and all tests but the slow suites
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest -q -m "not chaos and not acceptance and not vllm and not gpu"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not chaos and not acceptance and not vllm and not gpu"
 
 check: $(READY) ## Lint, types and import rules
 	@$(BIN)/ruff format --check --quiet .
