@@ -21,6 +21,31 @@ _LUDWIG_DIFFERS = {
     ("preprocessing", "sample_ratio"): "upload the rows that you want; every row is used",
 }
 
+CALLED_ELSEWHERE = {
+    "cutoff_len": "preprocessing.global_max_sequence_length",
+    "load_in_4bit": "quantization.bits",
+    "load_in_8bit": "quantization.bits",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lr": "trainer.learning_rate",
+    "max_grad_norm": "trainer.gradient_clipping.clipglobalnorm",
+    "max_length": "preprocessing.global_max_sequence_length",
+    "micro_batch_size": "trainer.batch_size",
+    "model": "base_model",
+    "model_name_or_path": "base_model",
+    "num_train_epochs": "trainer.epochs",
+    "per_device_eval_batch_size": "trainer.eval_batch_size",
+    "per_device_train_batch_size": "trainer.batch_size",
+    "rank": "adapter.r",
+    "run_name": "name",
+    "save_steps": "trainer.steps_per_checkpoint",
+    "sequence_len": "preprocessing.global_max_sequence_length",
+    "suffix": "name",
+    "training_file": "dataset",
+    "warmup_ratio": "trainer.learning_rate_scheduler.warmup_fraction",
+}
+"""What transformers, PEFT, Axolotl, LLaMA-Factory and OpenAI call a key of ours, where its name is not like theirs."""
+
 MOST_PROBLEMS = 100
 """Findings that are put into words: a document of a mebibyte can hold a hundred thousand unknown keys."""
 
@@ -106,8 +131,17 @@ def _unknown_key(loc: Loc, place: Loc, model: type[BaseModel] | None) -> Problem
     if ours or model is None:
         return Problem(place, message, ours)
     known = sorted(_fields_at(model, loc[:-1]))
-    close = _closest(word, known) or _closest(word, _nested(model))
+    nested = _nested(model)
+    close = _ours(word, place, known, [*model.model_fields, *nested]) or _closest(word, known) or _closest(word, nested)
     return Problem(place, message, f"did you mean {close!r}?" if close else f"known here: {', '.join(known)}")
+
+
+def _ours(word: str, place: Loc, known: Sequence[str], everywhere: Sequence[str]) -> str | None:
+    """The key that others call `word`, where this document can have it: not every adapter has a rank."""
+    key = CALLED_ELSEWHERE.get(word, "")
+    parent, _, name = key.rpartition(".")
+    here = parent == ".".join(map(str, place[:-1]))
+    return key if key in everywhere and (name in known or not here) else None
 
 
 def _place(loc: Loc, data: Any, *, whole: bool) -> Loc:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from app.domain.errors import InvalidError, Problem
-from app.domain.reading import MOST_PROBLEMS, did_you_mean, problems_of, read_spec, reject_forbidden
+from app.domain.reading import CALLED_ELSEWHERE, MOST_PROBLEMS, did_you_mean, problems_of, read_spec, reject_forbidden
 
 
 def refusal(spec: Any) -> InvalidError:
@@ -53,9 +53,16 @@ def test_did_you_mean(spec: dict[str, Any], place: str, meant: str) -> None:
     assert hinted(**spec) == (place, f"did you mean {meant!r}?")
 
 
-def test_an_adapters_key_is_not_offered_to_another_adapter() -> None:
-    place, hint = hinted(adapter={"type": "ia3", "xyz": 1}, quantization=None)
-    assert place == "adapter.xyz"
+@pytest.mark.parametrize(("word", "meant"), CALLED_ELSEWHERE.items())
+def test_names_of_other_trainers_are_understood(word: str, meant: str) -> None:
+    assert hinted(**{word: 1}) == (word, f"did you mean {meant!r}?")
+    assert hinted(trainer={word: 1}) == (f"trainer.{word}", f"did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize("word", ["xyz", "rank"])
+def test_an_adapters_key_is_not_offered_to_another_adapter(word: str) -> None:
+    place, hint = hinted(adapter={"type": "ia3", word: 1}, quantization=None)
+    assert place == f"adapter.{word}"
     assert hint is not None
     assert "feedforward_modules" in hint
     assert "use_dora" not in hint
