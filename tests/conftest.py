@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings as hypothesis_settings
 
+import worker  # noqa: F401  before anything imports bitsandbytes, of which it keeps the advice from the output
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.base_models import BaseModelDescription
 from app.queue import MemoryDoorbell
 from app.settings import Settings
-from tests.tiny import make_tiny_model
 
 # The machine is shared: how long one example takes says nothing about the code.
 hypothesis_settings.register_profile("veritune", deadline=None)
@@ -69,6 +69,8 @@ def corpus_jsonl() -> bytes:
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model cache that holds the tiny base model."""
+    from tests.tiny import make_tiny_model  # not by the process that only hands out the tests: torch takes seconds
+
     cache = tmp_path_factory.mktemp("cache")
     source = make_tiny_model(tmp_path_factory.mktemp("tiny"))
     command = [sys.executable, "-m", "worker.models", "add", "tiny", str(source), "--cache", str(cache)]

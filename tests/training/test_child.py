@@ -57,6 +57,7 @@ def test_a_run_from_order_to_adapter(make_order: OrderFactory, start: Start) -> 
     assert [event["update"] for event in written] == [4, 8]
     assert all(Path(event["path"]).is_dir() for event in written)
     assert verify(Path(written[-1]["path"])) == written[-1]["digest"]
+    assert "install" not in child.errors()  # no advice that is not ours
 
 
 def test_resumed_runs_equal_an_uninterrupted_one_to_the_bit(make_order: OrderFactory, start: Start) -> None:
