@@ -59,7 +59,8 @@ class Asker:
     """Asks many rows at once, a connection for each."""
 
     def __init__(self, url: str, rows: int, protocol: Protocol = OPENAI) -> None:
-        limits = httpx.Limits(max_connections=rows, max_keepalive_connections=rows)
+        # Servers close what is idle for five seconds, and rows may wait longer for each other.
+        limits = httpx.Limits(max_connections=rows, max_keepalive_connections=rows, keepalive_expiry=2)
         self._client = httpx.Client(base_url=url, timeout=600, limits=limits, trust_env=False)
         self._pool = ThreadPoolExecutor(rows)
         self._protocol = protocol
