@@ -15,7 +15,9 @@ Judged = dict[str, Any]
 
 def judging(url: str, claims: Sequence[str], adapters: Sequence[str], corpus: str, at_once: int) -> dict[str, Any]:
     """Claims a second, latencies in seconds, tokens; and each claim's verdict."""
-    with httpx.Client(base_url=url, timeout=900, trust_env=False) as client, ThreadPoolExecutor(at_once) as pool:
+    fresh = httpx.Limits(max_connections=at_once, max_keepalive_connections=0)  # as in `decoding`: none is used twice
+    client = httpx.Client(base_url=url, timeout=900, limits=fresh, trust_env=False)
+    with client, ThreadPoolExecutor(at_once) as pool:
 
         def one(place: int) -> tuple[float, Judged]:
             body = {"claim": claims[place], "adapter": adapters[place % len(adapters)], "corpus": corpus}

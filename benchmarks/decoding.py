@@ -56,11 +56,11 @@ def llama_cpp(names: Sequence[str]) -> Protocol:
 
 
 class Asker:
-    """Asks many rows at once, a connection for each."""
+    """Asks many rows at once, on a connection for each."""
 
     def __init__(self, url: str, rows: int, protocol: Protocol = OPENAI) -> None:
-        # Servers close what is idle for five seconds, and rows may wait longer for each other.
-        limits = httpx.Limits(max_connections=rows, max_keepalive_connections=rows, keepalive_expiry=2)
+        # None is used twice: a server closes what is idle, and a request that is sent at that moment gets no answer.
+        limits = httpx.Limits(max_connections=rows, max_keepalive_connections=0)
         self._client = httpx.Client(base_url=url, timeout=600, limits=limits, trust_env=False)
         self._pool = ThreadPoolExecutor(rows)
         self._protocol = protocol
