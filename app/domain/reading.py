@@ -30,19 +30,15 @@ CALLED_ELSEWHERE = {
     "lr": "trainer.learning_rate",
     "max_grad_norm": "trainer.gradient_clipping.clipglobalnorm",
     "max_length": "preprocessing.global_max_sequence_length",
-    "micro_batch_size": "trainer.batch_size",
     "model": "base_model",
     "model_name_or_path": "base_model",
     "num_train_epochs": "trainer.epochs",
-    "per_device_eval_batch_size": "trainer.eval_batch_size",
     "per_device_train_batch_size": "trainer.batch_size",
     "rank": "adapter.r",
-    "run_name": "name",
     "save_steps": "trainer.steps_per_checkpoint",
     "sequence_len": "preprocessing.global_max_sequence_length",
     "suffix": "name",
     "training_file": "dataset",
-    "warmup_ratio": "trainer.learning_rate_scheduler.warmup_fraction",
 }
 """What transformers, PEFT, Axolotl, LLaMA-Factory and OpenAI call a key of ours, where its name is not like theirs."""
 
