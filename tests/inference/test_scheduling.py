@@ -1,5 +1,6 @@
 """Turns and slots, the prefix cache and the text of an answer, without processes."""
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -262,15 +263,15 @@ def test_the_store_of_keys_and_values_keeps_to_its_budget(shelf: Shelf) -> None:
 
 
 def test_a_request_that_would_not_fit_alone_is_refused_with_the_figures(shelf: Shelf) -> None:
-    desk = Desk(kv_bytes=256 * 512)  # one row of 256 positions, and behind 192 tokens 384 are looked at
-    desk.ask("fits", shelf.served("base"), tokens=6, prompt=186)
-    desk.ask("too long", shelf.served("base"), tokens=6, prompt=187)
+    desk = Desk(kv_bytes=256 * 512)  # one row of 256 positions
+    desk.ask("fits", shelf.served("base"), tokens=6, prompt=250)
+    desk.ask("too long", shelf.served("base"), tokens=6, prompt=251)
     desk.run()
 
     assert desk.finished == ["fits"]
     failed = next(message for message in desk.said if isinstance(message, Failed))
     assert (failed.id, failed.status, failed.param) == ("too long", 400, "prompt")
-    assert "keys and values of 193 tokens take" in failed.message
+    assert "keys and values of 257 tokens take" in failed.message
     assert "VERITUNE_INFERENCE_MEMORY" in failed.message
 
 
@@ -354,13 +355,36 @@ def test_adapters_for_whose_places_there_is_no_memory_wait_for_others_to_leave(
     assert sorted(desk.finished) == sorted(f"r{i}" for i in range(12))
 
 
+def test_a_step_looks_no_further_than_the_longest_that_is_there(shelf: Shelf) -> None:
+    """Beside an answer, another one that joins at 300 positions and leaves at 303."""
+    alone, desk = Desk(), Desk(prefix_cache_bytes=0)
+    for one in (alone, desk):
+        one.ask("short", shelf.served("base"), tokens=80, prompt=5)
+    alone.run()
+    sizes: list[int] = []
+
+    def turned() -> None:
+        desk.scheduler.turn()
+        stores = [group.store for group in desk.scheduler._groups.values() if group.store]
+        sizes.extend(store.layers[0].stores[0].shape[2] for store in stores)
+
+    for _ in range(5):
+        turned()
+    desk.ask("long", shelf.served("base"), tokens=3, prompt=300)
+    while desk.scheduler.busy:
+        turned()
+
+    assert [size for size, _ in itertools.groupby(sizes)] == [32, 256, 320, 32, 64, 96]
+    assert desk.answers["short"] == alone.answers["short"]
+
+
 def test_a_store_for_whose_growth_there_was_no_memory_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = KeyValues(3)
+    store = KeyValues(3, torch.device("cuda"))  # of which it asks nothing here
     store.reserve(1, 8)
     new = torch.randn(1, 2, 1, 4)
     for layer in store.layers:
         layer.write(decoding(torch.tensor([0]), 32), new, new)
-    calls = iter([kv._store, kv._store, kv._store])
+    calls = iter([kv._memory, kv._memory, kv._memory])
 
     def scarce(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
         return next(calls, no_memory)(like, rows, capacity)
@@ -369,7 +393,7 @@ def test_a_store_for_whose_growth_there_was_no_memory_can_be_used(monkeypatch: p
         raise torch.OutOfMemoryError("none")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kv, "_store", scarce)
+        patch.setattr(kv, "_memory", scarce)
         with pytest.raises(torch.OutOfMemoryError):
             store.reserve(4, 300)
     assert (store.rows, store.capacity) == (1, 256)

@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from worker.architecture import is_llama
-from worker.inference.kv import GROWTH, KeyValues, Part, Step, decoding, looked_at, power_of_two
+from worker.inference.attention import attended
+from worker.inference.kv import KeyValues, Part, Step, decoding, power_of_two
 from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer, PackedLora, read_lora
 from worker.inference.products import Product, SideBySide
 from worker.inference.recordings import CudaGraphs, Record, Recording
@@ -45,16 +46,15 @@ class StockForward:
         return logits[:, logits.shape[1] - part.kept :].flatten(0, 1)
 
 
-PAIR, FOUR = 2, 4
-"""What a step's tokens, and attention's queries for a head of keys, are a multiple of on a CPU: fewer are summed in
-another order (decision 16)."""
+PAIR = 2
+"""What a step's tokens are a multiple of on a CPU: a single one is summed in another order (decision 16)."""
 
 
 class LlamaForward:
     """The Llama family's, over the model's own layers. Dense ones are joined; their weights become views of that.
 
     With `record`, a step that reads no prompts is recorded and replayed. It is rounded up to a power of two of rows, so
-    that rows behind those that decode must hold nothing that is wanted, and to as many positions as a store grows by.
+    that rows behind those that decode must hold nothing that is wanted.
     """
 
     def __init__(self, model: PreTrainedModel, record: Record | None = None) -> None:
@@ -90,18 +90,12 @@ class LlamaForward:
             foreign = mix.foreign.repeat_interleave(step.counts, 0, output_size=len(step.ids))
             mix = mix._replace(foreign=self._folded(foreign))
         ids, positions, wanted = map(self._folded, (step.ids, step.positions, step.wanted))
-        parts = [self._widened(part) for part in step.parts]
-        return self._logits(ids, positions, parts, store, mix, wanted)[: len(step.wanted)].float()
+        return self._logits(ids, positions, step.parts, store, mix, wanted)[: len(step.wanted)].float()
 
-    def _folded(self, rows: torch.Tensor, number: int = PAIR) -> torch.Tensor:
-        """A multiple of `number` on a CPU, the last ones zeros, for whose answers nobody asks."""
-        spare = -len(rows) % number if self._on_cpu else 0
+    def _folded(self, rows: torch.Tensor) -> torch.Tensor:
+        """In pairs on a CPU, the last one zeros where need be, for whose answer nobody asks."""
+        spare = -len(rows) % PAIR if self._on_cpu else 0
         return torch.cat([rows, rows.new_zeros(spare, *rows.shape[1:])]) if spare else rows
-
-    def _widened(self, part: Part) -> Part:
-        """Over as many positions as give its tokens the bits that they have over any other number."""
-        more = looked_at(part.mask.shape[-1], part.mask.device) - part.mask.shape[-1]
-        return part._replace(mask=functional.pad(part.mask, (0, more))) if more else part
 
     def _logits(
         self,
@@ -123,7 +117,7 @@ class LlamaForward:
 
     def _replayed(self, record: Record, step: Step, store: KeyValues, mix: Mix, may_record: bool) -> torch.Tensor:
         rows = power_of_two(len(step.ids))
-        visible = -(-step.parts[0].mask.shape[-1] // GROWTH) * GROWTH
+        visible = step.parts[0].mask.shape[-1]
 
         def work(ids: torch.Tensor, positions: torch.Tensor, *foreign: torch.Tensor) -> torch.Tensor:
             mixed = mix._replace(foreign=foreign[0] if foreign else None)
@@ -139,8 +133,7 @@ class LlamaForward:
         """A part's mask as numbers to be added, once instead of in every layer; the queries of a group stand one behind
         the other."""
         added = torch.zeros(part.mask.shape, dtype=dtype, device=part.mask.device).masked_fill_(~part.mask, -torch.inf)
-        added = added.repeat(1, 1, self._heads // self._kv_heads, 1)
-        return self._folded(added.transpose(0, 2), FOUR).transpose(0, 2)
+        return added.repeat(1, 1, self._heads // self._kv_heads, 1)
 
 
 class _Fan:
@@ -244,13 +237,8 @@ class _Attention:
         keys, values = self._kept.write(part, k, v)
         rows, kv_heads, count, width = k.shape
         grouped = q.view(rows, count, kv_heads, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        queries, folded = grouped.shape[2], mask.shape[2]
-        if folded > queries:
-            grouped = functional.pad(grouped, (0, 0, 0, folded - queries))
-        seen = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-        return (
-            seen[:, :, :queries].view(rows, kv_heads, -1, count, width).permute(0, 3, 1, 2, 4).reshape(rows * count, -1)
-        )
+        seen = attended(grouped, keys, values, mask, scaling)
+        return seen.view(rows, kv_heads, -1, count, width).permute(0, 3, 1, 2, 4).reshape(rows * count, -1)
 
 
 def _angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

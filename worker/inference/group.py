@@ -93,6 +93,8 @@ class Group:
             self._wipe(row, self.seated[row])
             moved = self._fill(self.reading, row - len(self.live), len(self.live))
             self._wipe(last, moved)
+        if self.store is not None:
+            self.store.trim(max((sequence.length for sequence in self.seated), default=0))
 
     def promote(self) -> None:
         """Whoever's prompt is read decodes from now on: they come first among those being read."""

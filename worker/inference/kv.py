@@ -12,12 +12,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from worker.inference.recordings import Recordings
 
-BLOCK = 32  # attention over other numbers of positions than multiples of 32 has other bits
-STRETCH, WHOLE, HALVES = 512, 192, 384
-"""Attention takes a stretch of keys at once, and then what is left. For four queries or more, up to 192 of these are
-summed in one piece, 384 and more in pieces of one length, and what lies between in others."""
+BLOCK, GROWTH = 32, 256
+"""Of how many positions a row has a multiple: where it grows with what it holds, and in what it may take."""
 
-GROWTH = 256
+SPARE = 128
+"""Positions behind those that are held that rows may have before it is worth copying the others."""
+
 CHUNK = 256
 """Tokens of prompts that one step reads."""
 
@@ -84,13 +84,15 @@ class _Window:
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass hook is untyped
-    """One layer's keys and values, each [rows, heads, capacity, head_dim]."""
+    """One layer's keys and values: `stores`, each [rows, heads, positions, head_dim], at the start of a `memory` that
+    holds `capacity` positions a row."""
 
     is_sliding = False
 
     def __init__(self, window: _Window) -> None:
         self.window = window
-        self.rows = self.capacity = 0
+        self.rows = self.capacity = self.positions = 0
+        self.memory: list[torch.Tensor] = []
         self.stores: list[torch.Tensor] = []
 
     def update(
@@ -107,15 +109,23 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate on first use, when shapes and precision are known."""
         if not self.stores:
-            self.stores = [_store(state, self.rows, self.capacity) for state in (key_states, value_states)]
+            self.memory = [_memory(state, self.rows, self.capacity) for state in (key_states, value_states)]
+            self.stores = [_laid_out(memory, self.positions) for memory in self.memory]
 
-    def resize(self, rows: int, capacity: int) -> None:
-        """Grow, keeping what is there: a store that is larger already, as when there was no memory for another one's
+    def resize(self, rows: int, capacity: int, positions: int) -> None:
+        """Grow, keeping what is there: a memory that is larger already, as when there was no room for another layer's
         growth, stays so."""
         self.rows, self.capacity = rows, capacity
-        for index, old in enumerate(self.stores):
-            self.stores[index] = _store(old, max(rows, old.shape[0]), max(capacity, old.shape[2]))
-            self.stores[index][: old.shape[0], :, : old.shape[2]] = old
+        for index, (memory, old) in enumerate(zip(self.memory, self.stores, strict=True)):
+            self.memory[index] = _memory(old, max(rows, memory.shape[0]), max(capacity, memory.shape[2]))
+            self.stores[index] = _filled(_laid_out(self.memory[index], positions), old)
+        self.positions = positions
+
+    def spread(self, positions: int) -> None:
+        """Give each row so many positions, and keep what is in them."""
+        for index, (memory, old) in enumerate(zip(self.memory, self.stores, strict=True)):
+            self.stores[index] = _filled(_laid_out(memory, positions), old[:, :, :positions].clone())
+        self.positions = positions
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Never decisive: every forward here brings its own mask."""
@@ -131,29 +141,40 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass 
 
 
 class KeyValues:
-    """The key-value store of one batch; rows 0 to n-1 are in use, without holes."""
+    """The key-value store of one batch; rows 0 to n-1 are in use, without holes.
+
+    There is memory for `capacity` positions a row. On a GPU a row has all of them from the start, because steps are
+    recorded; on a CPU as many as the longest one needs, because a product over a part of them would copy it first.
+    """
 
     def __init__(self, layers: int, device: torch.device = CPU) -> None:
-        self._device = device
+        self._device, self._grows = device, device.type == "cpu"
         self._window = _Window()
         self.layers = [_Layer(self._window) for _ in range(layers)]
         self.cache = Cache(layers=[*self.layers])
-        self.rows = self.capacity = 0
+        self.rows = self.capacity = self._positions = 0
         self.recordings = Recordings()
 
     def sizes_with(self, rows: int, length: int) -> tuple[int, int]:
         """The (rows, capacity) that holding `rows` sequences of `length` positions would take."""
         grown_rows = self.rows if rows <= self.rows else power_of_two(rows)
-        return grown_rows, max(self.capacity, -(-looked_at(_whole_blocks(length), self._device) // GROWTH) * GROWTH)
+        return grown_rows, max(self.capacity, _multiple(GROWTH, length))
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for `rows` sequences of up to `length` positions."""
         sizes = self.sizes_with(rows, length)
         if sizes != (self.rows, self.capacity):
             self.recordings.clear()  # they read where the positions were
+            positions = self._positions if self._grows else sizes[1]
             for layer in self.layers:
-                layer.resize(*sizes)
+                layer.resize(*sizes, positions)
             self.rows, self.capacity = sizes  # now that the memory for all of them is there
+
+    def trim(self, length: int) -> None:
+        """No row holds more than `length` positions any longer: leave out what is far beyond. Whoever comes when there
+        are none is computed as in a new store."""
+        if self._grows and (length == 0 or _multiple(BLOCK, length) + SPARE < self._positions):
+            self._spread(length)
 
     def aim(self, part: Part) -> Cache:
         """The store as transformers' own cache, for a forward of this part."""
@@ -166,7 +187,8 @@ class KeyValues:
     ) -> torch.Tensor:
         """Append a token to each of the first rows, which hold `lengths` positions, and read parts of prompts into
         others. Logits [first rows and what the reads keep, V]. A prompt's part is read without padding."""
-        parts = [decoding(self._tensor(lengths), _whole_blocks(max(lengths) + 1))] if tokens else []
+        self._extend(max([*(length + 1 for length in lengths), *(read.start + len(read.ids) for read in reads)]))
+        parts = [decoding(self._tensor(lengths), self._seen(max(lengths) + 1))] if tokens else []
         at, wanted = len(tokens), list(range(len(tokens)))
         for read in reads:
             parts.append(self._reading(read, at))
@@ -204,6 +226,7 @@ class KeyValues:
     @torch.inference_mode()
     def restore(self, row: int, snapshot: Snapshot, length: int) -> None:
         """Put the first `length` positions of a snapshot into a row."""
+        self._extend(length)
         for layer, (keys, values) in zip(self.layers, snapshot, strict=True):
             layer.lazy_initialization(keys[None], values[None])
             layer.stores[0][row, :, :length] = keys[:, :length]
@@ -223,9 +246,23 @@ class KeyValues:
             for store in layer.stores:
                 store[target, :, :length] = store[source, :, :length]
 
+    def _extend(self, length: int) -> None:
+        if self._grows and length > self._positions:
+            self._spread(length)
+
+    @torch.inference_mode()
+    def _spread(self, length: int) -> None:
+        self._positions = _multiple(BLOCK, length)
+        for layer in self.layers:
+            layer.spread(self._positions)
+
+    def _seen(self, length: int) -> int:
+        """How many positions a step looks at for rows that hold `length` at most."""
+        return self._positions if self._grows else _multiple(GROWTH, length)
+
     def _reading(self, read: Read, at: int) -> Part:
         end = read.start + len(read.ids)
-        seen = torch.arange(_whole_blocks(end), device=self._device)
+        seen = torch.arange(self._seen(end), device=self._device)
         mask = seen <= torch.arange(read.start, end, device=self._device)[:, None]
         tokens, row = slice(at, at + len(read.ids)), slice(read.row, read.row + 1)
         return Part(tokens, row, slice(read.start, end), mask[None, None], read.kept)
@@ -244,13 +281,6 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def looked_at(visible: int, device: torch.device) -> int:
-    """How many positions attention looks at where `visible` ones, whole blocks, may be seen: it has the bits then that
-    it has over any other such number (decision 16). On a GPU that is not known of any."""
-    rest = visible % STRETCH if device.type == "cpu" else 0
-    return visible - rest + HALVES if WHOLE < rest < HALVES else visible
-
-
 def decoding(positions: torch.Tensor, visible: int) -> Part:
     """The first rows, a token each at `positions` [rows], all of which see at most the first `visible` ones."""
     rows = slice(0, len(positions))
@@ -267,11 +297,26 @@ def _written(store: torch.Tensor, part: Part, state: torch.Tensor) -> torch.Tens
     return store[part.rows, :, : part.mask.shape[-1]]
 
 
-def _whole_blocks(length: int) -> int:
-    """The positions that are looked at: the first `length`, and those that fill the last block."""
-    return -(-length // BLOCK) * BLOCK
+def _multiple(number: int, length: int) -> int:
+    """Of `number`, the smallest that is not below `length`."""
+    return -(-length // number) * number
 
 
-def _store(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+def _memory(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
     # Zeros, not empty: a masked position is multiplied by a weight of 0, and 0 * NaN is NaN.
     return like.new_zeros(rows, like.shape[1], capacity, like.shape[3])
+
+
+def _laid_out(memory: torch.Tensor, positions: int) -> torch.Tensor:
+    """As [rows, heads, positions, head_dim], without a gap."""
+    rows, heads, _, width = memory.shape
+    return memory.view(-1)[: rows * heads * positions * width].view(rows, heads, positions, width)
+
+
+def _filled(store: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """With what `old` has of its rows and positions, and zeros behind these."""
+    rows, _, kept, _ = old.shape
+    kept = min(kept, store.shape[2])
+    store[:rows, :, :kept] = old[:, :, :kept]
+    store[:, :, kept:] = 0
+    return store
