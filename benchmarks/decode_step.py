@@ -32,8 +32,8 @@ ROWS = 16
 LENGTH = 200
 STEPS = 30
 KINDS = {
-    "matrix products": ("linear", "mm", "addmm", "bmm", "_linear_pointwise", "matmul"),
-    "attention": ("_scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_attention"),
+    "matrix products": ("linear", "mm", "addmm", "_linear_pointwise", "matmul"),
+    "attention": ("_scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_attention", "bmm", "_softmax"),
     "copies": ("copy_", "cat", "index_put_", "_index_put_impl_", "clone", "contiguous", "_to_copy", "repeat", "stack"),
 }
 
