@@ -381,7 +381,7 @@ def test_a_step_looks_no_further_than_the_longest_that_is_there(shelf: Shelf) ->
 def test_a_store_for_whose_growth_there_was_no_memory_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     store = KeyValues(3, torch.device("cuda"))  # of which it asks nothing here
     store.reserve(1, 8)
-    new = torch.randn(1, 2, 1, 4)
+    new = torch.randn(1, 2, 4)
     for layer in store.layers:
         layer.write(decoding(torch.tensor([0]), 32), new, new)
     calls = iter([kv._memory, kv._memory, kv._memory])
@@ -401,7 +401,7 @@ def test_a_store_for_whose_growth_there_was_no_memory_can_be_used(monkeypatch: p
     store.reserve(4, 300)
     for layer in store.layers:
         assert layer.stores[0].shape == (4, 2, 512, 4)
-        assert torch.equal(layer.stores[1][0, :, 0], new[0, :, 0])
+        assert torch.equal(layer.stores[1][0, :, 0], new[0])
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from worker.architecture import is_llama
-from worker.inference.attention import attended
-from worker.inference.kv import KeyValues, Part, Step, decoding, power_of_two
+from worker.inference.attention import Attention
+from worker.inference.kv import KeyValues, Part, Step, StoredLayer, decoding, power_of_two
 from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer, PackedLora, read_lora
 from worker.inference.products import Product, SideBySide
 from worker.inference.recordings import CudaGraphs, Record, Recording
@@ -46,8 +46,9 @@ class StockForward:
         return logits[:, logits.shape[1] - part.kept :].flatten(0, 1)
 
 
-PAIR = 2
-"""What a step's tokens are a multiple of on a CPU: a single one is summed in another order (decision 16)."""
+PAIR, FEWEST = 2, 4
+"""What a step's tokens are a multiple of on a CPU, where a single one is summed in another order (decision 16), and how
+many there are at least: over four, its products take less time than over two."""
 
 
 class LlamaForward:
@@ -63,8 +64,6 @@ class LlamaForward:
         self._embed = whole.model.embed_tokens  # PEFT may put an adapter's in its place
         self._like: torch.Tensor = whole.model.embed_tokens.weight
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        config = model.config
-        self._kv_heads, self._heads = int(config.num_key_value_heads), int(config.num_attention_heads)
         self._layers = [_Layer(module) for module in whole.model.layers]
         self._norm = _Norm(whole.model.norm)
         self._on_cpu = self._like.device.type == "cpu"
@@ -93,8 +92,8 @@ class LlamaForward:
         return self._logits(ids, positions, step.parts, store, mix, wanted)[: len(step.wanted)].float()
 
     def _folded(self, rows: torch.Tensor) -> torch.Tensor:
-        """In pairs on a CPU, the last one zeros where need be, for whose answer nobody asks."""
-        spare = -len(rows) % PAIR if self._on_cpu else 0
+        """In pairs on a CPU, the last ones zeros where need be, for whose answer nobody asks."""
+        spare = max(FEWEST - len(rows), -len(rows) % PAIR) if self._on_cpu else 0
         return torch.cat([rows, rows.new_zeros(spare, *rows.shape[1:])]) if spare else rows
 
     def _logits(
@@ -109,10 +108,9 @@ class LlamaForward:
         """Here the mix's `foreign` is told token by token."""
         x = self._embed(ids)
         angles = _angles(*self._inner.rotary_emb(x[None], positions[None]))
-        masks = [self._hidden(part, x.dtype) for part in parts]
-        beyond = x.new_zeros(len(ids) - max(part.tokens.stop for part in parts), self._layers[0].attended)
+        attention = Attention(parts, x.new_zeros(len(x), *self._layers[0].heads))
         for layer, kept, lora in zip(self._layers, store.layers, mix.layers, strict=True):
-            x = layer.run(x, angles, _Attention(parts, masks, kept, beyond), lora, mix.foreign)
+            x = layer.run(x, angles, attention, kept, lora, mix.foreign)
         return self._head(self._norm(x[wanted]))
 
     def _replayed(self, record: Record, step: Step, store: KeyValues, mix: Mix, may_record: bool) -> torch.Tensor:
@@ -128,12 +126,6 @@ class LlamaForward:
         key = (rows, visible, mix.places)
         recording = store.recordings.find((self._name, generation), key, lambda: Recording(record, rows, inputs))
         return recording(work, inputs, (0, 0, True)[: len(inputs)], may_record)
-
-    def _hidden(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
-        """A part's mask as numbers to be added, once instead of in every layer; the queries of a group stand one behind
-        the other."""
-        added = torch.zeros(part.mask.shape, dtype=dtype, device=part.mask.device).masked_fill_(~part.mask, -torch.inf)
-        return added.repeat(1, 1, self._heads // self._kv_heads, 1)
 
 
 class _Fan:
@@ -193,52 +185,27 @@ class _Layer:
         self._o = _Fan(attention.o_proj)
         self._gate_up = _Fan(mlp.gate_proj, mlp.up_proj)
         self._down = _Fan(mlp.down_proj)
-        self._width, self._scaling = int(attention.head_dim), float(attention.scaling)
-        self._kv_heads = attention.k_proj.out_features // self._width
-        self.attended = attention.o_proj.in_features
+        width, self._scaling = int(attention.head_dim), float(attention.scaling)
+        kv_heads, heads = (linear.out_features // width for linear in (attention.k_proj, attention.q_proj))
+        self.heads = kv_heads, heads // kv_heads, width
+        self._split = heads + kv_heads, kv_heads
         self.widths = [fan.widths for fan in (self._qkv, self._o, self._gate_up, self._down)]
 
     def run(
         self,
         x: torch.Tensor,
         angles: Sequence[torch.Tensor],
-        attend: "_Attention",
+        attention: Attention,
+        kept: StoredLayer,
         lora: LayerLora | PackedLayer,
         foreign: torch.Tensor | None,
     ) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
-        heads = self._qkv(self._norm_in(x), lora.qkv, foreign).view(len(x), -1, self._width)
-        turned = _rotate(heads[:, : -self._kv_heads], *angles)
-        q, k, v = turned[:, : -self._kv_heads], turned[:, -self._kv_heads :], heads[:, -self._kv_heads :]
-        x = self._o(attend(q, k, v, self._scaling), lora.o, foreign).add_(x)
+        heads = self._qkv(self._norm_in(x), lora.qkv, foreign).view(len(x), -1, self.heads[-1])
+        qk, v = torch.split_with_sizes(heads, self._split, 1)
+        x = self._o(attention(_rotate(qk, *angles), v, self._scaling, kept), lora.o, foreign).add_(x)
         gate, up = self._gate_up(self._norm_middle(x), lora.gate_up, foreign).chunk(2, -1)
         return self._down(functional.silu(gate).mul_(up), lora.down, foreign).add_(x)
-
-
-class _Attention:
-    """One layer's, over the parts of a step: each row sees its own positions. `beyond`: what tokens of no part get."""
-
-    def __init__(self, parts: Sequence[Part], masks: Sequence[torch.Tensor], kept: Any, beyond: torch.Tensor) -> None:
-        self._parts, self._masks, self._kept, self._beyond = parts, masks, kept, beyond
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        """q: [tokens, heads, head_dim]; k, v: [tokens, kv heads, head_dim] → [tokens, heads · head_dim]."""
-        seen = [
-            self._seen(part, mask, q[part.tokens], k[part.tokens], v[part.tokens], scaling)
-            for part, mask in zip(self._parts, self._masks, strict=True)
-        ]
-        seen += [self._beyond] if len(self._beyond) else []
-        return seen[0] if len(seen) == 1 else torch.cat(seen)
-
-    def _seen(
-        self, part: Part, mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        k, v = (new.view(part.height, -1, *new.shape[1:]).transpose(1, 2) for new in (k, v))
-        keys, values = self._kept.write(part, k, v)
-        rows, kv_heads, count, width = k.shape
-        grouped = q.view(rows, count, kv_heads, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        seen = attended(grouped, keys, values, mask, scaling)
-        return seen.view(rows, kv_heads, -1, count, width).permute(0, 3, 1, 2, 4).reshape(rows * count, -1)
 
 
 def _angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,14 +29,14 @@ Snapshot = list[tuple[torch.Tensor, torch.Tensor]]
 class Part(NamedTuple):
     """Rows of one step that get equally many tokens.
 
-    `tokens`: where theirs stand among the step's, row by row. `columns`: which positions those are, the same for all
-    rows or one for each. `mask`: [rows or 1, 1, tokens a row, visible], true where a key is seen. `kept`: how many of
-    each row's last tokens have logits that are wanted.
+    `tokens`: where theirs stand among the step's, row by row. `at`: the index of their positions in a store, with the
+    same columns for all rows or one for each. `mask`: [rows or 1, 1, tokens a row, visible], true where a key is seen.
+    `kept`: how many of each row's last tokens have logits that are wanted.
     """
 
     tokens: slice
     rows: slice
-    columns: slice | torch.Tensor
+    at: tuple[slice | torch.Tensor, slice, slice | torch.Tensor]
     mask: torch.Tensor
     kept: int
 
@@ -48,7 +48,7 @@ class Part(NamedTuple):
     @property
     def decodes(self) -> bool:
         """Whether each row has one token, at a position of its own."""
-        return isinstance(self.columns, torch.Tensor)
+        return isinstance(self.at[0], torch.Tensor)
 
 
 class Step(NamedTuple):
@@ -83,7 +83,7 @@ class _Window:
     part: Part
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass hook is untyped
+class StoredLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass hook is untyped
     """One layer's keys and values: `stores`, each [rows, heads, positions, head_dim], at the start of a `memory` that
     holds `capacity` positions a row."""
 
@@ -98,11 +98,16 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new positions; return all visible ones of the window's rows."""
-        return self.write(self.window.part, key_states, value_states)
+        """Write the new positions, [rows, heads, tokens a row, head_dim]; return all visible ones of the window's
+        rows."""
+        part = self.window.part
+        if part.decodes:
+            key_states, value_states = key_states[:, :, 0], value_states[:, :, 0]
+        return self.write(part, key_states, value_states)
 
     def write(self, part: Part, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new positions of a part, [rows, heads, tokens a row, head_dim]; all visible ones of its rows."""
+        """The new positions of a part, [rows, heads, tokens a row, head_dim], without the third where rows decode; all
+        visible ones of its rows."""
         self.lazy_initialization(keys, values)
         return _written(self.stores[0], part, keys), _written(self.stores[1], part, values)
 
@@ -150,7 +155,7 @@ class KeyValues:
     def __init__(self, layers: int, device: torch.device = CPU) -> None:
         self._device, self._grows = device, device.type == "cpu"
         self._window = _Window()
-        self.layers = [_Layer(self._window) for _ in range(layers)]
+        self.layers = [StoredLayer(self._window) for _ in range(layers)]
         self.cache = Cache(layers=[*self.layers])
         self.rows = self.capacity = self._positions = 0
         self.recordings = Recordings()
@@ -265,7 +270,7 @@ class KeyValues:
         seen = torch.arange(self._seen(end), device=self._device)
         mask = seen <= torch.arange(read.start, end, device=self._device)[:, None]
         tokens, row = slice(at, at + len(read.ids)), slice(read.row, read.row + 1)
-        return Part(tokens, row, slice(read.start, end), mask[None, None], read.kept)
+        return Part(tokens, row, (row, slice(None), slice(read.start, end)), mask[None, None], read.kept)
 
     def _tensor(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, device=self._device, dtype=torch.long)
@@ -285,15 +290,13 @@ def decoding(positions: torch.Tensor, visible: int) -> Part:
     """The first rows, a token each at `positions` [rows], all of which see at most the first `visible` ones."""
     rows = slice(0, len(positions))
     mask = torch.arange(visible, device=positions.device) <= positions[:, None]
-    return Part(rows, rows, positions, mask[:, None, None], kept=1)
+    at = torch.arange(len(positions), device=positions.device), slice(None), positions
+    return Part(rows, rows, at, mask[:, None, None], kept=1)
 
 
 def _written(store: torch.Tensor, part: Part, state: torch.Tensor) -> torch.Tensor:
     """`state` at the part's positions; the store as far as the part sees it."""
-    if isinstance(part.columns, slice):
-        store[part.rows, :, part.columns] = state
-    else:
-        store[torch.arange(state.shape[0], device=state.device), :, part.columns] = state[:, :, 0]
+    store[part.at] = state
     return store[part.rows, :, : part.mask.shape[-1]]
 
 
@@ -304,7 +307,7 @@ def _multiple(number: int, length: int) -> int:
 
 def _memory(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
     # Zeros, not empty: a masked position is multiplied by a weight of 0, and 0 * NaN is NaN.
-    return like.new_zeros(rows, like.shape[1], capacity, like.shape[3])
+    return like.new_zeros(rows, like.shape[1], capacity, like.shape[-1])
 
 
 def _laid_out(memory: torch.Tensor, positions: int) -> torch.Tensor:
