@@ -2,11 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -88,29 +89,56 @@ class Asker:
         self._client.close()
 
 
-def decoding(
-    url: str, rows: Sequence[Row], tokens: int, times: int, *, protocol: Protocol = OPENAI, **options: Any
-) -> dict[str, Any]:
+class Way(NamedTuple):
+    """Rows that are asked of a server, and how."""
+
+    url: str
+    rows: Sequence[Row]
+    options: Mapping[str, Any] = {}
+    protocol: Protocol = OPENAI
+
+
+def decoding(way: Way, tokens: int, times: int) -> dict[str, Any]:
     """Tokens a second behind the first one. The prompts are in the server's prefix cache when the time counts."""
-    asker = Asker(url, len(rows), protocol)
-    try:
-        for _ in range(2):
-            asker.ask(rows, 1)
-        wholes: list[float] = []
-        firsts: list[float] = []
-        answers: list[list[int]] = []
-        for _ in range(times):
-            firsts.append(asker.ask(rows, 1)[0])
-            seconds, answers = asker.ask(rows, tokens + 1, ignore_eos=True, **options)
-            wholes.append(seconds)
-    finally:
-        asker.close()
+    return in_turns({"": way}, tokens, times)[""]
+
+
+def in_turns(ways: Mapping[str, Way], tokens: int, times: int) -> dict[str, dict[str, Any]]:
+    """The same of ways that a few percent may lie between: round by round, every other one backwards, so that the
+    machine's drift meets them alike."""
+    rounds: dict[str, list[_Round]] = {name: [] for name in ways}
+    with ExitStack() as stack:
+        askers = {}
+        for name, way in ways.items():
+            askers[name] = stack.enter_context(closing(Asker(way.url, len(way.rows), way.protocol)))
+            for _ in range(2):
+                askers[name].ask(way.rows, 1)
+        for turn in range(times):
+            for name in list(ways)[:: -1 if turn % 2 else 1]:
+                way = ways[name]
+                first, _ = askers[name].ask(way.rows, 1)
+                whole, answers = askers[name].ask(way.rows, tokens + 1, ignore_eos=True, **way.options)
+                rounds[name].append(_Round(first, whole, answers))
+    return {name: _figures(tokens, had) for name, had in rounds.items()}
+
+
+class _Round(NamedTuple):
+    """Seconds of the first tokens, and of all that were asked for behind them; the answers' ids."""
+
+    first: float
+    whole: float
+    answers: list[list[int]]
+
+
+def _figures(tokens: int, rounds: Sequence[_Round]) -> dict[str, Any]:
+    answers = rounds[-1].answers
     if any(len(ids) != tokens + 1 for ids in answers):
         raise BenchmarkError(f"{tokens + 1} tokens were asked for, {sorted({len(ids) for ids in answers})} came")
-    paces = [len(rows) * tokens / (whole - median(firsts)) for whole in wholes]
+    first = median(each.first for each in rounds)
+    paces = [len(answers) * tokens / (each.whole - first) for each in rounds]
     return {
         "tokens_per_second": round(median(paces), 1),
         "each": [round(pace, 1) for pace in paces],
-        "first_token_seconds": round(median(firsts), 3),
+        "first_token_seconds": round(first, 3),
         "answers": answers,
     }

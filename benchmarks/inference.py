@@ -3,7 +3,7 @@ built, llama.cpp in the same run.
 
     --quick                small counts, nothing kept: to see that everything runs
     --data DIR --cache DIR the real claims and trajectories, and where the converted base model lies (VERITUNE_CACHE)
-    --only decode|react    one of the two parts, nothing kept
+    --only decode|turns|react    one of the parts, nothing kept
 
 Everybody gets the same prompts and the same adapters over the same weights, in bfloat16 and greedily. Prints ratios
 and writes `benchmarks/results/inference.json` with every raw figure. `make bench-inference` installs vLLM for it, and
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import httpx
 from benchmarks import peft_peer
 from benchmarks.claims import judging
 from benchmarks.contender import environment
-from benchmarks.decoding import OPENAI, Protocol, Row, decoding
+from benchmarks.decoding import OPENAI, Protocol, Row, Way, decoding, in_turns
 from benchmarks.decoding import llama_cpp as llama_cpp_protocol
 from benchmarks.deployment import BenchmarkError
 from benchmarks.gguf import converted
@@ -43,7 +43,8 @@ PROMPT_TOKENS = 200
 REGEX = r"[^\[\]\n]{1,2000}"
 """What an action's argument may hold, for a length that no answer reaches."""
 
-LOADED = 1_000
+LOADED, ROOM = 1_000, 16 << 30
+"""Adapters of one engine, and the bytes that it may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,11 @@ def main() -> None:
     task = _task(found, counts)
     figures: dict[str, Any] = {"other_work": busy()}
     with tempfile.TemporaryDirectory(prefix="veritune-bench-") as directory:
-        if given.only != "react":
+        if given.only in (None, "decode"):
             figures["decode"] = decode(task, Path(directory))
-        if given.only != "decode":
+        if given.only in (None, "turns"):
+            figures["turns"] = turns(task, Path(directory))
+        if given.only in (None, "react"):
             figures["react"] = react(task, given.data, given.cache.resolve(), Path(directory))
     result = head("veritune inference benchmark", "benchmarks.inference") | {
         "seconds": round(time.monotonic() - began, 1),
@@ -111,7 +114,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", choices=["decode", "react"])
+    parser.add_argument("--only", choices=["decode", "turns", "react"])
     data = next((path for path in (ROOT / "shared" / "data", ROOT.parent / "shared" / "data") if path.is_dir()), None)
     parser.add_argument("--data", type=Path, default=data, required=data is None)
     cache = os.environ.get("VERITUNE_CACHE", str(ROOT / ".cache" / "veritune"))
@@ -135,17 +138,16 @@ def decode(task: Task, directory: Path) -> dict[str, Any]:
     table, own = directory / "table.json", {}
     table.write_text(json.dumps(_models(task)), encoding="utf-8")
     figures: dict[str, Any] = {}
-    with veritune(table, directory / "front.log", max_batch=most, memory_bytes=16 << 30) as server:
+    with veritune(table, directory / "front.log", max_batch=most, memory_bytes=ROOM) as server:
         own = _step("veritune", _decode, task, server.url, task.settings)
-        figures["regex"] = _step("veritune, by a regex", _by_regex, task, server.url)
-        figures["loaded"] = _step(f"veritune, {task.counts.loaded} loaded", _loaded, task, server.url)
     theirs: Table = {}
     for live in task.counts.live:
         wanted = [setting for setting in task.settings if setting[1] == live]
         with vllm(task.found.base, task.adapters, directory / "vllm.log", live=live) as server:
             theirs |= _step(f"vllm, {live} adapters", _decode, task, server.url, wanted)
             if live == 4:
-                figures["regex_vllm"] = _step("vllm, by a regex", _by_regex, task, server.url)
+                ways = _free_and_held(task, server.url)
+                figures["regex_vllm"] = _step("vllm, by a regex", _paces, ways, task.counts)
     peers = {"vllm": theirs, "peft": _step("peft", _peft, task, directory)}
     if LLAMA_CPP.exists():
         peers["llama_cpp"] = _llama_cpp(task, directory)
@@ -175,32 +177,50 @@ def _models(task: Task) -> dict[str, dict[str, Any]]:
 def _decode(task: Task, url: str, settings: Sequence[tuple[int, int]], protocol: Protocol = OPENAI) -> Table:
     found = {}
     for rows, live in settings:
-        figures = decoding(url, task.rows(rows, live), task.counts.tokens, task.counts.times, protocol=protocol)
+        way = Way(url, task.rows(rows, live), protocol=protocol)
+        figures = decoding(way, task.counts.tokens, task.counts.times)
         found[f"{rows} rows, {live} live"] = figures
         print(f"\n  {rows} rows, {live} live: {figures['tokens_per_second']}", end="", flush=True)
     return found
 
 
-def _by_regex(task: Task, url: str) -> dict[str, float]:
-    """Rows of 4 adapters that a grammar holds, and the same without."""
-    rows = task.rows(min(16, max(task.counts.rows)), 4)
-    found = {}
-    ways: dict[str, dict[str, Any]] = {"free": {}, "held": {"structured_outputs": {"regex": REGEX}}}
-    for name, options in ways.items():
-        figures = decoding(url, rows, task.counts.tokens, task.counts.times, **options)
-        found[name] = figures["tokens_per_second"]
-    return found
+def turns(task: Task, directory: Path) -> dict[str, Any]:
+    """Rows of 4 adapters as they are, held by a grammar, and by an engine that has loaded many others, in turns."""
+    table = directory / "table.json"
+    table.write_text(json.dumps(_models(task)), encoding="utf-8")
+    room = {"max_batch": max(task.counts.rows), "memory_bytes": ROOM}
+    with (
+        veritune(table, directory / "few.log", **room) as few,
+        veritune(table, directory / "many.log", **room) as many,
+    ):
+        loaded = _step(f"veritune, {task.counts.loaded} adapters loaded", _load, task, many.url)
+        ways = _free_and_held(task, few.url) | {"many loaded": Way(many.url, _of_four(task))}
+        found: dict[str, Any] = _step("veritune, in turns", _paces, ways, task.counts, 2)
+    return found | {"loaded": loaded}
 
 
-def _loaded(task: Task, url: str) -> dict[str, float]:
-    """4 live adapters before and after many others were loaded, each twice as often: a few percent are looked for."""
-    rows = task.rows(min(16, max(task.counts.rows)), 4)
-    few = decoding(url, rows, task.counts.tokens, 2 * task.counts.times)
+def _of_four(task: Task) -> list[Row]:
+    return task.rows(min(16, max(task.counts.rows)), 4)
+
+
+def _free_and_held(task: Task, url: str) -> dict[str, Way]:
+    """Rows of 4 adapters, and the same by a grammar."""
+    held = {"structured_outputs": {"regex": REGEX}}
+    return {"free": Way(url, _of_four(task)), "held": Way(url, _of_four(task), held)}
+
+
+def _paces(ways: Mapping[str, Way], counts: Counts, often: int = 1) -> dict[str, Any]:
+    """Of ways in turns, `often` as many as usual."""
+    found = in_turns(ways, counts.tokens, often * counts.times)
+    return {name: {key: each[key] for key in ("tokens_per_second", "each")} for name, each in found.items()}
+
+
+def _load(task: Task, url: str) -> float:
+    """Have the many adapters loaded; how many the engine holds then."""
     for first in range(0, task.counts.loaded, len(task.prompts)):
         numbers = range(first, min(first + len(task.prompts), task.counts.loaded))
-        decoding(url, [Row(f"more-{n:04}", task.prompts[0][:8]) for n in numbers], 1, 1)
-    lots = decoding(url, rows, task.counts.tokens, 2 * task.counts.times)
-    return {"few": few["tokens_per_second"], "many": lots["tokens_per_second"], "in_memory": _in_memory(url)}
+        decoding(Way(url, [Row(f"more-{n:04}", task.prompts[0][:8]) for n in numbers]), 1, 1)
+    return _in_memory(url)
 
 
 def _in_memory(url: str) -> float:
@@ -318,8 +338,9 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
         pace = {key: row["tokens_per_second"] for key, row in decoded["veritune"].items()}
         if "16 rows, 16 live" in pace:
             found["live16_vs_live1"] = pace["16 rows, 16 live"] / pace["16 rows, 1 live"]
-        found["regex_vs_free"] = decoded["regex"]["held"] / decoded["regex"]["free"]
-        found["many_loaded_vs_few"] = decoded["loaded"]["many"] / decoded["loaded"]["few"]
+    if met := figures.get("turns"):
+        free, held, many_loaded = (met[name]["tokens_per_second"] for name in ("free", "held", "many loaded"))
+        found |= {"regex_vs_free": held / free, "many_loaded_vs_few": many_loaded / free}
     if judged := figures.get("react"):
         for key, mine in judged["veritune"].items():
             found[f"react{key}_vs_vllm"] = mine["claims_per_second"] / judged["vllm"][key]["claims_per_second"]
