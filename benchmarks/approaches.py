@@ -24,10 +24,10 @@ from app.domain.attempts import EncodedRow, TrainOrder
 from app.domain.specs import TrainSpec
 from benchmarks.encoded import Scale, Work, prepare
 from benchmarks.machine import ROOT, head
-from worker.inference.kv import KeyValues
-from worker.inference.models import Models
+from worker.inference.cache.kv_cache import KVCache
+from worker.inference.ipc import EngineSettings
+from worker.inference.model.loaded_models import LoadedModels
 from worker.inference.protocol import ServedModel
-from worker.inference.wire import EngineSettings
 from worker.precision import FP32
 from worker.training import model, recipe
 from worker.training.batches import collate
@@ -108,12 +108,12 @@ def _loss(trainee: Trainee, held: list[EncodedRow], order: TrainOrder) -> float:
 
 
 def _difference(trainee: Trainee, order: TrainOrder, prompts: list[list[int]]) -> float:
-    models = Models(EngineSettings(device="cpu", dtype="float32"))
+    models = LoadedModels(EngineSettings(device="cpu", dtype="float32"))
     base = models.load(served(order), [])
     trainee.approach.module.eval()
     worst = 0.0
     for prompt in prompts:
-        store = KeyValues(base.layers)
+        store = KVCache(base.layers)
         store.reserve(1, len(prompt))
         theirs = store.prefill(models.forward([served(order)]), 0, prompt, 0)
         with torch.no_grad():

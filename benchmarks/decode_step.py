@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import ROOT, head
 from benchmarks.publishing import KEPT
-from worker.inference.forwards import StockForward
-from worker.inference.kv import Forward, KeyValues
-from worker.inference.models import Models
+from worker.inference.cache.kv_cache import Forward, KVCache
+from worker.inference.ipc import EngineSettings
+from worker.inference.model.llama_forward import TransformersForward
+from worker.inference.model.loaded_models import LoadedModels
 from worker.inference.protocol import ServedModel
-from worker.inference.wire import EngineSettings
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode_step.json"
 ROWS = 16
@@ -43,13 +43,13 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=next(iter((KEPT / "bases").glob("*")), None))
     parser.add_argument("--adapters", type=Path, default=KEPT / "adapters")
     given = parser.parse_args()
-    models = Models(EngineSettings())
+    models = LoadedModels(EngineSettings())
     base = served(given.base)
     adapters = [served(given.base, path) for path in sorted(given.adapters.iterdir())[:ROWS]]
     loaded = models.load(base, [])
     for adapter in adapters:
         models.load(adapter, [base])
-    stock = StockForward(loaded.model)
+    stock = TransformersForward(loaded.model)
     ways: dict[str, Callable[[], Forward]] = {
         "transformers, base": lambda: stock,
         "ours, base": lambda: models.forward([base] * ROWS),
@@ -77,7 +77,7 @@ def served(base: Path, adapter: Path | None = None) -> ServedModel:
 
 def measured(way: Callable[[], Forward], reader: Forward, layers: int) -> dict[str, float]:
     """Milliseconds of a step whose prompts `reader` has read: as it takes without a profiler, and by kind of kernel."""
-    store = KeyValues(layers)
+    store = KVCache(layers)
     store.reserve(ROWS, LENGTH + 3 * STEPS)
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(500, 40_000, (ROWS, LENGTH), generator=draw).tolist()

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import uvicorn
 
-from worker.inference.front import FrontSettings, StaticResolver, create_front
+from worker.inference.ipc import EngineSettings
 from worker.inference.protocol import ServedModel
-from worker.inference.wire import EngineSettings
+from worker.inference.server.app import ServerSettings, StaticResolver, create_inference_app
 
 
 def main(table: Path, port: int, engine: str) -> None:
     known = {digest: ServedModel(**fields) for digest, fields in json.loads(table.read_text("utf-8")).items()}
-    told = FrontSettings(engine=EngineSettings(**json.loads(engine)))
-    front = create_front(StaticResolver(known), told)
+    told = ServerSettings(engine=EngineSettings(**json.loads(engine)))
+    front = create_inference_app(StaticResolver(known), told)
     uvicorn.run(front, host="127.0.0.1", port=port, log_level="warning", access_log=False)
 
 

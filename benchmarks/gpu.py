@@ -28,14 +28,14 @@ from app.domain.memory import CONTEXT, GPU16, Load, memory_of
 from app.domain.specs import TrainSpec
 from benchmarks.machine import ROOT, head
 from benchmarks.random_base import write_adapter, write_base
-from worker.inference.bases import load_base
-from worker.inference.forwards import LlamaForward
-from worker.inference.kv import Forward, KeyValues
-from worker.inference.models import Models
-from worker.inference.protocol import Sampling, ServedModel
-from worker.inference.scheduler import Scheduler
-from worker.inference.sizes import base_bytes
-from worker.inference.wire import EngineSettings, Generate, ToFront
+from worker.inference.cache.kv_cache import Forward, KVCache
+from worker.inference.engine.scheduler import Scheduler
+from worker.inference.ipc import EngineSettings, Generate, ServerMessage
+from worker.inference.model.base import load_base
+from worker.inference.model.llama_forward import LlamaForward
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.model.memory_use import base_bytes
+from worker.inference.protocol import SamplingParams, ServedModel
 from worker.precision import Precision, precision_here
 from worker.training.batches import Batch, collate
 from worker.training.loss import backward_loss
@@ -82,7 +82,7 @@ def main() -> None:
 
 def serving(base: Path, adapters: Sequence[Path], device: torch.device) -> dict[str, Any]:
     """The engine's models: what loading takes, and a step by rows and live adapters; unrecorded beside it."""
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     bare = _served(base)
     before, began = _allocated(device), time.perf_counter()
     loaded = models.load(bare, [])
@@ -125,7 +125,7 @@ class Decoding:
         way: str = "recorded",
     ) -> None:
         self._forward, self._chosen, self._device, self._way = forward, chosen, device, way
-        self._store = KeyValues(layers, device)
+        self._store = KVCache(layers, device)
         self._store.reserve(len(chosen), LENGTH + 2 * STEPS)
         self._lengths = [LENGTH] * len(chosen)
 
@@ -162,11 +162,11 @@ class Decoding:
         return time.perf_counter() - began
 
 
-def _turns(models: Models, chosen: Sequence[ServedModel]) -> dict[str, Any]:
+def _turns(models: LoadedModels, chosen: Sequence[ServedModel]) -> dict[str, Any]:
     """The same with all that a turn does besides: tokens are chosen, texts decoded, events sent."""
-    said: list[ToFront] = []
+    said: list[ServerMessage] = []
     scheduler = Scheduler(models, SETTINGS, said.append)
-    sampling = Sampling(max_tokens=4 * STEPS, temperature=0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=4 * STEPS, temperature=0, ignore_eos=True)
     for row, model in enumerate(chosen):
         scheduler.add(Generate(id=str(row), model=model, prompt=_prompt(row), sampling=sampling))
     while scheduler.stats.prefills < len(chosen) or scheduler.stats.generation_tokens == 0:

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from worker.inference.bases import DTYPES
+from worker.inference.model.base import DTYPES
 
 BASE = "__base__"
 """PEFT's word for a row without an adapter."""

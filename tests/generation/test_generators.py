@@ -24,8 +24,8 @@ from app.tokenizers import load_tokenization
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.conftest import shelf as shelf
 from tests.waiting import until
-from worker.inference.front import FrontSettings
-from worker.inference.residence import FixedTenancy
+from worker.inference.server.app import ServerSettings
+from worker.inference.server.device_reservation import FixedReservation
 
 SECRET = SecretStr("between processes")
 Asked = Callable[..., GenerationRequest]
@@ -50,7 +50,7 @@ def model() -> str:
 
 @pytest.fixture(scope="module")
 def guarded(shelf: Shelf) -> Iterator[Server]:
-    with serving(shelf.table(), FrontSettings(engine=ENGINE, secret=SECRET)) as server:
+    with serving(shelf.table(), ServerSettings(engine=ENGINE, secret=SECRET)) as server:
         server.wait_until_ready()
         yield server
 
@@ -187,9 +187,9 @@ def test_a_wrong_secret_is_not_the_users_fault(connect: Connect, asked: Asked) -
 
 
 def test_a_server_that_makes_way_says_when_it_is_back(shelf: Shelf, asked: Asked) -> None:
-    absent = FixedTenancy(Absence("inference makes way for training (job_1)", 300.0))
+    absent = FixedReservation(Absence("inference makes way for training (job_1)", 300.0))
     with (
-        serving(shelf.table(), FrontSettings(engine=ENGINE), absent) as server,
+        serving(shelf.table(), ServerSettings(engine=ENGINE), absent) as server,
         closing(CompletionsGenerator(str(server.client.base_url))) as client,
     ):
         until(lambda: "job_1" in server.front.link.why)

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.inference.conftest import NF4, Server, serving
 from tests.inference.test_forwards import FAMILY, PROMPTS, adapter, logits_by, save, served
 from tests.tiny import make_tiny_adapter, make_tiny_model
-from worker.inference.forwards import StockForward
-from worker.inference.front import FrontSettings
-from worker.inference.models import Models
-from worker.inference.sizes import base_bytes
-from worker.inference.wire import EngineSettings
+from worker.inference.ipc import EngineSettings
+from worker.inference.model.llama_forward import TransformersForward
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.model.memory_use import base_bytes
+from worker.inference.server.app import ServerSettings
 from worker.quantization import bitsandbytes_config
 
 pytestmark = [
@@ -46,11 +46,11 @@ def test_adapters_mix_over_any_base(
     stock = {name: whole(base, made.get(name), HELD[held], getattr(torch, dtype)) for name in NAMES}
     off = max(distance(one, other) for name in NAMES for one, other in zip(stock[name], exact[name], strict=True))
 
-    models = Models(EngineSettings.model_validate({"device": "cuda", "dtype": dtype}))
+    models = LoadedModels(EngineSettings.model_validate({"device": "cuda", "dtype": dtype}))
     known = {name: served(base, made.get(name), name).model_copy(update={"quantization": HELD[held]}) for name in NAMES}
     for model in known.values():
         models.load(model, [])
-        assert not isinstance(models.forward([model]), StockForward)
+        assert not isinstance(models.forward([model]), TransformersForward)
     for mixed in (("base",) * 3, ("all",) * 3, ("all", "some", "base"), ("some", "base", "all")):
         found = logits_by(models.forward, [known[name] for name in mixed], gpu)
         for place, logits in enumerate(found):
@@ -83,7 +83,7 @@ def test_what_a_base_takes_is_known_before_it_is_loaded(gpu: torch.device, tmp_p
     shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
     base = save(tmp_path / "base", LlamaForCausalLM(LlamaConfig(vocab_size=8_192, num_attention_heads=8, **shape)))
     model = served(base).model_copy(update={"quantization": HELD[held]})
-    models = Models(EngineSettings(device="cuda", dtype="float16"))
+    models = LoadedModels(EngineSettings(device="cuda", dtype="float16"))
     gc.collect()  # what earlier tests left
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -101,7 +101,7 @@ def test_a_crowd_over_an_nf4_base_is_answered(tmp_path: Path) -> None:
         name: served(base, made.get(name), name).model_copy(update={"quantization": NF4})
         for name in ("base", "one", "two")
     }
-    settings = FrontSettings(engine=EngineSettings(device="cuda", dtype="float16"))
+    settings = ServerSettings(engine=EngineSettings(device="cuda", dtype="float16"))
     with serving(over_nf4, settings) as server:
         server.wait_until_ready()
         fixed = {name: answer(server, name, deterministic=True) for name in over_nf4}

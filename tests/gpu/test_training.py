@@ -10,10 +10,10 @@ import torch
 
 from tests.inference.test_words import PROMPTS, order_of, word
 from tests.tiny import make_tiny_model
-from worker.inference.models import Models
-from worker.inference.protocol import Sampling, ServedModel
-from worker.inference.scheduler import Scheduler
-from worker.inference.wire import EngineSettings, Finished, Generate, ToFront
+from worker.inference.engine.scheduler import Scheduler
+from worker.inference.ipc import EngineSettings, Finished, Generate, ServerMessage
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.protocol import SamplingParams, ServedModel
 from worker.precision import FP16, precision_here
 from worker.training import recipe
 from worker.training.channel import Channel
@@ -67,8 +67,8 @@ def test_every_approach_learns(tmp_path: Path, approach: str) -> None:
 
 def answers(base: Path, adapter: Path) -> list[list[int]]:
     settings = EngineSettings(device="cuda", dtype="float16")
-    said: list[ToFront] = []
-    scheduler = Scheduler(Models(settings), settings, said.append)
+    said: list[ServerMessage] = []
+    scheduler = Scheduler(LoadedModels(settings), settings, said.append)
     model = ServedModel(
         digest="speaker",
         base_digest="base",
@@ -77,7 +77,7 @@ def answers(base: Path, adapter: Path) -> list[list[int]]:
         adapter_path=str(adapter),
         max_model_len=256,
     )
-    sampling = Sampling(max_tokens=len(word(3)), temperature=0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=len(word(3)), temperature=0, ignore_eos=True)
     for place, prompt in enumerate(PROMPTS):
         scheduler.add(Generate(id=str(place), model=model, prompt=prompt, sampling=sampling))
     while scheduler.busy or scheduler.reading:

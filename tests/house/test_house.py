@@ -15,7 +15,7 @@ HEAVY = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @pytest.mark.parametrize(
-    "module", ["app.main", "app.cli", "worker.supervisor", "worker.slot", "worker.inference.front"]
+    "module", ["app.main", "app.cli", "worker.supervisor", "worker.slot", "worker.inference.server.app"]
 )
 def test_what_needs_no_tensors_loads_no_gpu_library(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"

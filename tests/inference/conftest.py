@@ -15,10 +15,10 @@ import uvicorn
 
 from tests.tiny import make_tiny_adapter, make_tiny_model
 from tests.waiting import until
-from worker.inference.front import FrontSettings, StaticResolver, create_front
+from worker.inference.ipc import EngineSettings
 from worker.inference.protocol import ServedModel
-from worker.inference.residence import Tenancy
-from worker.inference.wire import EngineSettings
+from worker.inference.server.app import ServerSettings, StaticResolver, create_inference_app
+from worker.inference.server.device_reservation import DeviceReservation
 
 NF4 = {"bits": 4, "type": "nf4", "double": True}
 ENGINE = EngineSettings(dtype="float32", threads=1)
@@ -105,13 +105,13 @@ class Server(Speaker):
 @contextlib.contextmanager
 def serving(
     models: dict[str, ServedModel],
-    settings: FrontSettings,
-    tenancy: Tenancy | None = None,
+    settings: ServerSettings,
+    tenancy: DeviceReservation | None = None,
     expected: Sequence[str] = (),
     resolver: Callable[[dict[str, ServedModel], Sequence[str]], StaticResolver] = StaticResolver,
 ) -> Iterator[Server]:
     """A front in a thread; its engine is a process that ends with it."""
-    app = create_front(resolver(models, expected), settings, tenancy)
+    app = create_inference_app(resolver(models, expected), settings, tenancy)
     # asyncio sets TCP_NODELAY only where the protocol is named; without it answers take 40 ms more.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
@@ -142,6 +142,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 @pytest.fixture(scope="session")
 def server(shelf: Shelf) -> Iterator[Server]:
     """One front with a ready engine for all tests that leave it as they found it."""
-    with serving(shelf.table(), FrontSettings(engine=ENGINE)) as running:
+    with serving(shelf.table(), ServerSettings(engine=ENGINE)) as running:
         running.wait_until_ready()
         yield running

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from worker.inference.recordings import Run
+from worker.inference.cache.cuda_graphs import Run
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its subclass hook is untyped

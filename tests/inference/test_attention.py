@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from tests.inference.test_company import to_the_bit
-from worker.inference.attention import attended
+from worker.inference.model.attention import attended
 
 HEADS, WIDTH, POSITIONS = 3, 64, 96
 

@@ -9,9 +9,9 @@ import pytest
 
 from app.domain.errors import UnavailableError
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
-from worker.inference.catalogue import Catalogue
-from worker.inference.front import FrontSettings, StaticResolver
 from worker.inference.protocol import ServedModel
+from worker.inference.server.app import ServerSettings, StaticResolver
+from worker.inference.server.resolved_models import ResolvedModels
 
 
 class Shelves(StaticResolver):
@@ -33,7 +33,7 @@ class Shelves(StaticResolver):
 @pytest.fixture(scope="module")
 def shelves(shelf: Shelf) -> Iterator[Server]:
     table = {**shelf.table(), "late": shelf.served("late", shelf.one)}
-    with serving(table, FrontSettings(engine=ENGINE), resolver=Shelves) as running:
+    with serving(table, ServerSettings(engine=ENGINE), resolver=Shelves) as running:
         running.wait_until_ready()
         yield running
 
@@ -59,7 +59,7 @@ def test_a_crowd_at_one_digest_has_it_resolved_once(shelf: Shelf) -> None:
         return resolver.resolve(digest)
 
     async def crowd() -> list[ServedModel]:
-        catalogue = Catalogue(resolve)
+        catalogue = ResolvedModels(resolve)
         asked = [asyncio.create_task(catalogue.find("one")) for _ in range(50)]
         await asyncio.sleep(0)
         asked.pop().cancel()  # the others still get it
@@ -74,7 +74,7 @@ def test_a_failure_is_told_to_all_who_wait_and_not_remembered(shelf: Shelf) -> N
     resolver = Shelves(shelf.table())
 
     async def crowd() -> list[ServedModel | BaseException]:
-        catalogue = Catalogue(resolver.resolve)
+        catalogue = ResolvedModels(resolver.resolve)
         together = await asyncio.gather(*(catalogue.find("lost") for _ in range(3)), return_exceptions=True)
         return [*together, *await asyncio.gather(catalogue.find("lost"), return_exceptions=True)]
 

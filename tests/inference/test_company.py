@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.tiny import make_tiny_model
-from worker.inference.forwards import lean_forward
-from worker.inference.kv import KeyValues, Read, Snapshot
-from worker.inference.models import Models
-from worker.inference.protocol import Sampling, ServedModel
-from worker.inference.scheduler import Scheduler
-from worker.inference.wire import EngineSettings, Finished, Generate, ToFront
+from worker.inference.cache.kv_cache import KVCache, PrefillChunk, Snapshot
+from worker.inference.engine.scheduler import Scheduler
+from worker.inference.ipc import EngineSettings, Finished, Generate, ServerMessage
+from worker.inference.model.llama_forward import build_llama_forward
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.protocol import SamplingParams, ServedModel
 from worker.processor import cpu_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
@@ -101,9 +101,9 @@ def answers(
     """Of each round, in which one engine is asked the same again, with what it remembers."""
     memory = 0 if rounds == 1 else 1 << 30
     settings = EngineSettings(device="cpu", dtype=dtype, max_batch=at_once, prefix_cache_bytes=memory)
-    said: list[ToFront] = []
-    scheduler = Scheduler(Models(settings), settings, said.append)
-    sampling = Sampling(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=3)
+    said: list[ServerMessage] = []
+    scheduler = Scheduler(LoadedModels(settings), settings, said.append)
+    sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=3)
     for number in range(rounds):
         for place, (model, prompt) in enumerate(requests):
             request_id = f"{number}/{place:02}"
@@ -143,7 +143,7 @@ class Cancelling:
 
     def __init__(self, model: Any) -> None:
         self._config = model.config
-        forward = lean_forward(model.to(torch.bfloat16).eval())
+        forward = build_llama_forward(model.to(torch.bfloat16).eval())
         assert forward is not None
         self._forward = forward
 
@@ -168,7 +168,7 @@ class Cancelling:
         """The logits behind the last of `ids`, read in as many steps as `ends` has numbers, [1, V]."""
         store, logits = self._store([row], [start]), torch.empty(0)
         for begin, end in itertools.pairwise([0, *ends]):
-            logits = store.step(self._forward, (), (), [Read(0, ids[begin:end], start + begin, 1)])
+            logits = store.step(self._forward, (), (), [PrefillChunk(0, ids[begin:end], start + begin, 1)])
         return logits
 
     def written(self, row: Snapshot, start: int, ids: list[int]) -> torch.Tensor:
@@ -178,8 +178,8 @@ class Cancelling:
             logits = store.decode(self._forward, [token], [start + place])
         return logits
 
-    def _store(self, rows: Sequence[Snapshot], lengths: list[int]) -> KeyValues:
-        store = KeyValues(len(rows[0]))
+    def _store(self, rows: Sequence[Snapshot], lengths: list[int]) -> KVCache:
+        store = KVCache(len(rows[0]))
         store.reserve(len(rows), max(lengths) + 64)
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             store.restore(number, row, length)

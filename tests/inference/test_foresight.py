@@ -14,20 +14,20 @@ from tests.api.conftest import lease, make_adapter
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_scheduling import Desk
 from tests.waiting import until
-from worker.inference.front import FrontSettings
-from worker.inference.residence import FixedTenancy
-from worker.inference.resolver import PublishedResolver
-from worker.inference.sizes import PROCESS_BYTES, base_bytes
+from worker.inference.model.memory_use import PROCESS_BYTES, base_bytes
+from worker.inference.server.app import ServerSettings
+from worker.inference.server.device_reservation import FixedReservation
+from worker.inference.server.model_resolver import PublishedResolver
 
 
 @pytest.fixture(scope="module")
-def tenancy() -> FixedTenancy:
-    return FixedTenancy()
+def tenancy() -> FixedReservation:
+    return FixedReservation()
 
 
 @pytest.fixture(scope="module")
-def server(shelf: Shelf, tenancy: FixedTenancy) -> Iterator[Server]:
-    with serving(shelf.table(), FrontSettings(engine=ENGINE), tenancy, expected=("one", "base")) as running:
+def server(shelf: Shelf, tenancy: FixedReservation) -> Iterator[Server]:
+    with serving(shelf.table(), ServerSettings(engine=ENGINE), tenancy, expected=("one", "base")) as running:
         yield running
 
 
@@ -36,7 +36,7 @@ def loaded(server: Server) -> tuple[float, float]:
     return server.metric("veritune:loaded_bases"), server.metric("veritune:loaded_adapters")
 
 
-def test_every_engine_loads_what_is_expected(server: Server, tenancy: FixedTenancy) -> None:
+def test_every_engine_loads_what_is_expected(server: Server, tenancy: FixedReservation) -> None:
     until(lambda: loaded(server) == (1, 1))
 
     tenancy.absence = Absence("inference makes way for training (job_1)", 1_000.0)

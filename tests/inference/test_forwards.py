@@ -23,14 +23,14 @@ from transformers import (
 
 from tests.inference.conftest import Shelf
 from tests.tiny import make_tiny_model
-from worker.inference.adapters import AdaptedBase
-from worker.inference.bases import load_base
-from worker.inference.forwards import StockForward
-from worker.inference.kv import CPU, Forward, KeyValues, Read
-from worker.inference.models import Models
+from worker.inference.cache.kv_cache import CPU, Forward, KVCache, PrefillChunk
+from worker.inference.ipc import EngineSettings
+from worker.inference.model.adapters import AdaptedBase
+from worker.inference.model.base import load_base
+from worker.inference.model.llama_forward import TransformersForward
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.model.memory_use import PROCESS_BYTES, base_bytes, weights_in_memory
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import PROCESS_BYTES, base_bytes, held_bytes
-from worker.inference.wire import EngineSettings
 from worker.quantization import bitsandbytes_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
@@ -84,7 +84,7 @@ def served(base: Path, adapter: Path | None = None, digest: str = "") -> ServedM
     )
 
 
-def answers(models: Models, *rows: ServedModel) -> list[torch.Tensor]:
+def answers(models: LoadedModels, *rows: ServedModel) -> list[torch.Tensor]:
     """Logits behind each prompt, and behind three more tokens of all of them together; each row by its own model, or
     all by one."""
     return logits_by(models.forward, rows if len(rows) > 1 else rows * len(PROMPTS))
@@ -94,7 +94,7 @@ def logits_by(
     forward: Callable[[Sequence[Any]], Forward], answering: Sequence[Any], device: torch.device = CPU
 ) -> list[torch.Tensor]:
     """The same, of whatever `forward` takes for a row."""
-    store = KeyValues(2, device)
+    store = KVCache(2, device)
     store.reserve(len(PROMPTS), 100)
     found = [
         store.prefill(forward([model]), row, prompt, 0)
@@ -126,14 +126,14 @@ def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Pa
         name: adapter(base, tmp_path / name, target_modules=modules, use_rslora=name == "some")
         for name, modules in chosen.items()
     }
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     wanted = {"base": alone(AutoModelForCausalLM.from_pretrained(base))}
     for name, directory in made.items():
         wanted[name] = alone(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory))
     known = {name: served(base, made.get(name), name) for name in ("base", "all", "some")}
     for name in ("base", "all", "some", "base"):
         models.load(known[name], [])
-        assert not isinstance(models.forward([known[name]]), StockForward)
+        assert not isinstance(models.forward([known[name]]), TransformersForward)
         assert_same(answers(models, known[name]), wanted[name])
     for mixed in (("all", "some", "base"), ("some", "all", "some"), ("base", "base", "all"), ("all", "base", "some")):
         assert len({models.lane(known[name]) for name in mixed}) == 1
@@ -176,22 +176,26 @@ def test_what_a_quantised_base_takes_is_known_before_it_is_loaded(tmp_path: Path
     base = save(tmp_path / "base", FAMILY["llama"]())
     asked = served(base).model_copy(update={"quantization": {"bits": bits}})
     known = base_bytes(asked, torch.device("cuda"), torch.float32)
-    assert known == pytest.approx(held_bytes(packed(base, bits)), rel=0.1)
+    assert known == pytest.approx(weights_in_memory(packed(base, bits)), rel=0.1)
 
 
 @pytest.mark.parametrize("stock", [False, True])
 def test_logits_come_behind_as_many_tokens_as_are_asked_for(tmp_path: Path, stock: bool) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     model: Any = models.load(served(base), []).model
     with torch.inference_mode():
         whole = [model(input_ids=torch.tensor([ids])).logits[0] for ids in ([5, 6, 7, 8], [9, 10, 11], [12, 13])]
-    forward = StockForward(model) if stock else models.forward([served(base)])
-    store = KeyValues(2)
+    forward = TransformersForward(model) if stock else models.forward([served(base)])
+    store = KVCache(2)
     store.reserve(4, 8)
     store.prefill(forward, 0, [5, 6, 7], 0)
 
-    reads = [Read(1, [9, 10, 11], 0, kept=2), Read(2, [12, 13], 0, kept=0), Read(3, [5, 6, 7, 8], 0, kept=4)]
+    reads = [
+        PrefillChunk(1, [9, 10, 11], 0, kept=2),
+        PrefillChunk(2, [12, 13], 0, kept=0),
+        PrefillChunk(3, [5, 6, 7, 8], 0, kept=4),
+    ]
     found = store.step(forward, [8], [3], reads)
 
     torch.testing.assert_close(found, torch.cat([whole[0][3:], whole[1][1:], whole[0]]), rtol=1e-4, atol=1e-4)
@@ -199,7 +203,7 @@ def test_logits_come_behind_as_many_tokens_as_are_asked_for(tmp_path: Path, stoc
 
 def test_bfloat16_answers_as_transformers_do_in_bfloat16(tmp_path: Path) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
-    models = Models(SETTINGS.model_copy(update={"dtype": "bfloat16"}))
+    models = LoadedModels(SETTINGS.model_copy(update={"dtype": "bfloat16"}))
     models.load(served(base), [])
     exact = alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     stock = alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16))
@@ -215,10 +219,10 @@ def test_bfloat16_answers_as_transformers_do_in_bfloat16(tmp_path: Path) -> None
 def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: Path) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
     directory = adapter(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     model = served(base, directory)
     models.load(model, [])
-    assert isinstance(models.forward([model]), StockForward)
+    assert isinstance(models.forward([model]), TransformersForward)
     assert models.lane(model) != models.lane(served(base))
     assert_same(
         answers(models, model), alone(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory))
@@ -228,7 +232,7 @@ def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: P
 def test_an_adapter_of_the_embeddings_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
     directory = adapter(base, tmp_path / "embedded", target_modules=["embed_tokens", "q_proj"])
-    models, bare, model = Models(SETTINGS), served(base), served(base, directory)
+    models, bare, model = LoadedModels(SETTINGS), served(base), served(base, directory)
     models.load(bare, [])
     before = answers(models, bare)
     models.load(model, [])
@@ -238,7 +242,7 @@ def test_an_adapter_of_the_embeddings_leaves_the_base_as_it_was(tmp_path: Path) 
 
 def test_a_dropped_base_gives_its_memory_back(shelf: Shelf) -> None:
     size = base_bytes(shelf.served("first"), torch.device("cpu"), torch.float32)
-    models = Models(
+    models = LoadedModels(
         SETTINGS.model_copy(
             update={"memory_bytes": PROCESS_BYTES["cpu"] + size + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
         )
@@ -265,7 +269,7 @@ def test_adapters_come_and_go_between_places(tmp_path: Path) -> None:
     """Whatever a batch before had in which place, each row is answered by its own adapter."""
     base = save(tmp_path / "base", FAMILY["llama"]())
     known = many(base, tmp_path, 9) | {"base": served(base)}
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     for model in known.values():
         models.load(model, [])
     wanted = {name: answers(models, model) for name, model in known.items()}

@@ -7,10 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from tests.inference.conftest import Server
-from worker.inference.exchange import Refused
-from worker.inference.intake import check, parse
+from worker.inference.ipc import MAX_CANDIDATES, MAX_LINE, Generate, RankedToken, decode_engine_message, line
 from worker.inference.protocol import MAX_ALLOWED_IDS, MAX_DEPTH, CompletionRequest, ServedModel
-from worker.inference.wire import MAX_CANDIDATES, MAX_LINE, Generate, RankedToken, line, to_engine
+from worker.inference.server.completion_handler import APIError
+from worker.inference.server.validation import check, parse
 
 LONG = ServedModel(digest="long", base_digest="long", base_path="/nowhere", max_model_len=131_072)
 MANY = 1_000
@@ -53,14 +53,14 @@ def test_what_vllm_knows_may_be_null_and_nothing_else() -> None:
     body = {"model": "long", "prompt": [5], "top_k": None, "best_of": None, "seed": None}
     assert parse(json.dumps(body).encode()).seed is None
 
-    with pytest.raises(Refused, match="nonsense: Extra inputs"):
+    with pytest.raises(APIError, match="nonsense: Extra inputs"):
         parse(json.dumps({**body, "nonsense": None}).encode())
 
 
 def test_the_deepest_schema_can_be_handed_over() -> None:
     deep = request(structured_outputs={"json": nested(MAX_DEPTH)})
     generate = Generate(id="deep", model=LONG, prompt=[5], sampling=deep.sampling())
-    assert to_engine(line(generate)) == generate
+    assert decode_engine_message(line(generate)) == generate
 
     with pytest.raises(ValidationError, match="more than 100 levels"):
         request(structured_outputs={"json": nested(MAX_DEPTH + 1)})
@@ -85,7 +85,7 @@ LONG_ANSWERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("body", LONG_ANSWERS.values(), ids=LONG_ANSWERS.keys())
 def test_an_answer_that_is_too_long_to_be_handed_over_is_refused(body: dict[str, Any]) -> None:
-    with pytest.raises(Refused, match="at most 262144"):
+    with pytest.raises(APIError, match="at most 262144"):
         check(request(**body), LONG)
 
 

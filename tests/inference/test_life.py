@@ -18,9 +18,9 @@ from pydantic import SecretStr
 
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.waiting import until
-from worker.inference.front import FrontSettings, StaticResolver
-from worker.inference.link import SILENCE
 from worker.inference.protocol import ServedModel
+from worker.inference.server.app import ServerSettings, StaticResolver
+from worker.inference.server.engine_client import SILENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def small(shelf: Shelf) -> Iterator[Server]:
     """A front that takes two answers at a time, guarded by a secret."""
-    settings = FrontSettings(engine=ENGINE, max_in_flight=2, secret=SecretStr("s3cret"))
+    settings = ServerSettings(engine=ENGINE, max_in_flight=2, secret=SecretStr("s3cret"))
     with serving(shelf.table(), settings) as running:
         running.client.headers["Authorization"] = "Bearer s3cret"
         yield running
@@ -105,7 +105,7 @@ class Slow(StaticResolver):
 
 
 def test_a_model_that_must_be_fetched_lets_no_crowd_in(shelf: Shelf) -> None:
-    settings = FrontSettings(engine=ENGINE, max_in_flight=4)
+    settings = ServerSettings(engine=ENGINE, max_in_flight=4)
     with serving(shelf.table(), settings, resolver=Slow) as running, ThreadPoolExecutor(12) as pool:
         running.wait_until_ready()
         asked = [pool.submit(running.ask, max_tokens=500, ignore_eos=True) for _ in range(12)]
@@ -130,7 +130,7 @@ def test_a_killed_engine_fails_its_requests_and_comes_back(small: Server) -> Non
 
 
 def test_a_stuck_engine_fails_its_requests_and_another_comes(shelf: Shelf) -> None:
-    quick = FrontSettings(engine=ENGINE.model_copy(update={"heartbeat": 0.3}))
+    quick = ServerSettings(engine=ENGINE.model_copy(update={"heartbeat": 0.3}))
     with serving(shelf.table(), quick) as running:
         running.wait_until_ready()
         pid = running.front.link.pid
@@ -147,7 +147,7 @@ def test_a_stuck_engine_fails_its_requests_and_another_comes(shelf: Shelf) -> No
 
 
 def test_an_engine_that_is_not_ready_in_time_is_ended_and_another_started() -> None:
-    with serving({}, FrontSettings(engine=ENGINE, start_limit=0.3)) as running:
+    with serving({}, ServerSettings(engine=ENGINE, start_limit=0.3)) as running:
         until(lambda: running.front.link.starts >= 2)
 
         answer = running.client.get("/health")
@@ -205,7 +205,7 @@ def test_the_engine_ends_when_the_front_is_killed() -> None:
 
 
 def test_the_engine_ends_with_the_server(shelf: Shelf) -> None:
-    with serving(shelf.table(), FrontSettings(engine=ENGINE)) as running:
+    with serving(shelf.table(), ServerSettings(engine=ENGINE)) as running:
         until(lambda: running.front.link.pid is not None)
         engine = running.front.link.pid
 
@@ -214,8 +214,8 @@ def test_the_engine_ends_with_the_server(shelf: Shelf) -> None:
 
 FRONT = """
 import sys, uvicorn
-from worker.inference.front import StaticResolver, create_front
-uvicorn.run(create_front(StaticResolver({})), port=int(sys.argv[1]), log_level="warning")
+from worker.inference.server.app import StaticResolver, create_inference_app
+uvicorn.run(create_inference_app(StaticResolver({})), port=int(sys.argv[1]), log_level="warning")
 """
 
 

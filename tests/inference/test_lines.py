@@ -6,9 +6,18 @@ import time
 
 from tests.conftest import ROOT
 from tests.inference.conftest import ENGINE
-from worker.inference.link import EngineLink
-from worker.inference.protocol import Sampling, ServedModel
-from worker.inference.wire import Configure, Failed, Generate, Ready, ToFront, id_of, line, to_front
+from worker.inference.ipc import (
+    Configure,
+    Failed,
+    Generate,
+    Ready,
+    ServerMessage,
+    decode_server_message,
+    line,
+    request_id_of,
+)
+from worker.inference.protocol import SamplingParams, ServedModel
+from worker.inference.server.engine_client import EngineClient
 
 
 def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:
@@ -20,7 +29,7 @@ def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:
         assert engine.stdout is not None
         engine.stdin.write(b"".join(lines))
         engine.stdin.flush()
-        said = [to_front(engine.stdout.readline()) for _ in range(3)]
+        said = [decode_server_message(engine.stdout.readline()) for _ in range(3)]
         engine.stdin.close()
 
     assert [message.id for message in said if isinstance(message, Failed)] == ["odd", ""]
@@ -28,11 +37,11 @@ def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:
 
 
 def test_an_answer_that_cannot_be_read_fails_whoever_waits_for_it() -> None:
-    link, heard = EngineLink(ENGINE, lambda _: None), list[ToFront]()
+    link, heard = EngineClient(ENGINE, lambda _: None), list[ServerMessage]()
     link._take(line(Ready(pid=1, device="cpu", dtype="float32")), time.monotonic())
     model = ServedModel(digest="one", base_digest="one", base_path="/nowhere", max_model_len=8)
     for name in ("mine", "another"):
-        link.submit(Generate(id=name, model=model, prompt=[5], sampling=Sampling()), heard.append)
+        link.submit(Generate(id=name, model=model, prompt=[5], sampling=SamplingParams()), heard.append)
 
     link._take(b'{"event":"finished","id":"mine","text":null}', 0.0)
 
@@ -41,6 +50,6 @@ def test_an_answer_that_cannot_be_read_fails_whoever_waits_for_it() -> None:
 
 
 def test_the_id_of_a_line_is_told_by_its_place() -> None:
-    assert id_of(line(Failed(id="cmpl-1-0", status=500, message=""))) == "cmpl-1-0"
-    assert id_of(b'{"event":"finished","text":"{\\"id\\":\\"mine\\"","id":"cmpl-1-0"}') == ""
-    assert id_of(b"\xff") == ""
+    assert request_id_of(line(Failed(id="cmpl-1-0", status=500, message=""))) == "cmpl-1-0"
+    assert request_id_of(b'{"event":"finished","text":"{\\"id\\":\\"mine\\"","id":"cmpl-1-0"}') == ""
+    assert request_id_of(b"\xff") == ""

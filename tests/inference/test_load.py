@@ -13,7 +13,7 @@ import pytest
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_life import stopped
 from tests.waiting import until
-from worker.inference.front import FrontSettings
+from worker.inference.server.app import ServerSettings
 
 CROWD, FEW = 470, 30
 
@@ -21,7 +21,7 @@ CROWD, FEW = 470, 30
 @pytest.fixture(scope="module")
 def server(shelf: Shelf) -> Iterator[Server]:
     """With the queue that a deployment has."""
-    with serving(shelf.table(), FrontSettings(engine=ENGINE)) as running:
+    with serving(shelf.table(), ServerSettings(engine=ENGINE)) as running:
         running.wait_until_ready()
         url = running.client.base_url
         running.client.close()

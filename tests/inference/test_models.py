@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.inference.conftest import NF4, PROMPT, Shelf
 from tests.inference.test_forwards import adapter
-from worker.inference import adapters, models
-from worker.inference.bases import ModelError, NoRoom
-from worker.inference.kv import KeyValues
-from worker.inference.models import Models
+from worker.inference.cache.kv_cache import KVCache
+from worker.inference.ipc import EngineSettings
+from worker.inference.model import adapters
+from worker.inference.model import loaded_models as models
+from worker.inference.model.base import ModelError, OutOfMemory
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.model.memory_use import PROCESS_BYTES, MemoryUse, adapter_bytes, base_bytes, budget, weights_bytes
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import PROCESS_BYTES, Held, adapter_bytes, base_bytes, budget, weights_bytes
-from worker.inference.wire import EngineSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_rank=8)
@@ -38,16 +39,16 @@ def room_for(shelf: Shelf, *, bases: int = 1, adapters: int = 1) -> EngineSettin
 
 def size_of_one(shelf: Shelf) -> int:
     """What the first adapter takes, which is more than the second."""
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     models.load(shelf.served("base"), [])
     base = models.bytes
     models.load(shelf.served("one", shelf.one), [])
     return sum(models.bytes.less(base))
 
 
-def logits(models: Models, served: ServedModel) -> torch.Tensor:
+def logits(models: LoadedModels, served: ServedModel) -> torch.Tensor:
     """What a model says behind the usual prompt."""
-    store = KeyValues(models.load(served, []).layers)
+    store = KVCache(models.load(served, []).layers)
     store.reserve(1, len(PROMPT))
     return store.prefill(models.forward([served]), 0, PROMPT, 0)
 
@@ -62,7 +63,7 @@ def spoilt(shelf: Shelf, folder: Path, config: dict[str, Any] | None = None) -> 
 
 def refusal(shelf: Shelf, adapter: Path) -> str:
     """Why an adapter is refused; the base must be left as it was, and take a good adapter after it."""
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     before = logits(models, shelf.served("base"))
     with pytest.raises(ModelError) as caught:
         models.load(shelf.served("bad", adapter), [])
@@ -83,7 +84,7 @@ def test_nf4_is_served_as_the_function_that_training_sees(shelf: Shelf) -> None:
     stock = AutoModelForCausalLM.from_pretrained(shelf.base, dtype=torch.float32, quantization_config=config).train()
     trained_on = stock(input_ids=torch.tensor([PROMPT])).logits[0, -1].detach()
 
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     model = shelf.served("nf4", base_digest="nf4", quantization=NF4)
     served = models.load(model, [])
 
@@ -91,12 +92,12 @@ def test_nf4_is_served_as_the_function_that_training_sees(shelf: Shelf) -> None:
     assert not any(isinstance(module, Linear4bit) for module in served.model.modules())
     torch.testing.assert_close(logits(models, model), trained_on, rtol=1e-4, atol=1e-4)
     assert (
-        logits(Models(SETTINGS), shelf.served("base")) - trained_on
+        logits(LoadedModels(SETTINGS), shelf.served("base")) - trained_on
     ).abs().max() > 0.1  # quantisation is not nothing here
 
 
 def test_one_adapter_at_a_time_and_none_for_the_base(shelf: Shelf) -> None:
-    models = Models(room_for(shelf))
+    models = LoadedModels(room_for(shelf))
     base = logits(models, shelf.served("base"))
     one = logits(models, shelf.served("one", shelf.one))
     two = logits(models, shelf.served("two", shelf.two))
@@ -109,20 +110,20 @@ def test_one_adapter_at_a_time_and_none_for_the_base(shelf: Shelf) -> None:
 
 def test_the_base_goes_that_was_used_least_recently(shelf: Shelf) -> None:
     first, second, third = (shelf.served(name, base_digest=name) for name in ("first", "second", "third"))
-    models = Models(room_for(shelf, bases=2))
+    models = LoadedModels(room_for(shelf, bases=2))
     for model in (first, second, first, third):
         models.load(model, [])
     assert [models.has_base(model) for model in (first, second, third)] == [True, False, True]
 
 
 def test_what_is_in_use_is_never_dropped(shelf: Shelf) -> None:
-    models = Models(room_for(shelf, adapters=1))
+    models = LoadedModels(room_for(shelf, adapters=1))
     one, two = shelf.served("one", shelf.one), shelf.served("two", shelf.two)
     models.load(one, [])
 
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         models.load(two, [one])
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         models.load(shelf.served("other", base_digest="other"), [one])
     assert (models.bases, models.adapters) == (1, 1)
 
@@ -131,7 +132,7 @@ def test_what_is_in_use_is_never_dropped(shelf: Shelf) -> None:
 
 
 def test_adapters_go_before_bases(shelf: Shelf) -> None:
-    models = Models(room_for(shelf, bases=2, adapters=1))
+    models = LoadedModels(room_for(shelf, bases=2, adapters=1))
     models.load(shelf.served("one", shelf.one), [])
     models.load(shelf.served("two", shelf.two, base_digest="other"), [])
 
@@ -140,7 +141,7 @@ def test_adapters_go_before_bases(shelf: Shelf) -> None:
 
 def test_the_places_of_a_batch_make_way_for_an_adapter(shelf: Shelf) -> None:
     one, two, third = shelf.served("one", shelf.one), shelf.served("two", shelf.two), shelf.served("third", shelf.one)
-    models = Models(room_for(shelf, adapters=2))
+    models = LoadedModels(room_for(shelf, adapters=2))
     before = logits(models, one)
     models.load(two, [])
     models.forward([one, two])
@@ -164,7 +165,7 @@ ALONE = {
 def test_an_adapter_with_a_base_to_itself_goes_together_with_it(shelf: Shelf, tmp_path: Path, kind: str) -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(shelf.base), ALONE[kind]).save_pretrained(str(tmp_path))
     alone, base = shelf.served("alone", tmp_path, base_digest="alone"), shelf.served("base")
-    models = Models(room_for(shelf, bases=2, adapters=0))
+    models = LoadedModels(room_for(shelf, bases=2, adapters=0))
     before = logits(models, alone)
 
     logits(models, base)
@@ -175,9 +176,9 @@ def test_an_adapter_with_a_base_to_itself_goes_together_with_it(shelf: Shelf, tm
 
 def test_what_fits_into_no_memory_is_refused_with_the_figures(shelf: Shelf) -> None:
     with pytest.raises(ModelError, match=r"base model base takes memory to .* GB; bases and adapters may have"):
-        Models(room_for(shelf, bases=0)).load(shelf.served("base"), [])
+        LoadedModels(room_for(shelf, bases=0)).load(shelf.served("base"), [])
 
-    models = Models(room_for(shelf, adapters=0))
+    models = LoadedModels(room_for(shelf, adapters=0))
     with pytest.raises(ModelError, match="adapter one takes memory to"):
         models.load(shelf.served("one", shelf.one), [])
     models.load(shelf.served("base"), [])
@@ -186,7 +187,7 @@ def test_what_fits_into_no_memory_is_refused_with_the_figures(shelf: Shelf) -> N
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_models_take_is_known_before_they_are_loaded(shelf: Shelf, dtype: Any) -> None:
     settings = SETTINGS.model_copy(update={"dtype": dtype})
-    models = Models(settings)
+    models = LoadedModels(settings)
     models.load(shelf.served("base"), [])
     foreseen = base_bytes(shelf.served("base"), models.device, models.dtype)
     assert models.bytes.device == pytest.approx(foreseen, rel=0.1)
@@ -254,7 +255,7 @@ def test_a_missing_base_is_refused_without_its_path(shelf: Shelf, tmp_path: Path
     gone = shelf.served("base").model_copy(update={"base_path": str(tmp_path / "gone")})
 
     with pytest.raises(ModelError, match="base model base cannot be loaded") as caught:
-        Models(SETTINGS).load(gone, [])
+        LoadedModels(SETTINGS).load(gone, [])
     assert "gone" not in str(caught.value)
 
 
@@ -262,14 +263,14 @@ def test_a_missing_base_is_refused_without_its_path(shelf: Shelf, tmp_path: Path
 def beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters count as they do where the device has a memory of its own."""
     for module in (models, adapters):
-        monkeypatch.setattr(module, "held_beside", lambda size, _: Held(host=size))
+        monkeypatch.setattr(module, "adapter_memory", lambda size, _: MemoryUse(host=size))
 
 
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_adapters_beside_a_gpu_take_the_hosts_memory(shelf: Shelf) -> None:
     one, two, third = shelf.served("one", shelf.one), shelf.served("two", shelf.two), shelf.served("third", shelf.one)
     size = size_of_one(shelf)
-    held = Models(room_for(shelf, adapters=1).model_copy(update={"host_bytes": 2 * size}))
+    held = LoadedModels(room_for(shelf, adapters=1).model_copy(update={"host_bytes": 2 * size}))
     held.load(shelf.served("base"), [])
     base = held.bytes
     held.load(one, [])
@@ -280,19 +281,19 @@ def test_adapters_beside_a_gpu_take_the_hosts_memory(shelf: Shelf) -> None:
     held.forward([one])
     held.load(third, [])
     assert list(held._bases["base"].loaded) == ["one", "third"], "the least recently used one went"
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         held.load(shelf.served("fourth", shelf.one), [one, third])
-    small = Models(room_for(shelf, adapters=1).model_copy(update={"host_bytes": size // 2}))
+    small = LoadedModels(room_for(shelf, adapters=1).model_copy(update={"host_bytes": size // 2}))
     with pytest.raises(ModelError, match=r"adapter one takes the host's memory to .* GB; adapters may have"):
         small.load(one, [])
 
 
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_what_gives_the_device_no_memory_back_stays(shelf: Shelf) -> None:
-    held = Models(room_for(shelf, bases=2, adapters=1))
+    held = LoadedModels(room_for(shelf, bases=2, adapters=1))
     held.load(shelf.served("one", shelf.one), [])
     held.load(shelf.served("second", base_digest="second"), [])
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         held.load(
             shelf.served("third", base_digest="third"), [shelf.served("base"), shelf.served("s", base_digest="second")]
         )
@@ -301,31 +302,31 @@ def test_what_gives_the_device_no_memory_back_stays(shelf: Shelf) -> None:
 
 def test_places_keep_within_the_budget(shelf: Shelf) -> None:
     known = [shelf.served(str(n), shelf.two if n % 2 else shelf.one) for n in range(4)]
-    held = Models(room_for(shelf, adapters=4))
+    held = LoadedModels(room_for(shelf, adapters=4))
     for model in known:
         held.load(model, known)
     held.make_places(known[0], [], [])
     assert held.has_places(known[0], [], [])
     assert held.has_places(known[0], None, known[1:]), "alone it needs no place"
     assert not held.has_places(known[0], known[1:], known[1:])
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         held.make_places(known[0], known[1:], known[1:])
     assert held.adapters == 4
     held.make_places(known[0], known[1:2], known[1:2])  # what is idle goes for it
     held.forward(known[:2])
     assert 2 <= held.adapters < 4
-    assert not any(held._missing(Held(1)))
+    assert not any(held._missing(MemoryUse(1)))
 
 
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_an_adapter_whose_place_is_there_needs_no_more_of_the_device(shelf: Shelf) -> None:
     known = [shelf.served(str(n), shelf.one) for n in range(4)]
-    spare = Models(SETTINGS)
+    spare = LoadedModels(SETTINGS)
     for model in known[:3]:
         spare.load(model, [])
     spare.make_places(known[2], known[:2], known[:2])
     memory = spare.bytes.device + 1
-    held = Models(
+    held = LoadedModels(
         SETTINGS.model_copy(
             update={"memory_bytes": PROCESS_BYTES["cpu"] + memory + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
         )
@@ -344,16 +345,16 @@ def test_whether_there_are_places_is_known_before(shelf: Shelf, loaded: bool) ->
     size = size_of_one(shelf)
     outcomes = set()
     for cut in range(0, 24 * size, 2 * size):
-        held = Models(SETTINGS)
+        held = LoadedModels(SETTINGS)
         for model in [*in_use, *idle, *([third] if loaded else [])]:
             held.load(model, [])
         held.make_places(in_use[0], in_use[1:], in_use)
-        held._budget = held.bytes.less(Held(cut))
+        held._budget = held.bytes.less(MemoryUse(cut))
         said = held.has_places(third, in_use, in_use)
         try:
             held.load(third, in_use)
             held.make_places(third, in_use, in_use)
-        except NoRoom:
+        except OutOfMemory:
             outcomes.add((said, False))
         else:
             outcomes.add((said, True))
@@ -363,7 +364,7 @@ def test_whether_there_are_places_is_known_before(shelf: Shelf, loaded: bool) ->
 
 def test_places_that_would_have_to_be_made_anew_are_no_room(shelf: Shelf) -> None:
     base, one, two = shelf.served("base"), shelf.served("one", shelf.one), shelf.served("two", shelf.two)
-    held = Models(SETTINGS)
+    held = LoadedModels(SETTINGS)
     held.load(two, [])
     held.make_places(two, [base], [base])
     held.forward([two, base])
@@ -371,17 +372,17 @@ def test_places_that_would_have_to_be_made_anew_are_no_room(shelf: Shelf) -> Non
     held.load(one, [])
     held._bases["base"].drop("two")
     growth = held._bases["base"].growth(["one", None]).device
-    held._budget = held.bytes.plus(Held(growth - places // 2))
+    held._budget = held.bytes.plus(MemoryUse(growth - places // 2))
     assert min(growth, places) > 0
     assert not held.has_places(one, [base], [base])
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         held.make_places(one, [base], [base])
 
 
 def test_what_was_promised_to_a_batch_stays_so_beside_one_that_does_not_mix(shelf: Shelf, tmp_path: Path) -> None:
     elsewhere = shelf.served("elsewhere", adapter(shelf.base, tmp_path / "dora", use_dora=True))
     one, two = shelf.served("one", shelf.one), shelf.served("two", shelf.two)
-    held = Models(SETTINGS)
+    held = LoadedModels(SETTINGS)
     for model in (one, two, elsewhere):
         held.load(model, [])
     before = held.bytes

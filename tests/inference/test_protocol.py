@@ -257,6 +257,6 @@ def test_unknown_routes_speak_the_same_way(server: Server) -> None:
 
 
 def test_the_front_loads_no_torch() -> None:
-    code = "import sys, worker.inference.front; sys.exit('torch' in sys.modules)"
+    code = "import sys, worker.inference.server.app; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,14 +11,14 @@ import torch
 from tests.inference.conftest import Shelf
 from tests.inference.test_scheduling import Desk
 from tests.waiting import until
-from worker.inference.adapters import AdaptedBase
-from worker.inference.models import Models
+from worker.inference.ipc import EngineSettings, Failed
+from worker.inference.model.adapters import AdaptedBase
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.model.memory_use import PROCESS_BYTES, base_bytes
 from worker.inference.protocol import ServedModel
-from worker.inference.sizes import PROCESS_BYTES, base_bytes
-from worker.inference.wire import EngineSettings, Failed
 
 
-class Gated(Models):
+class Gated(LoadedModels):
     """Reads a base once its gate is open, and notes which."""
 
     def __init__(self, settings: EngineSettings) -> None:

@@ -11,14 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.inference.tape import Tape
 from tests.inference.test_forwards import FAMILY, SETTINGS, SHAPE, assert_same, many, save, served
-from worker.inference import adapters
-from worker.inference.forwards import LlamaForward
-from worker.inference.kv import GROWTH, KeyValues
-from worker.inference.models import Models
-from worker.inference.protocol import Sampling, ServedModel
-from worker.inference.recordings import KEPT, Recording, Recordings, Run
-from worker.inference.scheduler import Scheduler
-from worker.inference.wire import Finished, Generate, ToFront
+from worker.inference.cache.cuda_graphs import MAX_GRAPHS, CapturableStep, CudaGraphCache, Run
+from worker.inference.cache.kv_cache import GROWTH, KVCache
+from worker.inference.engine.scheduler import Scheduler
+from worker.inference.ipc import Finished, Generate, ServerMessage
+from worker.inference.model import adapters
+from worker.inference.model.llama_forward import LlamaForward
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.protocol import SamplingParams, ServedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
 LENGTHS = [250, 3, 64, 31, 200]
@@ -28,22 +28,22 @@ LENGTHS = [250, 3, 64, 31, 200]
 def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
     """Bases that are loaded from now on record their steps on it."""
     tape = Tape()
-    monkeypatch.setattr(adapters, "lean_forward", lambda model: LlamaForward(model, tape))
+    monkeypatch.setattr(adapters, "build_llama_forward", lambda model: LlamaForward(model, tape))
     return tape
 
 
-def loaded(base: Path, folder: Path) -> tuple[Models, dict[str, ServedModel]]:
+def loaded(base: Path, folder: Path) -> tuple[LoadedModels, dict[str, ServedModel]]:
     known = many(base, folder, 5) | {"base": served(base)}
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     for model in known.values():
         models.load(model, [])
     return models, known
 
 
-def decoded(models: Models, known: dict[str, ServedModel], seed: int) -> list[torch.Tensor]:
+def decoded(models: LoadedModels, known: dict[str, ServedModel], seed: int) -> list[torch.Tensor]:
     """Logits of rows that are dropped, come anew, and cross the end of what a store first holds."""
     draw = random.Random(seed)
-    store = KeyValues(2)
+    store = KVCache(2)
     store.reserve(3, GROWTH)
     found: list[torch.Tensor] = []
     for _ in range(6):
@@ -76,8 +76,8 @@ def test_a_base_that_was_loaded_anew_is_not_answered_from_the_old_one(tmp_path: 
     first, second = (save(tmp_path / name, FAMILY["llama"]()) for name in ("first", "second"))
     said: dict[str, list[int]] = {}
     for directories in ([first], [second], [first, second, first, second]):
-        models = Models(SETTINGS)
-        scheduler_said: list[ToFront] = []
+        models = LoadedModels(SETTINGS)
+        scheduler_said: list[ServerMessage] = []
         settings = SETTINGS.model_copy(update={"prefix_cache_bytes": 0})  # both bases go by one digest here
         scheduler = Scheduler(models, settings, scheduler_said.append)
         for directory in directories:
@@ -88,9 +88,9 @@ def test_a_base_that_was_loaded_anew_is_not_answered_from_the_old_one(tmp_path: 
     assert tape.replayed
 
 
-def answer(scheduler: Scheduler, said: list[ToFront], directory: Path) -> list[int]:
+def answer(scheduler: Scheduler, said: list[ServerMessage], directory: Path) -> list[int]:
     said.clear()
-    sampling = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     scheduler.add(Generate(id="a", model=served(directory), prompt=[5, 6, 7], sampling=sampling))
     while scheduler.busy or scheduler.reading:
         scheduler.turn()
@@ -99,8 +99,8 @@ def answer(scheduler: Scheduler, said: list[ToFront], directory: Path) -> list[i
 
 def test_a_store_keeps_its_recordings_for_whoever_comes_next(tmp_path: Path, tape: Tape) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
-    said: list[ToFront] = []
-    scheduler = Scheduler(Models(SETTINGS), SETTINGS, said.append)
+    said: list[ServerMessage] = []
+    scheduler = Scheduler(LoadedModels(SETTINGS), SETTINGS, said.append)
     first = answer(scheduler, said, base)
     recorded = tape.recorded
 
@@ -110,9 +110,9 @@ def test_a_store_keeps_its_recordings_for_whoever_comes_next(tmp_path: Path, tap
 
 def test_nothing_is_recorded_while_a_base_is_read(tmp_path: Path, tape: Tape) -> None:
     base = served(save(tmp_path / "base", FAMILY["llama"]()))
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     models.load(base, [])
-    store = KeyValues(2)
+    store = KVCache(2)
     store.reserve(1, 16)
     coming = base.model_copy(update={"base_digest": "coming"})
     models.make_way(coming, [base])
@@ -129,10 +129,10 @@ def test_a_deterministic_answer_is_computed_beside_nobody(tmp_path: Path, tape: 
     """Its adapter's place, and how wide places are, would depend on who was there before."""
     base = save(tmp_path / "base", FAMILY["llama"]())
     known = many(base, tmp_path, 2)
-    said: list[ToFront] = []
-    scheduler = Scheduler(Models(SETTINGS), SETTINGS, said.append)
+    said: list[ServerMessage] = []
+    scheduler = Scheduler(LoadedModels(SETTINGS), SETTINGS, said.append)
     for number, (deterministic, wanted) in enumerate([(True, 0), (False, 1), (True, 1)]):
-        sampling = Sampling(max_tokens=8, temperature=0, ignore_eos=True, deterministic=deterministic)
+        sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, deterministic=deterministic)
         scheduler.add(Generate(id=str(number), model=known["a0"], prompt=[5, 6, 7], sampling=sampling))
         while scheduler.busy or scheduler.reading:
             scheduler.turn()
@@ -143,14 +143,14 @@ def test_a_deterministic_answer_is_computed_beside_nobody(tmp_path: Path, tape: 
 def test_a_store_that_would_go_beyond_the_budget_is_not_kept(tmp_path: Path, tape: Tape) -> None:
     wide = LlamaConfig(**{**SHAPE, "max_position_embeddings": 4 * GROWTH})
     base = served(save(tmp_path / "base", LlamaForCausalLM(wide))).model_copy(update={"max_model_len": 4 * GROWTH})
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     position = models.load(base, []).position_bytes
-    said: list[ToFront] = []
+    said: list[ServerMessage] = []
     settings = SETTINGS.model_copy(update={"kv_bytes": 4 * GROWTH * position, "prefix_cache_bytes": 0})
     scheduler = Scheduler(models, settings, said.append)
 
     def running(prompts: list[list[int]]) -> int:
-        sampling = Sampling(max_tokens=4, temperature=0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
         for number, prompt in enumerate(prompts):
             scheduler.add(Generate(id=str(number), model=base, prompt=prompt, sampling=sampling))
         most = 0
@@ -168,24 +168,24 @@ def test_a_store_that_would_go_beyond_the_budget_is_not_kept(tmp_path: Path, tap
 @pytest.mark.parametrize("steps", [1, 4])
 def test_recordings_keep_no_base_in_memory(tmp_path: Path, tape: Tape, steps: int) -> None:
     """A tape holds what it replays, a CUDA graph does not: only steps that were not recorded are looked at here."""
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     base = weakref.ref(models.load(served(save(tmp_path / "base", FAMILY["llama"]())), []).model)
     tape.unable = True
-    store = KeyValues(2)
+    store = KVCache(2)
     store.reserve(1, 16)
     for length in range(steps):
         store.decode(models.forward([served(tmp_path / "base")]), [5], [length])
-    models = Models(SETTINGS)
+    models = LoadedModels(SETTINGS)
     gc.collect()
     assert len(store.recordings) == 1
     assert base() is None
 
 
 def test_recordings_of_another_world_and_the_oldest_are_forgotten() -> None:
-    kept, made = Recordings(), []
+    kept, made = CudaGraphCache(), []
 
-    def make() -> Recording:
-        made.append(Recording(Tape(), 4, [torch.zeros(2)]))
+    def make() -> CapturableStep:
+        made.append(CapturableStep(Tape(), 4, [torch.zeros(2)]))
         return made[-1]
 
     here, there, model, other = object(), object(), object(), object()
@@ -196,14 +196,14 @@ def test_recordings_of_another_world_and_the_oldest_are_forgotten() -> None:
     read_anew = kept.find((other, there), "a", make)
     assert read_anew is not moved
     assert len(kept) == 1
-    for number in range(KEPT):
+    for number in range(MAX_GRAPHS):
         kept.find((other, None), number, make)
-    assert len(kept) == KEPT
+    assert len(kept) == MAX_GRAPHS
     assert kept.find((other, None), "a", make) is made[-1]
 
 
 def test_rows_that_are_not_there_are_filled_up_and_cut_off() -> None:
-    recording = Recording(Tape(), 4, [torch.zeros(1), torch.zeros(1)])
+    recording = CapturableStep(Tape(), 4, [torch.zeros(1), torch.zeros(1)])
     for x in ([1.0], [2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [8.0]):
         assert recording(torch.add, [torch.tensor(x), torch.ones(len(x))], (0, 0)).tolist() == [
             value + 1 for value in x
@@ -214,6 +214,6 @@ def test_what_cannot_be_recorded_is_done_as_before(caplog: pytest.LogCaptureFixt
     def unable(run: Run) -> Run:
         raise RuntimeError("not while capturing")
 
-    recording = Recording(unable, 2, [torch.zeros(1)])
+    recording = CapturableStep(unable, 2, [torch.zeros(1)])
     assert [recording(torch.neg, [torch.tensor([x])], (0,)).item() for x in (1.0, 2.0, 3.0)] == [-1.0, -2.0, -3.0]
     assert caplog.text.count("not while capturing") == 1

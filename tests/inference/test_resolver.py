@@ -9,9 +9,9 @@ import pytest
 from app.composition import Services
 from app.domain.approaches import Quantization
 from tests.api.conftest import lease, make_adapter
-from worker.inference.front import UnknownModel
 from worker.inference.protocol import ServedModel
-from worker.inference.resolver import PublishedResolver
+from worker.inference.server.app import ModelNotFound
+from worker.inference.server.model_resolver import PublishedResolver
 
 
 @pytest.fixture
@@ -79,5 +79,5 @@ def test_the_folder_of_a_server_that_only_looks_there_gets_what_vllm_serves(
 
 
 def test_a_digest_that_nothing_has(services: Services) -> None:
-    with pytest.raises(UnknownModel):
+    with pytest.raises(ModelNotFound):
         PublishedResolver(services).resolve("0" * 64)

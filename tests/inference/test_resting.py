@@ -12,8 +12,8 @@ from app.domain.ledger import Absence
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_life import alive, ask_in_background, stopped
 from tests.waiting import until
-from worker.inference.front import FrontSettings
-from worker.inference.residence import LOST, PATIENCE, UNKNOWN, FixedTenancy
+from worker.inference.server.app import ServerSettings
+from worker.inference.server.device_reservation import LOST, PATIENCE, UNKNOWN, FixedReservation
 
 TRAINS = Absence("inference makes way for training (job_1)", 1_000.0)
 STARTING = 120
@@ -21,18 +21,18 @@ STARTING = 120
 
 
 @pytest.fixture(scope="module")
-def tenancy() -> FixedTenancy:
-    return FixedTenancy()
+def tenancy() -> FixedReservation:
+    return FixedReservation()
 
 
 @pytest.fixture(scope="module")
-def running(shelf: Shelf, tenancy: FixedTenancy) -> Iterator[Server]:
-    with serving(shelf.table(), FrontSettings(engine=ENGINE), tenancy) as server:
+def running(shelf: Shelf, tenancy: FixedReservation) -> Iterator[Server]:
+    with serving(shelf.table(), ServerSettings(engine=ENGINE), tenancy) as server:
         yield server
 
 
 @pytest.fixture
-def server(running: Server, tenancy: FixedTenancy) -> Iterator[Server]:
+def server(running: Server, tenancy: FixedReservation) -> Iterator[Server]:
     """With a ready engine, now and afterwards."""
     running.wait_until_ready()
     yield running
@@ -45,12 +45,12 @@ def pid_of(server: Server) -> int:
     return found
 
 
-def rest(server: Server, tenancy: FixedTenancy, absence: Absence = TRAINS) -> None:
+def rest(server: Server, tenancy: FixedReservation, absence: Absence = TRAINS) -> None:
     tenancy.absence = absence
     until(lambda: not tenancy.held)
 
 
-def test_the_engine_ends_and_the_place_is_given_back_behind_it(server: Server, tenancy: FixedTenancy) -> None:
+def test_the_engine_ends_and_the_place_is_given_back_behind_it(server: Server, tenancy: FixedReservation) -> None:
     pid = pid_of(server)
     assert tenancy.held
     began = time.monotonic()
@@ -60,7 +60,7 @@ def test_the_engine_ends_and_the_place_is_given_back_behind_it(server: Server, t
     assert server.front.link.pid is None
 
 
-def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, tenancy: FixedTenancy) -> None:
+def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, tenancy: FixedReservation) -> None:
     rest(server, tenancy)
     for answer in (server.ask(), server.ask(stream=True), server.client.get("/health")):
         assert answer.status_code == 503
@@ -72,13 +72,13 @@ def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, te
 
 @pytest.mark.parametrize(("seconds", "least"), [(None, UNKNOWN), (0.0, 1)])
 def test_where_the_end_is_not_known_or_overdue_they_come_back_soon(
-    server: Server, tenancy: FixedTenancy, seconds: float | None, least: float
+    server: Server, tenancy: FixedReservation, seconds: float | None, least: float
 ) -> None:
     rest(server, tenancy, Absence("it trains", seconds))
     assert least <= int(server.ask().headers["Retry-After"]) <= least + STARTING
 
 
-def test_it_comes_back_as_it_was(server: Server, tenancy: FixedTenancy, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_comes_back_as_it_was(server: Server, tenancy: FixedReservation, caplog: pytest.LogCaptureFixture) -> None:
     before, pid, starts = server.ids(model="one"), pid_of(server), server.metric("veritune:engine_starts")
     with caplog.at_level(logging.WARNING):
         rest(server, tenancy)
@@ -91,7 +91,7 @@ def test_it_comes_back_as_it_was(server: Server, tenancy: FixedTenancy, caplog: 
     assert caplog.messages == []  # nothing died, and nothing waited to be started again
 
 
-def test_running_answers_may_end_and_new_ones_are_refused_at_once(server: Server, tenancy: FixedTenancy) -> None:
+def test_running_answers_may_end_and_new_ones_are_refused_at_once(server: Server, tenancy: FixedReservation) -> None:
     with ThreadPoolExecutor(2) as pool:
         with stopped(server):
             running = ask_in_background(server, pool, 2)
@@ -103,7 +103,7 @@ def test_running_answers_may_end_and_new_ones_are_refused_at_once(server: Server
     until(lambda: not tenancy.held)
 
 
-def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, tenancy: FixedTenancy) -> None:
+def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, tenancy: FixedReservation) -> None:
     with ThreadPoolExecutor(2) as pool, stopped(server) as pid:
         running = ask_in_background(server, pool, 2)
         began = time.monotonic()
@@ -115,7 +115,7 @@ def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, 
     assert all(990 <= int(answer.headers["Retry-After"]) <= 1_000 + STARTING for answer in answers)
 
 
-def test_one_that_is_starting_ends_at_once(server: Server, tenancy: FixedTenancy) -> None:
+def test_one_that_is_starting_ends_at_once(server: Server, tenancy: FixedReservation) -> None:
     rest(server, tenancy)
     tenancy.absence = None
     until(lambda: server.front.link.pid is not None)
@@ -127,7 +127,7 @@ def test_one_that_is_starting_ends_at_once(server: Server, tenancy: FixedTenancy
 
 
 def test_a_ledger_that_is_away_changes_nothing(
-    server: Server, tenancy: FixedTenancy, monkeypatch: pytest.MonkeyPatch
+    server: Server, tenancy: FixedReservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid, asked = pid_of(server), []
 
@@ -142,7 +142,7 @@ def test_a_ledger_that_is_away_changes_nothing(
 
 
 def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
-    server: Server, tenancy: FixedTenancy, monkeypatch: pytest.MonkeyPatch
+    server: Server, tenancy: FixedReservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = pid_of(server)
 
@@ -158,8 +158,8 @@ def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
 
 
 def test_there_is_no_engine_before_it_has_a_place(shelf: Shelf) -> None:
-    waiting = FixedTenancy(TRAINS)
-    with serving(shelf.table(), FrontSettings(engine=ENGINE), waiting) as server:
+    waiting = FixedReservation(TRAINS)
+    with serving(shelf.table(), ServerSettings(engine=ENGINE), waiting) as server:
         until(lambda: server.front.link.why == TRAINS.why)
         assert server.front.link.pid is None
         assert server.client.get("/health").json()["error"]["message"] == TRAINS.why

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.inference.conftest import Shelf
-from worker.inference.bases import Base, load_base
-from worker.inference.constraints import GrammarError, Grammars
-from worker.inference.protocol import Sampling, StructuredOutputs
-from worker.inference.sampling import Sampler, SamplingError, ranked
+from worker.inference.engine.grammar import GrammarCache, GrammarError
+from worker.inference.engine.sampling import Sampler, SamplingError, ranked
+from worker.inference.model.base import Base, load_base
+from worker.inference.protocol import SamplingParams, StructuredOutputs
 
 WORTH = {11: 0.0, 12: 1.0, 13: 2.0, 14: 3.0}
 """Logits of the only tokens that can come."""
@@ -26,7 +26,7 @@ def chosen_from(base: Base, **sampling: float) -> dict[int, float]:
     logits = torch.full((base.vocabulary,), -torch.inf)
     for token, worth in WORTH.items():
         logits[token] = worth
-    sampler = Sampler(Sampling.model_validate({"max_tokens": 1, "logprobs": 4, **sampling}), base, None)
+    sampler = Sampler(SamplingParams.model_validate({"max_tokens": 1, "logprobs": 4, **sampling}), base, None)
     _token, told = sampler.choose(logits, 0)
     assert told is not None
     return {top.id: math.exp(top.logprob) for top in told.top if top.logprob > -100}
@@ -56,7 +56,7 @@ def test_what_is_not_finite_is_not_ranked(base: Base) -> None:
 
 
 def test_a_grammar_is_compiled_once(base: Base) -> None:
-    grammars, wanted = Grammars(4), StructuredOutputs(regex="a+")
+    grammars, wanted = GrammarCache(4), StructuredOutputs(regex="a+")
     grammars.start(base, wanted)
     (first,) = grammars._compiled.values()
     grammars.start(base, wanted)
@@ -66,7 +66,7 @@ def test_a_grammar_is_compiled_once(base: Base) -> None:
 
 def test_a_grammar_ends_by_its_own_bases_token(base: Base) -> None:
     """As of a base and its instruct sibling, which share a tokenizer."""
-    grammars, wanted = Grammars(4), StructuredOutputs(choice=["a", "ab"])
+    grammars, wanted = GrammarCache(4), StructuredOutputs(choice=["a", "ab"])
     (end,) = base.eos_ids
     for eos, other in ((end, 7), (7, end)):
         grammar = grammars.start(dataclasses.replace(base, eos_ids=(eos,)), wanted)
@@ -76,7 +76,7 @@ def test_a_grammar_ends_by_its_own_bases_token(base: Base) -> None:
 
 
 def test_a_grammar_that_is_too_much_is_not_kept(base: Base) -> None:
-    grammars = Grammars(4)
+    grammars = GrammarCache(4)
     grammar = grammars.start(base, StructuredOutputs(regex="(a{1000}){1000}"))
     with pytest.raises(GrammarError, match="cannot be followed"):
         grammar.accept(int(grammar.mask(base.vocabulary).nonzero()[0]))

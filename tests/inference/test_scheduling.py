@@ -11,25 +11,26 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.inference.conftest import Shelf
-from worker.inference import kv, scheduler
-from worker.inference.bases import Base
-from worker.inference.kv import KeyValues, Snapshot, decoding
-from worker.inference.models import Models
-from worker.inference.prefix_cache import PrefixCache
-from worker.inference.protocol import Sampling, ServedModel
-from worker.inference.scheduler import Scheduler
-from worker.inference.sequence import Sequence
-from worker.inference.sizes import PROCESS_BYTES, Held, adapter_bytes, base_bytes
-from worker.inference.text import AnswerText, Detokenizer
-from worker.inference.wire import EngineSettings, Failed, Finished, Generate, ToFront
+from worker.inference.cache import kv_cache as kv
+from worker.inference.cache.kv_cache import KVCache, Snapshot, decoding
+from worker.inference.cache.prefix_cache import PrefixCache
+from worker.inference.engine import scheduler
+from worker.inference.engine.detokenizer import AnswerText, Detokenizer
+from worker.inference.engine.scheduler import Scheduler
+from worker.inference.engine.sequence import Sequence
+from worker.inference.ipc import EngineSettings, Failed, Finished, Generate, ServerMessage
+from worker.inference.model.base import Base
+from worker.inference.model.loaded_models import LoadedModels
+from worker.inference.model.memory_use import PROCESS_BYTES, MemoryUse, adapter_bytes, base_bytes
+from worker.inference.protocol import SamplingParams, ServedModel
 
 
 class Desk:
     """A scheduler and all that it said. `kind`: of its models."""
 
-    def __init__(self, kind: type[Models] = Models, **settings: int) -> None:
+    def __init__(self, kind: type[LoadedModels] = LoadedModels, **settings: int) -> None:
         given = EngineSettings.model_validate({"device": "cpu", "dtype": "float32", **settings})
-        self.said: list[ToFront] = []
+        self.said: list[ServerMessage] = []
         self.models = kind(given)
         self.scheduler = Scheduler(self.models, given, self.said.append)
 
@@ -41,7 +42,7 @@ class Desk:
 
     def hand_in(self, request_id: str, model: ServedModel, tokens: int = 6, prompt: int = 4, **more: Any) -> None:
         """Queue a request. `more` of its sampling may be given."""
-        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True, **more)
+        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, **more)
         self.scheduler.add(Generate(id=request_id, model=model, prompt=list(range(3, 3 + prompt)), sampling=sampling))
 
     def run(self) -> None:
@@ -296,7 +297,7 @@ def test_stores_that_nobody_is_in_make_way(shelf: Shelf) -> None:
 
 def test_a_request_that_needs_much_memory_is_not_kept_out_by_many_that_need_little(shelf: Shelf) -> None:
     desk = Desk(kv_bytes=4 * 256 * 512, prefix_cache_bytes=0)
-    sampling = Sampling(max_tokens=4, temperature=0, ignore_eos=True, deterministic=True)  # in a group of its own
+    sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, deterministic=True)  # in a group of its own
     asked = 0
     for turn in range(300):
         while asked - len(desk.finished) < 6 + ("long" in desk.finished):
@@ -348,7 +349,7 @@ def test_adapters_for_whose_places_there_is_no_memory_wait_for_others_to_leave(
     while desk.scheduler.busy:
         desk.scheduler.turn()
         running.append(desk.scheduler.stats.running)
-        assert not any(desk.models._missing(Held(1)))
+        assert not any(desk.models._missing(MemoryUse(1)))
         assert not desk.scheduler._held
 
     assert 2 <= max(running) < 8
@@ -379,7 +380,7 @@ def test_a_step_looks_no_further_than_the_longest_that_is_there(shelf: Shelf) ->
 
 
 def test_a_store_for_whose_growth_there_was_no_memory_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = KeyValues(3, torch.device("cuda"))  # of which it asks nothing here
+    store = KVCache(3, torch.device("cuda"))  # of which it asks nothing here
     store.reserve(1, 8)
     new = torch.randn(1, 2, 4)
     for layer in store.layers:
@@ -406,7 +407,7 @@ def test_a_store_for_whose_growth_there_was_no_memory_can_be_used(monkeypatch: p
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "CHUNK", 16)
+    monkeypatch.setattr(scheduler, "PREFILL_CHUNK_TOKENS", 16)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -511,14 +512,14 @@ def test_a_bad_model_fails_its_own_requests_only(shelf: Shelf) -> None:
 def test_a_fault_while_a_model_is_loaded_ends_no_other_request(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk()
     desk.ask("before", shelf.served("base"))
-    load = Models.load
+    load = LoadedModels.load
 
-    def broken(self: Models, served: ServedModel, *in_use: Any) -> Base:
+    def broken(self: LoadedModels, served: ServedModel, *in_use: Any) -> Base:
         if served.digest == "one":
             raise ZeroDivisionError
         return load(self, served, *in_use)
 
-    monkeypatch.setattr(Models, "load", broken)
+    monkeypatch.setattr(LoadedModels, "load", broken)
     desk.ask("bad", shelf.served("one", shelf.one))
     desk.run()
 
@@ -571,7 +572,7 @@ def test_a_text_takes_the_room_of_its_tokens(shelf: Shelf) -> None:
     assert tokens + 6 <= 256 < len(text) + 50
     desk = Desk(kv_bytes=2 * 256 * 512)  # as above
     for name in ("one", "two"):
-        sampling = Sampling(max_tokens=min(50, 256 - tokens), temperature=0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=min(50, 256 - tokens), temperature=0, ignore_eos=True)
         desk.scheduler.add(Generate(id=name, model=shelf.served("base"), prompt=text, sampling=sampling))
         while desk.scheduler.reading:
             desk.scheduler.settle()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from worker.inference.loras import LayerLora, Lora, Mix, PackedLayer
-from worker.inference.stack import PATIENCE, STEADY_PATIENCE, WORTH_PACKING, Stack
+from worker.inference.model.adapter_slots import PATIENCE, STEADY_PATIENCE, WORTH_PACKING, AdapterSlots
+from worker.inference.model.lora import LayerLora, LoraBatch, LoraPair, PackedLayerLora
 from worker.processor import cpu_here
 
 WIDTHS = [(32, 64), (32, 32), (32, 96), (48, 32)]
@@ -15,19 +15,19 @@ def adapter(seed: int, rank: int, dtype: torch.dtype = torch.float32) -> list[La
     """Beside every product of every layer, at this rank."""
     draw = torch.Generator().manual_seed(seed)
 
-    def lora(widths: tuple[int, int]) -> Lora:
+    def lora(widths: tuple[int, int]) -> LoraPair:
         down, up = widths
         drawn = torch.randn(rank, down + up, generator=draw).to(dtype)
-        return Lora(drawn[:, :down].contiguous(), drawn[:, down:].contiguous())
+        return LoraPair(drawn[:, :down].contiguous(), drawn[:, down:].contiguous())
 
     return [LayerLora(*map(lora, WIDTHS)) for _ in range(LAYERS)]
 
 
-def stack(dtype: torch.dtype = torch.float32, *, steady: bool = False) -> Stack:
-    return Stack(LAYERS, WIDTHS, torch.zeros(1, dtype=dtype), steady=steady)
+def stack(dtype: torch.dtype = torch.float32, *, steady: bool = False) -> AdapterSlots:
+    return AdapterSlots(LAYERS, WIDTHS, torch.zeros(1, dtype=dtype), steady=steady)
 
 
-def added(mix: Mix | None, x: torch.Tensor) -> list[torch.Tensor]:
+def added(mix: LoraBatch | None, x: torch.Tensor) -> list[torch.Tensor]:
     """What each layer's first product gets from the adapters: x [rows, 32] → [rows, 64]."""
     assert mix is not None
     found = []
@@ -53,7 +53,7 @@ def test_places_that_stay_are_laid_out_for_the_kernel_and_give_the_same_bits() -
     assert first is not None
     assert isinstance(first.layers[0], LayerLora)
     assert last is not None
-    assert isinstance(last.layers[0], PackedLayer)
+    assert isinstance(last.layers[0], PackedLayerLora)
     for one, other in zip(added(first, x), added(last, x), strict=True):
         assert torch.equal(one, other)
 
@@ -81,7 +81,7 @@ def test_whoever_takes_a_place_is_seen_in_the_kernels_layout_too() -> None:
         held.mix(["0", "1"], adapters)
     for _ in range(WORTH_PACKING + 1):
         mixed = held.mix(["2", "1"], adapters)
-    alone = [added(Mix(adapters[name]), x[row : row + 1]) for row, name in enumerate("21")]
+    alone = [added(LoraBatch(adapters[name]), x[row : row + 1]) for row, name in enumerate("21")]
     for layer, rows in enumerate(added(mixed, x)):
         assert torch.equal(rows, torch.cat([own[layer] for own in alone]))
 
@@ -111,7 +111,7 @@ def test_few_adapters_soon_read_few_places() -> None:
     assert last.foreign.shape[1] == 2
     x = torch.randn(2, 32)
     for layer, rows in enumerate(added(last, x)):
-        wanted = torch.cat([added(Mix(adapters[name]), x[row : row + 1])[layer] for row, name in enumerate("67")])
+        wanted = torch.cat([added(LoraBatch(adapters[name]), x[row : row + 1])[layer] for row, name in enumerate("67")])
         assert torch.allclose(rows, wanted, atol=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_who_was_needed_least_recently_gives_up_its_place() -> None:
 def test_places_for_which_there_is_no_memory_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     places, mixed = stack(), {"a": adapter(1, 2), "b": adapter(2, 2)}
     with monkeypatch.context() as patch:
-        patch.setattr(Stack, "_empty", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+        patch.setattr(AdapterSlots, "_empty", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
         with pytest.raises(torch.OutOfMemoryError):
             places.mix(["a", "b"], mixed)
     assert places.bytes == 0
@@ -150,7 +150,7 @@ def test_steady_places_become_fewer_only_once_that_is_worth_new_recordings() -> 
     assert (many, one) == (4, 1)
 
 
-def places_of(mix: Mix | None) -> tuple[object, int]:
+def places_of(mix: LoraBatch | None) -> tuple[object, int]:
     assert mix is not None
     assert mix.places is not None
     return mix.places
@@ -203,21 +203,21 @@ def test_one_alone_is_computed_in_shapes_that_do_not_depend_on_others() -> None:
         assert mix is not None
         assert mix.places is None
         assert mix.foreign is None
-        assert [layer.qkv.a.shape[0] for layer in mix.layers if isinstance(layer.qkv, Lora)] == [4] * LAYERS
-        for found, wanted in zip(added(mix, x), added(Mix(adapters["own"]), x), strict=True):
+        assert [layer.qkv.a.shape[0] for layer in mix.layers if isinstance(layer.qkv, LoraPair)] == [4] * LAYERS
+        for found, wanted in zip(added(mix, x), added(LoraBatch(adapters["own"]), x), strict=True):
             assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("steady", [False, True])
 def test_all_that_is_read_comes_to_the_device(steady: bool) -> None:
     """Adapters lie in the host's memory. The other device has no numbers here, but tensors that know where they are."""
-    held = Stack(LAYERS, WIDTHS, torch.zeros(1, device="meta"), steady=steady)
+    held = AdapterSlots(LAYERS, WIDTHS, torch.zeros(1, device="meta"), steady=steady)
     adapters = {str(n): adapter(n, 4) for n in range(3)}
     size = sum(part.nbytes for layer in adapters["0"] for lora in layer if lora for part in lora)
     for rows, places in ((["0", "2", None], 2), (["1"], 1)):
         mix = held.mix(rows, adapters)
         assert mix is not None
-        parts = [part for layer in mix.layers for lora in layer if isinstance(lora, Lora) for part in lora]
+        parts = [part for layer in mix.layers for lora in layer if isinstance(lora, LoraPair) for part in lora]
         assert {part.device.type for part in parts} == {"meta"}
         assert mix.places is not None
         assert mix.places[1] == places

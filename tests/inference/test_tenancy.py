@@ -8,8 +8,8 @@ import pytest
 from app.composition import Services, compose
 from app.domain.ledger import Tenant
 from worker.device import describe_device
-from worker.inference.__main__ import front_of
-from worker.inference.tenancy import LedgerTenancy
+from worker.inference.__main__ import build_inference_app
+from worker.inference.server.ledger_reservation import LedgerReservation
 
 GB = 10**9
 
@@ -27,18 +27,18 @@ def reserved(services: Services) -> dict[Tenant, int]:
 
 
 def test_it_reserves_what_the_operator_says_else_half(services: Services, deployment: Services) -> None:
-    assert LedgerTenancy(deployment).bytes == GB
-    assert LedgerTenancy(services).bytes == describe_device(()).bytes // 2
+    assert LedgerReservation(deployment).bytes == GB
+    assert LedgerReservation(services).bytes == describe_device(()).bytes // 2
 
 
 def test_the_engine_is_told_what_the_deployment_sets(services: Services) -> None:
     told = {"inference_max_batch": 3, "inference_dtype": "float32", "inference_memory": GB}
-    engine = front_of(services.settings.model_copy(update=told)).state.front.settings.engine
+    engine = build_inference_app(services.settings.model_copy(update=told)).state.front.settings.engine
     assert (engine.max_batch, engine.dtype, engine.memory_bytes) == (3, "float32", GB)
 
 
 def test_it_stays_until_a_job_comes_and_comes_back_behind_it(deployment: Services) -> None:
-    tenancy, host = LedgerTenancy(deployment), deployment.settings.host_name
+    tenancy, host = LedgerReservation(deployment), deployment.settings.host_name
     assert tenancy.stay() is None
     assert reserved(deployment) == {Tenant.INFERENCE: GB}
     deployment.ledger.train(host, "trainer", "job_1", GB, 10 * GB)
@@ -55,13 +55,13 @@ def test_it_stays_until_a_job_comes_and_comes_back_behind_it(deployment: Service
 
 
 def test_one_that_starts_after_another_was_killed_goes_on_with_its_place(deployment: Services) -> None:
-    assert [LedgerTenancy(deployment).stay() for _ in range(2)] == [None, None]
+    assert [LedgerReservation(deployment).stay() for _ in range(2)] == [None, None]
     assert len(deployment.ledger.by_host()[deployment.settings.host_name]) == 1
 
 
 def test_it_renews_in_time(deployment: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment.ledger, "inference_lease", 0.8)
-    tenancy = LedgerTenancy(deployment)
+    tenancy = LedgerReservation(deployment)
     until = time.monotonic() + 2
     while time.monotonic() < until:
         assert tenancy.stay() is None

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from app.domain.attempts import EncodedRow, TrainOrder
 from benchmarks.approaches import served
 from tests.training.conftest import OrderFactory
-from worker.inference.kv import KeyValues
-from worker.inference.models import Models
-from worker.inference.wire import EngineSettings
+from worker.inference.cache.kv_cache import KVCache
+from worker.inference.ipc import EngineSettings
+from worker.inference.model.loaded_models import LoadedModels
 from worker.precision import FP32
 from worker.quantization import bitsandbytes_config
 from worker.training import model, recipe
@@ -70,9 +70,9 @@ def logits_of(trainee: Trainee) -> torch.Tensor:
 
 
 def served_logits(order: TrainOrder) -> torch.Tensor:
-    models = Models(EngineSettings(dtype="float32"))
+    models = LoadedModels(EngineSettings(dtype="float32"))
     models.load(served(order), [])
-    store = KeyValues(2)
+    store = KVCache(2)
     store.reserve(1, len(IDS))
     store.prefill(models.forward([served(order)]), 0, IDS[:-1], 0)
     return store.decode(models.forward([served(order)]), IDS[-1:], [len(IDS) - 1])[0]

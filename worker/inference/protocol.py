@@ -32,12 +32,12 @@ NOT_OFFERED = frozenset(
 """Fields of vLLM's that clients send as null when they do not use them."""
 
 Item = TypeVar("Item")
-Several = Annotated[list[Item], Field(fail_fast=True)]
+FailFastList = Annotated[list[Item], Field(fail_fast=True)]
 """A list of which the first wrong item is told: a million of them would take seconds and gigabytes to describe."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1_024)]
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 
 
 class Frozen(BaseModel):
@@ -46,7 +46,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Given(Frozen):
+class ClientModel(Frozen):
     """A value that a client writes: of the fields that it has not, the first is told."""
 
     @model_validator(mode="before")
@@ -74,11 +74,11 @@ class ServedModel(Frozen):
     max_model_len: int = Field(gt=0)
 
 
-class StructuredOutputs(Given):
+class StructuredOutputs(ClientModel):
     """A grammar the answer must follow: exactly one of a regular expression, choices, or a JSON schema."""
 
     regex: str | None = Field(None, min_length=1, max_length=MAX_REGEX)
-    choice: Several[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    choice: FailFastList[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_CHOICES)
     json_schema: str | dict[str, Any] | None = Field(None, alias="json")
 
     @model_validator(mode="after")
@@ -106,7 +106,7 @@ class StructuredOutputs(Given):
         return given if isinstance(given, str) else json.dumps(given, sort_keys=True)
 
 
-class Sampling(Frozen):
+class SamplingParams(Frozen):
     """How the answer is chosen and when it ends. Defaults are OpenAI's: temperature 1, 16 tokens.
 
     `deterministic`: computed in shapes of its own, so that no digit depends on what else is asked; slower.
@@ -119,14 +119,14 @@ class Sampling(Frozen):
     temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Several[Stop] = Field(default=[], max_length=MAX_STOPS)
-    stop_token_ids: Several[TokenId] = Field(default=[], max_length=MAX_STOP_IDS)
+    stop: FailFastList[Stop] = Field(default=[], max_length=MAX_STOPS)
+    stop_token_ids: FailFastList[TokenId] = Field(default=[], max_length=MAX_STOP_IDS)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    allowed_token_ids: Several[TokenId] | None = Field(None, min_length=1, max_length=MAX_ALLOWED_IDS)
+    allowed_token_ids: FailFastList[TokenId] | None = Field(None, min_length=1, max_length=MAX_ALLOWED_IDS)
     structured_outputs: StructuredOutputs | None = None
     deterministic: bool = False
 
@@ -136,13 +136,13 @@ class Sampling(Frozen):
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _min_within_max(self) -> "Sampling":
+    def _min_within_max(self) -> "SamplingParams":
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         return self
 
 
-class StreamOptions(Given):
+class StreamOptions(ClientModel):
     """What a stream carries besides the answer."""
 
     include_usage: bool = False
@@ -151,11 +151,11 @@ class StreamOptions(Given):
 Prompt = str | list[TokenId]
 
 
-class CompletionRequest(Sampling, Given):
+class CompletionRequest(SamplingParams, ClientModel):
     """The body of `POST /v1/completions`. `model` is a digest; `n` is 1 and `echo` false."""
 
     model: str = Field(min_length=1, max_length=256)
-    prompt: str | Several[TokenId] | Several[str] | Several[Several[TokenId]]
+    prompt: str | FailFastList[TokenId] | FailFastList[str] | FailFastList[FailFastList[TokenId]]
     n: Literal[1] = 1
     echo: Literal[False] = False
     stream: bool = False
@@ -194,9 +194,9 @@ class CompletionRequest(Sampling, Given):
             else [item for item in self.prompt if not isinstance(item, int)]
         )
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """The part of the request that the engine reads."""
-        return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields})
+        return SamplingParams.model_construct(**{name: getattr(self, name) for name in SamplingParams.model_fields})
 
 
 def _depth(value: object) -> int:
@@ -236,7 +236,7 @@ class Choice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogProbs | None = None
-    finish_reason: Finish | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
