@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import MEDIA_TYPE, document_of, problem
 from app.api.routing import announces_body, is_json, media_type
 from app.domain.errors import InvalidError, Problem, VerituneError
-from app.domain.reading import reject_forbidden
+from app.domain.reading import headline, reject_forbidden
+from app.domain.strict_json import RepeatedKeyError, parse_json
 from app.settings import LOOPBACK, Settings
 
 DEEPEST_JSON = 64
@@ -107,12 +108,18 @@ class Guard:
 
 
 def _check_json(body: bytes) -> None:
-    """InvalidError unless `body` is UTF-8 JSON, not too deep, without characters that no text here may hold."""
+    """Raises InvalidError unless `body` is UTF-8 JSON.
+
+    It must not be too deep, name a key twice, or hold a character that no text here may hold.
+    """
     try:
         text = body.decode()
-        document = json.loads(text)
+        document = parse_json(text)
     except UnicodeDecodeError as error:
         raise InvalidError(f"the body is not UTF-8 at byte {error.start + 1}", code="bad_utf8") from None
+    except RepeatedKeyError as error:
+        found = error.problem()
+        raise InvalidError(headline((found,)), code="repeated_key", problems=(found,)) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InvalidError(f"the body is not JSON: {error.msg} at {where}", code="bad_json") from None

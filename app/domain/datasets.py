@@ -61,6 +61,7 @@ _MEANINGS: dict[Severity, dict[str, str]] = {
         "forbidden_character": "a text holds a NUL or a lone surrogate",
         "bad_utf8": "the row is not UTF-8",
         "bad_json": "the row is not JSON",
+        "repeated_key": "an object in the row names a key more than once",
         "not_an_object": "the row is JSON, but no object",
         "bad_csv": "a quote is not closed, or text follows a closing quote",
         "wrong_fields": "the row has more or fewer fields than the header",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from app.domain.datasets import Finding, SourceRow, finding
+from app.domain.strict_json import RepeatedKeyError, parse_row
 from app.ingest.lines import Item, not_utf8, numbered_lines, too_long
 
 
@@ -21,9 +22,11 @@ def read_json_lines(path: Path, limit: int) -> Iterator[Item]:
 def json_row(line: int, raw: bytes) -> SourceRow | Finding:
     """The object in `raw`, or why there is none. Deep nesting and huge numbers end here, as findings."""
     try:
-        value = json.loads(raw.decode())
+        value = parse_row(raw.decode())
     except UnicodeDecodeError:
         return not_utf8(line)
+    except RepeatedKeyError as error:
+        return finding(line, "repeated_key", f"{error}; keep one of them")
     except json.JSONDecodeError as error:
         return finding(line, "bad_json", f"the row is not JSON: {error.msg} at its character {error.pos + 1:,}")
     except RecursionError:

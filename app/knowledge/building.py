@@ -5,7 +5,6 @@ and `url` if there are any. What is wrong with a line is a finding about that li
 makes a corpus. Where lines come from and where the file goes is the caller's affair.
 """
 
-import json
 import os
 import re
 import sqlite3
@@ -19,6 +18,7 @@ from typing import BinaryIO
 
 from app.domain.claims import forbidden_character
 from app.domain.corpora import CorpusFinding, CorpusReport, Page, clean, name_key, split_sentences
+from app.domain.strict_json import RepeatedKeyError, parse_row
 from app.knowledge import index
 
 
@@ -172,9 +172,11 @@ def _record(line: bytes, account: _Account) -> dict[str, object]:
     if len(line) > account.limits.line_bytes:
         raise _Refused("line_too_long", f"the line has more than {account.limits.line_bytes:,} bytes")
     try:
-        record = json.loads(line.decode())
+        record = parse_row(line.decode())
     except UnicodeDecodeError as error:
         raise _Refused("bad_utf8", f"byte {error.start + 1} of the line is not UTF-8") from None
+    except RepeatedKeyError as error:
+        raise _Refused("repeated_key", f"{error}; keep one of them") from None
     except RecursionError:
         raise _Refused("bad_json", "the line is nested too deep to be a page") from None
     except ValueError as error:

@@ -166,6 +166,17 @@ def test_depth_is_counted_in_structure_and_not_in_text(client: TestClient, datas
     problem(client.post("/jobs", json={"dataset": dataset, "metadata": {"a": nested(63)}}), 422, "too_deep")
 
 
+@pytest.mark.parametrize("route", ["/jobs", "/jobs/plan", "/predict", "/predict/batch"])
+def test_a_repeated_key_is_refused_with_its_path(door: TestClient, route: str) -> None:
+    body = '{"trainer": {"train_steps": 2}, "trainer": {"epochs": 1}}'
+    refused = problem(door.post(route, content=body, headers=JSON), 422, "repeated_key")
+    assert places(refused) == ["trainer"]
+    nested = '{"requests": [{"claim": "One.", "claim": "Two."}]}'
+    refused = problem(door.post(route, content=nested, headers=JSON), 422, "repeated_key")
+    assert refused["errors"][0]["loc"] == ["requests", 0, "claim"]
+    assert "the key 'claim' stands more than once" in refused["detail"]
+
+
 def test_a_mebibyte_of_json_is_checked_about_as_fast_as_it_is_parsed() -> None:
     body = json.dumps([{"a": 1, "b": [1, 2]}] * ((1 << 20) // 24)).encode()
 

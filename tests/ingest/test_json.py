@@ -25,6 +25,9 @@ def test_each_line_is_a_row(tmp_path: Path) -> None:
     ("line", "code"),
     [
         (b'{"claim": ', "bad_json"),
+        (b'{"claim": "One.", "claim": "Two."}', "repeated_key"),
+        (b'{"claim": "One.", "steps": [{"thought": "a", "thought": "b"}]}', "repeated_key"),
+        (b'{"claim": "One.", "extra": {"a": {"b": 1, "b": 1}}}', "repeated_key"),
         (b"[1, 2]", "not_an_object"),
         (b'"text"', "not_an_object"),
         (b'{"claim": ' + DEEP + b"}", "bad_json"),

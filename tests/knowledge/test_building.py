@@ -142,6 +142,7 @@ REFUSED = [
     ("bad_json", b'{"title": ' + b"9" * 5_000 + b"}"),
     ("bad_utf8", b'{"title": "caf\xe9", "text": "It is."}'),
     ("bad_utf8", b"\x89PNG\r\n"),
+    ("repeated_key", b'{"title": "A", "text": "It is.", "title": "B"}'),
     ("not_an_object", b'["A", "It is."]'),
     ("not_an_object", b"null"),
     ("missing_title", line(text="It is.")),
