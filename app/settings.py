@@ -55,7 +55,8 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(default=None, description="A file that holds the bearer key.")
     allowed_hosts: str = Field(
         default="",
-        description="Further Host header values to accept, comma-separated; the bind host always is.",
+        description="Further hosts, comma-separated, that a request may name in Host or come from in Origin; the bind "
+        "host always may.",
     )
 
     inference_host: str = Field(default="127.0.0.1", description="Where the inference front listens.")

@@ -1,4 +1,4 @@
-"""What every request passes before any route sees it: Host, bearer key, sizes, and JSON that can be read safely.
+"""What every request passes before any route sees it: Host, origin, bearer key, sizes, JSON that can be read safely.
 
 A pure ASGI middleware: it keeps no upload in memory, and hands on a JSON body that it has read to check. Which
 content type a route takes is the route's own affair (`app.api.routing`).
@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.cross_site import foreign_origin
 from app.api.errors import MEDIA_TYPE, document_of, problem
 from app.api.routing import announces_body, is_json, media_type
 from app.domain.errors import InvalidError, Problem, VerituneError
@@ -40,6 +41,7 @@ class Guard:
         extra = {name.strip().lower() for name in settings.allowed_hosts.split(",") if name.strip()}
         self._any_host = settings.host not in LOOPBACK and not extra
         self._hosts = {*LOOPBACK, settings.host.lower(), *extra}
+        self._allowed_origins = extra
         self._key = settings.key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,6 +69,12 @@ class Guard:
         if not self._serves(host):
             detail = f"the Host {host[:60]!r} is not served here; add it to VERITUNE_ALLOWED_HOSTS"
             return problem(path, 400, "wrong_host", detail)
+        if origin := foreign_origin(scope["method"], headers, self._allowed_origins):
+            detail = (
+                f"a page of {origin[:60]!r} sent this, and pages of other sites may change nothing here; "
+                "add its host to VERITUNE_ALLOWED_HOSTS if it is yours"
+            )
+            return problem(path, 403, "foreign_origin", detail)
         if not self._knows(path, headers.get("authorization", "")):
             return problem(path, 401, "unauthorized", "send the key as: Authorization: Bearer …")
         for place, holds_nul in (("path", "\0" in path), ("query", b"%00" in scope["query_string"])):

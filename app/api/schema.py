@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from app.api.cross_site import SAFE_METHODS
 from app.api.errors import problem_response
 
 _COMMON = {
@@ -12,6 +13,7 @@ _COMMON = {
     "default": "Any other error",
 }
 _WITH_BODY = {"413": "The body is larger than this deployment's limit", "415": "The content type is not read here"}
+_CHANGES = {"403": "A page of another site sent the request (`Origin`, `Sec-Fetch-Site`)"}
 _PROBES = "/health/"
 
 
@@ -43,15 +45,17 @@ def _complete(document: dict[str, Any], *, keyed: bool) -> None:
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"bearer": []}]
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            _document_errors(operation, keyed=keyed and not path.startswith(_PROBES))
+        for method, operation in operations.items():
+            _document_errors(method, operation, keyed=keyed and not path.startswith(_PROBES))
             if keyed and path.startswith(_PROBES):
                 operation["security"] = []
 
 
-def _document_errors(operation: dict[str, Any], *, keyed: bool) -> None:
+def _document_errors(method: str, operation: dict[str, Any], *, keyed: bool) -> None:
     responses = operation["responses"]
     wanted = dict(_COMMON)
+    if method.upper() not in SAFE_METHODS:
+        wanted |= _CHANGES
     if keyed:
         wanted["401"] = "The bearer key is missing or wrong"
     if "requestBody" in operation:
