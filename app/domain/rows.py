@@ -1,7 +1,8 @@
 """One row of an upload → a trajectory, with everything that had to be repaired or refused said in words.
 
-A row is refused for the first reason found, in this order: its shape, its claim, its label and evidence, its
-verdicts against each other, its steps from the first on. White space inside a field is folded and text is put
+A row is refused for the first reason found, in this order: its shape, its claim, its verdicts against each other,
+its steps from the first on. An optional column (label, split, evidence) never costs the row: what cannot be read
+there is left out with a warning. White space inside a field is folded and text is put
 in NFC; only a fold over a newline is worth a finding. What shape held the steps is not known here.
 """
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from app.domain.claims import Verdict, check_claim, fold, read_verdict
 from app.domain.datasets import Columns, Finding, SourceRow
+from app.domain.evidence import read_evidence
 from app.domain.react import RawStep
 from app.domain.shapes import STEP_KEYS, Notes, RefusedError, Written, allow, find_source, read_shape
 from app.domain.splits import Part, read_part
@@ -21,7 +23,6 @@ from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajecto
 _LABEL = re.compile(r"\bLabel\s*:")
 _FINISH = re.compile(r"finish\s*(?:\[(.*)\])?\.?", re.IGNORECASE | re.DOTALL)
 _TAIL = re.compile(r"(?:Episode finished\b.*)?", re.IGNORECASE | re.DOTALL)
-_SENTENCE_LIMIT = 1_000_000
 _SPELL = "write SUPPORTS, REFUTES or NOT ENOUGH INFO"
 
 
@@ -44,7 +45,8 @@ def read_row(row: SourceRow, columns: Columns) -> RowReading:
         written = read_shape(value, source, notes)
         claim = _claim(row.fields.get(columns.claim), written.claim, columns.claim, notes)
         label = _label(row.fields.get(columns.label), columns.label, notes)
-        trajectory = _trajectory(claim, written, label, _evidence(row.fields.get("evidence")), notes)
+        evidence = _evidence(row.fields.get("evidence"), notes)
+        trajectory = _trajectory(claim, written, label, evidence, notes)
         if (split := _split(row.fields.get(columns.split), columns.split, notes)) is not None:
             trajectory = trajectory.model_copy(update={"split": split})
     except RefusedError as refused:
@@ -56,6 +58,9 @@ def read_row(row: SourceRow, columns: Columns) -> RowReading:
 
 
 def _claim(given: object, written: str | None, name: str, notes: Notes) -> str:
+    if written is not None and given is not None and not isinstance(given, str):
+        notes.add("claim_column_unread", f"{name!r} holds no text; the claim is taken from the messages")
+        given = None
     claim = given if given is not None and given != "" else written
     if claim is None or (isinstance(claim, str) and not claim.strip()):
         raise RefusedError("missing_claim", f"the row has no claim in {name!r}; fill it or drop the row")
@@ -72,16 +77,18 @@ def _claim(given: object, written: str | None, name: str, notes: Notes) -> str:
 def _label(value: object, name: str, notes: Notes) -> Verdict | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if not isinstance(value, str):
-        raise RefusedError("bad_label", f"{name!r} holds no text; {_SPELL}")
-    return _verdict(value, f"the label in {name!r}", notes)
+    match value:
+        case str(text) | [str(text)]:
+            return _verdict(text, f"the label in {name!r}", notes)
+    notes.add("bad_label", f"the label in {name!r} is no text and is not used; {_SPELL}")
+    return None
 
 
-def _verdict(text: str, where: str, notes: Notes) -> Verdict:
+def _verdict(text: str, where: str, notes: Notes) -> Verdict | None:
     verdict = read_verdict(text)
     if verdict is None:
-        shown = repr(text.strip()[:40])
-        raise RefusedError("bad_label", f"{where} is {shown}; {_SPELL}")
+        notes.add("bad_label", f"{where} is {text.strip()[:40]!r} and is not used; {_SPELL}")
+        return None
     _note_spelling(text, verdict, notes)
     return verdict
 
@@ -91,23 +98,11 @@ def _note_spelling(text: str, verdict: Verdict, notes: Notes) -> None:
         notes.add("verdict_spelling", f"{text.strip()[:40]!r} is read as {verdict.value}")
 
 
-def _evidence(value: object) -> tuple[Evidence, ...]:
-    """A text is no evidence but a column of another kind, such as FEVER's evidence sentences."""
-    if value is None or isinstance(value, str):
-        return ()
-    if not isinstance(value, list):
-        raise RefusedError("bad_evidence", "`evidence` is no list; write [[page, sentence number], …]")
-    return tuple(_sentence(item, place) for place, item in enumerate(value, start=1))
-
-
-def _sentence(item: object, place: int) -> Evidence:
-    pair = [item.get("page"), item.get("sentence")] if isinstance(item, dict) else item
-    match pair:
-        case [str(page), int(number)] if not isinstance(number, bool) and 0 <= number <= _SENTENCE_LIMIT:
-            allow(page, f"evidence {place}")
-            if fold(page):
-                return Evidence(page=fold(page), sentence=number)
-    raise RefusedError("bad_evidence", f"evidence {place} is not [page, sentence number from 0 on]")
+def _evidence(value: object, notes: Notes) -> tuple[Evidence, ...]:
+    evidence, unread = read_evidence(value)
+    if unread:
+        notes.add("bad_evidence", f"{unread:,} items of `evidence` are not [page, sentence number] and are left out")
+    return evidence
 
 
 def _split(value: object, name: str, notes: Notes) -> Part | None:
@@ -159,6 +154,8 @@ def _read_preamble(preamble: str, claim: str, notes: Notes) -> Verdict | None:
     if not found:
         return None
     verdict = _verdict(preamble[found[-1].end() :], "`Label:` before the first step", notes)
+    if verdict is None:
+        return None
     notes.add("label_prefix", f"`Label: {verdict.value}` before the first step is read as the label")
     return verdict
 
@@ -185,7 +182,7 @@ def _finish(steps: list[RawStep], stated: Verdict | None, notes: Notes) -> list[
     if last.action is not None and not (last.observation or "").strip():
         return steps
     if stated is None:
-        raise RefusedError("no_verdict", "the row has no Finish[…] and no label; add one of them")
+        raise RefusedError("no_verdict", f"the row has neither Finish[…] nor a label that is a verdict; {_SPELL}")
     notes.add("finish_missing_with_label", f"the steps stop without Finish; Finish[{stated.value}] is added")
     if last.action is None:
         thought = _without_stray_bracket(last.thought or "", notes)
@@ -208,7 +205,7 @@ def _settled(last: RawStep, stated: Verdict | None, notes: Notes) -> RawStep:
 def _stated_instead(argument: str, stated: Verdict | None, notes: Notes) -> Verdict:
     said = f"Finish[{argument[:40]}] is no verdict"
     if stated is None:
-        raise RefusedError("no_verdict", f"{said} and the row has no label; add one")
+        raise RefusedError("no_verdict", f"{said} and the row has no label that is one; {_SPELL}")
     notes.add("finish_done", f"{said}; the label {stated.value} takes its place")
     return stated
 

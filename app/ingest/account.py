@@ -113,7 +113,7 @@ class Account:
                 self.lengths["observation"][len(step.observation)] += 1
 
     def _used(self, row: SourceRow, source: str) -> frozenset[str]:
-        evidence = "evidence" if isinstance(row.fields.get("evidence"), list) else ""
+        evidence = "" if isinstance(row.fields.get("evidence"), str) else "evidence"
         empty = [name for name in ("evidence", "steps", "messages") if row.fields.get(name, "") is None]
         own = (self.columns.claim, self.columns.trajectories, self.columns.label, self.columns.split)
         return frozenset((*own, source, evidence, *empty))

@@ -1,6 +1,7 @@
 """Parquet, by batches. pyarrow is imported here and nowhere else: only Parquet is worth its start-up time."""
 
 from collections.abc import Iterator
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def read_parquet(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
 
 def _row(number: int, batch: Any, row: int, limit: int) -> SourceRow | Finding:
     try:
-        fields = {name: _text(batch.column(name)[row].as_py()) for name in batch.schema.names}
+        fields = {name: _plain(batch.column(name)[row].as_py()) for name in batch.schema.names}
     except UnicodeDecodeError:
         return not_utf8(number)
     if sum(len(value) for value in fields.values() if isinstance(value, str)) > limit:
@@ -51,6 +52,19 @@ def _row(number: int, batch: Any, row: int, limit: int) -> SourceRow | Finding:
     return SourceRow(number, fields)
 
 
-def _text(value: object) -> object:
-    """Bytes as the text that they spell: writers that know no strings store texts as binary columns."""
-    return value.decode() if isinstance(value, bytes) else value
+def _plain(value: object) -> object:
+    """The value as JSON would hold it.
+
+    Bytes become the text that they spell: some writers store texts as binary columns. NaN becomes None: pandas
+    writes a missing value so.
+    """
+    match value:
+        case bytes():
+            return value.decode()
+        case float() if isnan(value):
+            return None
+        case [*items]:
+            return [_plain(item) for item in items]
+        case dict():
+            return {name: _plain(member) for name, member in value.items()}
+    return value

@@ -101,10 +101,9 @@ def test_the_claim_before_the_label_is_no_preamble() -> None:
         (GOOD, "REFUTES", "verdict_mismatch"),
         ("Label: REFUTES " + GOOD, None, "verdict_mismatch"),
         ("Label: REFUTES " + SEEN, "SUPPORTS", "verdict_mismatch"),
-        (GOOD, "maybe", "bad_label"),
-        (GOOD, 1, "bad_label"),
-        (GOOD, 10**400, "bad_label"),
-        ("Label: maybe " + GOOD, None, "bad_label"),
+        (SEEN, "maybe", "no_verdict"),
+        (SEEN, 1, "no_verdict"),
+        ("Label: maybe " + SEEN, None, "no_verdict"),
         ("Thought 1: Look. " + GOOD, None, "step_without_action"),
         ("Thought 1: Look. Observation 1: It. " + GOOD, None, "step_without_action"),
         ("Thought 1: Look. Observation 1: It.", "SUPPORTS", "step_without_action"),
@@ -215,13 +214,71 @@ def test_steps_that_are_none_refuse_their_row(steps: list[object], code: str) ->
         [["Ada", -1]],
         [["Ada", True]],
         [["", 1]],
-        [["Ada", "1"]],
+        [["Ada", "one"]],
+        [["Ada", 1.5]],
         [["Ada", 10**30]],
-        [[[1, 2, "Ada", 3]]],
+        [["Ada", "9" * 5_000]],
+        [["A\ud800", 1]],
+        [[{}, {}, "Ada", 3]],
+        [[[[[["Ada", 3]]]]]],
     ],
 )
-def test_evidence_that_is_none_refuses_its_row(evidence: object) -> None:
-    assert codes(read(steps=STEPS, evidence=evidence)) == ["bad_evidence"]
+def test_evidence_that_cannot_be_read_is_warned_of_and_the_row_stays(evidence: object) -> None:
+    reading = read(steps=STEPS, evidence=evidence)
+    assert codes(reading) == ["bad_evidence"]
+    assert kept(reading).evidence == ()
+
+
+@pytest.mark.parametrize(
+    ("evidence", "read_as"),
+    [
+        ([[[101, 202, "Elbe", 0]]], [("Elbe", 0)]),
+        (
+            [[[101, 202, "Elbe", 0], [101, 203, "Rhine", 4]], [[102, 204, "Oder", 1]]],
+            [("Elbe", 0), ("Rhine", 4), ("Oder", 1)],
+        ),
+        ([[[101, None, None, None]]], []),
+        ([["101", "202", "Elbe", "0"]], [("Elbe", 0)]),
+        ([[["Elbe", 0]], None], [("Elbe", 0)]),
+        (["Elbe", 0.0], [("Elbe", 0)]),
+        ([{"page": "Elbe", "sentence": "2"}], [("Elbe", 2)]),
+    ],
+)
+def test_evidence_is_read_as_datasets_nest_it(evidence: object, read_as: list[tuple[str, int]]) -> None:
+    reading = read(steps=STEPS, evidence=evidence)
+    assert [(item.page, item.sentence) for item in kept(reading).evidence] == read_as
+    assert codes(reading) == []
+
+
+def test_evidence_that_can_be_read_stays_beside_what_cannot() -> None:
+    reading = read(steps=STEPS, evidence=[["Elbe", 0], 7, {"page": "Rhine"}])
+    assert [item.page for item in kept(reading).evidence] == ["Elbe"]
+    assert "2 items" in reading.findings[0].message
+
+
+@pytest.mark.parametrize("label", ["maybe", "nan", 1, 10**400, float("nan"), True, [], {"x": 1}, "a\ud800"])
+def test_a_label_of_another_kind_is_warned_of_and_finish_decides(label: object) -> None:
+    reading = read(trajectories=GOOD, label=label)
+    assert kept(reading).verdict is Verdict.SUPPORTS
+    assert codes(reading) == ["bad_label"]
+    reading.findings[0].message.encode()
+
+
+def test_a_label_before_the_first_step_that_is_none_is_warned_of() -> None:
+    reading = read(trajectories="Label: maybe " + GOOD)
+    assert kept(reading).verdict is Verdict.SUPPORTS
+    assert codes(reading) == ["bad_label"]
+
+
+def test_a_label_alone_in_a_list_is_read() -> None:
+    assert kept(read(trajectories=SEEN, label=["REFUTES"])).verdict is Verdict.REFUTES
+    assert codes(read(trajectories=GOOD, label=["REFUTES"])) == ["verdict_mismatch"]
+
+
+def test_a_claim_column_of_another_kind_leaves_the_chats_own_claim() -> None:
+    reading = chat(("user", CLAIM), ("assistant", GOOD), claim=7)
+    assert kept(reading).claim == CLAIM
+    assert codes(reading) == ["claim_column_unread"]
 
 
 def test_evidence_that_is_a_text_is_another_kind_of_column() -> None:

@@ -10,7 +10,7 @@ import pytest
 from app.domain.datasets import DatasetReport
 from app.domain.errors import InvalidError
 from app.domain.trajectories import Trajectory
-from tests.ingest.files import STEPS, found, read, row
+from tests.ingest.files import STEPS, found, json_line, read, row
 
 
 def parquet(table: Any) -> bytes:
@@ -59,12 +59,39 @@ def test_texts_stored_as_bytes_are_texts(tmp_path: Path) -> None:
     assert found(report) == [(2, "bad_utf8")]
 
 
-def test_columns_of_other_types_refuse_their_rows(tmp_path: Path) -> None:
-    report, _ = rows(tmp_path, row(1, label="SUPPORTS"))
-    assert report.rows_kept == 1
-    with pytest.raises(InvalidError, match="bad_label: 2") as caught:
-        rows(tmp_path, row(1, label=2**62), row(2, label=1))
-    assert caught.value.code == "no_rows_kept"
+def test_optional_columns_of_other_types_cost_no_row(tmp_path: Path) -> None:
+    nested = {"evidence": [[["101", "202", "Elbe", "0"]]], "split": [["train"]]}
+    report, kept = rows(tmp_path, row(1, label=2**62, **nested), row(2, label=1, **nested))
+    assert (report.rows_kept, report.codes) == (2, {"bad_label": 2, "bad_split": 2})
+    assert [(item.page, item.sentence) for item in kept[0].evidence] == [("Elbe", 0)]
+
+
+def test_nan_is_no_value_wherever_it_stands(tmp_path: Path) -> None:
+    nan = float("nan")
+    table = pyarrow.table(
+        {
+            "claim": ["One.", "Two."],
+            "trajectories": [STEPS, STEPS],
+            "label": pyarrow.array([nan, nan], pyarrow.float64()),
+            "split": pyarrow.array([nan, 1.0], pyarrow.float64()),
+            "evidence": pyarrow.array([[[nan]], [[]]], pyarrow.list_(pyarrow.list_(pyarrow.float64()))),
+        }
+    )
+    report, kept = read(tmp_path, parquet(table))
+    assert (report.rows_kept, report.codes) == (2, {})
+    assert [trajectory.split for trajectory in kept] == [None, "validation"]
+    lines = b'{"claim": "One.", "label": NaN, "evidence": NaN, "split": NaN, "trajectories": ' + json_line(STEPS)
+    assert read(tmp_path, lines.strip() + b"}")[0].codes == {}
+
+
+def test_texts_stored_as_bytes_are_texts_inside_lists_too(tmp_path: Path) -> None:
+    steps = [
+        {"thought": b"Look.", "action": b"Search[Ada]", "observation": b"It."},
+        {"thought": b"", "action": b"Finish[SUPPORTS]", "observation": None},
+    ]
+    report, kept = rows(tmp_path, {"claim": "One.", "steps": steps}, {"claim": "Two.", "steps": [{"thought": b"\xe9"}]})
+    assert str(kept[0].steps[0].action) == "Search[Ada]"
+    assert found(report) == [(2, "bad_utf8")]
 
 
 def test_a_row_that_is_too_long_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""A row's `evidence` → pages and sentence numbers, from the ways in which datasets write them.
+
+    ["Elbe", 0]   {"page": "Elbe", "sentence": 0}   [101, 202, "Elbe", 0]
+
+The last is FEVER's: annotation, evidence, page, sentence. Lists of these may be nested, as FEVER nests its evidence
+sets. FEVER's `[101, null, null, null]` and null say that there is no evidence.
+"""
+
+from collections.abc import Iterator
+
+from app.domain.claims import fold, forbidden_character
+from app.domain.trajectories import Evidence
+
+_SENTENCE_LIMIT = 1_000_000
+_DEEPEST = 4
+
+
+def read_evidence(value: object) -> tuple[tuple[Evidence, ...], int]:
+    """(the evidence that can be read, how many items cannot). Never raises.
+
+    A text is the column of another dataset, such as FEVER's evidence sentences, and no item of ours.
+    """
+    if value is None or isinstance(value, str):
+        return (), 0
+    items = list(_items(value, _DEEPEST))
+    found = tuple(item for item in items if item is not None)
+    return found, len(items) - len(found)
+
+
+def _items(value: object, depth: int) -> Iterator[Evidence | None]:
+    """Each item of evidence; None for one that cannot be read."""
+    match value:
+        case None | [_, _, None, None]:
+            return
+        case {"page": page, "sentence": sentence} | [str() as page, sentence]:
+            yield _evidence(page, sentence)
+        case [annotation, evidence, str() as page, sentence] if _is_id(annotation) and _is_id(evidence):
+            yield _evidence(page, sentence)
+        case [*inner] if depth:
+            for item in inner:
+                yield from _items(item, depth - 1)
+        case _:
+            yield None
+
+
+def _evidence(page: object, sentence: object) -> Evidence | None:
+    number = _number(sentence)
+    if not isinstance(page, str) or number is None or forbidden_character(page) or not fold(page):
+        return None
+    return Evidence(page=fold(page), sentence=number)
+
+
+def _number(value: object) -> int | None:
+    """A sentence number: an integer, or a float or a text that spells one, as Parquet and pandas store it."""
+    if isinstance(value, str):
+        value = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else None
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _SENTENCE_LIMIT:
+        return None
+    return value
+
+
+def _is_id(value: object) -> bool:
+    return value is None or isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal())
