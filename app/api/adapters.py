@@ -5,12 +5,14 @@ from typing import Annotated
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from app.api.dependencies import After, Limit, Page, ServicesDep, named, problems
+from app.api.dependencies import AFTER, IdOf, Limit, Page, ServicesDep, named, problems
+from app.api.routing import StrictRoute
 from app.domain.adapters import Adapter
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=StrictRoute)
 
 Named = Annotated[str, named("adapter")]
+After = Annotated[Annotated[str, IdOf("adp", "an adapter")] | None, AFTER]
 _ZIP = {"application/zip": {"schema": {"type": "string", "format": "binary"}}}
 
 

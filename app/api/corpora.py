@@ -4,14 +4,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 
-from app.api.dependencies import After, Limit, Page, ServicesDep, form_of, named, on_disk, problems
-from app.api.routing import TypedRoute
+from app.api.dependencies import AFTER, IdOf, Limit, Page, ServicesDep, form_of, named, on_disk, problems
+from app.api.routing import StrictRoute
 from app.knowledge import Hit
 from app.services.corpora import Corpus
 
-router = APIRouter(prefix="/corpora", tags=["corpora"], route_class=TypedRoute)
+router = APIRouter(prefix="/corpora", tags=["corpora"], route_class=StrictRoute)
 
 Named = Annotated[str, named("corpus")]
+After = Annotated[Annotated[str, IdOf("corp", "a corpus")] | None, AFTER]
 Words = Annotated[
     str,
     Query(min_length=1, max_length=1_000, description="Any words.", openapi_examples={"river": {"value": "river"}}),

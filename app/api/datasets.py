@@ -4,14 +4,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 
-from app.api.dependencies import After, Limit, Page, ServicesDep, form_of, named, on_disk, problems
-from app.api.routing import TypedRoute
+from app.api.dependencies import AFTER, IdOf, Limit, Page, ServicesDep, form_of, named, on_disk, problems
+from app.api.routing import StrictRoute
 from app.domain.trajectories import Trajectory
 from app.services.datasets import Dataset
 
-router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=TypedRoute)
+router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=StrictRoute)
 
 Named = Annotated[str, named("dataset")]
+After = Annotated[Annotated[str, IdOf("ds", "a dataset")] | None, AFTER]
 Column = Annotated[str | None, Form(max_length=200, description="The file's own name for this column.")]
 
 

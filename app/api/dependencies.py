@@ -2,19 +2,24 @@
 
 import asyncio
 import pathlib
+import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import Depends, Header, Path, Query, Request, UploadFile
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 from starlette.datastructures import UploadFile as StarletteUpload
 
 from app.api.errors import problem_response
 from app.composition import Services
 from app.domain.claims import forbidden_character
 from app.domain.errors import InvalidError, Problem
+from app.domain.identity import id_pattern
 from app.domain.reading import did_you_mean
 from app.services.writing import Gone
 
@@ -60,14 +65,9 @@ async def client_gone(request: Request) -> AsyncIterator[Gone]:
 ServicesDep = Annotated[Services, Depends(services)]
 RawBody = Annotated[bytes, Depends(raw_body)]
 ClientGone = Annotated[Gone, Depends(client_gone)]
-After = Annotated[
-    str | None,
-    Query(
-        min_length=1,
-        max_length=100,
-        description="Id of the last item of the page before. It need not exist any more.",
-    ),
-]
+AFTER = Query(description="Id (not name) of the last item of the page before. It need not exist any more.")
+"""The cursor of a list that is paged by id: `Annotated[Annotated[str, IdOf(…)] | None, AFTER]`."""
+
 Limit = Annotated[int, Query(ge=1, le=100, description="Items on a page.")]
 Seq = Annotated[int, Query(ge=0, le=2**31 - 1, description="Number of the last one seen.")]
 IdempotencyKey = Annotated[
@@ -79,6 +79,27 @@ IdempotencyKey = Annotated[
         description="The same key and body give the first answer again, for a day. A stream takes no notice of it.",
     ),
 ]
+
+
+class IdOf:
+    """Metadata of a string that has to be spelled like an id with this prefix."""
+
+    def __init__(self, prefix: str, resource: str) -> None:
+        self._pattern = id_pattern(prefix)
+        self._resource = resource
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(schema) | {"pattern": self._pattern}
+
+    def _check(self, given: str) -> str:
+        if re.fullmatch(self._pattern, given) is None:
+            raise ValueError(
+                f"{given[:60]!r} is not the id of {self._resource}; send the `id` of the last item you have"
+            )
+        return given
 
 
 def named(what: str, example: str = "demo") -> Any:

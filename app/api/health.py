@@ -7,10 +7,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict
 
 from app.api.dependencies import ServicesDep, problems
+from app.api.routing import StrictRoute
 from app.composition import Services
 from app.domain.errors import Problem, UnavailableError, VerituneError
 
-router = APIRouter(tags=["deployment"])
+router = APIRouter(tags=["deployment"], route_class=StrictRoute)
 
 
 class Live(BaseModel):

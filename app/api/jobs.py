@@ -10,8 +10,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import WithJsonSchema
 
 from app.api.dependencies import (
-    After,
+    AFTER,
     IdempotencyKey,
+    IdOf,
     Limit,
     Page,
     RawBody,
@@ -21,7 +22,7 @@ from app.api.dependencies import (
     named,
     problems,
 )
-from app.api.routing import TypedRoute
+from app.api.routing import StrictRoute
 from app.composition import Services
 from app.domain.adapters import Adapter, PublishRequest
 from app.domain.devices import CARDS
@@ -29,7 +30,7 @@ from app.domain.jobs import TERMINAL, Artifact, Checkpoint, Event, Job, JobStatu
 from app.domain.plans import Plan, plan_example
 from app.domain.specs import spec_examples
 
-router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=TypedRoute)
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
 Spec = Annotated[
     dict[str, Any],
@@ -37,6 +38,7 @@ Spec = Annotated[
     WithJsonSchema({"$ref": "#/components/schemas/TrainSpec"}),
 ]
 Named = Annotated[str, named("job")]
+After = Annotated[Annotated[str, IdOf("job", "a job")] | None, AFTER]
 Waiting = Annotated[str, named("job", example="demo-later")]
 Many = Annotated[int, Query(ge=1, le=1_000, description="Items on a page.")]
 LastEventId = Annotated[

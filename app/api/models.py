@@ -3,10 +3,11 @@
 from fastapi import APIRouter
 
 from app.api.dependencies import Page, ServicesDep
+from app.api.routing import StrictRoute
 from app.domain.devices import Device
 from app.services.base_models import BaseModelView
 
-router = APIRouter(tags=["deployment"])
+router = APIRouter(tags=["deployment"], route_class=StrictRoute)
 
 
 @router.get("/base-models", summary="Base models on this deployment's list")

@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.dependencies import (
-    After,
+    AFTER,
     ClientGone,
     IdempotencyKey,
+    IdOf,
     Limit,
     Page,
     RawBody,
@@ -22,12 +23,14 @@ from app.api.dependencies import (
     problems,
 )
 from app.api.errors import ProblemDocument, document_of, unexpected
-from app.api.routing import TypedRoute
+from app.api.routing import StrictRoute
 from app.domain.errors import InvalidError, Problem, VerituneError
 from app.domain.predictions import Prediction, PredictionEvent, PredictRequest
 from app.services.writing import stays
 
-router = APIRouter(tags=["predictions"], route_class=TypedRoute)
+router = APIRouter(tags=["predictions"], route_class=StrictRoute)
+
+After = Annotated[Annotated[str, IdOf("pred", "a stored prediction")] | None, AFTER]
 
 MOST_CLAIMS = 1_000
 PASSING = (429, 503)

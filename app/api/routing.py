@@ -1,36 +1,60 @@
-"""Routes that refuse (415) a body of a content type they do not read, before any of it is read.
+"""Routes that refuse what they do not read: unknown or repeated query parameters (422), other content types (415).
 
-Without this a form posted to a JSON route would be gathered in memory as large as an upload may be.
+Both are refused before any of the body is read. A form that is posted to a JSON route would otherwise be gathered in
+memory, as large as an upload may be.
 """
 
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.params import Form
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Form, Query
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
+
+from app.domain.errors import InvalidError, Problem
+from app.domain.reading import did_you_mean, headline
 
 FORM = "multipart/form-data"
 
 
-class TypedRoute(APIRoute):
+class StrictRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
-        if self.body_field is None:
-            return handler
-        takes_form = isinstance(self.body_field.field_info, Form)
+        parameters = [field.alias for field in get_flat_params(self.dependant) if isinstance(field.field_info, Query)]
+        body = self.body_field
+        takes_form = body is not None and isinstance(body.field_info, Form)
 
-        async def typed(request: Request) -> Response:
-            if announces_body(request.headers):
-                _check(media_type(request.headers), takes_form)
+        async def strict(request: Request) -> Response:
+            if request.scope["query_string"]:
+                _check_query(request.query_params, parameters)
+            if body is not None and announces_body(request.headers):
+                _check_content_type(media_type(request.headers), takes_form)
             return await handler(request)
 
-        return typed
+        return strict
 
 
-def _check(kind: str, takes_form: bool) -> None:
+def _check_query(query: QueryParams, known: list[str]) -> None:
+    names = [name for name, _value in query.multi_items()]
+    unknown = [_unknown_parameter(name, known) for name in dict.fromkeys(names) if name not in known]
+    repeated = [
+        Problem(("query", name), "the query parameter is given more than once", "give it once")
+        for name in known
+        if names.count(name) > 1
+    ]
+    if found := (*unknown, *repeated):
+        raise InvalidError(headline(found), code="invalid_request", problems=found)
+
+
+def _unknown_parameter(name: str, known: list[str]) -> Problem:
+    hint = did_you_mean(name, known) or "this route has none; leave it out"
+    return Problem(("query", name), f"there is no query parameter {name[:60]!r} here", hint)
+
+
+def _check_content_type(kind: str, takes_form: bool) -> None:
     if takes_form and kind != FORM:
         raise HTTPException(415, f"the content type {kind[:60]!r} is not read here; send the file as {FORM}")
     if not takes_form and not is_json(kind):

@@ -10,6 +10,7 @@ from app.api.errors import problem_response
 
 _COMMON = {
     "400": "The request is cut off, malformed, or for a Host that is not served here",
+    "422": "The input is not understood; `errors` names each place",
     "default": "Any other error",
 }
 _WITH_BODY = {"413": "The body is larger than this deployment's limit", "415": "The content type is not read here"}
@@ -60,6 +61,4 @@ def _document_errors(method: str, operation: dict[str, Any], *, keyed: bool) -> 
         wanted["401"] = "The bearer key is missing or wrong"
     if "requestBody" in operation:
         wanted |= _WITH_BODY
-    if "requestBody" in operation or operation.get("parameters"):
-        wanted["422"] = "The input is not understood; `errors` names each place"
     responses |= {status: problem_response(words) for status, words in wanted.items()}

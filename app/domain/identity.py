@@ -47,6 +47,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{_base32(_sequence.next(), _DIGITS)}"
 
 
+def id_pattern(prefix: str) -> str:
+    """The regular expression that the ids with this prefix match, as in `new_id(prefix)`."""
+    return rf"^{prefix}_[{_ALPHABET}]{{{_DIGITS}}}$"
+
+
 def looks_like_id(name: str) -> bool:
     """Whether a name is spelled as an id: what it would name could be hidden by what has that id, or will have it."""
     return _ID.fullmatch(name) is not None

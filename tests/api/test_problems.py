@@ -233,7 +233,7 @@ def test_a_surrogate_in_a_path(door: TestClient, path: str) -> None:
 
 def test_a_surrogate_in_a_query(client: TestClient, corpus: str) -> None:
     assert client.get("/corpora/pages/search?q=%ED%A0%80").status_code == 200
-    assert client.get("/jobs?after=%ED%A0%80").status_code == 200
+    assert places(problem(client.get("/jobs?after=%ED%A0%80"), 422)) == ["query.after"]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +247,14 @@ def test_a_surrogate_in_a_query(client: TestClient, corpus: str) -> None:
         ("/jobs?limit=1e3", "query.limit"),
         (f"/jobs?limit={'9' * 5_000}", "query.limit"),
         ("/jobs?status=done", "query.status"),
+        ("/jobs?stauts=failed", "query.stauts"),
+        ("/jobs?limit=1&limit=2", "query.limit"),
+        ("/jobs?=1", "query."),
+        ("/jobs?AFTER=1", "query.AFTER"),
+        ("/jobs/x?fields=id", "query.fields"),
+        ("/devices?limit=1", "query.limit"),
+        ("/health/live?verbose=1", "query.verbose"),
+        ("/metrics?name=a", "query.name"),
         ("/datasets?limit=0", "query.limit"),
         ("/corpora?limit=0", "query.limit"),
         ("/adapters?limit=0", "query.limit"),
