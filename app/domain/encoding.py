@@ -20,9 +20,13 @@ SMALLEST_BUDGET = 16
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
-    """What a tokenizer offers here. `encode` adds no special tokens and treats its text as if mid-document."""
+    """What a tokenizer offers here. `encode` adds no special tokens and treats its text as if mid-document.
+
+    `encode` spells its text: `<|im_end|>` in it is text. `encode_template` reads such control tokens as what they are.
+    """
 
     encode: Callable[[str], Sequence[int]]
+    encode_template: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int]], str]
     bos_id: int | None
     eos_id: int
@@ -58,16 +62,20 @@ class Encoder:
     def __init__(self, tokens: Tokenization, form: ReactFormat) -> None:
         self.tokens = tokens
         self.form = form
-        self._fixed: dict[str, tuple[int, ...]] = {}
+        self._fixed: dict[Segment, tuple[int, ...]] = {}
 
     def atom(self, segment: Segment) -> tuple[int, ...]:
         if segment.part is Part.END:
             return (self.tokens.eos_id,)
-        if segment.part in (Part.THOUGHT, Part.ARGUMENT, Part.OBSERVATION):
+        if segment.part in (Part.CLAIM, Part.THOUGHT, Part.ARGUMENT, Part.OBSERVATION):
             return tuple(self.tokens.encode(segment.text))
-        if segment.text not in self._fixed and len(self._fixed) < 1_000:
-            self._fixed[segment.text] = tuple(self.tokens.encode(segment.text))
-        return self._fixed.get(segment.text) or tuple(self.tokens.encode(segment.text))
+        if segment not in self._fixed and len(self._fixed) < 1_000:
+            self._fixed[segment] = self._encode_fixed(segment)
+        return self._fixed.get(segment) or self._encode_fixed(segment)
+
+    def _encode_fixed(self, segment: Segment) -> tuple[int, ...]:
+        encode = self.tokens.encode_template if segment.part is Part.TEMPLATE else self.tokens.encode
+        return tuple(encode(segment.text))
 
     def encode(self, segments: Sequence[Segment]) -> Encoded:
         """All the ids, BOS first, and the learned spans (adjacent ones joined)."""

@@ -31,9 +31,14 @@ TEMPLATE_LIMIT = 8_000
 
 
 class Part(StrEnum):
-    """What an atom is. Fixed parts are written by the server; a model writes thought, action and argument."""
+    """What an atom is. Fixed parts are written by the server; a model writes thought, action and argument.
 
-    PROMPT = "prompt"
+    Only a TEMPLATE, which a job's config writes, may hold control tokens such as `<|im_start|>`: elsewhere they are
+    text.
+    """
+
+    TEMPLATE = "template"
+    CLAIM = "claim"
     HEADER = "header"
     THOUGHT = "thought"
     ACTION = "action"
@@ -99,8 +104,8 @@ class ReactFormat(BaseModel):
     def head(self, claim: str) -> list[Segment]:
         """The instructions around the claim, in three atoms so that all claims share the first."""
         before, after = self.template.split(PLACEHOLDER)
-        pieces = (before, claim, after.rstrip("\n") + "\n")
-        return [Segment(Part.PROMPT, piece, trained=False) for piece in pieces if piece]
+        pieces = (Part.TEMPLATE, before), (Part.CLAIM, claim), (Part.TEMPLATE, after.rstrip("\n") + "\n")
+        return [Segment(part, piece, trained=False) for part, piece in pieces if piece]
 
     def segments(self, trajectory: Trajectory, *, train_on_observations: bool = False) -> list[Segment]:
         """The whole trajectory, ending in END."""

@@ -28,7 +28,7 @@ from app.storage import Blobs
 from app.storage.blobs import hash_file
 
 NOTES_KEPT = 10_000
-REVISION = 3
+REVISION = 4
 """Raised when the same inputs would give other ids, so that blobs of an older version are not reused."""
 
 

@@ -1,16 +1,12 @@
-"""tokenizer.json → `Tokenization`, with the `tokenizers` library and no torch.
+"""tokenizer.json → `Tokenization`, with the `tokenizers` library and no torch."""
 
-Atoms stand mid-document, but a SentencePiece-style tokenizer puts a dummy space before whatever it is given. So for
-such a tokenizer a newline is encoded in front of each atom and its ids are dropped again.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from tokenizers import Tokenizer
 
 from app.domain.encoding import Tokenization
-
-_SENTINEL = "\n"
+from app.tokenizers.text_encoder import SENTINEL, TextEncoder, behind_sentinel, get_sentinel
 
 
 def load_tokenization(tokenizer_json: bytes, *, bos_id: int | None, eos_id: int) -> Tokenization:
@@ -21,34 +17,45 @@ def load_tokenization(tokenizer_json: bytes, *, bos_id: int | None, eos_id: int)
         raise ValueError(f"not a tokenizer.json that can be read: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    sentinel = _ids(tokenizer, _SENTINEL) if _adds_dummy_prefix(tokenizer) else []
-
-    def encode(text: str) -> Sequence[int]:
-        if not sentinel:
-            return _ids(tokenizer, text)
-        ids = _ids(tokenizer, _SENTINEL + text)
-        if ids[: len(sentinel)] != sentinel:
-            raise ValueError("this tokenizer merges a newline with the text behind it")
-        return ids[len(sentinel) :]
-
-    def decode(ids: Sequence[int]) -> str:
-        if not sentinel:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-        return str(tokenizer.decode([*sentinel, *ids], skip_special_tokens=True)).removeprefix(_SENTINEL)
-
+    text = TextEncoder(tokenizer)
     return Tokenization(
-        encode=encode,
-        decode=decode,
+        encode=text.encode,
+        encode_template=_template_encoder(tokenizer, text),
+        decode=_decoder(tokenizer),
         bos_id=bos_id,
         eos_id=eos_id,
         vocab_size=tokenizer.get_vocab_size(),
     )
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+def _decoder(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    sentinel = get_sentinel(tokenizer)
+
+    def decode(ids: Sequence[int]) -> str:
+        if not sentinel:
+            return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(tokenizer.decode([*sentinel, *ids], skip_special_tokens=True)).removeprefix(SENTINEL)
+
+    return decode
 
 
-def _adds_dummy_prefix(tokenizer: Tokenizer) -> bool:
-    """Whether "a" alone becomes "▁a": the mark of a dummy prefix."""
-    return any(token.startswith("▁") for token in tokenizer.encode("a", add_special_tokens=False).tokens[:1])
+def _template_encoder(tokenizer: Tokenizer, text: TextEncoder) -> Callable[[str], Sequence[int]]:
+    """Encodes a prompt template, whose control tokens are meant. Few templates have any.
+
+    Only they need a tokenizer of their own: `encode_special_tokens` belongs to a tokenizer, which threads share.
+    """
+
+    @cache
+    def get_reader() -> tuple[Tokenizer, list[int]]:
+        reader = Tokenizer.from_str(tokenizer.to_str())
+        return reader, get_sentinel(reader)
+
+    def encode_template(template: str) -> Sequence[int]:
+        if not text.names_control_token(template):
+            return text.encode(template)
+        reader, sentinel = get_reader()
+        return behind_sentinel(
+            lambda piece: list(reader.encode(piece, add_special_tokens=False).ids), template, sentinel
+        )
+
+    return encode_template

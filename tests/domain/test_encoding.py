@@ -322,6 +322,7 @@ def test_an_encoding_names_no_tokenizer() -> None:
     """Any `encode` will do: here one token a byte."""
     plain = Tokenization(
         encode=lambda text: list(text.encode()),
+        encode_template=lambda text: list(text.encode()),
         decode=lambda ids: bytes(ids).decode(),
         bos_id=None,
         eos_id=256,

@@ -104,7 +104,7 @@ def test_what_ends_a_turn_is_always_learned(trajectory: Trajectory) -> None:
 @given(trajectories())
 def test_the_prompt_is_never_learned(trajectory: Trajectory) -> None:
     head = FORMAT.prompt(trajectory.claim, ())
-    assert {segment.part for segment in head} == {Part.PROMPT}
+    assert {segment.part for segment in head} == {Part.TEMPLATE, Part.CLAIM}
     assert not any(segment.trained for segment in head)
 
 

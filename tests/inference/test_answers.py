@@ -267,6 +267,13 @@ def test_special_tokens_are_shown_only_on_request(server: Server) -> None:
     assert server.choice(**pad, skip_special_tokens=False)["text"] == "<pad><pad>"
 
 
+def test_a_prompt_that_is_text_stays_text(server: Server) -> None:
+    for name in ("<s>", "</s>", "<pad>"):
+        prompt = server.choice(prompt=f"The Danube {name} flows.")["prompt_token_ids"]
+
+        assert not {0, 1, 2} & set(prompt)
+
+
 def test_prompt_is_unharmed_by_half_a_character_at_its_end(server: Server) -> None:
     halves = server.choice(prompt="The Danube é")["prompt_token_ids"][:-1]
 

@@ -1,5 +1,6 @@
 """The grounded loop over a real corpus file, with a scripted model: who writes what, and when the server steps in."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -114,6 +115,24 @@ def test_serving_ids_are_the_training_ids_of_the_same_trajectory(ask: Callable[[
     for prompt in (*turns, label):
         assert trained[: len(prompt)] == prompt
     assert branch == encoder.encode(encoder.form.verdict_branch(CLAIM, trajectory.steps[:1])).ids
+
+
+def test_a_claim_and_a_page_that_name_a_control_token_stay_text(
+    ask: Callable[[Script], Services], tmp_path: Path
+) -> None:
+    served = ask(STRAIGHT)
+    path = tmp_path / "marked.jsonl"
+    path.write_text(json.dumps({"title": "Rhine", "text": "The Rhine </s> carries <s> trade."}))
+    served.corpora.create(path, path.name, "marked")
+    claim = "The Rhine </s> flows."
+    prediction = served.predictions.predict(PredictRequest(claim=claim, corpus="marked"))
+    seen = prediction.steps[0].observation
+    assert (prediction.claim, seen and seen.text) == (claim, "The Rhine </s> carries <s> trade.")
+    tokens = served.base_models.tokenization(served.base_models.get(None))
+    for request in requests_of(served):
+        bos = () if tokens.bos_id is None else (tokens.bos_id,)
+        assert request.prompt[: len(bos)] == bos
+        assert not {0, 1, 2} & set(request.prompt[len(bos) :])
 
 
 def test_the_probabilities_are_scored_before_the_last_thought(ask: Callable[[Script], Services]) -> None:

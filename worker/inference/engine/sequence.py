@@ -23,7 +23,7 @@ class RequestError(Exception):
 
 def encoded(request: Generate, base: Base) -> Generate:
     """The request with its prompt in tokens. Raises RequestError when that does not fit the model."""
-    ids = base.tokenizer.encode(request.prompt).ids if isinstance(request.prompt, str) else request.prompt
+    ids = base.text.encode_document(request.prompt) if isinstance(request.prompt, str) else request.prompt
     _check_vocabulary(ids, base, "prompt")
     _check_vocabulary(request.sampling.allowed_token_ids or [], base, "allowed_token_ids")
     _check_vocabulary(request.sampling.stop_token_ids, base, "stop_token_ids")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
+from app.tokenizers import TextEncoder
 from worker.inference.ipc import EngineSettings
 from worker.inference.protocol import ServedModel
 from worker.precision import precision_here
@@ -50,6 +51,7 @@ class Base:
     digest: str
     model: PreTrainedModel
     tokenizer: Tokenizer
+    text: TextEncoder
     tokenizer_digest: str
     eos_ids: tuple[int, ...]
     vocabulary: int
@@ -91,6 +93,7 @@ def load_base(served: ServedModel, device: torch.device, dtype: torch.dtype) -> 
         digest=served.base_digest,
         model=model,
         tokenizer=tokenizer,
+        text=TextEncoder(tokenizer),
         tokenizer_digest=hashlib.sha256(text.encode()).hexdigest(),
         eos_ids=_eos_ids(model),
         vocabulary=int(config.get_text_config().vocab_size),
