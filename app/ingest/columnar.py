@@ -13,12 +13,16 @@ from app.domain.errors import InvalidError
 from app.ingest.columns import check_header
 from app.ingest.lines import Header, Item, not_utf8, too_long
 
-_BATCH = 64
+_BATCH_ROWS = 64
+_BATCH_BYTES = 16 << 20
 _SHAPES = ("steps", "messages")
 
 
 def read_parquet(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
-    """The column names, then the rows, numbered from 1. Columns that are not read are not touched."""
+    """The column names, then the rows, numbered from 1.
+
+    All columns are read, because the limit is on the whole row, as it is in a line of JSON or CSV.
+    """
     pyarrow.set_cpu_count(1)
     pyarrow.set_io_thread_count(1)
     number = 0
@@ -27,14 +31,13 @@ def read_parquet(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
             names = tuple(str(name) for name in file.schema_arrow.names)
             header = Header(1, names, check_header(names, columns, _SHAPES))
             yield header
-            batches = file.iter_batches(_BATCH, columns=sorted(header.used), use_threads=False)
-            for batch in batches:
+            for batch in file.iter_batches(_rows_at_once(file.metadata), use_threads=False):
                 for row in range(batch.num_rows):
                     number += 1
-                    yield _row(number, batch, row, limit)
+                    yield _row(number, batch.slice(row, 1), header.used, limit)
     except MemoryError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
         raise InvalidError(
             f"the Parquet file cannot be read behind row {number:,}: {str(error).splitlines()[0][:200]}; "
             "is it whole? Write it again",
@@ -42,14 +45,29 @@ def read_parquet(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
         ) from None
 
 
-def _row(number: int, batch: Any, row: int, limit: int) -> SourceRow | Finding:
+def _rows_at_once(metadata: Any) -> int:
+    """So many rows that a batch of them takes about `_BATCH_BYTES`."""
+    total: int = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    rows: int = metadata.num_rows
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, total)))
+
+
+def _row(number: int, row: Any, used: frozenset[str], limit: int) -> SourceRow | Finding:
+    """`row`: a batch of one."""
+    if _size(row) > limit:
+        return too_long(number, limit)
     try:
-        fields = {name: _plain(batch.column(name)[row].as_py()) for name in batch.schema.names}
+        return SourceRow(number, {name: _plain(row.column(name)[0].as_py()) for name in used})
     except UnicodeDecodeError:
         return not_utf8(number)
-    if sum(len(value) for value in fields.values() if isinstance(value, str)) > limit:
-        return too_long(number, limit)
-    return SourceRow(number, fields)
+
+
+def _size(row: Any) -> int:
+    """Bytes of the row's values, nested ones included. A dictionary-encoded column counts as the text of this row."""
+    columns = (
+        column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column for column in row.columns
+    )
+    return sum(column.nbytes for column in columns)
 
 
 def _plain(value: object) -> object:

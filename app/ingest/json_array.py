@@ -17,6 +17,7 @@ from app.ingest.lines import BOM, Item, too_long
 _CHUNK = 1 << 18
 _PLAIN = re.compile(rb'[^"{}\[\],]*+')
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_FIRST_TEXT = re.compile(rb'\s*+\{\s*+"([^"\\]*+)"\s*+:\s*+"')
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 
 
@@ -25,13 +26,24 @@ def read_json_document(path: Path, limit: int, row_keys: frozenset[str]) -> Iter
 
     Raises InvalidError `bad_json` when the document ends early or goes on behind its end.
     """
+    begins_row = _begins_row(path, row_keys)
     if path.stat().st_size <= limit:
         alone = json_row(1, path.read_bytes().removeprefix(BOM))
-        if isinstance(alone, SourceRow) and row_keys & alone.fields.keys():
+        if begins_row or (isinstance(alone, SourceRow) and row_keys & alone.fields.keys()):
             yield alone
             return
+    elif begins_row:
+        yield too_long(1, limit)
+        return
     for line, raw in cut_items(path, limit):
         yield too_long(line, limit) if raw is None else json_row(line, raw)
+
+
+def _begins_row(path: Path, row_keys: frozenset[str]) -> bool:
+    """Whether the document is an object whose first key is a row's and holds a text."""
+    with path.open("rb") as stream:
+        match = _FIRST_TEXT.match(stream.read(_CHUNK).removeprefix(BOM))
+    return match is not None and match.group(1).decode(errors="replace") in row_keys
 
 
 def cut_items(path: Path, limit: int, chunk: int = _CHUNK) -> Iterator[tuple[int, bytes | None]]:

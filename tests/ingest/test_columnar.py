@@ -99,6 +99,38 @@ def test_a_row_that_is_too_long_is_refused(tmp_path: Path) -> None:
     assert found(report) == [(2, "line_too_long")]
 
 
+@pytest.mark.parametrize(
+    "long",
+    [
+        {"claim": "é" * 1_100},
+        {"trajectories": b"x" * 2_100},
+        {"steps": [{"thought": "x" * 700, "action": "y" * 700, "observation": "z" * 700}]},
+        {"messages": [{"role": "user", "content": "x" * 300} for _ in range(7)]},
+        {"evidence": [["x" * 2_100, "1"]]},
+        {"not_read": "x" * 2_100},
+        {"not_read": [{"deep": [["x" * 2_100]]}]},
+        {"not_read": list(range(300))},
+    ],
+    ids=lambda long: "-".join(long),
+)
+def test_a_row_that_is_too_long_as_json_is_too_long_here(tmp_path: Path, long: dict[str, object]) -> None:
+    pairs = [dict.fromkeys(long) | row(1), row(2) | long]
+    if "trajectories" in long:
+        pairs[0]["trajectories"] = STEPS.encode()
+    report, kept = rows(tmp_path, *pairs, row_bytes=2_000)
+    assert [(one.line, one.code) for one in report.findings if one.severity == "refused"] == [(2, "line_too_long")]
+    assert len(kept) == 1
+
+
+def test_a_row_does_not_answer_for_the_texts_of_others(tmp_path: Path) -> None:
+    """A dictionary-encoded column holds each text once for all rows."""
+    table = pyarrow.Table.from_pylist([row(number, note="x" * 900 + str(number)) for number in range(10)])
+    at = table.schema.get_field_index("note")
+    table = table.set_column(at, "note", table.column("note").dictionary_encode())
+    report, _ = read(tmp_path, parquet(table), row_bytes=2_000)
+    assert report.rows_kept == 10
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidError, match="did you mean 'Trajectories'") as caught:
         rows(tmp_path, {"claim": "One.", "Trajectories": STEPS})

@@ -100,6 +100,20 @@ def test_an_object_alone_may_be_a_row(tmp_path: Path) -> None:
     assert read(tmp_path, content, "one.json")[1][0].claim == "One."
 
 
+def test_an_object_alone_that_is_too_long_says_so(tmp_path: Path) -> None:
+    """Its list of steps is no list of rows."""
+    steps = [{"thought": "x" * 3_000, "action": "Finish[SUPPORTS]"}]
+    content = json.dumps({"claim": "One.", "steps": steps}, indent=2).encode()
+    with pytest.raises(InvalidError, match="line_too_long: 1"):
+        read(tmp_path, content, "one.json", row_bytes=2_000)
+
+
+def test_an_object_alone_that_repeats_a_key_says_so(tmp_path: Path) -> None:
+    content = b'{"claim": "One.",\n "claim": "Two.", "steps": [{"action": "Finish[SUPPORTS]"}]}'
+    with pytest.raises(InvalidError, match="repeated_key: 1"):
+        read(tmp_path, content, "one.json")
+
+
 def test_an_item_is_named_by_its_line(tmp_path: Path) -> None:
     content = json.dumps([row(1), {"claim": "Two."}, 3], indent=1).encode()
     report, _ = read(tmp_path, content)
