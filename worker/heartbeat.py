@@ -1,5 +1,4 @@
-"""The heartbeat of one attempt: renews its lease and its place on the device from a thread of its own, and hears the
-user's wish there."""
+"""The heartbeat of one attempt: a thread that renews its lease and device reservation, and reads the job's status."""
 
 import threading
 
@@ -7,23 +6,23 @@ import structlog
 
 from app.domain.errors import LeaseLostError, VerituneError
 from app.domain.jobs import JobStatus, Lease
-from app.domain.ledger import Held
+from app.domain.ledger import OwnedReservation
 from app.services.attempts import Attempts
 
 log = structlog.get_logger(__name__)
 
 
 class Heartbeat:
-    """`status` is the job's, as of the last beat. `lost` is set once another attempt may hold the job.
+    """`status`: the job's, as of the last beat. `lost` is set once another attempt may have the job.
 
-    A database that does not answer is not a lost lease: the beat goes on trying until the lease has run out by this
-    host's own clock, when nobody here may rely on it any more.
+    If the database does not answer, the heartbeat retries until the lease has expired by this host's clock. Only then
+    is the lease lost.
     """
 
     def __init__(self, attempts: Attempts, lease: Lease) -> None:
         self._attempts = attempts
         self._lease = lease
-        self._held: Held | None = None
+        self._reservation: OwnedReservation | None = None
         self._beating = threading.Lock()
         self._over = threading.Event()
         self.lost = threading.Event()
@@ -38,10 +37,10 @@ class Heartbeat:
         self._over.set()
         self._thread.join()
 
-    def hold(self, held: Held | None) -> None:
-        """Renew this place with the lease from now on. When it returns, no beat renews an earlier one any more."""
+    def set_reservation(self, reservation: OwnedReservation | None) -> None:
+        """Renew this reservation with the lease from now on. When this returns, no beat renews an earlier one."""
         with self._beating:
-            self._held = held
+            self._reservation = reservation
 
     def _beat(self) -> None:
         period = min(1.0, self._attempts.lease_seconds / 4)
@@ -49,7 +48,7 @@ class Heartbeat:
         while not self._over.wait(period):
             try:
                 with self._beating:
-                    self.status = self._attempts.renew(self._lease, self._held)
+                    self.status = self._attempts.renew(self._lease, self._reservation)
                 missed = 0.0
             except LeaseLostError:
                 self.lost.set()

@@ -38,9 +38,9 @@ from app.services.attempts import Leased
 from app.services.plans import Prepared
 from worker.bases import ensure_base
 from worker.child import GRACE, SPARE_BYTES, Spares
+from worker.device_reservation import NotReserved, TrainingReservation
 from worker.event_file import NAME, write_event_file
 from worker.heartbeat import Heartbeat
-from worker.place import GivenUp, Place
 from worker.watch import Watch
 
 MODULES = {"train": "worker.training"}
@@ -118,19 +118,26 @@ class Supervisor:
             hint = error.problems[0].hint if error.problems else None
             self._attempts.fail(leased.lease, JobError(code=error.code, message=error.detail, hint=hint))
             return
-        place = Place(self._services, leased, prepared, heartbeat)
+        reservation = TrainingReservation(self._services, leased, prepared, heartbeat)
         try:
-            with place.taken(self._leaving):
-                watch = self._run(leased, prepared, order, place, heartbeat)
-        except GivenUp as reason:
+            with reservation.acquired(self._leaving):
+                watch = self._run(leased, prepared, order, reservation, heartbeat)
+        except NotReserved as reason:
             self._attempts.release(leased.lease, str(reason), strike=False)
             return
         self._keep_artifacts(leased, directory / "artifacts")
         self._conclude(leased, prepared, watch)
 
-    def _run(self, leased: Leased, prepared: Prepared, order: TrainOrder, place: Place, heartbeat: Heartbeat) -> Watch:
+    def _run(
+        self,
+        leased: Leased,
+        prepared: Prepared,
+        order: TrainOrder,
+        reservation: TrainingReservation,
+        heartbeat: Heartbeat,
+    ) -> Watch:
         """The whole life of a child: when this returns, it has given its memory back."""
-        watch = Watch(self._spares.take(MODULES[leased.kind]), place, prepared.seconds_an_update)
+        watch = Watch(self._spares.take(MODULES[leased.kind]), reservation, prepared.seconds_an_update)
         try:
             watch.child.begin(order.model_dump_json())
             self._watch(leased, prepared, watch, heartbeat)
@@ -222,7 +229,7 @@ class Supervisor:
             return
         last = watch.batch[-1]
         self._attempts.record(leased.lease, watch.batch, watch.eta(last))
-        watch.place.expect(watch.ends_in(last))
+        watch.reservation.set_expected_end(watch.ends_in(last))
         watch.batch, watch.flushed_at = [], now
 
     def _conclude(self, leased: Leased, prepared: Prepared, watch: Watch) -> None:

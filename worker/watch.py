@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from app.domain.adapters import Environment
 from app.domain.attempts import Failed, Finished, Metrics
 from worker.child import Child
-from worker.place import Place
+from worker.device_reservation import TrainingReservation
 
 PACE_UPDATES = 20
 PLANNED_UPDATES = 5
@@ -21,7 +21,7 @@ class Watch:
     """One child's life as its supervisor sees it."""
 
     child: Child
-    place: Place
+    reservation: TrainingReservation
     planned: float | None
     """Seconds of an update by the plan, where it knows a pace."""
 

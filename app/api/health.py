@@ -36,7 +36,7 @@ def live() -> Live:
 def ready(services: ServicesDep) -> Ready:
     """503 until everything that a job and a prediction need is there; `errors` names what is not.
 
-    Inference that makes way for a job counts as there: it comes back by itself, and all else goes on.
+    Suspended inference counts as available: it resumes by itself, and everything else works.
     """
     trainer = services.devices.trainer()
     parts = {
@@ -52,11 +52,11 @@ def ready(services: ServicesDep) -> Ready:
 
 
 def _inference(services: Services) -> tuple[str, str] | None:
-    """Why inference does not answer, as a prediction would be told, and what to do; None where it does or makes way."""
+    """Why inference does not answer, as a prediction would be told, and what to do; None if it does or is suspended."""
     try:
         services.predictions.check()
     except VerituneError as error:
-        if not services.ledger.makes_way():
+        if not services.ledger.inference_is_suspended():
             return error.detail, "where it does not run, start it: python -m worker.inference"
     return None
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.db.repositories.adapters import Adapters
 from app.db.repositories.artifacts import Artifacts
-from app.db.repositories.holdings import Holdings
+from app.db.repositories.blob_references import BlobReferences
 from app.db.repositories.jobs import Jobs
 from app.db.repositories.keys import IdempotencyKeys
 from app.db.repositories.predictions import Predictions
@@ -72,8 +72,8 @@ class Unit:
         return Artifacts(self.session)
 
     @cached_property
-    def holdings(self) -> Holdings:
-        return Holdings(self.session)
+    def blob_references(self) -> BlobReferences:
+        return BlobReferences(self.session)
 
     @cached_property
     def aliases(self) -> Aliases:

@@ -1,6 +1,6 @@
-"""The device ledger's words: what trainer and inference reserve of a device they share, and who makes way for whom.
+"""Words of the device ledger: reservations of one device by training and inference, and which of the two is suspended.
 
-Pure: rows and clocks are `app.db`'s. Bytes are bytes, times are seconds.
+This module is pure. `app.db` has the rows and the clock. Sizes are in bytes, times in seconds.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Wish = Literal["auto", "yield", "exclusive"]
-"""What the operator wants: `auto` lets both stay where both fit."""
+PolicySetting = Literal["auto", "yield", "exclusive"]
+"""The operator's setting. `auto` shares the device if both fit."""
 
 
 class Tenant(StrEnum):
@@ -19,8 +19,8 @@ class Tenant(StrEnum):
 
 
 class Policy(StrEnum):
-    """How inference fares while a job trains. `share`: both stay. `yield`: inference's engine ends, and other trainers
-    may have what the job leaves. `exclusive`: it ends, and the job has the device to itself."""
+    """What happens to inference while a job trains. `share`: both run. `yield`: inference is suspended, and other
+    jobs may use the bytes that are left. `exclusive`: inference is suspended, and no other job runs on the device."""
 
     SHARE = "share"
     YIELD = "yield"
@@ -28,8 +28,8 @@ class Policy(StrEnum):
 
 
 class Reservation(BaseModel):
-    """Bytes of a device that a tenant has. `policy` and `job_id`: of training. `ends_in`: seconds until a job should be
-    done, None where that is not known."""
+    """Bytes of a device that a tenant has. Only training sets `policy` and `job_id`. `ends_in`: expected seconds until
+    the job ends, None if unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,8 +41,8 @@ class Reservation(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A reservation with whose it is: the device's host, and the process (`owner`) that renews it."""
+class OwnedReservation:
+    """A reservation, the host of its device, and the process (`owner`) that renews it."""
 
     host: str
     owner: str
@@ -50,50 +50,50 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a job stands that asked for a place: what it has, and which tenants are still in its way."""
+class TrainingGrant:
+    """The ledger's answer to a job: its reservation, if it got one, and the tenants that still block it."""
 
-    held: Held | None
+    reservation: OwnedReservation | None
     policy: Policy
-    waits_for: frozenset[Tenant]
+    blocked_by: frozenset[Tenant]
 
 
 @dataclass(frozen=True, slots=True)
-class Absence:
-    """Why inference has to be away, and for how many seconds, as far as that is known."""
+class Unavailable:
+    """Why inference may not use its device, and in how many seconds to ask again (None if unknown)."""
 
-    why: str
-    seconds: float | None
+    reason: str
+    retry_after: float | None
 
 
 def inference_bytes(asked: int | None, device: int) -> int:
-    """What inference may take of a device: what the operator says, else half. Of 16 GB that is a model of 7 billion
-    weights in 4 bits with its adapters, beside which such a one can be trained where activations are recomputed."""
+    """Bytes that inference may use of a device: the operator's setting, else half. Half of 16 GB holds a 4-bit model of
+    7 billion weights with its adapters. The other half trains such a model with gradient checkpointing."""
     return device // 2 if asked is None else asked
 
 
-def policy_of(wish: Wish, wanted: int | None, beside: int, device: int) -> Policy:
-    """How a job that takes `wanted` bytes (None: not known) meets inference. `beside`: what all others take with it."""
-    if wish == "exclusive":
+def policy_for(setting: PolicySetting, wanted: int | None, beside: int, device: int) -> Policy:
+    """The policy for a job that takes `wanted` bytes (None: unknown). `beside`: bytes that all other tenants use."""
+    if setting == "exclusive":
         return Policy.EXCLUSIVE
-    if wish == "yield" or wanted is None or wanted + beside > device:
+    if setting == "yield" or wanted is None or wanted + beside > device:
         return Policy.YIELD
     return Policy.SHARE
 
 
-def bytes_of(policy: Policy, wanted: int | None, device: int) -> int:
-    """What a job reserves: never more than there is, for a plan may be larger than what it turns out to take."""
+def bytes_to_reserve(policy: Policy, wanted: int | None, device: int) -> int:
+    """Bytes that a job reserves. Never more than the device has: a plan may exceed what the job really takes."""
     return device if wanted is None or policy is Policy.EXCLUSIVE else min(wanted, device)
 
 
-def absence_for(others: list[Reservation], room: int | None) -> Absence | None:
-    """Why inference cannot be beside these tenants; None when it can. `room`: bytes the jobs must leave, None where
-    that was settled before."""
+def why_unavailable(others: list[Reservation], room: int | None) -> Unavailable | None:
+    """Why inference is suspended beside these tenants; None if it may run. `room`: the most bytes that jobs may use;
+    None skips that check, for an inference that has its reservation already."""
     jobs = [other for other in others if other.tenant is Tenant.TRAINING]
     crowded = room is not None and sum(job.bytes for job in jobs) > room
-    in_the_way = [job for job in jobs if crowded or job.policy is not Policy.SHARE]
-    if not in_the_way:
+    blocking = [job for job in jobs if crowded or job.policy is not Policy.SHARE]
+    if not blocking:
         return None
-    names = " and ".join(str(job.job_id) for job in in_the_way)
-    known = [job.ends_in for job in in_the_way if job.ends_in is not None]
-    return Absence(f"inference makes way for training ({names})", max(0.0, *known) if known else None)
+    names = " and ".join(str(job.job_id) for job in blocking)
+    known = [job.ends_in for job in blocking if job.ends_in is not None]
+    return Unavailable(f"inference is suspended while a job trains ({names})", max(0.0, *known) if known else None)

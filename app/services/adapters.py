@@ -148,8 +148,8 @@ class Adapters:
     def _drop(self, files: set[str], row: AdapterRow) -> None:
         """Delete files of an adapter that is not published, as far as nothing that is kept shares them."""
         with self._database.read() as unit:
-            unneeded = unit.holdings.unneeded({row.files[name] for name in files})
-        for digest in unneeded:
+            unreferenced = unit.blob_references.unreferenced({row.files[name] for name in files})
+        for digest in unreferenced:
             self._blobs.delete(digest)
 
     def archive(self, reference: str) -> tuple[str, Iterator[bytes]]:

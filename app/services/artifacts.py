@@ -27,7 +27,7 @@ class Artifacts:
             unit.jobs.write(lease, owner=lease.owner)
             before = {old.digest for old in unit.artifacts.of(lease.job_id) if old.name == path.name}
             unit.artifacts.put(row)
-            lost = unit.holdings.unneeded(before)
+            lost = unit.blob_references.unreferenced(before)
         for digest in lost:
             self._blobs.delete(digest)
 

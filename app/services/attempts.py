@@ -11,7 +11,7 @@ from app.db.tables import CheckpointRow, JobRow
 from app.domain.adapters import Manifest
 from app.domain.attempts import Checkpointed, Evaluated, Metrics
 from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobStatus, Lease, Progress
-from app.domain.ledger import Held
+from app.domain.ledger import OwnedReservation
 from app.domain.specs import TrainSpec
 from app.domain.splits import Part
 from app.services.jobs import best_of
@@ -70,15 +70,15 @@ class Attempts:
                     return _leased(row, lease)
                 _settle(unit, row, lease)
 
-    def renew(self, lease: Lease, held: Held | None = None) -> JobStatus:
-        """The heartbeat: prolongs the lease and tells the job's status, in which a user's wish shows.
+    def renew(self, lease: Lease, reservation: OwnedReservation | None = None) -> JobStatus:
+        """The heartbeat: renew the lease and return the job's status, which shows what the user asked for.
 
-        `held`: the attempt's place on the device, which is renewed with it, and reserved anew where it had run out.
+        `reservation`: of the device; it is renewed with the lease, or reserved again if it had expired.
         """
         with self._database.write() as unit:
             status = unit.jobs.renew(lease, self.lease_seconds)
-            if held is not None:
-                unit.reservations.put(held, self.lease_seconds)
+            if reservation is not None:
+                unit.reservations.put(reservation, self.lease_seconds)
             return status
 
     def prepare(self, leased: Leased, worker: str) -> Prepared:
@@ -154,7 +154,7 @@ class Attempts:
             for old in stale:
                 unit.jobs.drop_checkpoint(old)
             unit.session.flush()
-            lost = unit.holdings.unneeded({blob for old in stale for blob in old.files.values()})
+            lost = unit.blob_references.unreferenced({blob for old in stale for blob in old.files.values()})
         for digest in lost:
             self._blobs.delete(digest)
 

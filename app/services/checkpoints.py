@@ -92,7 +92,7 @@ class Checkpoints:
                 return 0
         with self._database.write() as unit:
             gone = unit.jobs.drop_checkpoints_of_ended(before)
-            lost = unit.holdings.unneeded({blob for files in gone for blob in files.values()})
+            lost = unit.blob_references.unreferenced({blob for files in gone for blob in files.values()})
         for digest in lost:
             self._blobs.delete(digest)
         return len(gone)

@@ -105,8 +105,8 @@ class Encodings:
         with self._database.read() as unit:
             if unit.encodings.get(key) is not None:
                 return
-            unneeded = unit.encodings.unneeded({blob})
-        for digest in unneeded:
+            unreferenced = unit.encodings.unreferenced({blob})
+        for digest in unreferenced:
             self._blobs.delete(digest)
         raise _deleted()
 

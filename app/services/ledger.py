@@ -1,122 +1,126 @@
-"""The device ledger: trainer and inference of one host reserve bytes of the device they share, for a lease at a time.
+"""The device ledger: training and inference of one host reserve bytes of the device that they share.
 
-Deciding and reserving is one transaction, so bytes that are there once are given once. A reservation that is not
-renewed runs out, and with it the claim of a process that was killed.
+One transaction decides and reserves, so no byte is reserved twice. A reservation is a lease: if its process is killed
+and renews it no more, it expires.
 """
 
 from app.db import Database, Unit
 from app.domain.devices import NamedDevice
 from app.domain.ledger import (
-    Absence,
-    Held,
+    OwnedReservation,
     Policy,
+    PolicySetting,
     Reservation,
-    Standing,
     Tenant,
-    Wish,
-    absence_for,
-    bytes_of,
+    TrainingGrant,
+    Unavailable,
+    bytes_to_reserve,
     inference_bytes,
-    policy_of,
+    policy_for,
+    why_unavailable,
 )
 
 LEAST_LEASE = 10.0
-"""Seconds for which inference reserves at least: longer than it takes to end its engine, when it renews nothing."""
+"""The shortest lease of inference, in seconds: longer than its engine takes to stop after the last renewal."""
 
 
 class Ledger:
-    def __init__(self, database: Database, wish: Wish, inference_memory: int | None, lease_seconds: float) -> None:
+    def __init__(
+        self, database: Database, setting: PolicySetting, inference_memory: int | None, lease_seconds: float
+    ) -> None:
         self._database = database
-        self._wish = wish
+        self._setting = setting
         self._inference_memory = inference_memory
         self._lease_seconds = lease_seconds
         self.inference_lease = max(lease_seconds, LEAST_LEASE)
 
-    # What a trainer does.
+    # For training.
 
-    def train(
+    def reserve_for_training(
         self, host: str, owner: str, job_id: str, wanted: int | None, device: int, seconds: float | None = None
-    ) -> Standing:
-        """Ask for a place for a job that takes `wanted` bytes (None: not known) of a device of `device` bytes, and
-        should be done in `seconds` once it has its place.
+    ) -> TrainingGrant:
+        """Reserve `wanted` bytes (None: unknown) for a job, on a device of `device` bytes. The job should end `seconds`
+        after it begins.
 
-        Asked again until nobody is in the way. Another job is waited for before anything is reserved; inference
-        afterwards, for the reservation is what tells it to make way.
+        Call it again until nothing blocks the job. If another job blocks it, nothing is reserved. If inference blocks
+        it, the bytes are reserved first, because the reservation is what suspends inference.
         """
         with self._database.write() as unit:
-            unit.reservations.hold(host)
-            others = [held.reservation for held in unit.reservations.of(host) if held.owner != owner]
+            unit.reservations.lock(host)
+            others = [held.reservation for held in unit.reservations.list_by_host(host) if held.owner != owner]
             jobs = sum(other.bytes for other in others if other.tenant is Tenant.TRAINING)
-            policy = policy_of(self._wish, wanted, jobs + self._serving(others, device), device)
-            size = bytes_of(policy, wanted, device)
+            policy = policy_for(self._setting, wanted, jobs + self._serving(others, device), device)
+            size = bytes_to_reserve(policy, wanted, device)
             if jobs and jobs + size > device:
                 unit.reservations.drop(host, owner)
-                return Standing(None, policy, frozenset({Tenant.TRAINING}))
-            held = Held(host, owner, Reservation(tenant=Tenant.TRAINING, bytes=size, policy=policy, job_id=job_id))
+                return TrainingGrant(None, policy, frozenset({Tenant.TRAINING}))
+            held = OwnedReservation(
+                host, owner, Reservation(tenant=Tenant.TRAINING, bytes=size, policy=policy, job_id=job_id)
+            )
             unit.reservations.put(held, self._lease_seconds)
-            if seconds is not None:  # at once: whoever sees the reservation tells people when to come back
-                unit.reservations.expect(host, owner, seconds)
+            if seconds is not None:  # in the same transaction: inference reads both for its Retry-After
+                unit.reservations.set_expected_end(host, owner, seconds)
             serving = any(other.tenant is Tenant.INFERENCE for other in others)
-            in_the_way = serving and policy is not Policy.SHARE
-            return Standing(held, policy, frozenset({Tenant.INFERENCE} if in_the_way else ()))
+            blocks = serving and policy is not Policy.SHARE
+            return TrainingGrant(held, policy, frozenset({Tenant.INFERENCE} if blocks else ()))
 
-    def expect(self, held: Held, seconds: float | None) -> None:
-        """Say in how many seconds the job should be done."""
+    def set_expected_end(self, held: OwnedReservation, seconds: float | None) -> None:
+        """Write in how many seconds the job should end."""
         with self._database.write() as unit:
-            unit.reservations.expect(held.host, held.owner, seconds)
+            unit.reservations.set_expected_end(held.host, held.owner, seconds)
 
     def release(self, host: str, owner: str) -> None:
-        """Give back what this process has there, if it has anything."""
+        """Delete this process's reservation, if it has one."""
         with self._database.write() as unit:
             unit.reservations.drop(host, owner)
 
-    # What inference does.
+    # For inference.
 
-    def serve(self, host: str, owner: str, wanted: int) -> Absence | None:
-        """Reserve `wanted` bytes for an engine, or renew them; or why it must not be there: then nothing changes."""
+    def reserve_for_inference(self, host: str, owner: str, wanted: int) -> Unavailable | None:
+        """Reserve `wanted` bytes for an engine, or renew them. If it must not run, return why and change nothing."""
         with self._database.write() as unit:
-            unit.reservations.hold(host)
-            others = [held.reservation for held in unit.reservations.of(host) if held.owner != owner]
-            absence = absence_for(others, _room(unit, host, wanted))
-            if absence is None:
+            unit.reservations.lock(host)
+            others = [held.reservation for held in unit.reservations.list_by_host(host) if held.owner != owner]
+            unavailable = why_unavailable(others, _room(unit, host, wanted))
+            if unavailable is None:
                 mine = Reservation(tenant=Tenant.INFERENCE, bytes=wanted)
-                unit.reservations.put(Held(host, owner, mine), self.inference_lease)
-            return absence
+                unit.reservations.put(OwnedReservation(host, owner, mine), self.inference_lease)
+            return unavailable
 
-    def absence(self, host: str) -> Absence | None:
-        """Why an engine that has its place must leave it; None when it may stay."""
+    def inference_unavailable(self, host: str) -> Unavailable | None:
+        """Why an engine with a reservation must stop; None if it may go on."""
         with self._database.read() as unit:
-            return absence_for([held.reservation for held in unit.reservations.of(host)], None)
+            return why_unavailable([held.reservation for held in unit.reservations.list_by_host(host)], None)
 
-    # What people and plans look at.
+    # For plans and for views.
 
-    def policy(self, host: str, wanted: int | None, device: int) -> Policy:
-        """How a job would meet inference on this host's device, were it the only one that trains."""
+    def policy_for(self, host: str, wanted: int | None, device: int) -> Policy:
+        """The policy for a job on this host's device, if no other job trains there."""
         with self._database.read() as unit:
-            others = [held.reservation for held in unit.reservations.of(host)]
-        return policy_of(self._wish, wanted, self._serving(others, device), device)
+            others = [held.reservation for held in unit.reservations.list_by_host(host)]
+        return policy_for(self._setting, wanted, self._serving(others, device), device)
 
     def by_host(self) -> dict[str, tuple[Reservation, ...]]:
-        """Host → what is reserved of its device now."""
+        """Host → the reservations of its device now."""
         with self._database.read() as unit:
-            found = unit.reservations.all()
+            found = unit.reservations.list_all()
         return {
             host: tuple(held.reservation for held in found if held.host == host) for host in {h.host for h in found}
         }
 
-    def makes_way(self) -> bool:
-        """Whether inference is away because a job trains, here or on another host."""
+    def inference_is_suspended(self) -> bool:
+        """Whether inference is suspended because a job trains, on any host."""
         with self._database.read() as unit:
-            return absence_for([held.reservation for held in unit.reservations.all()], None) is not None
+            return why_unavailable([held.reservation for held in unit.reservations.list_all()], None) is not None
 
     def _serving(self, others: list[Reservation], device: int) -> int:
-        """What inference has, or where it has nothing now, what it will want when it comes back."""
+        """Bytes that inference has reserved, or will reserve when it resumes."""
         serving = sum(other.bytes for other in others if other.tenant is Tenant.INFERENCE)
         return serving or inference_bytes(self._inference_memory, device)
 
 
 def _room(unit: Unit, host: str, wanted: int) -> int | None:
-    """Bytes that jobs may have beside so many, by what this host's trainers say of the device."""
+    """The most bytes that jobs may use beside `wanted`, by what this host's workers report of the device."""
     devices = (NamedDevice.model_validate({"name": row.name, **row.description}) for row in unit.devices.all())
     known = [device.bytes for device in devices if device.host == host and "gpu" in device.queues]
     return min(known) - wanted if known else None

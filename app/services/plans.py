@@ -173,7 +173,7 @@ class Plans:
             "gradient_checkpointing": need.recompute,
             "memory": need.memory,
             "fits": need.fits,
-            "policy": self._ledger.policy(device.host, need.bytes, device.bytes) if device else None,
+            "policy": self._ledger.policy_for(device.host, need.bytes, device.bytes) if device else None,
             "seconds": round(tokens / pace, 1) if pace else None,
         }
 

@@ -17,7 +17,7 @@ from app.domain.approaches import Quantization
 from app.domain.errors import NotFoundError
 from app.domain.jobs import Lease
 from app.services.adapters import DELETED
-from app.storage.leftovers import STALE_SECONDS
+from app.storage.orphans import STALE_SECONDS
 from tests.api.conftest import lease, make_adapter, nothing_left, problem, traces, walk
 
 

@@ -26,10 +26,10 @@ def test_devices(client: TestClient, served: Services) -> None:
 
 def test_devices_show_who_has_how_much_of_them(client: TestClient, served: Services) -> None:
     served.devices.report("host/gpu", CPU)
-    served.ledger.serve("host", "front", 1 << 32)
-    held = served.ledger.train("host", "trainer", "job_1", 1 << 33, 1 << 33).held
+    served.ledger.reserve_for_inference("host", "front", 1 << 32)
+    held = served.ledger.reserve_for_training("host", "trainer", "job_1", 1 << 33, 1 << 33).reservation
     assert held is not None
-    served.ledger.expect(held, 60.0)
+    served.ledger.set_expected_end(held, 60.0)
     (device,) = client.get("/devices").json()["data"]
     inference, training = sorted(device["reservations"], key=lambda one: one["tenant"])
     nothing = {"policy": None, "job_id": None, "ends_in": None}
@@ -40,9 +40,9 @@ def test_devices_show_who_has_how_much_of_them(client: TestClient, served: Servi
 
 def test_a_job_that_is_late_ends_in_no_time(client: TestClient, served: Services) -> None:
     served.devices.report("host/gpu", CPU)
-    held = served.ledger.train("host", "trainer", "job_1", 1 << 33, 1 << 33).held
+    held = served.ledger.reserve_for_training("host", "trainer", "job_1", 1 << 33, 1 << 33).reservation
     assert held is not None
-    served.ledger.expect(held, -60.0)
+    served.ledger.set_expected_end(held, -60.0)
     (device,) = client.get("/devices").json()["data"]
     assert [one["ends_in"] for one in device["reservations"]] == [0.0]
 
@@ -80,12 +80,12 @@ def test_ready(client: TestClient, served: Services) -> None:
     assert client.get("/health/ready").json() == {"status": "ready"}
 
 
-def test_inference_that_makes_way_counts_as_there(services: Services) -> None:
+def test_suspended_inference_counts_as_available(services: Services) -> None:
     """It comes back by itself; jobs could not be followed if the API were taken out of service for it."""
     services.devices.report("host", CPU)
     with TestClient(create_app(services), base_url=HOST) as client:
         assert places(problem(client.get("/health/ready"), 503, "not_ready")) == ["inference"]
-        services.ledger.train("host", "trainer", "job_1", None, 1 << 33)
+        services.ledger.reserve_for_training("host", "trainer", "job_1", None, 1 << 33)
         assert client.get("/health/ready").status_code == 200
         services.ledger.release("host", "trainer")
         assert client.get("/health/ready").status_code == 503

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from app.domain.ledger import (
     Policy,
+    PolicySetting,
     Reservation,
     Tenant,
-    Wish,
-    absence_for,
-    bytes_of,
+    bytes_to_reserve,
     inference_bytes,
-    policy_of,
+    policy_for,
+    why_unavailable,
 )
 
 SIZES = st.integers(0, 1 << 40)
@@ -23,7 +23,7 @@ def job(size: int, policy: Policy = Policy.SHARE, ends_in: float | None = None) 
 
 
 @pytest.mark.parametrize(
-    ("wish", "wanted", "policy"),
+    ("setting", "wanted", "policy"),
     [
         ("auto", 6, Policy.SHARE),
         ("auto", 7, Policy.YIELD),
@@ -33,17 +33,17 @@ def job(size: int, policy: Policy = Policy.SHARE, ends_in: float | None = None) 
         ("exclusive", None, Policy.EXCLUSIVE),
     ],
 )
-def test_who_stays_follows_from_the_bytes_and_the_operators_wish(
-    wish: Wish, wanted: int | None, policy: Policy
+def test_who_stays_follows_from_the_bytes_and_the_operators_setting(
+    setting: PolicySetting, wanted: int | None, policy: Policy
 ) -> None:
-    assert policy_of(wish, wanted, beside=4, device=10) is policy
+    assert policy_for(setting, wanted, beside=4, device=10) is policy
 
 
 @given(wanted=st.none() | SIZES, beside=SIZES, device=SIZES)
 def test_who_shares_fits_and_nobody_reserves_more_than_there_is(wanted: int | None, beside: int, device: int) -> None:
-    for wish in ("auto", "yield", "exclusive"):
-        policy = policy_of(wish, wanted, beside, device)
-        size = bytes_of(policy, wanted, device)
+    for setting in ("auto", "yield", "exclusive"):
+        policy = policy_for(setting, wanted, beside, device)
+        size = bytes_to_reserve(policy, wanted, device)
         assert size <= device
         if policy is Policy.SHARE:
             assert size + beside <= device
@@ -55,20 +55,20 @@ def test_inference_takes_half_unless_told_otherwise() -> None:
 
 
 def test_inference_is_away_for_the_last_of_those_that_do_not_share() -> None:
-    assert absence_for([], None) is None
-    assert absence_for([job(1), Reservation(tenant=Tenant.INFERENCE, bytes=9)], None) is None
-    absence = absence_for([job(1, ends_in=500.0), job(2, Policy.YIELD, 7.0), job(3, Policy.EXCLUSIVE, 9.0)], None)
+    assert why_unavailable([], None) is None
+    assert why_unavailable([job(1), Reservation(tenant=Tenant.INFERENCE, bytes=9)], None) is None
+    absence = why_unavailable([job(1, ends_in=500.0), job(2, Policy.YIELD, 7.0), job(3, Policy.EXCLUSIVE, 9.0)], None)
     assert absence is not None
-    assert (absence.why, absence.seconds) == ("inference makes way for training (job_2 and job_3)", 9.0)
+    assert (absence.reason, absence.retry_after) == ("inference is suspended while a job trains (job_2 and job_3)", 9.0)
 
 
 def test_an_overdue_end_is_now_and_an_unknown_one_unknown() -> None:
     for given_end, told in ((-3.0, 0.0), (None, None)):
-        absence = absence_for([job(2, Policy.YIELD, given_end)], None)
+        absence = why_unavailable([job(2, Policy.YIELD, given_end)], None)
         assert absence is not None
-        assert absence.seconds == told
+        assert absence.retry_after == told
 
 
 @pytest.mark.parametrize(("room", "away"), [(3, False), (2, True), (None, False)])
 def test_one_that_comes_back_looks_whether_it_fits(room: int | None, away: bool) -> None:
-    assert (absence_for([job(1), job(2)], room) is not None) is away
+    assert (why_unavailable([job(1), job(2)], room) is not None) is away

@@ -1,4 +1,4 @@
-"""One device, two tenants, under a real memory limit: inference makes way while a job trains, and comes back."""
+"""One device, two tenants, under a real memory limit: inference is suspended while a job trains, and resumes."""
 
 import os
 import sys
@@ -135,11 +135,11 @@ def yielding(deployment: Deployment, paced: Any) -> dict[str, Any]:
     return seen
 
 
-def test_the_plan_says_that_inference_makes_way(deployment: Deployment, yielding: dict[str, Any]) -> None:
+def test_the_plan_says_that_inference_will_be_suspended(deployment: Deployment, yielding: dict[str, Any]) -> None:
     plan = yielding["job"]["plan"]
     assert (plan["policy"], plan["fits"]) == ("yield", True)
     events = deployment.get(f"/jobs/{yielding['job']['id']}/events")["data"]
-    assert any("inference makes way" in event["message"] for event in events)
+    assert any("waiting for inference" in event["message"] for event in events)
 
 
 def test_inferences_memory_is_free_within_ten_seconds_and_stays_so(yielding: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def test_who_asks_meanwhile_is_told_when_to_come_back(yielding: dict[str, Any]) 
     assert len(yielding["told"]) > 10
     for at, after, update, problem in yielding["told"]:
         assert problem["code"] == "inference_away"
-        assert "inference makes way for training" in problem["detail"]
+        assert "inference is suspended while a job trains" in problem["detail"]
         wait = yielding["answered"] - at
         assert abs(after - wait) <= max(0.2 * wait, 1.0), (after, wait, update)
 

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from app.domain.encoding import Tokenization
 from app.domain.errors import InvalidError, NotFoundError, UnavailableError
-from app.domain.ledger import Absence
+from app.domain.ledger import Unavailable
 from app.generation import CompletionsGenerator, GenerationRequest, Generator, ScriptedGenerator, completions
 from app.tokenizers import load_tokenization
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
@@ -186,16 +186,16 @@ def test_a_wrong_secret_is_not_the_users_fault(connect: Connect, asked: Asked) -
     assert "guess" not in str(raised.value)
 
 
-def test_a_server_that_makes_way_says_when_it_is_back(shelf: Shelf, asked: Asked) -> None:
-    absent = FixedReservation(Absence("inference makes way for training (job_1)", 300.0))
+def test_a_suspended_server_says_when_it_is_back(shelf: Shelf, asked: Asked) -> None:
+    absent = FixedReservation(Unavailable("inference is suspended while a job trains (job_1)", 300.0))
     with (
         serving(shelf.table(), ServerSettings(engine=ENGINE), absent) as server,
         closing(CompletionsGenerator(str(server.client.base_url))) as client,
     ):
         until(lambda: "job_1" in server.front.link.why)
-        with pytest.raises(UnavailableError, match="makes way for training"):
+        with pytest.raises(UnavailableError, match="is suspended while a job trains"):
             client.check()
-        with pytest.raises(UnavailableError, match="makes way for training") as raised:
+        with pytest.raises(UnavailableError, match="is suspended while a job trains") as raised:
             client.generate(asked())
     assert raised.value.code == "inference_away"
     assert raised.value.retry_after is not None

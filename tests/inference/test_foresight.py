@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app.composition import Services
-from app.domain.ledger import Absence
+from app.domain.ledger import Unavailable
 from tests.api.conftest import lease, make_adapter
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_scheduling import Desk
@@ -39,7 +39,7 @@ def loaded(server: Server) -> tuple[float, float]:
 def test_every_engine_loads_what_is_expected(server: Server, tenancy: FixedReservation) -> None:
     until(lambda: loaded(server) == (1, 1))
 
-    tenancy.absence = Absence("inference makes way for training (job_1)", 1_000.0)
+    tenancy.absence = Unavailable("inference makes way for training (job_1)", 1_000.0)
     until(lambda: not tenancy.held)
     assert loaded(server) == (0, 0)
     tenancy.absence = None

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from app.domain.errors import UnavailableError
-from app.domain.ledger import Absence
+from app.domain.ledger import Unavailable
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_life import alive, ask_in_background, stopped
 from tests.waiting import until
 from worker.inference.server.app import ServerSettings
 from worker.inference.server.device_reservation import LOST, PATIENCE, UNKNOWN, FixedReservation
 
-TRAINS = Absence("inference makes way for training (job_1)", 1_000.0)
+TRAINS = Unavailable("inference makes way for training (job_1)", 1_000.0)
 STARTING = 120
 """Seconds that an engine may take to start where these tests run, which `Retry-After` counts."""
 
@@ -45,7 +45,7 @@ def pid_of(server: Server) -> int:
     return found
 
 
-def rest(server: Server, tenancy: FixedReservation, absence: Absence = TRAINS) -> None:
+def rest(server: Server, tenancy: FixedReservation, absence: Unavailable = TRAINS) -> None:
     tenancy.absence = absence
     until(lambda: not tenancy.held)
 
@@ -64,7 +64,7 @@ def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, te
     rest(server, tenancy)
     for answer in (server.ask(), server.ask(stream=True), server.client.get("/health")):
         assert answer.status_code == 503
-        assert answer.json()["error"]["message"] == TRAINS.why
+        assert answer.json()["error"]["message"] == TRAINS.reason
         assert 1_000 <= int(answer.headers["Retry-After"]) <= 1_000 + STARTING
     assert (server.metric("veritune:engine_resting"), server.metric("veritune:engine_up")) == (1, 0)
     assert server.client.get("/v1/models").status_code == 200
@@ -74,7 +74,7 @@ def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, te
 def test_where_the_end_is_not_known_or_overdue_they_come_back_soon(
     server: Server, tenancy: FixedReservation, seconds: float | None, least: float
 ) -> None:
-    rest(server, tenancy, Absence("it trains", seconds))
+    rest(server, tenancy, Unavailable("it trains", seconds))
     assert least <= int(server.ask().headers["Retry-After"]) <= least + STARTING
 
 
@@ -111,7 +111,7 @@ def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, 
         assert PATIENCE < time.monotonic() - began < PATIENCE + 4
         answers = [future.result() for future in running]
     assert not alive(pid)
-    assert [answer.json()["error"]["message"] for answer in answers] == [TRAINS.why] * 2
+    assert [answer.json()["error"]["message"] for answer in answers] == [TRAINS.reason] * 2
     assert all(990 <= int(answer.headers["Retry-After"]) <= 1_000 + STARTING for answer in answers)
 
 
@@ -131,7 +131,7 @@ def test_a_ledger_that_is_away_changes_nothing(
 ) -> None:
     pid, asked = pid_of(server), []
 
-    def away() -> Absence | None:
+    def away() -> Unavailable | None:
         asked.append(1)
         raise UnavailableError("the database does not answer")
 
@@ -146,13 +146,13 @@ def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
 ) -> None:
     pid = pid_of(server)
 
-    def away() -> Absence | None:
+    def away() -> Unavailable | None:
         raise UnavailableError("the database does not answer")
 
     monkeypatch.setattr(tenancy, "lease", 1.0)
     monkeypatch.setattr(tenancy, "stay", away)
     until(lambda: not alive(pid))
-    assert server.ask().json()["error"]["message"] == LOST.why
+    assert server.ask().json()["error"]["message"] == LOST.reason
     monkeypatch.undo()
     server.wait_until_ready()
 
@@ -160,9 +160,9 @@ def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
 def test_there_is_no_engine_before_it_has_a_place(shelf: Shelf) -> None:
     waiting = FixedReservation(TRAINS)
     with serving(shelf.table(), ServerSettings(engine=ENGINE), waiting) as server:
-        until(lambda: server.front.link.why == TRAINS.why)
+        until(lambda: server.front.link.why == TRAINS.reason)
         assert server.front.link.pid is None
-        assert server.client.get("/health").json()["error"]["message"] == TRAINS.why
+        assert server.client.get("/health").json()["error"]["message"] == TRAINS.reason
         waiting.absence = None
         server.wait_until_ready()
         pid = pid_of(server)

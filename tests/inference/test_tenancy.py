@@ -41,10 +41,10 @@ def test_it_stays_until_a_job_comes_and_comes_back_behind_it(deployment: Service
     tenancy, host = LedgerReservation(deployment), deployment.settings.host_name
     assert tenancy.stay() is None
     assert reserved(deployment) == {Tenant.INFERENCE: GB}
-    deployment.ledger.train(host, "trainer", "job_1", GB, 10 * GB)
+    deployment.ledger.reserve_for_training(host, "trainer", "job_1", GB, 10 * GB)
     absence = tenancy.stay()
     assert absence is not None
-    assert "job_1" in absence.why
+    assert "job_1" in absence.reason
     assert reserved(deployment) == {Tenant.INFERENCE: GB, Tenant.TRAINING: GB}  # until its engine has ended
     tenancy.leave()
     assert tenancy.stay() is not None

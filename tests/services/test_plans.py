@@ -151,9 +151,9 @@ def test_how_inference_fares_follows_from_the_bytes_of_both(services: Services, 
     needed = roomy.memory.total
     services.devices.report("trainer", TRAINER.model_copy(update={"bytes": needed + 1_000}))
     assert services.jobs.plan({"dataset": dataset}).policy is Policy.YIELD
-    services.ledger.serve("trainer", "front", 1_000)
+    services.ledger.reserve_for_inference("trainer", "front", 1_000)
     assert services.jobs.plan({"dataset": dataset}).policy is Policy.SHARE
-    services.ledger.serve("trainer", "front", 1_001)
+    services.ledger.reserve_for_inference("trainer", "front", 1_001)
     assert services.jobs.plan({"dataset": dataset}).policy is Policy.YIELD
     assert services.jobs.plan({"dataset": dataset}, "t4").policy is Policy.SHARE
 

@@ -16,8 +16,8 @@ from tests.generation.test_generators import asked as asked
 
 pytestmark = pytest.mark.vllm
 
-OURS_ALONE = ("test_a_server_that_makes_way_says_when_it_is_back",)
-"""vLLM makes way for no job."""
+OURS_ALONE = ("test_a_suspended_server_says_when_it_is_back",)
+"""vLLM is never suspended for a job."""
 
 globals().update(
     {name: test for name, test in vars(contract).items() if name.startswith("test_") and name not in OURS_ALONE}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from app.atomic_dirs import locked, publish
 from app.domain.approaches import Quantization
 from app.domain.base_models import BaseModelDescription, DirectorySource, ExportedBase, served_base_digest
 from worker.models.describe import COMPANIONS
 from worker.models.fetch import copy_directory, say
-from worker.whole_directories import locked, place
 
 MADE_ANEW = ("config.json", "model.safetensors.index.json")
 """Companions that tell of the quantisation or of the shards, so not those of the source."""
@@ -38,7 +38,7 @@ def _make(described: BaseModelDescription, held: Quantization | None, final: Pat
             copy_directory(DirectorySource(path=described.path), partial)
         else:
             _dequantise(described.path, held, partial)
-        place(partial, final)
+        publish(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

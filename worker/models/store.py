@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from app.atomic_dirs import locked, publish
 from app.domain.base_models import (
     BaseModelDescription,
     DirectorySource,
@@ -19,7 +20,6 @@ from app.domain.base_models import (
 from worker.models.describe import describe
 from worker.models.errors import ModelError
 from worker.models.fetch import copy_directory, hub_snapshot, is_commit, say, wheel_member
-from worker.whole_directories import locked, place
 
 DESCRIPTION = "description.json"
 
@@ -108,7 +108,7 @@ class ModelStore:
         final = self.models / described.digest
         (files / DESCRIPTION).write_text(described.model_copy(update={"path": final}).model_dump_json(indent=2))
         # What stands there is no complete model: two processes may bring the same one from two sources.
-        place(files, final)
+        publish(files, final)
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
-from worker.whole_directories import place
+from app.atomic_dirs import publish
 
 MANIFEST = "manifest.json"
 
@@ -105,7 +105,7 @@ def write_checkpoint(
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
     manifest = json.dumps({"files": files, "update": saved.progress.update}, indent=2, sort_keys=True)
     (partial / MANIFEST).write_text(manifest, encoding="utf-8")
-    place(partial, final)
+    publish(partial, final)
     return final, hashlib.sha256(manifest.encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Reservations of devices: leased rows, judged by the database's clock."""
+"""Reservations of devices: rows with a lease, by the database's clock."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from app.db.base import clock
 from app.db.repositories.rows import insert_into
 from app.db.tables import ReservationRow
-from app.domain.ledger import Held, Policy, Reservation, Tenant
+from app.domain.ledger import OwnedReservation, Policy, Reservation, Tenant
 
 _LIVE = ReservationRow.lease_until >= clock()
 _SHOWN: Select[*tuple[Any, ...]] = select(
@@ -26,25 +26,25 @@ class Reservations:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def hold(self, host: str) -> None:
-        """Nobody else decides about this host's device until the unit ends; what ran out is removed.
+    def lock(self, host: str) -> None:
+        """Lock this host's device until the unit ends, and delete what expired.
 
-        SQLite lets one writer in at a time; on Postgres two that read first would both find the bytes free.
+        SQLite has one writer at a time. On Postgres, two units that read first would both find the bytes free.
         """
         if self._session.get_bind().dialect.name == "postgresql":
             self._session.execute(select(func.pg_advisory_xact_lock(func.hashtext(host))))
         self._session.execute(delete(ReservationRow).where(ReservationRow.host == host, ~_LIVE))
 
-    def of(self, host: str) -> list[Held]:
-        """Those of one host that have not run out."""
+    def list_by_host(self, host: str) -> list[OwnedReservation]:
+        """The reservations of one host that have not expired."""
         return [_held(row) for row in self._session.execute(_SHOWN.where(ReservationRow.host == host))]
 
-    def all(self) -> list[Held]:
+    def list_all(self) -> list[OwnedReservation]:
         wanted = _SHOWN.order_by(ReservationRow.host, ReservationRow.tenant, ReservationRow.owner)
         return [_held(row) for row in self._session.execute(wanted)]
 
-    def put(self, held: Held, seconds: float) -> None:
-        """Reserve, or renew: it runs out so many seconds from now. When the job should end is left as it is."""
+    def put(self, held: OwnedReservation, seconds: float) -> None:
+        """Reserve or renew: the lease ends `seconds` from now. The expected end of the job does not change."""
         told = held.reservation
         fresh = insert_into(self._session, ReservationRow).values(
             host=held.host,
@@ -59,8 +59,8 @@ class Reservations:
         replaced = {name: fresh.excluded[name] for name in names}
         self._session.execute(fresh.on_conflict_do_update(index_elements=["host", "owner"], set_=replaced))
 
-    def expect(self, host: str, owner: str, seconds: float | None) -> None:
-        """Say when the job should end: so many seconds from now."""
+    def set_expected_end(self, host: str, owner: str, seconds: float | None) -> None:
+        """The job should end `seconds` from now."""
         until = None if seconds is None else clock() + seconds
         self._session.execute(update(ReservationRow).where(*_key(host, owner)).values(expected_until=until))
 
@@ -72,7 +72,7 @@ def _key(host: str, owner: str) -> tuple[Any, ...]:
     return ReservationRow.host == host, ReservationRow.owner == owner
 
 
-def _held(row: Row[*tuple[Any, ...]]) -> Held:
+def _held(row: Row[*tuple[Any, ...]]) -> OwnedReservation:
     reservation = Reservation(
         tenant=Tenant(row.tenant),
         bytes=row.bytes,
@@ -80,4 +80,4 @@ def _held(row: Row[*tuple[Any, ...]]) -> Held:
         job_id=row.job_id,
         ends_in=None if row.ends_in is None else max(0.0, round(row.ends_in, 1)),  # it may take longer than expected
     )
-    return Held(row.host, row.owner, reservation)
+    return OwnedReservation(row.host, row.owner, reservation)

@@ -132,8 +132,8 @@ class Encodings:
     def remove(self, dataset: str) -> set[str]:
         """Delete the encodings of a dataset. The blobs that nobody needs any more: two datasets may share theirs."""
         gone = delete(EncodingRow).where(EncodingRow.dataset == dataset).returning(EncodingRow.blob)
-        return self.unneeded(set(self._session.scalars(gone)))
+        return self.unreferenced(set(self._session.scalars(gone)))
 
-    def unneeded(self, blobs: set[str]) -> set[str]:
+    def unreferenced(self, blobs: set[str]) -> set[str]:
         """Those of the blobs that no encoding holds."""
         return blobs - set(self._session.scalars(select(EncodingRow.blob).where(EncodingRow.blob.in_(blobs))))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from app.domain.ledger import Absence
+from app.domain.ledger import Unavailable
 from worker.inference.server.engine_client import EngineClient
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ PERIOD = 0.5
 PATIENCE = 4.0
 """Seconds that running answers have to end in once the engine must go."""
 
-LOST = Absence("inference cannot ask for its place on the device, and had to leave it", None)
+LOST = Unavailable("inference cannot ask for its place on the device, and had to leave it", None)
 
 UNKNOWN = 15.0
 """Seconds after which to ask again where nobody knows when the job will be done."""
@@ -33,7 +33,7 @@ class DeviceReservation(Protocol):
 
     lease: float
 
-    def stay(self) -> Absence | None:
+    def stay(self) -> Unavailable | None:
         """Reserve the place, or keep it; or why there must be no engine."""
         ...
 
@@ -45,12 +45,12 @@ class DeviceReservation(Protocol):
 class FixedReservation:
     """A place that is given and taken by hand: for a front without a database, and for tests."""
 
-    def __init__(self, absence: Absence | None = None, lease: float = math.inf) -> None:
+    def __init__(self, absence: Unavailable | None = None, lease: float = math.inf) -> None:
         self.absence = absence
         self.lease = lease
         self.held = False
 
-    def stay(self) -> Absence | None:
+    def stay(self) -> Unavailable | None:
         """What it was told."""
         self.held = self.held or self.absence is None
         return self.absence
@@ -94,12 +94,12 @@ class ReservationKeeper:
     async def _ask(self, what: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._asking, what)
 
-    async def _follow(self, absence: Absence | None) -> None:
+    async def _follow(self, absence: Unavailable | None) -> None:
         if absence is None:
             self._holds = True
             self._link.wake()
             return
-        self._link.refuse(absence.why, UNKNOWN if absence.seconds is None else absence.seconds)
+        self._link.refuse(absence.reason, UNKNOWN if absence.retry_after is None else absence.retry_after)
         if self._holds:
             await self._link.rest(PATIENCE)
             self._holds = False

@@ -4,7 +4,7 @@ import threading
 import time
 
 from app.composition import Services
-from app.domain.ledger import Absence, inference_bytes
+from app.domain.ledger import Unavailable, inference_bytes
 from worker.device import describe_device
 
 RENEWALS = 4
@@ -25,12 +25,12 @@ class LedgerReservation:
         # A thread outlives the task that waited for it: it must not reserve behind `leave`.
         self._asking = threading.Lock()
 
-    def stay(self) -> Absence | None:
+    def stay(self) -> Unavailable | None:
         """Raises VerituneError when the database is away."""
         with self._asking:
-            absence = self._ledger.absence(self._host)
+            absence = self._ledger.inference_unavailable(self._host)
             if absence is None and time.monotonic() >= self._renew_at:
-                absence = self._ledger.serve(self._host, self._owner, self.bytes)
+                absence = self._ledger.reserve_for_inference(self._host, self._owner, self.bytes)
                 self._renew_at = time.monotonic() + self._ledger.inference_lease / RENEWALS
             if absence is not None:
                 self._renew_at = 0.0

@@ -1,4 +1,4 @@
-"""A directory that is there whole or not at all: written elsewhere, flushed, renamed."""
+"""Atomic directories: written under another name, flushed, then renamed. A reader sees all of it or nothing."""
 
 import fcntl
 import os
@@ -10,17 +10,17 @@ from pathlib import Path
 
 @contextmanager
 def locked(lock: Path) -> Iterator[None]:
-    """Hold the lock of that file against other processes; its directory is made."""
+    """Hold the file `lock` against other processes. Its directory is created."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def place(files: Path, final: Path) -> None:
-    """Let the directory `files` appear as `final`. What stands there goes: the caller knows that it is not whole."""
+def publish(files: Path, final: Path) -> None:
+    """Rename the directory `files` to `final`. An incomplete directory at `final` is replaced."""
     for path in files.iterdir():
-        path.chmod(0o644)  # save_pretrained leaves weights that only their writer can read
+        path.chmod(0o644)  # save_pretrained writes weights that only its own user can read
         _flush(path)
     files.chmod(0o755)
     _flush(files)

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from app.composition import Services
 from app.main import create_app
-from app.storage.leftovers import STALE_SECONDS, sweep
+from app.storage.orphans import STALE_SECONDS, sweep
 
 OLD = time.time() - STALE_SECONDS - 60
 

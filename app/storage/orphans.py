@@ -1,4 +1,4 @@
-"""Files on this host that a process was at work on when it was killed, and that nobody will ever look for."""
+"""Orphans: files on this host that a killed process left half written, and to which nothing refers."""
 
 import contextlib
 import shutil
@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STALE_SECONDS = 3_600.0
-"""Longer than anything here goes untouched while it is worked on: reading an upload takes a quarter of an hour at most.
-Other processes of this host may have such files in hand at any time, so it is age that must tell."""
+"""Age at which a file is an orphan. Other processes of this host may be writing such files, and none of them pauses
+that long: reading an upload takes a quarter of an hour at most."""
 
 
 def sweep(directory: Path, *patterns: str) -> None:
-    """Remove what matches one of the patterns in `directory` and has not been written to for long."""
+    """Delete what matches one of the patterns in `directory` and was last written over STALE_SECONDS ago."""
     for pattern in patterns:
         for path in stale(directory, pattern):
-            with contextlib.suppress(OSError):  # its owner has just removed it, or it is not ours to remove
+            with contextlib.suppress(OSError):  # already deleted by its owner, or not ours to delete
                 _remove(path)
 
 
 def stale(directory: Path, pattern: str) -> Iterator[Path]:
-    """What matches the pattern in `directory` and has not been written to for long."""
+    """What matches the pattern in `directory` and was last written over STALE_SECONDS ago."""
     before = time.time() - STALE_SECONDS
     for path in directory.glob(pattern):
-        with contextlib.suppress(OSError):  # its owner has just removed it
+        with contextlib.suppress(OSError):  # already deleted by its owner
             if _touched(path) < before:
                 yield path
 

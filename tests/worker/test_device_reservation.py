@@ -1,4 +1,4 @@
-"""A job's place on the device: real training children that begin when inference has gone, and leave nothing behind."""
+"""A job's device reservation: real children that start once inference has stopped, and leave nothing behind."""
 
 import os
 import signal
@@ -18,10 +18,10 @@ from app.domain.ledger import Policy, Reservation, Tenant
 from tests.conftest import dataset_jsonl
 from tests.waiting import until
 from tests.worker.test_supervisor import LONG, TRAINER, _start_owner, children, updates
-from worker import place
+from worker import device_reservation
 from worker.child import SPARE_BYTES, Child
 from worker.device import describe_device
-from worker.place import Place
+from worker.device_reservation import TrainingReservation
 from worker.supervisor import Supervisor
 from worker.watch import ENDING, Watch
 
@@ -49,7 +49,7 @@ class Host:
         return self.services.jobs.submit({"dataset": dataset.id, "adapter": adapter, "trainer": dict(trainer)})
 
     def serve(self) -> None:
-        assert self.services.ledger.serve(self.name, "front", 1 << 30) is None
+        assert self.services.ledger.reserve_for_inference(self.name, "front", 1 << 30) is None
 
     def reserved(self) -> dict[Tenant, Reservation]:
         return {one.tenant: one for one in self.services.ledger.by_host().get(self.name, ())}
@@ -89,7 +89,7 @@ def test_a_small_job_shares_and_waits_for_nobody(host: Host) -> None:
     assert job.plan.memory is not None
     mine = host.reserved()[Tenant.TRAINING]
     assert (mine.bytes, mine.policy, mine.job_id) == (job.plan.memory.total, Policy.SHARE, job.id)
-    assert host.services.ledger.absence(host.name) is None
+    assert host.services.ledger.inference_unavailable(host.name) is None
     host.services.jobs.wish(job.id, Wish.CANCEL)
     thread.join(30)
     assert Tenant.TRAINING not in host.reserved()  # nobody renews the other one here: it may have lapsed by now
@@ -97,19 +97,19 @@ def test_a_small_job_shares_and_waits_for_nobody(host: Host) -> None:
 
 
 @pytest.mark.parametrize("host", ["yield"], indirect=True)
-def test_a_job_begins_when_inference_has_made_way(host: Host) -> None:
+def test_a_job_begins_when_inference_has_released_the_device(host: Host) -> None:
     host.serve()
     job = host.submit(TRAINER | {"train_steps": 60})
     thread = host.work()
     until(lambda: len(host.told(job)) > 0)
-    assert "inference makes way" in host.told(job)[0].message
-    assert host.services.ledger.makes_way()
+    assert "waiting for inference" in host.told(job)[0].message
+    assert host.services.ledger.inference_is_suspended()
     time.sleep(1)
     assert children() == []
     host.services.ledger.release(host.name, "front")
     until(lambda: updates(host.services, job) > 0)
     until(lambda: (host.reserved()[Tenant.TRAINING].ends_in or 0) > 0)
-    assert host.services.ledger.serve(host.name, "front", 1) is not None
+    assert host.services.ledger.reserve_for_inference(host.name, "front", 1) is not None
     thread.join(60)
     assert host.status(job) is JobStatus.SUCCEEDED
     assert host.reserved() == {}
@@ -134,19 +134,19 @@ def test_a_job_that_waits_can_be_stopped(host: Host, wish: Wish, end: JobStatus)
 def test_where_inference_does_not_move_the_job_goes_back_into_the_queue(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place, "PATIENCE", -host.services.ledger.inference_lease)
+    monkeypatch.setattr(device_reservation, "PATIENCE", -host.services.ledger.inference_lease)
     host.serve()
     job = host.submit(TRAINER)
     host.work().join(20)
     assert host.status(job) is JobStatus.QUEUED
     requeued = host.services.jobs.events(job.id, 0, 100)[0][-1]
-    assert (requeued.data["reason"], requeued.data["strikes"]) == ("inference did not make way", 0)
+    assert (requeued.data["reason"], requeued.data["strikes"]) == ("inference did not release the device", 0)
     assert set(host.reserved()) == {Tenant.INFERENCE}
 
 
 @pytest.mark.parametrize("host", ["exclusive"], indirect=True)
 def test_a_second_job_waits_for_the_first_as_long_as_it_takes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "PATIENCE", -1_000.0)
+    monkeypatch.setattr(device_reservation, "PATIENCE", -1_000.0)
     first, second = host.submit(TRAINER | {"train_steps": 60}), host.submit(TRAINER)
     threads = [host.work("worker-1"), host.work("worker-2")]
     until(lambda: len(host.told(first)) + len(host.told(second)) > 0)
@@ -155,7 +155,7 @@ def test_a_second_job_waits_for_the_first_as_long_as_it_takes(host: Host, monkey
         thread.join(60)
     assert [host.status(job) for job in (first, second)] == [JobStatus.SUCCEEDED] * 2
     told = host.told(first) or host.told(second)
-    assert "another job has the device" in told[0].message
+    assert "waiting for another job" in told[0].message
     assert host.reserved() == {}
 
 
@@ -163,13 +163,13 @@ def test_a_second_job_waits_for_the_first_as_long_as_it_takes(host: Host, monkey
 def test_waiting_for_another_job_does_not_count_as_waiting_for_inference(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inference comes back between two jobs, and makes way for the second as soon as that reserves."""
-    monkeypatch.setattr(place, "PATIENCE", 1.5 - host.services.ledger.inference_lease)
+    """Inference resumes between two jobs, and is suspended as soon as the second one reserves."""
+    monkeypatch.setattr(device_reservation, "PATIENCE", 1.5 - host.services.ledger.inference_lease)
     over = threading.Event()
 
     def infer() -> None:
         while not over.wait(0.02):
-            if host.services.ledger.serve(host.name, "front", 1 << 30) is not None:
+            if host.services.ledger.reserve_for_inference(host.name, "front", 1 << 30) is not None:
                 host.services.ledger.release(host.name, "front")
 
     inference = threading.Thread(target=infer)
@@ -186,7 +186,7 @@ def test_waiting_for_another_job_does_not_count_as_waiting_for_inference(
 
 
 def test_a_ledger_that_is_away_for_a_moment_costs_no_attempt(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, train = [], host.services.ledger.train
+    asked, train = [], host.services.ledger.reserve_for_training
 
     def sometimes(*given: Any) -> Any:
         asked.append(given)
@@ -194,14 +194,14 @@ def test_a_ledger_that_is_away_for_a_moment_costs_no_attempt(host: Host, monkeyp
             raise UnavailableError("the database does not answer")
         return train(*given)
 
-    monkeypatch.setattr(host.services.ledger, "train", sometimes)
+    monkeypatch.setattr(host.services.ledger, "reserve_for_training", sometimes)
     job = host.submit(TRAINER)
     host.work().join(60)
     assert (host.status(job), host.services.jobs.get(job.id).attempts) == (JobStatus.SUCCEEDED, 1)
 
 
 @pytest.mark.parametrize("ending", ["paused", "lost child", "failed"])
-def test_every_ending_gives_the_place_back(host: Host, ending: str) -> None:
+def test_every_ending_releases_the_device(host: Host, ending: str) -> None:
     job = host.submit(LONG, "layers.99.self_attn.q_proj" if ending == "failed" else "q_proj")
     thread = host.work()
     if ending != "failed":
@@ -216,7 +216,7 @@ def test_every_ending_gives_the_place_back(host: Host, ending: str) -> None:
     assert host.reserved() == {}
 
 
-def test_a_killed_owners_place_is_free_within_its_lease(host: Host, tmp_path: Path) -> None:
+def test_a_killed_owners_reservation_expires_within_its_lease(host: Host, tmp_path: Path) -> None:
     hasty = host.services.settings.model_copy(update={"lease_seconds": 2.0})
     job = host.submit(LONG)
     owner = _start_owner(hasty.model_dump(mode="json", exclude_none=True), tmp_path)
@@ -234,10 +234,10 @@ def test_no_process_waits_for_a_job_where_others_have_the_memory(host: Host) -> 
     supervisor.warm_up()
     assert len(children()) == 1
     size = describe_device(("gpu",)).bytes
-    assert host.services.ledger.serve(host.name, "front", size - SPARE_BYTES + 1) is None
+    assert host.services.ledger.reserve_for_inference(host.name, "front", size - SPARE_BYTES + 1) is None
     supervisor.warm_up()
     assert children() == []
-    assert host.services.ledger.serve(host.name, "front", size - SPARE_BYTES) is None
+    assert host.services.ledger.reserve_for_inference(host.name, "front", size - SPARE_BYTES) is None
     supervisor.warm_up()
     assert len(children()) == 1
     supervisor.dismiss()
@@ -265,7 +265,7 @@ def test_the_end_is_told_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatc
     """Updates take one second by their own account, and two with all that comes between them."""
     clock = [1_000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    watch = Watch(Child.__new__(Child), Place.__new__(Place), planned)
+    watch = Watch(Child.__new__(Child), TrainingReservation.__new__(TrainingReservation), planned)
     watch.heard(metrics(1, 1.0))
     first = 1.0 if planned is None else planned
     assert watch.ends_in(metrics(1, 1.0)) == pytest.approx(99 * first + ENDING)
