@@ -9,6 +9,7 @@ from typing import Any
 
 from app.domain.errors import Loc, Problem
 
+JOINED_FILES = "two files were joined without a line break (a byte order mark stands inside the line)"
 _KEY_SHOWN = 60
 
 
@@ -44,9 +45,16 @@ def parse_json(text: str) -> Any:
 
 
 def parse_row(text: str) -> Any:
-    """As `parse_json`, with NaN as null: pandas and numpy write a missing value so."""
+    """As `parse_json`, with NaN as null: pandas and numpy write a missing value so.
+
+    A JSONDecodeError says so where a second file was joined to the row.
+    """
     try:
         return _STRICT_ROW.decode(text)
+    except json.JSONDecodeError as error:
+        if text[error.pos : error.pos + 1] == "\ufeff":
+            raise json.JSONDecodeError(JOINED_FILES, text, error.pos) from None
+        raise
     except _RepeatedKey:
         raise RepeatedKeyError(_locate(_MARKING.decode(text))) from None
 

@@ -1,4 +1,4 @@
-"""CSV: the delimiter is seen in the header; a quoted field may span lines.
+"""CSV: the delimiter is found in the header, or in a first line `sep=;`; a quoted field may span lines.
 
 A record that cannot be read (a quote that is not closed, text behind a closing quote) is refused with
 everything up to the next record that has as many fields as the header: a quote gone astray makes the lines
@@ -6,6 +6,7 @@ behind it unreadable, and one finding that names them says more than one for eac
 """
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -13,19 +14,29 @@ from typing import BinaryIO, Self
 from app.domain.datasets import Columns, Finding, SourceRow, finding
 from app.domain.errors import InvalidError
 from app.ingest.columns import check_header
-from app.ingest.lines import Header, Item, not_utf8, numbered_lines, too_long
+from app.ingest.lines import Header, Item, joined_files, not_utf8, numbered_lines, too_long
 
-DELIMITERS = (",", ";", "\t")
+DELIMITERS = (",", ";", "\t", "|")
+_NAMED_DELIMITER = re.compile(rb"\"?sep=([^\w\s\"]|\t)\"?[\r\n]*", re.IGNORECASE)
+"""The line by which Excel is told the delimiter. It stands before the header."""
 
 
 class _TooLongError(Exception):
     pass
 
 
-def split_header(line: bytes) -> tuple[str, list[str]]:
-    """(delimiter, column names): the delimiter that makes most names of the line; a comma when none does."""
+def header_names(head: bytes) -> list[str]:
+    """The column names of a CSV that begins with `head`."""
+    first, _, rest = head.partition(b"\n")
+    named = _NAMED_DELIMITER.fullmatch(first)
+    line = rest.lstrip().partition(b"\n")[0] if named else first
+    return _split_header(line, named.group(1).decode() if named else None)[1]
+
+
+def _split_header(line: bytes, named: str | None) -> tuple[str, list[str]]:
+    """(delimiter, column names). Unless it is `named`, the delimiter is the one that makes most names; else a comma."""
     text = line.decode(errors="replace").rstrip("\r\n")
-    options = [(delimiter, _names(text, delimiter)) for delimiter in DELIMITERS]
+    options = [(delimiter, _names(text, delimiter)) for delimiter in ([named] if named else DELIMITERS)]
     return max(options, key=lambda option: len(option[1]))
 
 
@@ -56,6 +67,7 @@ class _Records:
         self.line = 0
         self.start = 0
         self.size = 0
+        self.text = ""
 
     def __iter__(self) -> Self:
         return self
@@ -66,13 +78,15 @@ class _Records:
         self.size += self.limit + 1 if raw is None else len(raw)
         if raw is None or self.size > self.limit:
             raise _TooLongError
-        return raw.decode(errors="surrogateescape")
+        self.text = raw.decode(errors="surrogateescape")
+        return self.text
 
     def begin(self) -> None:
         self.start = self.size = 0
 
 
 def _read_header(records: _Records, columns: Columns) -> tuple[Header, str]:
+    named: str | None = None
     for number, line in records.lines:
         records.line = number
         if line is None:
@@ -80,17 +94,19 @@ def _read_header(records: _Records, columns: Columns) -> tuple[Header, str]:
                 f"line {number}: the header has more than {records.limit:,} bytes; is this CSV?",
                 code="line_too_long",
             )
-        if line.strip():
-            return _header(number, line, columns)
+        if match := _NAMED_DELIMITER.fullmatch(line):
+            named = match.group(1).decode(errors="replace")
+        elif line.strip():
+            return _header(number, line, named, columns)
     raise InvalidError("the file holds only blank lines", code="empty_file")
 
 
-def _header(number: int, line: bytes, columns: Columns) -> tuple[Header, str]:
+def _header(number: int, line: bytes, named: str | None, columns: Columns) -> tuple[Header, str]:
     try:
         line.decode()
     except UnicodeDecodeError:
         raise InvalidError(f"line {number}: the header is not UTF-8; save the file as UTF-8", code="not_utf8") from None
-    delimiter, names = split_header(line)
+    delimiter, names = _split_header(line, named)
     return Header(number, tuple(names), check_header(names, columns)), delimiter
 
 
@@ -111,7 +127,7 @@ class _Body:
             except _TooLongError:
                 yield from self._over_long()
             except csv.Error as error:
-                self.lost = self.lost or (self.records.start, "bad_csv", str(error))
+                self.lost = self.lost or (self.records.start, "bad_csv", joined_files(self.records.text) or str(error))
             else:
                 yield from self._record(fields)
         yield from self._found()
@@ -121,11 +137,14 @@ class _Body:
         if not fields or (self.lost and not fits):
             return
         yield from self._found(before=self.records.start)
-        if fits:
+        if not fits:
+            yield finding(self.records.start, "wrong_fields", self._wrong_fields(fields))
+        elif tuple(name.strip() for name in fields) != self.header.names:  # files that were joined repeat the header
             yield self._row(fields)
-        else:
-            message = f"the row has {len(fields):,} fields, the header {len(self.header.names)}; quote the texts"
-            yield finding(self.records.start, "wrong_fields", message)
+
+    def _wrong_fields(self, fields: list[str]) -> str:
+        counts = f"the row has {len(fields):,} fields, the header {len(self.header.names)}; quote the texts"
+        return joined_files(self.records.text) or counts
 
     def _row(self, fields: list[str]) -> SourceRow | Finding:
         start = self.records.start

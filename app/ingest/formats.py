@@ -8,13 +8,13 @@ from pathlib import Path, PurePath
 from app.domain.claims import STEP_MARKER
 from app.domain.datasets import Columns
 from app.domain.errors import InvalidError
-from app.ingest.delimited import read_delimited, split_header
-from app.ingest.json_array import read_json_document
+from app.ingest.delimited import header_names, read_delimited
+from app.ingest.foreign import refuse_foreign
+from app.ingest.json_array import is_keyed, read_json_document, refuse_columns
 from app.ingest.json_lines import read_json_lines
-from app.ingest.lines import BOM, Item
+from app.ingest.lines import BOM, HEAD, Item, with_newlines
 from app.ingest.plain_text import read_text
 
-_HEAD = 1 << 16
 _WAY_OUT = "send CSV, JSONL, JSON or Parquet"
 
 
@@ -25,27 +25,6 @@ class Format(StrEnum):
     PARQUET = "parquet"
     TEXT = "text"
 
-
-_FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"GIF8", "a GIF image"),
-    (b"%PDF", "a PDF"),
-    (b"PK\x03\x04", "a ZIP archive or an Excel workbook"),
-    (b"\xd0\xcf\x11\xe0", "an old Office document"),
-    (b"\x1f\x8b", "gzip data"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard data"),
-    (b"BZh", "bzip2 data"),
-    (b"\xfd7zXZ", "xz data"),
-    (b"7z\xbc\xaf", "a 7-Zip archive"),
-    (b"Rar!", "a RAR archive"),
-    (b"ARROW1", "an Arrow or Feather file"),
-    (b"ORC", "an ORC file"),
-    (b"SQLite format 3", "an SQLite database"),
-    (b"\x7fELF", "a program"),
-)
-_MARKUP = ((b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "an XML document"))
-_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 
 _BY_SUFFIX = {
     ".csv": Format.CSV,
@@ -67,18 +46,21 @@ _BY_TYPE = {
 def recognise(path: Path, filename: str, content_type: str | None, columns: Columns) -> Format:
     """The format of the file at `path`. Raises InvalidError `empty_file`, `unknown_format` or `not_utf8`."""
     with path.open("rb") as stream:
-        head = stream.read(_HEAD)
+        head = stream.read(HEAD)
     if head.startswith(b"PAR1"):
         return Format.PARQUET
-    _refuse_foreign(head)
-    text = head.removeprefix(BOM).lstrip()
-    if not text and path.stat().st_size <= _HEAD:
+    refuse_foreign(head, _WAY_OUT)
+    text = with_newlines(head.removeprefix(BOM)).lstrip()
+    if not text and path.stat().st_size <= HEAD:
         raise InvalidError("the file is empty", code="empty_file")
     suffix = PurePath(filename).suffix.lower()
     named = _BY_SUFFIX.get(suffix) or _BY_TYPE.get((content_type or "").partition(";")[0].strip().lower())
     if text.startswith(b"["):
         return Format.JSON
     if text.startswith(b"{"):
+        refuse_columns(text, row_keys(columns))
+        if is_keyed(text, row_keys(columns)):
+            return Format.JSON
         return _json_or_lines(text, named, row_keys(columns))
     return _without_braces(text, suffix, named, columns)
 
@@ -107,19 +89,6 @@ def open_rows(found: Format, path: Path, columns: Columns, limit: int) -> Iterat
             return read_parquet(path, columns, limit)
 
 
-def _refuse_foreign(head: bytes) -> None:
-    lowered = head[:200].removeprefix(BOM).lstrip().lower()
-    markup = next((what for magic, what in _MARKUP if lowered.startswith(magic)), None)
-    what = markup or next((what for magic, what in _FOREIGN if head.startswith(magic)), None)
-    if what:
-        raise InvalidError(f"the file is {what}; {_WAY_OUT}", code="unknown_format")
-    if head.startswith(_WIDE) or (len(head) > 7 and head[:4096].count(0) * 4 > len(head[:4096])):
-        raise InvalidError("the file looks like UTF-16 or UTF-32; save it as UTF-8", code="not_utf8")
-    controls = sum(byte < 32 and byte not in b"\t\n\v\f\r" for byte in head[:4096])
-    if controls * 20 > len(head[:4096]):
-        raise InvalidError(f"the file is binary, in no format known here; {_WAY_OUT}", code="unknown_format")
-
-
 def _json_or_lines(head: bytes, named: Format | None, keys: frozenset[str]) -> Format:
     """An object on the first line: JSONL if it is whole and a row or not alone, a JSON document otherwise."""
     line, newline, rest = head.partition(b"\n")
@@ -137,8 +106,7 @@ def _broken_or_spread(line: bytes, newline: bytes) -> Format:
 
 
 def _without_braces(text: bytes, suffix: str, named: Format | None, columns: Columns) -> Format:
-    line = text.partition(b"\n")[0]
-    if columns.trajectories in split_header(line)[1]:
+    if columns.trajectories in header_names(text):
         return Format.CSV
     if suffix == ".parquet":
         raise InvalidError("the file is called .parquet, but it is none; write it again", code="bad_parquet")

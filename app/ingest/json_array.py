@@ -1,4 +1,4 @@
-"""A JSON document: an array of rows, an object that holds one array of rows, or one row alone.
+"""A JSON document: an array of rows, an object that holds one array of rows, rows keyed by index, or one row alone.
 
 The items are cut out of the stream without being read, each with the line where it begins; so memory is
 bounded by one item, depth costs nothing, and one broken item is one refused row. A streaming parser gives
@@ -12,11 +12,14 @@ from pathlib import Path
 from app.domain.datasets import SourceRow
 from app.domain.errors import InvalidError
 from app.ingest.json_lines import json_row
-from app.ingest.lines import BOM, Item, too_long
+from app.ingest.lines import BOM, HEAD, Item, too_long
 
 _CHUNK = 1 << 18
 _PLAIN = re.compile(rb'[^"{}\[\],]*+')
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_KEY = rb'"((?:[^"\\]|\\.)*+)"\s*+:\s*+'
+_LEADING_KEY = re.compile(rb"\s*+" + _KEY, re.DOTALL)
+_FIRST_OBJECT = re.compile(rb"\s*+\{\s*+" + _KEY + rb"\{\s*+" + _KEY, re.DOTALL)
 _FIRST_TEXT = re.compile(rb'\s*+\{\s*+"([^"\\]*+)"\s*+:\s*+"')
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 
@@ -35,20 +38,50 @@ def read_json_document(path: Path, limit: int, row_keys: frozenset[str]) -> Iter
     elif begins_row:
         yield too_long(1, limit)
         return
-    for line, raw in cut_items(path, limit):
-        yield too_long(line, limit) if raw is None else json_row(line, raw)
+    keyed = is_keyed(_head(path), row_keys)
+    for line, raw in cut_items(path, limit, keyed=keyed):
+        yield too_long(line, limit) if raw is None else json_row(line, _LEADING_KEY.sub(b"", raw, 1) if keyed else raw)
+
+
+def is_keyed(head: bytes, row_keys: frozenset[str]) -> bool:
+    """Whether a document is one object whose members are rows: `{"0": {…}, "1": {…}}`, as pandas writes an index."""
+    match = _FIRST_OBJECT.match(head)
+    if match is None:
+        return False
+    outer, inner = (name.decode(errors="replace") for name in match.groups())
+    return outer.isdecimal() or (inner in row_keys and outer not in row_keys)
+
+
+def refuse_columns(head: bytes, row_keys: frozenset[str]) -> None:
+    """Raises InvalidError `unknown_format` for an object of columns: `{"claim": {"0": …, "1": …}, …}`."""
+    match = _FIRST_OBJECT.match(head)
+    if match and match.group(1).decode(errors="replace") in row_keys and match.group(2).isdigit():
+        raise InvalidError(
+            "the file is one JSON object of columns, as pandas writes it by default; "
+            "write rows: to_json(…, orient='records', lines=True)",
+            code="unknown_format",
+        )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(HEAD).removeprefix(BOM)
 
 
 def _begins_row(path: Path, row_keys: frozenset[str]) -> bool:
     """Whether the document is an object whose first key is a row's and holds a text."""
-    with path.open("rb") as stream:
-        match = _FIRST_TEXT.match(stream.read(_CHUNK).removeprefix(BOM))
+    match = _FIRST_TEXT.match(_head(path))
     return match is not None and match.group(1).decode(errors="replace") in row_keys
 
 
-def cut_items(path: Path, limit: int, chunk: int = _CHUNK) -> Iterator[tuple[int, bytes | None]]:
-    """(line where it begins, bytes) of each item of the array; None for one of more than `limit` bytes."""
-    cutter = _Cutter(limit)
+def cut_items(
+    path: Path, limit: int, chunk: int = _CHUNK, *, keyed: bool = False
+) -> Iterator[tuple[int, bytes | None]]:
+    """(line where it begins, bytes) of each item of the array; None for one of more than `limit` bytes.
+
+    `keyed`: the items are the members of one object, each with its key.
+    """
+    cutter = _Cutter(limit, keyed)
     with path.open("rb") as stream:
         if stream.read(len(BOM)) != BOM:
             stream.seek(0)
@@ -60,8 +93,9 @@ def cut_items(path: Path, limit: int, chunk: int = _CHUNK) -> Iterator[tuple[int
 class _Cutter:
     """Where in a JSON document the stream stands, and the item that is open."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, keyed: bool) -> None:
         self.limit = limit
+        self.keyed = keyed
         self.line = 1
         self.depth = 0
         self.home: int | None = None  # the depth at which items stand, while inside their array
@@ -113,7 +147,7 @@ class _Cutter:
         """White space is over and no item is open: an item, or a piece of what surrounds them, begins."""
         if self.closed or (self.depth == 0 and character not in b"[{"):
             raise self._broken("text stands where the array or object should begin or have ended")
-        if self.home == self.depth and character not in b",]":
+        if self.home == self.depth and character not in b",]}":
             self.item_line = self.line
 
     def _mark(self, chunk: bytes, at: int) -> Iterator[tuple[int, bytes | None]]:
@@ -131,7 +165,9 @@ class _Cutter:
 
     def _open(self, character: bytes) -> None:
         self.depth += 1
-        if character == b"[" and self.home is None and self.depth <= 2:
+        if self.keyed and self.depth == 1:
+            self.home = 1
+        elif character == b"[" and self.home is None and self.depth <= 2:
             self.home = self.depth
             self.arrays += 1
             if self.arrays > 1:

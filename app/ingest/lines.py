@@ -1,12 +1,15 @@
 """A file's lines in bounded memory, and what every reader hands on. Knows nothing of what a line means."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from app.domain.datasets import Finding, SourceRow, finding
+from app.domain.strict_json import JOINED_FILES
 
 BOM = b"\xef\xbb\xbf"
+HEAD = 1 << 16
+"""Bytes at the start of a file by which its format and its line ends are recognised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +26,62 @@ Item = SourceRow | Finding | Header
 
 
 def numbered_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, the line with its newline); None for a line of more than `limit` bytes."""
+    """(line number from 1, the line with its newline); None for a line of more than `limit` bytes.
+
+    `stream` is at its start and can seek. A line may end in CR alone. A byte order mark at the start of any line is
+    left out: files that were joined have one inside.
+    """
+    read_line = _line_reader(stream)
     number = 0
-    while line := stream.readline(limit + 1):
+    while line := read_line(limit + 1):
         number += 1
         if len(line) > limit and not line.endswith(b"\n"):
-            _skip_line(stream)
+            _skip_line(read_line)
             yield number, None
         else:
-            yield number, line.removeprefix(BOM) if number == 1 else line
+            yield number, line.removeprefix(BOM)
 
 
-def _skip_line(stream: BinaryIO) -> None:
-    while (rest := stream.readline(1 << 16)) and not rest.endswith(b"\n"):
+def with_newlines(head: bytes) -> bytes:
+    """The head of a file, with newlines where its lines end in CR alone, as old Mac programs write them."""
+    return head.replace(b"\r", b"\n") if _ends_lines_in_cr(head) else head
+
+
+def _ends_lines_in_cr(head: bytes) -> bool:
+    return b"\r" in head and b"\n" not in head
+
+
+def _line_reader(stream: BinaryIO) -> Callable[[int], bytes]:
+    """`readline` of the stream, or one that gives a newline for each CR where lines end in CR alone."""
+    head = stream.read(HEAD)
+    stream.seek(0)
+    if not _ends_lines_in_cr(head):
+        return stream.readline
+    return _CarriageReturnLines(stream).readline
+
+
+class _CarriageReturnLines:
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._buffer = b""
+
+    def readline(self, size: int) -> bytes:
+        """The next line with its newline, at most `size` bytes of it; empty at the end of the stream."""
+        while b"\n" not in self._buffer and len(self._buffer) < size and (chunk := self._stream.read(HEAD)):
+            self._buffer += chunk.replace(b"\r", b"\n")
+        end = min(size, self._buffer.find(b"\n") + 1 or size)
+        line, self._buffer = self._buffer[:end], self._buffer[end:]
+        return line
+
+
+def _skip_line(read_line: Callable[[int], bytes]) -> None:
+    while (rest := read_line(HEAD)) and not rest.endswith(b"\n"):
         pass
+
+
+def joined_files(line: str) -> str | None:
+    """What to say of a broken line in which a second file begins; None for any other line."""
+    return f"{JOINED_FILES}; put a line break there" if "\ufeff" in line else None
 
 
 def too_long(line: int, limit: int) -> Finding:

@@ -1,11 +1,12 @@
 """Search and Lookup: where Observations come from."""
 
 from app.knowledge.base import CorpusUnreadable, Hit, KnowledgeSource, Reading, SearchResult
-from app.knowledge.building import CorpusLimits, CorpusRefused, build_corpus, read_lines
+from app.knowledge.building import DEFAULT_LIMITS, CorpusLimits, CorpusRefused, build_corpus
 from app.knowledge.corpus import CorpusFile, file_digest
 from app.knowledge.memory import MemoryKnowledge
 
 __all__ = [
+    "DEFAULT_LIMITS",
     "CorpusFile",
     "CorpusLimits",
     "CorpusRefused",
@@ -17,5 +18,4 @@ __all__ = [
     "SearchResult",
     "build_corpus",
     "file_digest",
-    "read_lines",
 ]

@@ -14,7 +14,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
 
 from app.domain.claims import forbidden_character
 from app.domain.corpora import CorpusFinding, CorpusReport, Page, clean, name_key, split_sentences
@@ -46,17 +45,10 @@ class CorpusRefused(Exception):
         self.report = report
 
 
-def read_lines(stream: BinaryIO, limits: CorpusLimits = DEFAULT_LIMITS) -> Iterator[bytes]:
-    """The lines of a stream. Of one over `line_bytes` only the front comes, one byte too long to be kept."""
-    while line := stream.readline(limits.line_bytes + 1):
-        yield line
-        while len(line) > limits.line_bytes and not line.endswith(b"\n"):
-            line = stream.readline(limits.line_bytes + 1)
-
-
-def build_corpus(lines: Iterable[bytes], out: Path, *, limits: CorpusLimits = DEFAULT_LIMITS) -> CorpusReport:
+def build_corpus(lines: Iterable[bytes | None], out: Path, *, limits: CorpusLimits = DEFAULT_LIMITS) -> CorpusReport:
     """Write the corpus file `out`, whole or not at all. Raises CorpusRefused when no page is kept.
 
+    None stands for a line of more than `limits.line_bytes`.
     The bytes depend on the kept pages, their order and the SQLite library's version, on nothing else.
     """
     account = _Account(limits)
@@ -147,11 +139,9 @@ _FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 _URL = re.compile(r"https?://[^\s<>\"]+")
 
 
-def _take(connection: sqlite3.Connection, line: bytes, account: _Account) -> None:
+def _take(connection: sqlite3.Connection, line: bytes | None, account: _Account) -> None:
     account.lines += 1
-    if account.lines == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-    if not line.strip():
+    if line is not None and not line.strip():
         return
     try:
         record = _record(line, account)
@@ -168,8 +158,8 @@ def _take(connection: sqlite3.Connection, line: bytes, account: _Account) -> Non
     account.characters += sum(map(len, page.sentences))
 
 
-def _record(line: bytes, account: _Account) -> dict[str, object]:
-    if len(line) > account.limits.line_bytes:
+def _record(line: bytes | None, account: _Account) -> dict[str, object]:
+    if line is None or len(line) > account.limits.line_bytes:
         raise _Refused("line_too_long", f"the line has more than {account.limits.line_bytes:,} bytes")
     try:
         record = parse_row(line.decode())

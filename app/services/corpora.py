@@ -15,14 +15,15 @@ from app.db.tables import CorpusRow
 from app.domain.corpora import CorpusReport
 from app.domain.errors import ConflictError, InvalidError, NotFoundError, Problem
 from app.domain.identity import new_id
+from app.ingest.corpus_lines import corpus_lines
 from app.knowledge import (
+    DEFAULT_LIMITS,
     CorpusFile,
     CorpusRefused,
     CorpusUnreadable,
     Hit,
     KnowledgeSource,
     build_corpus,
-    read_lines,
 )
 from app.services.naming import check_name, choose_name, shown_filename, taken_by_another
 from app.storage import Blobs, sweep
@@ -183,8 +184,7 @@ class Corpora:
 
 def _build(upload: Path, out: Path) -> CorpusReport:
     try:
-        with upload.open("rb") as stream:
-            return build_corpus(read_lines(stream), out)
+        return build_corpus(corpus_lines(upload, DEFAULT_LIMITS.line_bytes), out)
     except CorpusRefused as refused:
         found = tuple(Problem(("line", f.line), f.message) for f in refused.report.findings[:50])
         counted = ", ".join(f"{code}: {count:,}" for code, count in refused.report.counts.items())

@@ -77,14 +77,27 @@ def test_delete(client: TestClient, served: Services) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"a", PNG, b"\xff\xfe\n", b'{"title": "' + b"a" * (50 << 20), b'{"text": "No title."}\n', b"[" * 100_000,
+    [b"", b"a", b"caf\xe9\n", b'{"title": "' + b"a" * (50 << 20), b'{"text": "No title."}\n', b'{"a":' * 100_000,
      b'{"title": "a\\u0000", "text": "b"}', b'{"title": "a\\ud800", "text": "b"}'],
-    ids=["empty", "1 byte", "png", "not utf-8", "a 50 MB line", "no title", "deep", "NUL", "surrogate"],
+    ids=["empty", "1 byte", "not utf-8", "a 50 MB line", "no title", "deep", "NUL", "surrogate"],
 )  # fmt: skip
 def test_a_file_without_a_page(door: TestClient, content: bytes) -> None:
     response = post_file(door, "/corpora", content, "pages.jsonl")
     assert places(problem(response, 422, "no_page_kept"))
     assert len(response.content) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "says"),
+    [(PNG, "unknown_format", "a PNG image"), (b"[" * 100_000, "unknown_format", "a JSON array"),
+     (b"\x1f\x8b\x08rest", "unknown_format", "gzip"), (page("Elbe").decode().encode("utf-16"), "not_utf8", "UTF-16")],
+)  # fmt: skip
+def test_a_file_of_another_format_is_called_by_its_name(
+    client: TestClient, served: Services, content: bytes, code: str, says: str
+) -> None:
+    with nothing_left(served):
+        response = post_file(client, "/corpora", content, "pages.jsonl")
+    assert says in problem(response, 422, code)["detail"]
 
 
 def test_10_000_broken_lines(client: TestClient, served: Services) -> None:

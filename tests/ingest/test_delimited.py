@@ -30,7 +30,7 @@ def test_a_record_is_named_by_the_line_where_it_begins(tmp_path: Path) -> None:
     assert found(report) == [(7, "no_steps")]
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_the_delimiter_is_seen(tmp_path: Path, delimiter: str) -> None:
     rows = [["One, two; three\t.", STEPS, "SUPPORTS"]]
     report, kept = read(tmp_path, written(rows, delimiter, ("claim", "trajectories", "label")))
@@ -41,6 +41,39 @@ def test_the_delimiter_is_seen(tmp_path: Path, delimiter: str) -> None:
 def test_a_byte_order_mark_and_spaces_around_names_do_no_harm(tmp_path: Path) -> None:
     content = written([["One.", STEPS]], header=(" claim", "trajectories "))
     assert read(tmp_path, b"\xef\xbb\xbf" + content)[0].rows_kept == 1
+
+
+@pytest.mark.parametrize("first", ["sep=;\r\n", "SEP=;\n", '"sep=;"\r\n', "\ufeffsep=;\r\n"])
+def test_a_line_that_names_the_delimiter_is_read(tmp_path: Path, first: str) -> None:
+    content = first.encode() + written([["One, two.", STEPS, "a,b,c"]], ";", ("claim", "trajectories", "a,b,c,d"))
+    report, kept = read(tmp_path, content, "a.csv")
+    assert kept[0].claim == "One, two."
+    assert found(report) == [(2, "extra_column")]
+
+
+def test_lines_may_end_in_carriage_returns_alone(tmp_path: Path) -> None:
+    content = written([["One.", STEPS], ["Two.", "nothing"], ["Three.", STEPS]])
+    content = content.replace(b"\r\n", b"\r").replace(b"\n", b"\r")
+    report, kept = read(tmp_path, content)
+    assert [trajectory.claim for trajectory in kept] == ["One.", "Three."]
+    assert found(report) == [(7, "no_steps")]
+    long = content + b"Four.," + b"x" * 5_000 + b"\rFive.," + b"y\r"
+    assert found(read(tmp_path, long, row_bytes=2_000)[0])[1:] == [(13, "line_too_long"), (14, "no_steps")]
+
+
+def test_two_files_that_were_joined_are_read(tmp_path: Path) -> None:
+    one, two = (b"\xef\xbb\xbf" + written([[claim, STEPS]]) for claim in ("One.", "Two."))
+    report, kept = read(tmp_path, one + two)
+    assert [trajectory.claim for trajectory in kept] == ["One.", "Two."]
+    assert (report.rows_read, report.codes) == (2, {})
+
+
+@pytest.mark.parametrize("end", ['"', ""])
+def test_two_files_that_were_joined_without_a_line_break_are_told_so(tmp_path: Path, end: str) -> None:
+    two = b"\xef\xbb\xbf" + written([["Two.", STEPS]])
+    report, _ = read(tmp_path, written([["Nil.", STEPS]]) + f"One.,{end}x{end}".encode() + two)
+    assert "two files were joined without a line break" in report.findings[0].message
+    assert (report.findings[0].line, report.rows_kept) == (7, 2)
 
 
 def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
@@ -149,7 +182,7 @@ _FIELD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0
 
 @given(
     rows=st.lists(st.tuples(_FIELD, _FIELD), max_size=6),
-    delimiter=st.sampled_from([",", ";", "\t"]),
+    delimiter=st.sampled_from([",", ";", "\t", "|"]),
     end=st.sampled_from(["\n", "\r\n"]),
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,5 +1,6 @@
 """What a file is: its content first, then its name, then its content type."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from app.ingest.columns import read_columns
 from app.ingest.formats import Format, recognise
 from tests.ingest.files import STEPS, json_line, read, row
 
+KEYED = json.dumps({"0": row(1), "1": row(2)})
 TABLE = b"claim,trajectories\nOne.,x\n"
 
 
@@ -28,6 +30,13 @@ def recognised(folder: Path, content: bytes, name: str = "upload", content_type:
         (json_line(row()), "a.json", "application/json", Format.JSONL),
         (json_line({"data": [row()]}), "a", None, Format.JSON),
         (b'{\n "claim": "x"\n}', "a", None, Format.JSON),
+        (KEYED.encode(), "a.jsonl", None, Format.JSON),
+        (json.dumps({"a7": row(1)}, indent=2).encode(), "a", None, Format.JSON),
+        (json_line({"meta": {"0": 1}, "data": [row()]}), "a", None, Format.JSON),
+        (json_line(row()).replace(b"\n", b"\r") * 2, "a", None, Format.JSONL),
+        (TABLE.replace(b",", b"|"), "a", None, Format.CSV),
+        (b"sep=;\r\n" + TABLE.replace(b",", b";"), "a", None, Format.CSV),
+        (TABLE.replace(b"\n", b"\r"), "a", None, Format.CSV),
         (b'{"broken', "a.jsonl", None, Format.JSONL),
         (b'{"broken\n{', "a", None, Format.JSONL),
         (b'{"broken', "a.json", None, Format.JSON),
@@ -59,6 +68,7 @@ def test_content_goes_before_the_name(
         (b"\n<!DOCTYPE html><p>", "unknown_format", "an HTML page"),
         (b"<?xml version='1.0'?>", "unknown_format", "an XML document"),
         (bytes(range(32)) * 4, "unknown_format", "binary"),
+        (b'{"claim": {"0": "One.", "1": "Two."}, "trajectories": {}}', "unknown_format", "orient='records'"),
         ("claim,trajectories".encode("utf-16"), "not_utf8", "UTF-16"),
         ("claim,trajectories".encode("utf-16-le"), "not_utf8", "UTF-16"),
         (b"a", "missing_column", "found: 'a'"),

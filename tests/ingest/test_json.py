@@ -94,6 +94,36 @@ def test_a_document_holds_its_rows_in_an_array(tmp_path: Path, content: bytes) -
     assert [trajectory.claim[-2] for trajectory in kept] == ["1", "2"]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("keys", [("0", "1"), ("fever-7", "fever-8"), ("10", '"[{')])
+def test_rows_may_be_keyed_by_an_index(tmp_path: Path, indent: int | None, keys: tuple[str, str]) -> None:
+    content = json.dumps({key: row(number) for number, key in enumerate(keys, start=1)}, indent=indent).encode()
+    report, kept = read(tmp_path, content, "rows.json")
+    assert (report.format, [trajectory.claim[-2] for trajectory in kept]) == ("json", ["1", "2"])
+
+
+def test_a_row_keyed_by_an_index_is_named_by_its_line(tmp_path: Path) -> None:
+    rows = {"0": row(1), "1": 3, "2": row(2), "3": row(3, claim="x" * 3_000), "4": row(4)}
+    report, kept = read(tmp_path, json.dumps(rows, indent=1).encode(), row_bytes=2_000)
+    assert found(report) == [(6, "not_an_object"), (11, "line_too_long")]
+    assert len(kept) == 3
+
+
+def test_lines_may_end_in_carriage_returns_alone(tmp_path: Path) -> None:
+    report, kept = read(tmp_path, (GOOD + b"{\n" + json_line(row(2))).replace(b"\n", b"\r"))
+    assert (len(kept), found(report)) == (2, [(2, "bad_json")])
+
+
+def test_files_that_were_joined_are_read_or_told_so(tmp_path: Path) -> None:
+    second = b"\xef\xbb\xbf" + json_line(row(2))
+    assert read(tmp_path, GOOD + second)[0].rows_kept == 2
+    report, _ = read(tmp_path, GOOD + GOOD.rstrip() + second + json_line(row(3)))
+    assert (report.rows_kept, found(report)) == (2, [(2, "bad_json")])
+    assert "two files were joined without a line break" in report.findings[0].message
+    inside = json_line(row(1, claim="One \ufeff word."))
+    assert read(tmp_path, inside.decode().encode())[0].rows_kept == 1
+
+
 def test_an_object_alone_may_be_a_row(tmp_path: Path) -> None:
     steps = [{"thought": "", "action": "Finish[SUPPORTS]"}]
     content = json.dumps({"claim": "One.", "steps": steps}, indent=2).encode()

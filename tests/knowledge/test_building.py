@@ -1,6 +1,5 @@
 """Building a corpus: what is kept, what is said about the rest, and the same bytes every time."""
 
-import io
 import json
 import sqlite3
 import tracemalloc
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 
 from app.domain.corpora import CorpusReport
-from app.knowledge.building import CorpusLimits, CorpusRefused, build_corpus, read_lines
+from app.ingest.corpus_lines import corpus_lines
+from app.knowledge.building import CorpusLimits, CorpusRefused, build_corpus
 from app.knowledge.corpus import CorpusFile, file_digest
 from tests.conftest import ROOT, SHARED, needs_shared_data
 
@@ -23,7 +23,7 @@ def line(**record: Any) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-def built(tmp_path: Path, *lines: bytes, limits: CorpusLimits | None = None) -> CorpusReport:
+def built(tmp_path: Path, *lines: bytes | None, limits: CorpusLimits | None = None) -> CorpusReport:
     """The report on a good page followed by these lines."""
     return build_corpus([line(**GOOD), *lines], tmp_path / "c.corpus", limits=limits or CorpusLimits())
 
@@ -40,8 +40,8 @@ def sentences(path: Path, title: str) -> tuple[str, ...]:
 class TestRealPages:
     @pytest.mark.parametrize(("name", "pages", "count"), [("wiki_leads", 10_033, 36_307), ("fever_pages", 623, 2_138)])
     def test_every_page_is_kept(self, tmp_path: Path, name: str, pages: int, count: int) -> None:
-        with (SHARED / f"{name}.jsonl").open("rb") as file:
-            report = build_corpus(read_lines(file), tmp_path / "real.corpus")
+        lines = corpus_lines(SHARED / f"{name}.jsonl", CorpusLimits().line_bytes)
+        report = build_corpus(lines, tmp_path / "real.corpus")
         assert (report.lines, report.pages, report.sentences) == (pages, pages, count)
         assert (report.refused, report.counts, report.findings) == (0, {}, ())
         with closing(sqlite3.connect(tmp_path / "real.corpus")) as connection:
@@ -103,12 +103,8 @@ class TestWhatIsKept:
         built(tmp_path, line(title="Mill", sentences=["It is old. Very old.", "It turns."]))
         assert sentences(tmp_path / "c.corpus", "Mill") == ("It is old. Very old.", "It turns.")
 
-    def test_a_byte_order_mark_blank_lines_and_carriage_returns_are_no_matter(self, tmp_path: Path) -> None:
-        lines = [
-            b"\xef\xbb\xbf" + line(**GOOD),
-            b"\r\n",
-            line(title="B", text="It is b.").replace(b"\n", b"\r\n"),
-        ]
+    def test_blank_lines_and_carriage_returns_are_no_matter(self, tmp_path: Path) -> None:
+        lines = [line(**GOOD), b"\r\n", line(title="B", text="It is b.").replace(b"\n", b"\r\n")]
         report = build_corpus(lines, tmp_path / "c.corpus")
         assert (report.lines, report.pages, report.counts) == (3, 2, {})
 
@@ -163,6 +159,7 @@ REFUSED = [
     ("bad_character", line(title="A", text="It \ud800 is.")),
     ("bad_character", line(title="A\udfff", text="It is.")),
     ("line_too_long", line(title="A", text="It is. " * 2_000_000)),
+    ("line_too_long", None),
 ]
 
 
@@ -174,7 +171,7 @@ class TestFindings:
         assert (report.counts[code], report.refused) == (1, 0)
 
     @pytest.mark.parametrize(("code", "bad"), REFUSED, ids=[f"{n}-{r[0]}" for n, r in enumerate(REFUSED)])
-    def test_what_is_refused(self, tmp_path: Path, code: str, bad: bytes) -> None:
+    def test_what_is_refused(self, tmp_path: Path, code: str, bad: bytes | None) -> None:
         report = built(tmp_path, bad, line(title="After", text="It is kept."))
         (finding,) = (finding for finding in report.findings if finding.severity == "refused")
         assert (finding.line, finding.code, report.refused, report.pages) == (2, code, 1, 2)
@@ -195,19 +192,3 @@ class TestFindings:
             build_corpus(lines, tmp_path / "c.corpus")
         assert caught.value.report.lines == len(lines)
         assert list(tmp_path.iterdir()) == []
-
-
-class TestReadLines:
-    def test_a_line_that_is_too_long_is_read_in_bounded_pieces(self) -> None:
-        limits = CorpusLimits(line_bytes=100)
-        stream = io.BytesIO(b"a\n" + b"x" * 1_000 + b"\nb\n" + b"y" * 99 + b"\n" + b"z" * 100 + b"\nlast")
-        lines = list(read_lines(stream, limits))
-        assert [text[:1] for text in lines] == [b"a", b"x", b"b", b"y", b"z", b"last"[:1]]
-        assert [len(text) for text in lines] == [2, 101, 2, 100, 101, 4]
-
-    def test_a_line_of_just_the_allowed_length_is_kept_whole(self, tmp_path: Path) -> None:
-        exact = json.dumps(GOOD).encode()
-        limits = CorpusLimits(line_bytes=len(exact) + 1)
-        stream = io.BytesIO(exact + b"\n" + exact + b" \n" + line(title="B", text="It."))
-        report = build_corpus(read_lines(stream, limits), tmp_path / "c.corpus", limits=limits)
-        assert (report.pages, report.counts) == (2, {"line_too_long": 1})
