@@ -14,6 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from app.api import adapters, corpora, datasets, errors, health, jobs, models, predict
 from app.api.guard import Guard
 from app.api.schema import DocumentedApp
+from app.asgi import RequestNormalizer
 from app.composition import Services, compose
 from app.settings import read_settings
 
@@ -68,6 +69,7 @@ def create_app(services: Services | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         separate_input_output_schemas=False,
     )
     app.state.services = served
@@ -77,6 +79,7 @@ def create_app(services: Services | None = None) -> FastAPI:
         app.include_router(module.router)
     _serve_docs(app)
     app.add_middleware(Guard, settings=served.settings)
+    app.add_middleware(RequestNormalizer)  # the last one added is the first that a request meets
     return app
 
 

@@ -16,6 +16,7 @@ from pydantic_core.core_schema import no_info_after_validator_function
 from starlette.datastructures import UploadFile as StarletteUpload
 
 from app.api.errors import problem_response
+from app.asgi import wait_for_disconnect
 from app.composition import Services
 from app.domain.claims import forbidden_character
 from app.domain.errors import InvalidError, Problem
@@ -51,8 +52,7 @@ async def client_gone(request: Request) -> AsyncIterator[Gone]:
     gone = asyncio.Event()
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        await wait_for_disconnect(request.receive)
         gone.set()
 
     watching = asyncio.create_task(watch())

@@ -186,7 +186,8 @@ def _allowed(request: Request) -> dict[str, str]:
     """The Allow header over all routes of this path; each of them knows only its own method."""
     path = getattr(request.scope.get("route"), "path", "")
     operations = request.app.openapi()["paths"].get(path, {})
-    return {"Allow": ", ".join(sorted(operations)).upper()} if operations else {}
+    methods = {method.upper() for method in operations} | ({"HEAD"} if "get" in operations else set())
+    return {"Allow": ", ".join(sorted(methods))} if methods else {}
 
 
 async def _on_disconnect(request: Request, _error: Exception) -> JSONResponse:

@@ -260,3 +260,11 @@ def test_the_front_loads_no_torch() -> None:
     code = "import sys, worker.inference.server.app; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_head_is_answered_as_get_is_and_a_trailing_slash_is_served(server: Server) -> None:
+    for path in ("/health", "/health/", "/v1/models"):
+        head, got = server.client.head(path), server.client.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers.get("content-length") == got.headers.get("content-length")
+    assert server.client.head("/v1/completions").status_code == 405

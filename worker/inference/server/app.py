@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field, SecretStr
 from starlette.exceptions import HTTPException
 
+from app.asgi import RequestNormalizer, wait_for_disconnect
 from worker.inference.ipc import EngineSettings
 from worker.inference.protocol import Frozen, ServedModel
 from worker.inference.server.completion_handler import APIError, CompletionHandler
@@ -196,7 +197,8 @@ def create_inference_app(
         if residence:
             await residence.leave()
 
-    app = FastAPI(title="Veritune inference", lifespan=lifespan, openapi_url=None)
+    app = FastAPI(title="Veritune inference", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(RequestNormalizer)
     app.state.front = front
     _add_errors(app, front)
     _add_routes(app, front)
@@ -266,7 +268,7 @@ def _card(model: ServedModel) -> dict[str, object]:
 
 async def _while_read(answer: Awaitable[Answer], request: Request) -> Answer:
     """The answer. Raises ClientDisconnected as soon as whoever asked has left."""
-    coming, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+    coming, gone = asyncio.ensure_future(answer), asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not coming.done():
@@ -275,11 +277,6 @@ async def _while_read(answer: Awaitable[Answer], request: Request) -> Answer:
     finally:
         coming.cancel()
         gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _chain(first: bytes, rest: AsyncIterator[bytes], exchange: CompletionHandler) -> AsyncIterator[bytes]:
