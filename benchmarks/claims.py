@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from app.generation.transport import ExclusiveTransport
 from benchmarks.deployment import BenchmarkError
 
 Judged = dict[str, Any]
@@ -15,8 +16,8 @@ Judged = dict[str, Any]
 
 def judging(url: str, claims: Sequence[str], adapters: Sequence[str], corpus: str, at_once: int) -> dict[str, Any]:
     """Claims a second, latencies in seconds, tokens; and each claim's verdict."""
-    fresh = httpx.Limits(max_connections=at_once, max_keepalive_connections=0)  # as in `decoding`: none is used twice
-    client = httpx.Client(base_url=url, timeout=900, limits=fresh, trust_env=False)
+    transport = ExclusiveTransport(at_once, idle_seconds=0)  # as in `decoding`: no connection serves two requests
+    client = httpx.Client(base_url=url, timeout=900, transport=transport)
     with client, ThreadPoolExecutor(at_once) as pool:
 
         def one(place: int) -> tuple[float, Judged]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from app.generation.transport import ExclusiveTransport
 from benchmarks.deployment import BenchmarkError
 
 
@@ -60,9 +61,8 @@ class Asker:
     """Asks many rows at once, on a connection for each."""
 
     def __init__(self, url: str, rows: int, protocol: Protocol = OPENAI) -> None:
-        # None is used twice: a server closes what is idle, and a request that is sent at that moment gets no answer.
-        limits = httpx.Limits(max_connections=rows, max_keepalive_connections=0)
-        self._client = httpx.Client(base_url=url, timeout=600, limits=limits, trust_env=False)
+        # No connection serves two requests: a server closes an idle one, and a request sent just then gets no answer.
+        self._client = httpx.Client(base_url=url, timeout=600, transport=ExclusiveTransport(rows, idle_seconds=0))
         self._pool = ThreadPoolExecutor(rows)
         self._protocol = protocol
 

@@ -8,6 +8,7 @@ from pydantic import SecretStr
 
 from app.domain.errors import BusyError, InvalidError, NotFoundError, UnavailableError
 from app.generation.base import Generated, GenerationRequest
+from app.generation.transport import ExclusiveTransport, SocketOption
 
 TIMEOUT = httpx.Timeout(900.0, connect=3.0)
 """Far beyond what one Thought takes on a loaded machine. A server that dies ends its connections, and the front
@@ -22,14 +23,11 @@ KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
 class CompletionsGenerator:
-    """Talks to the server at `url`. Connections are pooled; safe to share between threads."""
+    """Talks to the server at `url`. Threads may share it: each request has a connection of its own."""
 
     def __init__(self, url: str, secret: SecretStr | None = None, connections: int = 64) -> None:
         headers = {"Authorization": f"Bearer {secret.get_secret_value()}"} if secret else {}
-        limits = httpx.Limits(
-            max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=IDLE_SECONDS
-        )
-        transport = httpx.HTTPTransport(limits=limits, socket_options=_keepalive(), trust_env=False)
+        transport = ExclusiveTransport(connections, IDLE_SECONDS, _keepalive())
         self._client = httpx.Client(
             base_url=url, headers=headers, timeout=TIMEOUT, transport=transport, trust_env=False
         )
@@ -58,7 +56,7 @@ class CompletionsGenerator:
         self._client.close()
 
 
-def _keepalive() -> list[tuple[int, int, int]]:
+def _keepalive() -> list[SocketOption]:
     known = [(getattr(socket, name), value) for name, value in KEEPALIVE.items() if hasattr(socket, name)]
     return [
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),

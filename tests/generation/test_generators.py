@@ -7,9 +7,10 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
-from threading import Thread
+from threading import Barrier, Thread
 from typing import ClassVar, Protocol
 
 import pytest
@@ -247,6 +248,52 @@ def test_whatever_stands_between_is_an_outage_in_words(
             client.generate(asked())
         thread.join()
     assert (raised.value.code, raised.value.retry_after) == (code, after)
+
+
+class Gated(BaseHTTPRequestHandler):
+    """Answers a GET once two of them are there, or at once when `alone`; counts connections opened and closed."""
+
+    protocol_version = "HTTP/1.1"
+    both = Barrier(2)
+    alone = False
+    opened: ClassVar[list[int]] = []
+    ended: ClassVar[list[int]] = []
+
+    def setup(self) -> None:
+        self.opened.append(self.client_address[1])
+        super().setup()
+
+    def finish(self) -> None:
+        self.ended.append(self.client_address[1])
+        super().finish()
+
+    def do_GET(self) -> None:
+        if not Gated.alone:
+            self.both.wait(20)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_request_closes_no_connection_that_another_thread_may_be_using(monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpcore's own pool closes every connection that was idle too long, also one that it has just given away."""
+    monkeypatch.setattr(completions, "IDLE_SECONDS", 0.1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gated) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with closing(CompletionsGenerator(f"http://127.0.0.1:{server.server_port}")) as client:
+            with ThreadPoolExecutor(2) as pool:
+                for check in [pool.submit(client.check) for _ in range(2)]:
+                    check.result()
+            time.sleep(0.2)
+            Gated.alone = True
+            client.check()
+            until(lambda: bool(Gated.ended))
+            time.sleep(0.2)  # time enough to close the other, too
+            assert (len(Gated.opened), len(Gated.ended)) == (3, 1)
+        server.shutdown()
 
 
 def test_no_question_is_sent_over_a_connection_that_the_server_may_be_closing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import uvicorn
 
+from app.generation.transport import ExclusiveTransport
 from tests.tiny import make_tiny_adapter, make_tiny_model
 from tests.waiting import until
 from worker.inference.ipc import EngineSettings
@@ -79,7 +80,8 @@ class Server(Speaker):
     """A running front, and the client's side of it."""
 
     def __init__(self, url: str, app: Any) -> None:
-        super().__init__(httpx.Client(base_url=url, timeout=60), "base", PROMPT)
+        transport = ExclusiveTransport(connections=500, idle_seconds=2)  # threads of a test share the client
+        super().__init__(httpx.Client(base_url=url, timeout=120, transport=transport), "base", PROMPT)
         self.front = app.state.front
 
     def metric(self, name: str) -> float:

@@ -23,11 +23,6 @@ def server(shelf: Shelf) -> Iterator[Server]:
     """With the queue that a deployment has."""
     with serving(shelf.table(), ServerSettings(engine=ENGINE)) as running:
         running.wait_until_ready()
-        url = running.client.base_url
-        running.client.close()
-        # As many connections as are wanted, a new one each time: an idle one that a thread is given may be closed by
-        # another thread, which finds just then that it was idle for too long.
-        running.client = httpx.Client(base_url=url, timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
         yield running
 
 

@@ -1,0 +1,85 @@
+"""An httpx transport that threads may share: each connection serves one request at a time."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from queue import Empty, LifoQueue
+
+import httpx
+
+SocketOption = tuple[int, int, int]
+
+
+class ExclusiveTransport(httpx.BaseTransport):
+    """At most `connections` connections to a server. A request closes no connection but the one that it uses.
+
+    httpcore's own pool does: it may close an idle connection that it has just given to another thread, which then reads
+    from a closed descriptor (encode/httpcore issue 1110). So every connection has a pool of its own here. A
+    request takes it out of the queue and puts it back when its response is closed.
+
+    A connection that was idle for more than `idle_seconds` is replaced when it is taken out again.
+    """
+
+    def __init__(self, connections: int, idle_seconds: float, socket_options: Iterable[SocketOption] = ()) -> None:
+        self._limits = httpx.Limits(max_connections=1, keepalive_expiry=idle_seconds)
+        self._socket_options = list(socket_options)
+        self._tls = httpx.create_ssl_context(
+            trust_env=False
+        )  # shared: reading the certificates takes longer than a request
+        self._closed = False
+        self._free: LifoQueue[httpx.HTTPTransport | None] = LifoQueue()
+        for _ in range(connections):
+            self._free.put(None)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        transport = self._take(request)
+        try:
+            response = transport.handle_request(request)
+        except BaseException:
+            self._put_back(transport)
+            raise
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        response.stream = _ReturningStream(response.stream, lambda: self._put_back(transport))
+        return response
+
+    def close(self) -> None:
+        """Close the free connections now, and each of the others when its response is closed."""
+        self._closed = True
+        with suppress(Empty):
+            while True:
+                if transport := self._free.get_nowait():
+                    transport.close()
+
+    def _take(self, request: httpx.Request) -> httpx.HTTPTransport:
+        try:
+            transport = self._free.get(timeout=request.extensions.get("timeout", {}).get("pool"))
+        except Empty:
+            raise httpx.PoolTimeout("all connections are in use", request=request) from None
+        return transport or httpx.HTTPTransport(
+            verify=self._tls, trust_env=False, limits=self._limits, socket_options=self._socket_options
+        )
+
+    def _put_back(self, transport: httpx.HTTPTransport) -> None:
+        if self._closed:
+            transport.close()
+        else:
+            self._free.put(transport)
+
+
+class _ReturningStream(httpx.SyncByteStream):
+    """A response's bytes. `give_back` is called once, when the stream is closed."""
+
+    def __init__(self, stream: httpx.SyncByteStream, give_back: Callable[[], None]) -> None:
+        self._stream = stream
+        self._give_back: Callable[[], None] | None = give_back
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._stream
+
+    def close(self) -> None:
+        give_back, self._give_back = self._give_back, None
+        if give_back is None:
+            return
+        try:
+            self._stream.close()
+        finally:
+            give_back()
