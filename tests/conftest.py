@@ -1,6 +1,7 @@
 """What tests share: a deployment of their own over a tiny base model, in a private directory."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 import worker  # noqa: F401  before anything imports bitsandbytes, of which it keeps the advice from the output
 from app.composition import Services, compose
 from app.db.migrating import migrate
-from app.domain.base_models import BaseModelDescription
+from app.domain.base_models import CATALOGUE, BaseModelDescription
 from app.queue import MemoryDoorbell
 from app.settings import Settings
 
@@ -30,7 +31,18 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 """Real data beside the checkout, where there is some."""
 
+MODEL_CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
+"""The models of this checkout. A user may have added any to it, so look one up by what it is."""
+
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
+
+
+def catalogue_model(name: str) -> BaseModelDescription | None:
+    """The catalogue's model in `MODEL_CACHE`; None when it was not fetched. Another model may have the same name."""
+    paths = sorted(MODEL_CACHE.glob("models/*/description.json"))
+    found = (BaseModelDescription.model_validate_json(path.read_bytes()) for path in paths)
+    return next((one for one in found if (one.name, one.source) == (name, CATALOGUE[name])), None)
+
 
 ROWS = [
     ("The Rhine flows into the North Sea.", "SUPPORTS", "Rhine", "The river flows into the North Sea."),

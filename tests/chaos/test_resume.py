@@ -15,8 +15,7 @@ from app.cli.models import fetch
 from app.composition import Services
 from app.domain.jobs import Job, JobStatus
 from app.settings import Settings
-from tests.conftest import dataset_jsonl
-from tests.e2e.conftest import MODEL_CACHE
+from tests.conftest import MODEL_CACHE, dataset_jsonl
 from worker.supervisor import Supervisor
 
 pytestmark = pytest.mark.chaos

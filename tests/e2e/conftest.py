@@ -17,10 +17,9 @@ import pytest
 
 from app.cli.broker import server_program
 from app.cli.ports import free_port
-from tests.conftest import ROOT
+from tests.conftest import MODEL_CACHE, ROOT
 from tests.postgres import postgres_server
 
-MODEL_CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
 READY_SECONDS = 180
 SECRET = "a secret of this test"
 

@@ -19,7 +19,7 @@ import yaml
 
 from app.domain.approaches import Quantization
 from app.domain.base_models import served_base_digest
-from tests.conftest import ROOT, SHARED
+from tests.conftest import MODEL_CACHE, ROOT, SHARED
 from tests.e2e.conftest import SECRET, Deployment
 
 pytestmark = pytest.mark.slow
@@ -109,7 +109,7 @@ def test_stock_peft_gives_the_served_logits(deployment: Deployment, job: Any, do
     digests = {"adapter": adapter["digest"], "base": served_base_digest(base["digest"], Quantization())}
     served = {name: _first_logprobs(deployment, digest, prompt) for name, digest in digests.items()}
     script = ROOT / "tests" / "e2e" / "stock_peft.py"
-    models = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune")) / "models" / base["digest"]
+    models = MODEL_CACHE / "models" / base["digest"]
     asked = json.dumps({"base": str(models), "adapter": str(downloaded), "prompt": prompt})
     done = subprocess.run(
         [sys.executable, str(script)], input=asked, capture_output=True, text=True, check=False, cwd=downloaded

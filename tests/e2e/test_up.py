@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT
-from tests.e2e.conftest import MODEL_CACHE, start
+from tests.conftest import MODEL_CACHE, ROOT
+from tests.e2e.conftest import start
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """What the over-length policy does to each row, with real tokens."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,12 @@ import pytest
 
 from app.composition import Services
 from app.domain.attempts import EncodedRow
-from app.domain.base_models import BaseModelDescription
 from app.domain.datasets import read_canonical
 from app.domain.errors import InvalidError
-from tests.conftest import ROOT, SHARED, needs_shared_data, trajectory_text
+from tests.conftest import SHARED, catalogue_model, needs_shared_data, trajectory_text
 
 LIMIT = 256
-CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
-DESCRIBED = sorted(CACHE.glob("models/*/description.json"))
+SMOLLM2 = catalogue_model("smollm2-135m")
 SHORT: dict[str, Any] = {"preprocessing": {"global_max_sequence_length": LIMIT}}
 
 
@@ -52,9 +49,10 @@ def test_labelled_tokens_that_go_with_an_observation_are_counted(services: Servi
 
 
 @needs_shared_data
-@pytest.mark.skipif(not DESCRIBED, reason="the small model is not here")
+@pytest.mark.skipif(SMOLLM2 is None, reason="the small model is not here")
 def test_the_users_csv_at_256_tokens_names_every_shortened_row_and_keeps_every_verdict(services: Services) -> None:
-    services.base_models.register(BaseModelDescription.model_validate_json(DESCRIBED[0].read_bytes()))
+    assert SMOLLM2 is not None
+    services.base_models.register(SMOLLM2)
     lines = services.blobs.get_bytes(upload(services, SHARED / "react_fever_270.csv", "users")).splitlines()
     spec = {"dataset": "users", "base_model": "smollm2-135m", "trainer": {"verdict_branch": 0}, **SHORT}
     prepared = services.plans.prepare(spec)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.e2e.conftest import MODEL_CACHE, SECRET, Deployment, start, stop
+from tests.conftest import MODEL_CACHE, ROOT
+from tests.e2e.conftest import SECRET, Deployment, start, stop
 from tests.vllm.server import RANK, vllm_server
 
 BASE = "smollm2-135m"

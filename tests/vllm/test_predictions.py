@@ -16,9 +16,9 @@ from app.cli.processes import Part, Processes
 from app.composition import compose
 from app.domain.predictions import Prediction, PredictRequest
 from app.settings import Settings
-from tests.conftest import ROOT, SHARED
+from tests.conftest import MODEL_CACHE, ROOT, SHARED
 from tests.e2e import test_main_job as main_job
-from tests.e2e.conftest import MODEL_CACHE, SECRET, Deployment, command_of
+from tests.e2e.conftest import SECRET, Deployment, command_of
 from tests.e2e.test_main_job import downloaded as downloaded
 from tests.vllm.conftest import DTYPE
 from tests.vllm.server import until_ready
