@@ -39,8 +39,8 @@ from worker.inference.protocol import SamplingParams, ServedModel
 from worker.precision import Precision, precision_here
 from worker.training.batches import Batch, collate
 from worker.training.loss import backward_loss
-from worker.training.masters import MasterWeights
-from worker.training.model import load_trainee
+from worker.training.master_weights import MasterWeights
+from worker.training.model import load_trainable_model
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 RANK = 16
@@ -241,8 +241,8 @@ def _updates(sizes: Architecture, base: Path, spec: TrainSpec, device: torch.dev
     load = Load(BATCH[0] * BATCH[1], BATCH[1], _batch().labelled)
     recompute = spec.trainer.enable_gradient_checkpointing is True
     planned = memory_of(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40).total - CONTEXT["gpu"]
-    trainee = load_trainee(base, spec, UPDATES, precision, device, lambda _: None)
-    masters = MasterWeights(trainee.approach.parameters(), precision.compute)
+    trainable = load_trainable_model(base, spec, UPDATES, precision, device, lambda _: None)
+    masters = MasterWeights(trainable.method.parameters(), precision.compute)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-5)
     if device.type == "cuda":
         gc.collect()
@@ -252,7 +252,7 @@ def _updates(sizes: Architecture, base: Path, spec: TrainSpec, device: torch.dev
     batch, seconds = _batch().to(device), []
     for _ in range(UPDATES):
         began = time.perf_counter()
-        backward_loss(trainee.hidden(batch), trainee.head, batch, 1.0)
+        backward_loss(trainable.hidden(batch), trainable.head, batch, 1.0)
         masters.collect()
         optimizer.step()
         masters.reset()
@@ -262,7 +262,7 @@ def _updates(sizes: Architecture, base: Path, spec: TrainSpec, device: torch.dev
         seconds.append(time.perf_counter() - began)
     return {
         "precision": precision.name,
-        "fast_form": type(trainee.hidden).__name__,
+        "forward": type(trainable.hidden).__name__,
         "tokens_per_second": round(batch.tokens / median(seconds[1:])),
         "allowed_as_planned_without_context": planned,
         "peak": _peak(device) - before,

@@ -64,14 +64,14 @@ def train_here(base: Path, rows: int, length: int, rank: int, *, recompute: bool
 
     from worker.precision import precision_here
     from worker.training.loss import backward_loss
-    from worker.training.masters import MasterWeights
-    from worker.training.model import load_trainee
+    from worker.training.master_weights import MasterWeights
+    from worker.training.model import load_trainable_model
 
     process, device = psutil.Process(), torch.device("cpu")
     precision = precision_here(device, "unknown")
     before = process.memory_info().rss
-    trainee = load_trainee(base, spec_of(rank, recompute=recompute), 1, precision, device, lambda _: None)
-    masters = MasterWeights(trainee.approach.parameters(), precision.compute)
+    trainable = load_trainable_model(base, spec_of(rank, recompute=recompute), 1, precision, device, lambda _: None)
+    masters = MasterWeights(trainable.method.parameters(), precision.compute)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-4)
     loaded = process.memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
@@ -79,8 +79,8 @@ def train_here(base: Path, rows: int, length: int, rank: int, *, recompute: bool
     for update in range(UPDATES):
         batch = mixed_rows(rows, length, update)
         labelled = max(labelled, batch.labelled)
-        hidden = trainee.hidden(batch)
-        backward_loss(hidden, trainee.head, batch, 1.0)
+        hidden = trainable.hidden(batch)
+        backward_loss(hidden, trainable.head, batch, 1.0)
         masters.collect()
         optimizer.step()
         masters.reset()

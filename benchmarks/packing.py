@@ -12,7 +12,7 @@ from app.domain.attempts import EncodedRow
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 from worker.training.batches import batches_of_update, micro_batches, read_rows, rows_of_update
-from worker.training.llama import MULTIPLE
+from worker.training.llama_forward import MULTIPLE
 
 SIZES = (64, 500, 2_000, 8_000)
 UPDATES_TIMED = 12

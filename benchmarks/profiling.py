@@ -58,17 +58,17 @@ class Update:
         device = torch.device("cpu")
         precision = precision_here(device, order.base.fp16)
         torch.manual_seed(order.spec.seed)
-        self.trainee = training_model.load_trainee(
+        self.trainable = training_model.load_trainable_model(
             order.base.path, order.spec, order.schedule.updates, precision, device, lambda _: None
         )
-        self._order, self._rows = order, read_rows(order.rows, self.trainee.vocab_size)
-        self.state = RunState(order, self.trainee, self._rows, precision, device)
+        self._order, self._rows = order, read_rows(order.rows, self.trainable.vocab_size)
+        self.state = RunState(order, self.trainable, self._rows, precision, device)
 
     def batches(self, update: int) -> list[Batch]:
         return batches_of_update(self._rows, update, self._order.schedule, self._order.spec.seed)
 
     def run(self, batches: list[Batch]) -> None:
-        backward(self.trainee, self.state, batches, sum(batch.labelled for batch in batches))
+        backward(self.trainable, self.state, batches, sum(batch.labelled for batch in batches))
         step(self.state, 1e-4, gradient_norm(self.state), 1.0)
         self.state.masters.reset()
 

@@ -20,9 +20,9 @@ from app.domain.attempts import EncodedRow
 from benchmarks.live import LiveBytes, bytes_of, kept_for_backward
 from benchmarks.random_base import config_of
 from worker.training.batches import Batch, collate
-from worker.training.llama import llama_backbone
+from worker.training.llama_forward import build_training_forward
 from worker.training.loss import backward_loss
-from worker.training.masters import MasterWeights
+from worker.training.master_weights import MasterWeights
 
 META = torch.device("meta")
 COMPUTE = torch.bfloat16
@@ -58,8 +58,8 @@ def run_update(
     """
     adapted, model = shapes_of(sizes, config, packed=packed)
     there = batch.to(META)
-    fast = None if stock else llama_backbone(adapted, model.base_model, recompute=recompute)
-    hidden = fast or stock_form(model, recompute=recompute)
+    fast = None if stock else build_training_forward(adapted, model.base_model, recompute=recompute)
+    hidden = fast or transformers_forward(model, recompute=recompute)
     weights = bytes_of(_frozen(model))
     masters = MasterWeights({n: p for n, p in adapted.named_parameters() if p.requires_grad}, COMPUTE)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-4)
@@ -146,8 +146,8 @@ def _frozen(model: nn.Module) -> Iterator[torch.Tensor]:
             yield from (state.absmax, state.state2.absmax)
 
 
-def stock_form(model: Any, *, recompute: bool) -> Any:
-    """As `worker.training.model` has it for what the fast form does not fit."""
+def transformers_forward(model: Any, *, recompute: bool) -> Any:
+    """As `worker.training.model` has it for what llama_forward does not support."""
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

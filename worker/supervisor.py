@@ -17,7 +17,6 @@ import structlog
 
 from app.composition import Services
 from app.domain.adapters import Environment, Manifest, ManifestBase
-from app.domain.approaches import servable_by
 from app.domain.attempts import (
     BaseOnDisk,
     Checkpointed,
@@ -33,6 +32,7 @@ from app.domain.attempts import (
 )
 from app.domain.errors import LeaseLostError, VerituneError
 from app.domain.jobs import JobError, JobStatus, Metric
+from app.domain.tuning_methods import servable_by
 from app.queue.base import kinds_of
 from app.services.attempts import Leased
 from app.services.plans import Prepared

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from app.cli.errors import CommandError
 from app.composition import Services
-from app.domain.approaches import Quantization
 from app.domain.base_models import BaseModelDescription, ExportedBase
+from app.domain.tuning_methods import Quantization
 
 
 def fetch(services: Services, name: str) -> BaseModelDescription:

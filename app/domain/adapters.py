@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from app.domain.approaches import Quantization
 from app.domain.base_models import served_base_digest
 from app.domain.spec_base import Name
+from app.domain.tuning_methods import Quantization
 
 Kind = Literal["peft", "full"]
 WEIGHTS: dict[Kind, str] = {"peft": "adapter_model.safetensors", "full": "model.safetensors"}

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from app.domain.approaches import Quantization
 from app.domain.spec_base import Name
+from app.domain.tuning_methods import Quantization
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

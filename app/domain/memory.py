@@ -1,8 +1,8 @@
 """What training takes of a device's memory, part by part, from sizes alone. Pure arithmetic: no tensors, no device.
 
 One-sided by intent: never below what a run is seen to take, and at most a quarter above, but for the smallest jobs
-on a CPU. `docs/plan.md` has the measurements. The terms follow `worker.training`: what `llama.Kept` holds, what
-`masters` and `loss` allocate.
+on a CPU. `docs/plan.md` has the measurements. The terms follow `worker.training`: what
+`llama_forward.SavedActivations` holds, what `master_weights` and `loss` allocate.
 """
 
 import math
@@ -11,10 +11,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from app.domain.approaches import LoraAdapter, Quantization
 from app.domain.architectures import Architecture
 from app.domain.specs import TrainSpec
-from app.domain.trainables import fast_form, fast_kept, rank, stock_kept, trainable_parameters
+from app.domain.trainables import (
+    llama_forward_bytes,
+    rank,
+    trainable_parameters,
+    transformers_bytes,
+    uses_llama_forward,
+)
+from app.domain.tuning_methods import LoraAdapter, Quantization
 
 MASTER = 4
 """Bytes of a float32: masters, their summed gradients, and each of AdamW's two moments."""
@@ -32,7 +38,7 @@ SCORES_OF_A_BLOCK = 128
 """Queries, more or less, whose scores it holds at once: `attention.BLOCK`."""
 
 MULTIPLE = 32
-"""What the fast form rounds a micro-batch's tokens up to: `llama.MULTIPLE`."""
+"""A micro-batch's tokens are rounded up to a multiple of this: `llama_forward.MULTIPLE`."""
 
 CONTEXT = {"cpu": 1_500 << 20, "gpu": 1_100 << 20}
 """What a process takes beside its tensors: on a CPU the libraries, what loading left in the heap and kernels made for
@@ -88,7 +94,7 @@ def memory_of(
     sizes: Architecture, spec: TrainSpec, load: Load, machine: Machine, *, recompute: bool, stored: int
 ) -> Memory:
     """What training by `spec` takes at its peak. `stored`: bytes of the base's weights on disk."""
-    if fast_form(sizes, spec):
+    if uses_llama_forward(sizes, spec):
         load = replace(load, tokens=load.tokens + -load.tokens % MULTIPLE)
     trained = trainable_parameters(sizes, spec)
     compute = machine.compute
@@ -149,10 +155,10 @@ def _composed(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
 
 
 def _layer(sizes: Architecture, spec: TrainSpec, load: Load, compute: int) -> int:
-    """Bytes a token that one layer keeps. The stock form keeps a mask, too, of which token sees which."""
-    if fast_form(sizes, spec):
-        return fast_kept(sizes, spec, compute)
-    return stock_kept(sizes, spec, compute) + compute * load.tokens
+    """Bytes a token that one layer saves. Transformers' own forward also has an attention mask over all tokens."""
+    if uses_llama_forward(sizes, spec):
+        return llama_forward_bytes(sizes, spec, compute)
+    return transformers_bytes(sizes, spec, compute) + compute * load.tokens
 
 
 def _kept(sizes: Architecture, layer: int, load: Load, compute: int, *, recompute: bool) -> int:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
-from app.domain.approaches import PAIRINGS, AdapterSpec, LoraAdapter, Quantization, adapter_word, quantization_word
 from app.domain.react import DEFAULT_TEMPLATE, PLACEHOLDER, ReactFormat
 from app.domain.spec_base import Count, Fraction, Name, Positive, Reference, Spec, disagree
+from app.domain.tuning_methods import PAIRINGS, AdapterSpec, LoraAdapter, Quantization, adapter_word, quantization_word
 
 
 class JobKind(StrEnum):

@@ -1,17 +1,18 @@
 """What of a model a spec trains, counted from sizes alone: parameters, and what each token's backward pass needs."""
 
-from app.domain.approaches import AdaloraAdapter, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter
 from app.domain.architectures import Architecture
 from app.domain.specs import TrainSpec
+from app.domain.tuning_methods import AdaloraAdapter, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter
 
 IA3_OUTPUTS = ("k_proj", "v_proj")
 IA3_INPUTS = ("down_proj",)
 """Where ia3 scales by default: what comes out of the first, what goes into the second."""
 
 
-def fast_form(sizes: Architecture, spec: TrainSpec) -> bool:
-    """Whether this is reckoned as `worker.training.llama` has it by hand: plain LoRA over the Llama family. Dropout
-    runs there too, with a mask besides, and is reckoned as the larger stock form."""
+def uses_llama_forward(sizes: Architecture, spec: TrainSpec) -> bool:
+    """Whether the plan counts what `worker.training.llama_forward` saves: plain LoRA over the Llama family.
+
+    Dropout runs there too, with a mask for each input, but the plan counts it as transformers' larger forward."""
     adapter = spec.adapter
     plain = isinstance(adapter, LoraAdapter) and not adapter.use_dora and not adapter.dropout
     return plain and sizes.family
@@ -65,14 +66,14 @@ def _ia3_widths(sizes: Architecture, ia3: Ia3Adapter) -> list[int]:
     return [inputs if name in inner else outputs for name, (inputs, outputs) in linears.items()]
 
 
-def fast_kept(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
-    """Bytes a token that a layer keeps for its backward pass in the fast form: the fields of `llama.Kept`."""
+def llama_forward_bytes(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
+    """Bytes a token that a layer of `llama_forward` saves for its backward pass: the fields of `SavedActivations`."""
     streams = 2 * sizes.hidden + 2 * sizes.queries + 2 * sizes.keys + 2 * sizes.intermediate
     return compute * (streams + rank(spec) * len(targets(sizes, spec))) + 2 * 4
 
 
-def stock_kept(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
-    """The same in transformers' own form with PEFT's layers in it: an estimate, close for what was measured.
+def transformers_bytes(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
+    """The same for transformers' own forward with PEFT's layers in it: an estimate, close for what was measured.
 
     Norms keep float32; attention keeps keys and values once for each query head; the gated unit keeps three streams.
     """

@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict
 
 from app.db import Database
 from app.db.tables import BaseModelRow
-from app.domain.approaches import Quantization
 from app.domain.architectures import Architecture
 from app.domain.base_models import BaseModelDescription, served_base_digest
 from app.domain.encoding import Encoder, Tokenization
 from app.domain.errors import InvalidError, NotFoundError, Problem
 from app.domain.react import ReactFormat
+from app.domain.tuning_methods import Quantization
 from app.storage import Blobs
 from app.tokenizers import load_tokenization
 

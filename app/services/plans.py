@@ -19,9 +19,9 @@ from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.devices import Devices
 from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
+from app.services.initial_adapter import pin_initial_adapter
 from app.services.ledger import Ledger
 from app.services.splits import check_parts, check_split_column, empty_parts
-from app.services.starts import pin_start
 from app.services.targets import check_targets
 
 CHECKPOINTING_FROM = 1_000_000_000
@@ -121,7 +121,7 @@ class Plans:
     ) -> Prepared:
         sizes = self._base_models.sizes(base)
         check_targets(spec, sizes)
-        spec, start = pin_start(spec, base, sizes, self._adapters)
+        spec, start = pin_initial_adapter(spec, base, sizes, self._adapters)
         limit = self._limit(spec, base)
         rows, summary = self._encodings.of(
             dataset, spec, base.tokenizer, limit, lambda: self._base_models.encoder(base, spec.format())

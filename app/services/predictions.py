@@ -11,7 +11,6 @@ from typing import Literal
 
 from app.db.tables import BaseModelRow
 from app.domain.adapters import Adapter
-from app.domain.approaches import Quantization
 from app.domain.claims import Verdict, read_verdict
 from app.domain.errors import ConflictError, CutOffError, VerituneError
 from app.domain.identity import new_id
@@ -28,6 +27,7 @@ from app.domain.predictions import (
 from app.domain.react import ReactFormat, header, parse
 from app.domain.specs import Generation
 from app.domain.trajectories import read_action
+from app.domain.tuning_methods import Quantization
 from app.generation import Generator
 from app.knowledge.base import Reading
 from app.services.adapters import Adapters

@@ -1,11 +1,11 @@
 """What a spec asks of its base model's layers, against their sizes."""
 
-from app.domain.approaches import AdaloraAdapter, LoraAdapter
 from app.domain.architectures import Architecture
 from app.domain.errors import InvalidError, Problem
 from app.domain.reading import did_you_mean, headline
 from app.domain.specs import TrainSpec
 from app.domain.trainables import rank, targets
+from app.domain.tuning_methods import AdaloraAdapter, LoraAdapter
 
 OTHERS = ("lm_head",)
 """Linear layers outside the decoder's."""

@@ -19,12 +19,12 @@ from app.composition import Services, compose
 from app.db.base import Base
 from app.db.migrating import migrate
 from app.domain.adapters import CONFIG, WEIGHTS, Kind, Manifest, ManifestBase
-from app.domain.approaches import servable_by
 from app.domain.attempts import Checkpointed, Metrics
 from app.domain.base_models import BaseModelDescription
 from app.domain.devices import DeviceDescription
 from app.domain.jobs import Lease
 from app.domain.react import ReactFormat
+from app.domain.tuning_methods import servable_by
 from app.generation import GenerationRequest, ScriptedGenerator
 from app.main import create_app
 from app.queue import MemoryDoorbell

@@ -13,9 +13,9 @@ from starlette.testclient import TestClient
 
 from app.composition import Services
 from app.domain.adapters import WEIGHTS, Manifest
-from app.domain.approaches import Quantization
 from app.domain.errors import NotFoundError
 from app.domain.jobs import Lease
+from app.domain.tuning_methods import Quantization
 from app.services.adapters import DELETED
 from app.storage.orphans import STALE_SECONDS
 from tests.api.conftest import lease, make_adapter, nothing_left, problem, traces, walk

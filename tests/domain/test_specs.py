@@ -7,10 +7,10 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from app.domain.approaches import PAIRINGS, LoraAdapter, Quantization, adapter_word, quantization_word
 from app.domain.errors import InvalidError, NotYetSupportedError
 from app.domain.reading import read_spec
 from app.domain.specs import METADATA_LIMIT, TrainSpec, not_yet_supported, spec_examples
+from app.domain.tuning_methods import PAIRINGS, LoraAdapter, Quantization, adapter_word, quantization_word
 from tests.conftest import SHARED, needs_shared_data
 
 LEAST = {"dataset": "rows"}

@@ -17,8 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from app.domain.approaches import Quantization
 from app.domain.base_models import served_base_digest
+from app.domain.tuning_methods import Quantization
 from tests.conftest import MODEL_CACHE, ROOT, SHARED
 from tests.e2e.conftest import SECRET, Deployment
 

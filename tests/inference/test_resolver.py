@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app.composition import Services
-from app.domain.approaches import Quantization
+from app.domain.tuning_methods import Quantization
 from tests.api.conftest import lease, make_adapter
 from worker.inference.protocol import ServedModel
 from worker.inference.server.app import ModelNotFound

@@ -16,7 +16,6 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
-from app.domain.approaches import Quantization
 from app.domain.base_models import (
     CATALOGUE,
     MODEL_SOURCE,
@@ -25,6 +24,7 @@ from app.domain.base_models import (
     WheelSource,
     served_base_digest,
 )
+from app.domain.tuning_methods import Quantization
 from tests.tiny import make_tiny_model, without_pad
 from worker.models.describe import fp16_safety, sha256_of
 from worker.models.errors import ModelError

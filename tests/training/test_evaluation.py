@@ -19,7 +19,7 @@ from tests.training.test_recipe import metrics, run
 from worker.precision import FP32
 from worker.training.batches import predictions
 from worker.training.evaluation import HeldOut
-from worker.training.model import load_trainee
+from worker.training.model import load_trainable_model
 
 SPEC = {"quantization": None, "adapter": {"type": "lora", "r": 4, "dropout": 0.1}}
 HASTY = {"learning_rate": 0.003, "learning_rate_scheduler": {"decay": "constant", "warmup_fraction": 0}}
@@ -45,24 +45,24 @@ def row_losses(order: TrainOrder) -> list[dict[str, Any]]:
 
 def test_it_measures_what_each_sequence_alone_gives_without_dropout(make_order: OrderFactory, tiny_base: Path) -> None:
     order = make_order(SPEC | {"quantization": {"bits": 4}})
-    trainee = load_trainee(tiny_base, order.spec, 30, FP32, torch.device("cpu"), lambda _: None)
-    for parameter in trainee.approach.parameters().values():
+    trainable = load_trainable_model(tiny_base, order.spec, 30, FP32, torch.device("cpu"), lambda _: None)
+    for parameter in trainable.method.parameters().values():
         torch.nn.init.normal_(parameter, std=0.1)
     rows, drawn = make_rows(7), torch.get_rng_state()
-    found = HeldOut(rows, None, 60).evaluate(trainee, torch.device("cpu"))
+    found = HeldOut(rows, None, 60).evaluate(trainable, torch.device("cpu"))
     assert found is not None
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert trainee.approach.module.training
-    assert all(module.training for module in trainee.approach.module.modules())
+    assert trainable.method.module.training
+    assert all(module.training for module in trainable.method.module.modules())
 
     by_line = dict.fromkeys(range(1, 8), 0.0)
     right = labelled = 0
-    for module in trainee.approach.module.modules():
+    for module in trainable.method.module.modules():
         if isinstance(module, torch.nn.Dropout):
             module.eval()
     for row in apart(rows):
         with torch.no_grad():
-            logits = trainee.approach.module(input_ids=torch.tensor([row.ids])).logits[0]
+            logits = trainable.method.module(input_ids=torch.tensor([row.ids])).logits[0]
         places, targets = (torch.tensor(column) for column in zip(*predictions(row), strict=True))
         by_line[row.line] += float(cross_entropy(logits[places], targets, reduction="sum"))
         right += int((logits[places].argmax(-1) == targets).sum())

@@ -12,36 +12,36 @@ from tests.training.conftest import apart, make_rows
 from worker.precision import FP32
 from worker.training.batches import Batch, collate, micro_batches, predictions
 from worker.training.loss import backward_loss, measure_loss
-from worker.training.model import Trainee, load_trainee
+from worker.training.model import TrainableModel, load_trainable_model
 
 
-def trainee(base: Path, **trainer: object) -> Trainee:
+def trainable(base: Path, **trainer: object) -> TrainableModel:
     """The tiny model in float32 over NF4, with LoRA layers that are not zero, so that all of them get gradients."""
     spec = TrainSpec.model_validate({"dataset": "d", "adapter": {"type": "lora", "r": 4}, "trainer": trainer})
     torch.manual_seed(3)
-    loaded = load_trainee(base, spec, 30, FP32, torch.device("cpu"), lambda _: None)
-    for parameter in loaded.approach.parameters().values():
+    loaded = load_trainable_model(base, spec, 30, FP32, torch.device("cpu"), lambda _: None)
+    for parameter in loaded.method.parameters().values():
         torch.nn.init.normal_(parameter, std=0.1)
     return loaded
 
 
 @pytest.fixture(scope="module")
-def model(tiny_base: Path) -> Trainee:
-    return trainee(tiny_base)
+def model(tiny_base: Path) -> TrainableModel:
+    return trainable(tiny_base)
 
 
 ROWS = make_rows(8)
 
 
-def backward(model: Trainee, batches: list[Batch], chunk: int = 512) -> tuple[float, dict[str, torch.Tensor]]:
+def backward(model: TrainableModel, batches: list[Batch], chunk: int = 512) -> tuple[float, dict[str, torch.Tensor]]:
     """(mean loss, gradients) of one update."""
     labelled = sum(batch.labelled for batch in batches)
-    model.approach.module.zero_grad()
+    model.method.module.zero_grad()
     total = 0.0
     for batch in batches:
         hidden = model.hidden(batch)
         total += float(backward_loss(hidden, model.head, batch, 1 / labelled, chunk).sum())
-    gradients = {name: p.grad.clone() for name, p in model.approach.parameters().items() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in model.method.parameters().items() if p.grad is not None}
     return total / labelled, gradients
 
 
@@ -52,25 +52,25 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def test_it_is_the_loss_of_each_sequence_read_alone(model: Trainee) -> None:
+def test_it_is_the_loss_of_each_sequence_read_alone(model: TrainableModel) -> None:
     """Packed rows and shared beginnings change nothing: stock PEFT, one sequence at a time, gives the same."""
     loss, gradients = backward(model, [collate(ROWS)])
-    model.approach.module.zero_grad()
+    model.method.module.zero_grad()
     alone = apart(ROWS)
     labelled = sum(len(predictions(row)) for row in alone)
     expected = 0.0
     for row in alone:
-        logits = model.approach.module(input_ids=torch.tensor([row.ids])).logits[0]
+        logits = model.method.module(input_ids=torch.tensor([row.ids])).logits[0]
         places, targets = (torch.tensor(column) for column in zip(*predictions(row), strict=True))
         part = cross_entropy(logits[places], targets, reduction="sum") / labelled
         part.backward()  # type: ignore[no-untyped-call]
         expected += float(part.detach())
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert same(gradients, {n: p.grad for n, p in model.approach.parameters().items() if p.grad is not None})
+    assert same(gradients, {n: p.grad for n, p in model.method.parameters().items() if p.grad is not None})
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
-def test_chunks_change_nothing(model: Trainee, chunk: int) -> None:
+def test_chunks_change_nothing(model: TrainableModel, chunk: int) -> None:
     batch = collate(ROWS)
     whole, in_chunks = backward(model, [batch]), backward(model, [batch], chunk)
     assert in_chunks[0] == pytest.approx(whole[0], rel=1e-6)
@@ -78,7 +78,7 @@ def test_chunks_change_nothing(model: Trainee, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [5, 512])
-def test_each_rows_sum_is_its_own(model: Trainee, chunk: int) -> None:
+def test_each_rows_sum_is_its_own(model: TrainableModel, chunk: int) -> None:
     """A chunk's border may lie within a row; measured without a gradient, the sums are the same."""
     alone = [float(backward_loss(model.hidden(one), model.head, one, 1.0)) for one in (collate([row]) for row in ROWS)]
     batch = collate(ROWS)
@@ -91,7 +91,7 @@ def test_each_rows_sum_is_its_own(model: Trainee, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 130])
-def test_accumulation_equals_one_big_batch(model: Trainee, max_tokens: int) -> None:
+def test_accumulation_equals_one_big_batch(model: TrainableModel, max_tokens: int) -> None:
     groups = micro_batches([len(row.all_ids) for row in ROWS], None, max_tokens)
     assert len(groups) > 1
     pieces = [collate([ROWS[index] for index in group]) for group in groups]
@@ -100,22 +100,20 @@ def test_accumulation_equals_one_big_batch(model: Trainee, max_tokens: int) -> N
     assert same(whole[1], accumulated[1])
 
 
-def test_a_batch_without_labels_adds_nothing(model: Trainee) -> None:
+def test_a_batch_without_labels_adds_nothing(model: TrainableModel) -> None:
     silent = collate([EncodedRow(line=1, ids=(5, 6, 7), trained=())])
     batch = collate(ROWS)
     assert same(backward(model, [batch])[1], backward(model, [batch, silent])[1])
 
 
 def test_every_lora_parameter_gets_the_same_gradient_with_and_without_checkpointing(
-    tiny_base: Path, model: Trainee
+    tiny_base: Path, model: TrainableModel
 ) -> None:
-    checkpointed = trainee(tiny_base, enable_gradient_checkpointing=True)
-    for mine, theirs in zip(
-        checkpointed.approach.parameters().values(), model.approach.parameters().values(), strict=True
-    ):
+    checkpointed = trainable(tiny_base, enable_gradient_checkpointing=True)
+    for mine, theirs in zip(checkpointed.method.parameters().values(), model.method.parameters().values(), strict=True):
         mine.data.copy_(theirs.data)
     batch = collate(ROWS)
     plain, recomputed = backward(model, [batch]), backward(checkpointed, [batch])
-    assert len(plain[1]) == len(model.approach.parameters())
+    assert len(plain[1]) == len(model.method.parameters())
     assert all(gradient.abs().max() > 0 for gradient in plain[1].values())
     assert same(plain[1], recomputed[1])

@@ -15,7 +15,7 @@ from worker.training import model, recipe
 from worker.training.batches import Batch
 from worker.training.channel import Channel
 from worker.training.memory import is_out_of_memory, largest_that_fits
-from worker.training.model import Trainee
+from worker.training.model import TrainableModel
 
 Run = Callable[[TrainOrder, int], list[dict[str, Any]]]
 
@@ -25,18 +25,18 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Train on a device that has room for so many tokens at once."""
 
     def train(order: TrainOrder, room: int) -> list[dict[str, Any]]:
-        def load(*given: Any) -> Trainee:
-            trainee = model.load_trainee(*given)
+        def load(*given: Any) -> TrainableModel:
+            trainable = model.load_trainable_model(*given)
 
             def hidden(batch: Batch) -> torch.Tensor:
                 if batch.tokens > room:
                     torch.rand(3)  # something was drawn already when the memory ran out
                     raise torch.OutOfMemoryError
-                return trainee.hidden(batch)
+                return trainable.hidden(batch)
 
-            return replace(trainee, hidden=hidden)
+            return replace(trainable, hidden=hidden)
 
-        monkeypatch.setattr(recipe, "load_trainee", load)
+        monkeypatch.setattr(recipe, "load_trainable_model", load)
         out = io.BytesIO()
         recipe.train(order, Channel(out, io.BytesIO()))
         return [json.loads(line) for line in out.getvalue().splitlines()]

@@ -15,18 +15,18 @@ from worker.precision import BF16, FP32, Precision
 from worker.training import model as room
 from worker.training.batches import collate
 from worker.training.errors import TrainingError
-from worker.training.masters import MasterWeights
-from worker.training.model import Trainee, load_trainee
+from worker.training.master_weights import MasterWeights
+from worker.training.model import TrainableModel, load_trainable_model
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
-def load(base: Path, precision: Precision = FP32, **spec: object) -> Trainee:
+def load(base: Path, precision: Precision = FP32, **spec: object) -> TrainableModel:
     asked = TrainSpec.model_validate({"dataset": "d", **spec})
-    return load_trainee(base, asked, 30, precision, torch.device("cpu"), lambda _: None)
+    return load_trainable_model(base, asked, 30, precision, torch.device("cpu"), lambda _: None)
 
 
-def frozen(loaded: Trainee, name: str) -> torch.Tensor:
+def frozen(loaded: TrainableModel, name: str) -> torch.Tensor:
     path, _, leaf = name.removeprefix("model.").rpartition(".")
     return loaded.backbone.get_submodule(path).base_layer.get_parameter(leaf)  # type: ignore[union-attr]
 
@@ -47,7 +47,7 @@ def test_a_base_too_large_to_keep_dequantised_computes_the_same(
     kept = load(tiny_base).hidden(batch)
     monkeypatch.setattr(room, "DENSE_LIMIT", 0)
     packed = load(tiny_base)
-    assert any(type(module).__name__ == "Linear4bit" for module in packed.approach.module.modules())
+    assert any(type(module).__name__ == "Linear4bit" for module in packed.method.module.modules())
     torch.testing.assert_close(packed.hidden(batch), kept, rtol=1e-4, atol=1e-4)
 
 
@@ -57,14 +57,14 @@ def test_without_quantisation_the_weights_are_the_stored_ones(tiny_base: Path) -
 
 
 def test_only_lora_is_trainable_and_every_linear_layer_but_the_head_has_it(tiny_base: Path) -> None:
-    names = load(tiny_base).approach.parameters()
+    names = load(tiny_base).method.parameters()
     assert len(names) == 2 * 7 * 2
     assert all("lora_" in name for name in names)
 
 
 def test_the_lora_options_of_the_spec_arrive(tiny_base: Path) -> None:
     adapter = {"type": "lora", "r": 3, "alpha": 5, "dropout": 0.1, "use_rslora": True, "target_modules": ["q_proj"]}
-    module: Any = load(tiny_base, adapter=adapter).approach.module
+    module: Any = load(tiny_base, adapter=adapter).method.module
     config = module.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (3, 5, 0.1, True)
     assert config.target_modules == {"q_proj"}
@@ -72,12 +72,12 @@ def test_the_lora_options_of_the_spec_arrive(tiny_base: Path) -> None:
 
 def test_compute_in_bfloat16_keeps_masters_in_float32(tiny_base: Path) -> None:
     loaded = load(tiny_base, BF16)
-    masters = MasterWeights(loaded.approach.parameters(), BF16.compute)
-    assert {p.dtype for p in loaded.approach.parameters().values()} == {torch.bfloat16}
+    masters = MasterWeights(loaded.method.parameters(), BF16.compute)
+    assert {p.dtype for p in loaded.method.parameters().values()} == {torch.bfloat16}
     assert masters.flat.dtype == torch.float32
     masters.flat.data.fill_(1 + 2**-12)
     masters.refresh()
-    assert all(bool((p == 1).all()) for p in loaded.approach.parameters().values())
+    assert all(bool((p == 1).all()) for p in loaded.method.parameters().values())
     assert all(bool((value == 1 + 2**-12).all()) for value in masters.by_name().values())
 
 
@@ -92,9 +92,9 @@ def test_a_parameter_of_any_size_leaves_the_next_where_kernels_can_read_it(compu
 
 def test_gradients_of_micro_batches_meet_in_float32(tiny_base: Path) -> None:
     loaded = load(tiny_base, BF16)
-    masters = MasterWeights(loaded.approach.parameters(), BF16.compute)
+    masters = MasterWeights(loaded.method.parameters(), BF16.compute)
     for size in (1.0, 2.0**-10):
-        for parameter in loaded.approach.parameters().values():
+        for parameter in loaded.method.parameters().values():
             assert parameter.grad is not None
             parameter.grad += size
         masters.collect()

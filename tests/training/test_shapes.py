@@ -18,8 +18,8 @@ from app.domain.trainables import trainable_parameters
 from benchmarks.live import LiveBytes
 from benchmarks.shape_only import Seen, rows_of, run_update
 from worker.precision import FP32
-from worker.training import attention, llama, loss, model
-from worker.training.masters import MasterWeights
+from worker.training import attention, llama_forward, loss, model
+from worker.training.master_weights import MasterWeights
 
 SEVEN = KNOWN["Llama-2-7B"]
 SLACK = 0.05
@@ -75,7 +75,7 @@ def test_a_token_of_a_7b_model_keeps_at_most_seven_and_a_half_megabytes() -> Non
 def test_the_model_reckons_with_the_trainers_own_bounds() -> None:
     assert memory.LOGITS_AT_ONCE == loss.CHUNK
     assert memory.SCORES_UP_TO == attention.PLAIN_UP_TO
-    assert memory.MULTIPLE == llama.MULTIPLE
+    assert memory.MULTIPLE == llama_forward.MULTIPLE
     assert memory.SCORES_OF_A_BLOCK == attention.BLOCK
     assert memory.DENSE_LIMIT == model.DENSE_LIMIT
 
@@ -88,11 +88,11 @@ def test_tensors_that_live_on_a_cpu_are_those_of_the_model(tiny_base: Path, draw
     adapter, batch = {"type": "lora", "r": rank}, rows_of(rows * length, length, draw.choice([0.1, 0.9]))
     asked = {"dataset": "d", "adapter": adapter, "trainer": {"enable_gradient_checkpointing": bool(recompute)}}
     spec = TrainSpec.model_validate(asked)
-    trainee = model.load_trainee(tiny_base, spec, 1, FP32, torch.device("cpu"), lambda _: None)
-    masters = MasterWeights(trainee.approach.parameters(), torch.float32)
+    trainable = model.load_trainable_model(tiny_base, spec, 1, FP32, torch.device("cpu"), lambda _: None)
+    masters = MasterWeights(trainable.method.parameters(), torch.float32)
     with LiveBytes() as live:
-        states = trainee.hidden(batch)
-        loss.backward_loss(states, trainee.head, batch, 1.0)
+        states = trainable.hidden(batch)
+        loss.backward_loss(states, trainable.head, batch, 1.0)
     sizes = Architecture.of(json.loads((tiny_base / "config.json").read_text()))
     assert sizes is not None
     assert trainable_parameters(sizes, spec) == masters.count

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from app.domain.approaches import MAX_RANK
+from app.domain.tuning_methods import MAX_RANK
 from worker.inference.protocol import FinishReason, Frozen, Prompt, SamplingParams, ServedModel
 
 MAX_LINE = 64 * 1024**2  # bytes

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from app.domain.approaches import Quantization
 from app.domain.base_models import (
     CATALOGUE,
     MODEL_SOURCE,
@@ -24,6 +23,7 @@ from app.domain.base_models import (
     ModelSource,
 )
 from app.domain.spec_base import Name
+from app.domain.tuning_methods import Quantization
 from worker.models.errors import ModelError
 from worker.models.store import ModelStore
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from app.atomic_dirs import locked, publish
-from app.domain.approaches import Quantization
 from app.domain.base_models import BaseModelDescription, DirectorySource, ExportedBase, served_base_digest
+from app.domain.tuning_methods import Quantization
 from worker.models.describe import COMPANIONS
 from worker.models.fetch import copy_directory, say
 

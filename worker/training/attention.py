@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from worker.training.packing import Row, visible
+from worker.training.packing import PackedRow, visible
 
 PLAIN_UP_TO = 1_024
 """Longest row whose scores a CPU holds whole: its fused kernel is two to four times slower at 160 tokens. Longer ones,
@@ -52,11 +52,11 @@ class Span(NamedTuple):
     mask: torch.Tensor | None
 
 
-def spans_of(rows: Sequence[Row], group: int, device: torch.device) -> list[Span]:
+def spans_of(rows: Sequence[PackedRow], group: int, device: torch.device) -> list[Span]:
     return [_span(row, group, device) for row in rows]
 
 
-def _span(row: Row, group: int, device: torch.device) -> Span:
+def _span(row: PackedRow, group: int, device: torch.device) -> Span:
     size = row.length + row.branch
     if device.type != "cpu" or size > PLAIN_UP_TO:
         return Span(row.tokens, (), visible(row, device) if row.branch else None)
@@ -66,7 +66,7 @@ def _span(row: Row, group: int, device: torch.device) -> Span:
     return Span(row.tokens, tuple(_block(row, seen, at, min(at + long, size), group) for at in starts), None)
 
 
-def _block(row: Row, seen: torch.Tensor, start: int, stop: int, group: int) -> Block:
+def _block(row: PackedRow, seen: torch.Tensor, start: int, stop: int, group: int) -> Block:
     first = min(start, row.at) if stop > row.length else start  # what a branch left is hidden from it
     hidden = ~seen[start:stop, first:stop].repeat(group, 1)
     return Block(start, stop, first, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf))
@@ -136,8 +136,10 @@ def _plain_backward(
         queries, grads = q[:, :, part].flatten(1, 2), grad[:, :, part].flatten(1, 2)
         probabilities = _probabilities(queries, k, block, scaling)
         d_v[:, :stop] += torch.bmm(probabilities.to(v.dtype).transpose(1, 2), grads)
-        d_seen = torch.bmm(grads, v[:, :stop].transpose(1, 2)).float()
-        d_scores = torch._softmax_backward_data(d_seen, probabilities, -1, torch.float32).mul_(scaling).to(q.dtype)
+        d_probabilities = torch.bmm(grads, v[:, :stop].transpose(1, 2)).float()
+        d_scores = (
+            torch._softmax_backward_data(d_probabilities, probabilities, -1, torch.float32).mul_(scaling).to(q.dtype)
+        )
         d_q[:, :, part] = torch.bmm(d_scores, k[:, :stop]).view(d_q[:, :, part].shape)
         d_k[:, :stop] += torch.bmm(d_scores.transpose(1, 2), queries)
     return d_q, d_k, d_v

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from app.domain.attempts import EncodedRow
 from app.domain.plans import Schedule
 from worker.training.errors import TrainingError
-from worker.training.packing import Row, positions
+from worker.training.packing import PackedRow, positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Batch:
 
     ids: torch.Tensor
     positions: torch.Tensor
-    rows: tuple[Row, ...]
+    rows: tuple[PackedRow, ...]
     predictors: torch.Tensor
     targets: torch.Tensor
     owners: torch.Tensor
@@ -149,12 +149,12 @@ def _first_fit(lengths: Sequence[int], max_rows: int | None, max_tokens: int) ->
 def collate(rows: Sequence[EncodedRow]) -> Batch:
     """One batch of `rows`."""
     ids: list[int] = []
-    packed: list[Row] = []
+    packed: list[PackedRow] = []
     labels: list[tuple[int, int, int]] = []
     for owner, row in enumerate(rows):
         start = len(ids)
         branch = (len(row.branch.ids), row.branch.at) if row.branch else (0, 0)
-        packed.append(Row(start, len(row.ids), *branch))
+        packed.append(PackedRow(start, len(row.ids), *branch))
         labels += [(start + place, target, owner) for place, target in predictions(row)]
         ids += row.all_ids
     return Batch(

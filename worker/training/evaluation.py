@@ -12,7 +12,7 @@ from torch import nn
 from app.domain.attempts import EncodedRow
 from worker.training.batches import Batch, collate, micro_batches
 from worker.training.loss import measure_loss
-from worker.training.model import Trainee
+from worker.training.model import TrainableModel
 
 PACKED_AT_ONCE = 256
 """Rows among which batches are filled: the search for room grows with their square, the filling hardly gains."""
@@ -41,18 +41,18 @@ class HeldOut:
         self._max_tokens = max_tokens
 
     def evaluate(
-        self, trainee: Trainee, device: torch.device, cut_short: Callable[[], bool] = lambda: False
+        self, trainable: TrainableModel, device: torch.device, cut_short: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
         """None when `cut_short`, asked before each batch, said so."""
         began = time.perf_counter()
         lines: list[int] = []
         sums, hits, labelled = [], [], 0
-        with _at_rest(trainee.approach.module), torch.no_grad():
+        with _at_rest(trainable.method.module), torch.no_grad():
             for batch in self._batches():
                 if cut_short():
                     return None
                 there = batch.to(device)
-                by_row, hit = measure_loss(trainee.hidden(there), trainee.head, there)
+                by_row, hit = measure_loss(trainable.hidden(there), trainable.head, there)
                 sums.append(by_row)
                 hits.append(hit)
                 lines += batch.lines

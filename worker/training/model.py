@@ -11,17 +11,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from app.domain.approaches import Quantization
 from app.domain.attempts import EncodedRow
 from app.domain.specs import TrainSpec
+from app.domain.tuning_methods import Quantization
 from worker.architecture import window_of, windows_of
 from worker.precision import Precision
 from worker.quantization import bitsandbytes_config
-from worker.training.approaches import Approach, approach_of, fill
 from worker.training.batches import Batch, collate
 from worker.training.errors import TrainingError
-from worker.training.llama import llama_backbone
+from worker.training.llama_forward import build_training_forward
 from worker.training.packing import visible_in_batch
+from worker.training.tuning_methods import TuningMethod, apply_tuning_method, fill
 
 DENSE_LIMIT = 2**30
 """On a CPU, a base of at most this many bytes on disk is kept dequantised after it was quantised."""
@@ -34,20 +34,20 @@ Hidden = Callable[[Batch], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Trainee:
+class TrainableModel:
     """What an update needs of the model: hidden states from `hidden`, logits from `head`.
 
     `hidden`: a batch → [tokens, width].
     """
 
-    approach: Approach
+    method: TuningMethod
     backbone: nn.Module
     hidden: Hidden
     head: nn.Module
     vocab_size: int
 
 
-def load_trainee(
+def load_trainable_model(
     base: Path,
     spec: TrainSpec,
     updates: int,
@@ -55,7 +55,7 @@ def load_trainee(
     device: torch.device,
     say: Callable[[str], None],
     start_from: Path | None = None,
-) -> Trainee:
+) -> TrainableModel:
     """The base of the order with what `spec` trains of it: fresh and drawn from the global seed, or with the weights of
     the adapter in `start_from`."""
     disable_bars: Any = transformers_logging.disable_progress_bar
@@ -64,16 +64,16 @@ def load_trainee(
     check_finite(base)
     say("loading base model" if spec.quantization is None else "loading and quantising base model")
     model = _load_base(base, spec.quantization, precision, device)
-    approach = approach_of(model, spec.adapter, updates)
+    method = apply_tuning_method(model, spec.adapter, updates)
     if start_from is not None:
         say("taking over the weights of a trained adapter")
-        fill(approach, start_from)
-    approach.module.train()  # before any forward: in eval mode bitsandbytes repacks 4-bit weights on a CPU
+        fill(method, start_from)
+    method.module.train()  # before any forward: in eval mode bitsandbytes repacks 4-bit weights on a CPU
     _check_head(model)
     whole: Any = model
     # The plan has decided what auto means here, and the order's spec says so.
-    hidden = _hidden(model, approach, recompute=spec.trainer.enable_gradient_checkpointing is True)
-    return Trainee(approach, model.base_model, hidden, whole.get_output_embeddings(), whole.config.vocab_size)
+    hidden = _hidden(model, method, recompute=spec.trainer.enable_gradient_checkpointing is True)
+    return TrainableModel(method, model.base_model, hidden, whole.get_output_embeddings(), whole.config.vocab_size)
 
 
 def check_finite(base: Path) -> None:
@@ -126,7 +126,7 @@ def _bytes(base: Path) -> int:
     return sum(path.stat().st_size for path in base.glob("*.safetensors"))
 
 
-def _hidden(model: PreTrainedModel, approach: Approach, *, recompute: bool) -> Hidden:
+def _hidden(model: PreTrainedModel, method: TuningMethod, *, recompute: bool) -> Hidden:
     """The fast form of the Llama family where it fits and gives the same, else transformers' own."""
     untyped: Any = model
     window, windows = window_of(model.config), _windows(model)
@@ -140,7 +140,7 @@ def _hidden(model: PreTrainedModel, approach: Approach, *, recompute: bool) -> H
         states: torch.Tensor = untyped.base_model(**asked, use_cache=False).last_hidden_state
         return states[0]
 
-    fast = llama_backbone(approach.module, model.base_model, recompute=recompute)
+    fast = build_training_forward(method.module, model.base_model, recompute=recompute)
     if fast is not None and _alike(fast, stock, model):
         return fast
     if recompute:

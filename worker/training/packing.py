@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """A trajectory's tokens [start, start + length), and right behind them the `branch` tokens of its branch, which
     stand as if the trajectory had ended after its first `at` tokens: those and each other are all they see."""
 
@@ -23,25 +23,25 @@ class Row(NamedTuple):
         return slice(self.start, self.start + self.length + self.branch)
 
 
-def positions(row: Row) -> list[int]:
+def positions(row: PackedRow) -> list[int]:
     """Each token's place in the text that it belongs to."""
     return [*range(row.length), *range(row.at, row.at + row.branch)]
 
 
-def visible(row: Row, device: torch.device) -> torch.Tensor:
+def visible(row: PackedRow, device: torch.device) -> torch.Tensor:
     """[tokens, tokens]: whether the query of the first index may look at the key of the second."""
     size = row.length + row.branch
-    seen = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-    seen[row.length :, row.at : row.length] = False
-    return seen
+    mask = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    mask[row.length :, row.at : row.length] = False
+    return mask
 
 
-def visible_in_batch(rows: Sequence[Row], device: torch.device, window: int | None = None) -> torch.Tensor:
+def visible_in_batch(rows: Sequence[PackedRow], device: torch.device, window: int | None = None) -> torch.Tensor:
     """The same for a whole batch: no row looks at another, and no token further back than `window` places."""
-    seen = torch.zeros(rows[-1].tokens.stop, rows[-1].tokens.stop, dtype=torch.bool, device=device)
+    mask = torch.zeros(rows[-1].tokens.stop, rows[-1].tokens.stop, dtype=torch.bool, device=device)
     for row in rows:
-        seen[row.tokens, row.tokens] = visible(row, device)
+        mask[row.tokens, row.tokens] = visible(row, device)
     if window is None:
-        return seen
+        return mask
     places = torch.tensor([place for row in rows for place in positions(row)], device=device)
-    return seen & (places[:, None] - places < window)
+    return mask & (places[:, None] - places < window)

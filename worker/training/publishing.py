@@ -16,39 +16,39 @@ from safetensors.torch import save_file
 
 from app.domain.adapters import BESIDES
 from app.domain.attempts import BaseOnDisk
-from worker.training.approaches import Approach
-from worker.training.masters import MasterWeights
+from worker.training.master_weights import MasterWeights
+from worker.training.tuning_methods import TuningMethod
 
 Tensors = dict[str, torch.Tensor]
 NAME = "default"
 METADATA = {"format": "pt"}
 
 
-def write_published(approach: Approach, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> Path:
+def write_published(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> Path:
     """Write `adapter/` under `directory`, whole or not at all; return it."""
     final, partial = directory / "adapter", directory / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_files(approach, masters, base, partial)
+    write_files(method, masters, base, partial)
     shutil.rmtree(final, ignore_errors=True)
     return partial.rename(final)
 
 
-def write_files(approach: Approach, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
+def write_files(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
     """Write what is published as things stand into `directory`, which exists."""
-    if hasattr(approach.module, "peft_config"):
-        _write_adapter(approach, masters, base, directory)
+    if hasattr(method.module, "peft_config"):
+        _write_adapter(method, masters, base, directory)
     else:
-        _write_model(approach, base, directory)
+        _write_model(method, base, directory)
 
 
-def _write_model(approach: Approach, base: BaseOnDisk, directory: Path) -> None:
+def _write_model(method: TuningMethod, base: BaseOnDisk, directory: Path) -> None:
     """What a base's directory holds, with other weights, in the dtype that computed with them."""
     for name in BESIDES["full"]:
         if (base.path / name).exists():
             shutil.copy(base.path / name, directory / name)
     config: dict[str, Any] = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
-    weights = {name: p.detach().cpu().contiguous() for name, p in approach.parameters().items()}
+    weights = {name: p.detach().cpu().contiguous() for name, p in method.parameters().items()}
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
     written = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -56,14 +56,14 @@ def _write_model(approach: Approach, base: BaseOnDisk, directory: Path) -> None:
     save_file(weights, directory / "model.safetensors", metadata=METADATA)
 
 
-def _write_adapter(approach: Approach, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
+def _write_adapter(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
     """With the float32 masters."""
-    model: Any = approach.module
+    model: Any = method.module
     config, values = model.peft_config[NAME], masters.by_name()
     if isinstance(config, AdaLoraConfig):
         config, values = _from_adalora(config, values)
-    elif approach.initial:
-        config, values = _from_changed_base(config, values, approach.initial)
+    elif method.initial:
+        config, values = _from_changed_base(config, values, method.initial)
     # Without False, PEFT asks the hub whether the base's vocabulary was resized.
     named: Tensors = (
         {name.replace(f".{NAME}.", "."): value for name, value in values.items()}

@@ -20,9 +20,9 @@ from worker.training.channel import Channel
 from worker.training.checkpoints import newest_sound, read_checkpoint, write_checkpoint
 from worker.training.errors import TrainingError
 from worker.training.evaluation import Evaluation, HeldOut
-from worker.training.model import Trainee, load_trainee
+from worker.training.lr_schedule import learning_rate
+from worker.training.model import TrainableModel, load_trainable_model
 from worker.training.publishing import write_files, write_published
-from worker.training.rates import learning_rate
 from worker.training.state import RunState
 from worker.training.updates import add_gradients, gradient_norm, probe, step
 
@@ -41,7 +41,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
         torch.set_num_threads(int(threads))
 
     torch.manual_seed(spec.seed)
-    trainee = load_trainee(
+    trainable = load_trainable_model(
         order.base.path,
         spec,
         schedule.updates,
@@ -50,10 +50,10 @@ def train(order: TrainOrder, channel: Channel) -> None:
         lambda text: channel.tell(Log(message=text)),
         order.start_from,
     )
-    every_row = read_rows(order.rows, trainee.vocab_size)
+    every_row = read_rows(order.rows, trainable.vocab_size)
     rows, validation, test = _parts(order, every_row)
     torch.manual_seed(spec.seed)
-    state = RunState(order, trainee, every_row, precision, device)
+    state = RunState(order, trainable, every_row, precision, device)
     _resume(order, state, channel)
     progress, masters = state.progress, state.masters
     channel.tell(
@@ -62,28 +62,28 @@ def train(order: TrainOrder, channel: Channel) -> None:
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             trainable_parameters=masters.count,
-            total_parameters=sum(p.numel() for p in trainee.approach.module.parameters()),
+            total_parameters=sum(p.numel() for p in trainable.method.module.parameters()),
             resumed_from_update=progress.update,
         )
     )
 
-    probe(trainee, state, rows, order, channel)
+    probe(trainable, state, rows, order, channel)
     for update in range(progress.update + 1, schedule.updates + 1):
         while command := channel.next_command():
             if command.command != "stop":
-                _checkpoint(order, trainee, state, channel)
+                _checkpoint(order, trainable, state, channel)
             if command.command != "checkpoint":
                 _write_row_losses(order, state)
                 outcome = "paused" if command.command == "pause" else "stopped"
                 channel.tell(Finished(outcome=outcome, packages=_packages(), metrics=_totals(state)))
                 return
-        _validate(order, trainee, state, validation, channel)  # where a command had cut it short
+        _validate(order, trainable, state, validation, channel)  # where a command had cut it short
         if 0 < spec.trainer.early_stop <= progress.without_improvement:
             break
 
         began = time.perf_counter()
         rate = learning_rate(progress.applied, schedule, spec.trainer)
-        loss, tokens, labelled = add_gradients(trainee, state, rows, update, order, channel)
+        loss, tokens, labelled = add_gradients(trainable, state, rows, update, order, channel)
         norm = gradient_norm(state)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
@@ -105,7 +105,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
         progress.labelled_tokens += labelled
         progress.seconds += seconds
         progress.loss = progress.loss if skipped else loss
-        found = _validate(order, trainee, state, validation, channel)
+        found = _validate(order, trainable, state, validation, channel)
         channel.tell(
             Metrics(
                 update=update,
@@ -131,17 +131,17 @@ def train(order: TrainOrder, channel: Channel) -> None:
                 "lower trainer.learning_rate, or check the dataset for rows of another kind than the rest",
             )
         if update % schedule.checkpoint_every == 0 or (found and progress.best_update == update):
-            _checkpoint(order, trainee, state, channel)
+            _checkpoint(order, trainable, state, channel)
 
-    _validate(order, trainee, state, validation, channel, patient=True)
+    _validate(order, trainable, state, validation, channel, patient=True)
     if progress.update < schedule.updates:
         channel.tell(Log(message=f"stopped early: {spec.trainer.early_stop} evaluations without a lower loss"))
     state.take_best()
-    totals = _totals(state) | _judged(state) | _test(trainee, state, test, channel)
+    totals = _totals(state) | _judged(state) | _test(trainable, state, test, channel)
     _write_row_losses(order, state)
     if state.ranks is not None:
         channel.tell(Log(message="ranks that are left", data=dict(state.ranks.kept())))
-    adapter = write_published(trainee.approach, masters, order.base, order.directory)
+    adapter = write_published(trainable.method, masters, order.base, order.directory)
     channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=_packages(), metrics=totals))
 
 
@@ -185,22 +185,28 @@ def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
 
 
 def _validate(
-    order: TrainOrder, trainee: Trainee, state: RunState, rows: HeldOut, channel: Channel, *, patient: bool = False
+    order: TrainOrder,
+    trainable: TrainableModel,
+    state: RunState,
+    rows: HeldOut,
+    channel: Channel,
+    *,
+    patient: bool = False,
 ) -> Evaluation | None:
     """What the validation rows say, if it is time to ask them. A command cuts it short, unless `patient`."""
     progress = state.progress
     if progress.evaluated == progress.update or not order.schedule.evaluates_after(progress.update):
         return None
-    found = rows.evaluate(trainee, state.device, (lambda: False) if patient else channel.waiting)
+    found = rows.evaluate(trainable, state.device, (lambda: False) if patient else channel.waiting)
     if found is not None:
         best = state.judge(found)
         channel.tell(_evaluated(Part.VALIDATION, state, found, best=best))
     return found
 
 
-def _test(trainee: Trainee, state: RunState, rows: HeldOut, channel: Channel) -> dict[str, float]:
+def _test(trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel) -> dict[str, float]:
     """What the test rows say of the weights to be published. They are looked at this once."""
-    found = rows.evaluate(trainee, state.device) if rows.rows else None
+    found = rows.evaluate(trainable, state.device) if rows.rows else None
     if found is None:
         return {}
     state.rows.note(found.lines, found.sums, state.progress.published)
@@ -225,7 +231,7 @@ def _write_row_losses(order: TrainOrder, state: RunState) -> None:
     state.rows.write(order.directory / "artifacts" / "rows.jsonl")
 
 
-def _checkpoint(order: TrainOrder, trainee: Trainee, state: RunState, channel: Channel) -> None:
+def _checkpoint(order: TrainOrder, trainable: TrainableModel, state: RunState, channel: Channel) -> None:
     """Write one, unless this update's is written already: its directory may be on its way into the store."""
     if state.checkpointed == state.progress.update:
         return
@@ -234,7 +240,7 @@ def _checkpoint(order: TrainOrder, trainee: Trainee, state: RunState, channel: C
     path, digest = write_checkpoint(
         order.directory / "checkpoints",
         state.saved(),
-        lambda directory: write_files(trainee.approach, state.masters, order.base, directory),
+        lambda directory: write_files(trainable.method, state.masters, order.base, directory),
     )
     loss = progress.validation_loss if progress.evaluated == progress.update else None
     metrics = _totals(state) | ({} if loss is None else {"validation_loss": loss})

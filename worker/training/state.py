@@ -9,12 +9,12 @@ import torch
 from app.domain.attempts import EncodedRow, TrainOrder
 from app.domain.specs import Trainer
 from worker.precision import INITIAL_SCALE, Precision
+from worker.training.adalora import adalora_allocator
 from worker.training.checkpoints import Progress, Saved
 from worker.training.errors import TrainingError
 from worker.training.evaluation import Evaluation
-from worker.training.masters import MasterWeights
-from worker.training.model import Trainee
-from worker.training.ranks import rank_budget
+from worker.training.master_weights import MasterWeights
+from worker.training.model import TrainableModel
 from worker.training.row_losses import RowLosses
 
 
@@ -24,7 +24,7 @@ class RunState:
     def __init__(
         self,
         order: TrainOrder,
-        trainee: Trainee,
+        trainable: TrainableModel,
         rows: Sequence[EncodedRow],
         precision: Precision,
         device: torch.device,
@@ -35,8 +35,8 @@ class RunState:
         self.checkpointed: int | None = None
         """The update whose checkpoint was written or read last."""
         self.rows = RowLosses(rows)
-        self.masters = MasterWeights(trainee.approach.parameters(), precision.compute)
-        self.ranks = rank_budget(trainee.approach.module, self.masters)
+        self.masters = MasterWeights(trainable.method.parameters(), precision.compute)
+        self.ranks = adalora_allocator(trainable.method.module, self.masters)
         self.best: dict[str, torch.Tensor] = {}
         """The masters of the best update so far, beside the device's memory; empty before the first evaluation."""
         self.optimizer = _optimizer(order.spec.trainer, self.masters)

@@ -8,19 +8,21 @@ from app.domain.attempts import EncodedRow, Log, TrainOrder
 from worker.training.batches import Batch, batches_of_update
 from worker.training.channel import Channel
 from worker.training.loss import backward_loss
-from worker.training.masters import MasterWeights
+from worker.training.master_weights import MasterWeights
 from worker.training.memory import largest_that_fits, smaller, suffices
-from worker.training.model import Trainee
+from worker.training.model import TrainableModel
 from worker.training.state import RunState
 
 
-def probe(trainee: Trainee, state: RunState, rows: list[EncodedRow], order: TrainOrder, channel: Channel) -> None:
+def probe(
+    trainable: TrainableModel, state: RunState, rows: list[EncodedRow], order: TrainOrder, channel: Channel
+) -> None:
     """On a GPU, find out before the first update which micro-batch fits, where the spec leaves that to us."""
     if state.device.type != "cuda" or state.progress.max_tokens or order.spec.trainer.batch_size != "auto":
         return
 
     def run(batch: Batch) -> None:
-        backward(trainee, state, [batch], batch.labelled)
+        backward(trainable, state, [batch], batch.labelled)
 
     generators = state.generators()
     size = largest_that_fits(run, rows, order.schedule.max_rows, order.schedule.max_tokens)
@@ -31,7 +33,7 @@ def probe(trainee: Trainee, state: RunState, rows: list[EncodedRow], order: Trai
 
 
 def add_gradients(
-    trainee: Trainee, state: RunState, rows: list[EncodedRow], update: int, order: TrainOrder, channel: Channel
+    trainable: TrainableModel, state: RunState, rows: list[EncodedRow], update: int, order: TrainOrder, channel: Channel
 ) -> tuple[float, int, int]:
     """(the update's mean loss, its tokens, those with a label); its gradients are added up in the masters.
 
@@ -44,7 +46,7 @@ def add_gradients(
         batches = batches_of_update(rows, update, limits, order.spec.seed)
         labelled = sum(batch.labelled for batch in batches)
         generators, sums = state.generators(), list[float]()
-        if suffices(lambda: sums.extend(backward(trainee, state, batches, labelled))):  # noqa: B023  called here
+        if suffices(lambda: sums.extend(backward(trainable, state, batches, labelled))):  # noqa: B023  called here
             state.rows.note((line for batch in batches for line in batch.lines), sums, update)
             return math.fsum(sums) / labelled, sum(batch.tokens for batch in batches), labelled
         state.masters.reset()
@@ -57,19 +59,19 @@ def add_gradients(
         channel.tell(Log(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half}))
 
 
-def backward(trainee: Trainee, state: RunState, batches: list[Batch], labelled: int) -> list[float]:
+def backward(trainable: TrainableModel, state: RunState, batches: list[Batch], labelled: int) -> list[float]:
     """Each row's summed loss; the gradients of their mean over `labelled` tokens are added up in the masters."""
     weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
-    by_row = [micro_step(trainee, state.masters, batch, weight) for batch in batches]
+    by_row = [micro_step(trainable, state.masters, batch, weight) for batch in batches]
     sums: list[float] = torch.cat(by_row).tolist()  # the first and only wait for the device in all micro-batches
     return sums
 
 
-def micro_step(trainee: Trainee, masters: MasterWeights, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+def micro_step(trainable: TrainableModel, masters: MasterWeights, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
     """Each row's summed loss, [rows]; its gradients times `weight` are added to the masters'. Nothing in here waits for
     the device of `weight`."""
     there = batch.to(weight.device)
-    by_row = backward_loss(trainee.hidden(there), trainee.head, there, weight)
+    by_row = backward_loss(trainable.hidden(there), trainable.head, there, weight)
     masters.collect()
     return by_row
 

@@ -4,11 +4,11 @@ from typing import Any
 
 from app.composition import Services
 from app.domain.adapters import Manifest
-from app.domain.approaches import Quantization, shares_its_base
 from app.domain.base_models import canonical_digest
 from app.domain.errors import NotFoundError
 from app.domain.jobs import Job
 from app.domain.specs import TrainSpec
+from app.domain.tuning_methods import Quantization, shares_its_base
 from worker.bases import ensure_base
 from worker.inference.protocol import ServedModel
 from worker.inference.server.app import ModelNotFound

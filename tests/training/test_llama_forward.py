@@ -1,4 +1,4 @@
-"""The fast form of the Llama family: the same hidden states and gradients as transformers and PEFT give."""
+"""llama_forward gives the same hidden states and gradients as transformers and PEFT."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +12,11 @@ from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
 from tests.training.conftest import apart, make_rows
 from worker.precision import FP32
-from worker.training import attention, llama
+from worker.training import attention, llama_forward
 from worker.training.batches import Batch, collate
-from worker.training.fans import Fan
-from worker.training.llama import MULTIPLE, LlamaBackbone
-from worker.training.model import Trainee, load_trainee
+from worker.training.fused_lora import FusedLoraLinear
+from worker.training.llama_forward import MULTIPLE, LlamaTrainingForward
+from worker.training.model import TrainableModel, load_trainable_model
 
 ROWS = make_rows(8)
 SHAPE: dict[str, Any] = {
@@ -43,28 +43,28 @@ FAMILY: dict[str, Callable[[], Any]] = {
 }
 
 
-def loaded(base: Path, **spec: object) -> Trainee:
+def loaded(base: Path, **spec: object) -> TrainableModel:
     """In float32, with LoRA layers that are not zero."""
     torch.manual_seed(5)
     asked = TrainSpec.model_validate(
         {"dataset": "d", "adapter": {"type": "lora", "r": 4}, "quantization": None, **spec}
     )
-    trainee = load_trainee(base, asked, 30, FP32, torch.device("cpu"), lambda _: None)
-    for parameter in trainee.approach.parameters().values():
+    trainable = load_trainable_model(base, asked, 30, FP32, torch.device("cpu"), lambda _: None)
+    for parameter in trainable.method.parameters().values():
         torch.nn.init.normal_(parameter, std=0.1)
-    return trainee
+    return trainable
 
 
-def run(trainee: Trainee, hidden: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
+def run(trainable: TrainableModel, hidden: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
     """The hidden states of packed rows, and every parameter's gradient of a weighted sum of them."""
-    trainee.approach.module.zero_grad()
+    trainable.method.module.zero_grad()
     states = hidden(collate(ROWS))
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
     (states * weights).sum().backward()  # type: ignore[no-untyped-call]
-    return [states.detach(), *(p.grad.clone() for p in trainee.approach.parameters().values() if p.grad is not None)]
+    return [states.detach(), *(p.grad.clone() for p in trainable.method.parameters().values() if p.grad is not None)]
 
 
-def one_by_one(trainee: Trainee) -> Callable[[Batch], torch.Tensor]:
+def one_by_one(trainable: TrainableModel) -> Callable[[Batch], torch.Tensor]:
     """Stock PEFT over each sequence alone; of a branch's sequence only the branch's own tokens are taken."""
 
     def hidden(_batch: Batch) -> torch.Tensor:
@@ -72,7 +72,7 @@ def one_by_one(trainee: Trainee) -> Callable[[Batch], torch.Tensor]:
         sequences = iter(apart(ROWS))
         for row in ROWS:
             ids = [next(sequences).ids] + ([next(sequences).ids] if row.branch else [])
-            whole, *branch = (trainee.backbone(input_ids=torch.tensor([i])).last_hidden_state[0] for i in ids)
+            whole, *branch = (trainable.backbone(input_ids=torch.tensor([i])).last_hidden_state[0] for i in ids)
             found += [whole, *(states[-len(row.branch.ids) :] for states in branch if row.branch)]
         return torch.cat(found)
 
@@ -92,58 +92,58 @@ def save(base: Path, model: Any) -> Path:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_states_and_gradients_are_those_of_stock_peft(tmp_path: Path, architecture: str, recompute: bool) -> None:
-    trainee = loaded(save(tmp_path, FAMILY[architecture]()), trainer={"enable_gradient_checkpointing": recompute})
-    assert isinstance(trainee.hidden, LlamaBackbone)
-    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+    trainable = loaded(save(tmp_path, FAMILY[architecture]()), trainer={"enable_gradient_checkpointing": recompute})
+    assert isinstance(trainable.hidden, LlamaTrainingForward)
+    for mine, theirs in zip(run(trainable, trainable.hidden), run(trainable, one_by_one(trainable)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("shift", [0, 1, MULTIPLE - 1])
 def test_what_rounds_a_batch_up_changes_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
     """The batch is rounded up by no token, by one, and by all but one."""
-    trainee = loaded(tiny_base)
+    trainable = loaded(tiny_base)
     tokens = collate(ROWS).tokens
-    monkeypatch.setattr(llama, "MULTIPLE", 1)
-    plain = run(trainee, trainee.hidden)
+    monkeypatch.setattr(llama_forward, "MULTIPLE", 1)
+    plain = run(trainable, trainable.hidden)
     assert plain[0].shape[0] == tokens
-    monkeypatch.setattr(llama, "MULTIPLE", tokens + shift)
-    for mine, theirs in zip(run(trainee, trainee.hidden), plain, strict=True):
+    monkeypatch.setattr(llama_forward, "MULTIPLE", tokens + shift)
+    for mine, theirs in zip(run(trainable, trainable.hidden), plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_layers_see_few_different_numbers_of_tokens(tiny_base: Path) -> None:
-    trainee, seen = loaded(tiny_base), list[int]()
-    module: Any = trainee.backbone
+    trainable, seen = loaded(tiny_base), list[int]()
+    module: Any = trainable.backbone
     module.embed_tokens.register_forward_hook(lambda _module, _given, states: seen.append(states.shape[0]))
     for rows in range(1, len(ROWS) + 1):
         batch = collate(ROWS[:rows])
-        assert trainee.hidden(batch).shape[0] == batch.tokens
+        assert trainable.hidden(batch).shape[0] == batch.tokens
         assert 0 <= seen[-1] - batch.tokens < MULTIPLE
     assert {tokens % MULTIPLE for tokens in seen} == {0}
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "o_proj", "gate_proj"]])
 def test_layers_without_an_adapter_are_passed_through(tiny_base: Path, modules: list[str]) -> None:
-    trainee = loaded(tiny_base, adapter={"type": "lora", "r": 4, "use_rslora": True, "target_modules": modules})
-    assert isinstance(trainee.hidden, LlamaBackbone)
-    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+    trainable = loaded(tiny_base, adapter={"type": "lora", "r": 4, "use_rslora": True, "target_modules": modules})
+    assert isinstance(trainable.hidden, LlamaTrainingForward)
+    for mine, theirs in zip(run(trainable, trainable.hidden), run(trainable, one_by_one(trainable)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("block", [1, 5, 16])
 def test_scores_block_by_block_give_the_same(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    trainee = loaded(tiny_base)
+    trainable = loaded(tiny_base)
     assert any(row.branch for row in ROWS)
     monkeypatch.setattr(attention, "BLOCK", block)
-    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+    for mine, theirs in zip(run(trainable, trainable.hidden), run(trainable, one_by_one(trainable)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_the_fused_kernel_gives_the_same(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainee = loaded(tiny_base)
-    plain = run(trainee, trainee.hidden)
+    trainable = loaded(tiny_base)
+    plain = run(trainable, trainable.hidden)
     monkeypatch.setattr(attention, "PLAIN_UP_TO", 0)
-    for mine, theirs in zip(run(trainee, trainee.hidden), plain, strict=True):
+    for mine, theirs in zip(run(trainable, trainable.hidden), plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
@@ -151,18 +151,18 @@ DROPOUT = {"type": "lora", "r": 4, "dropout": 0.3}
 
 
 def test_without_training_nothing_is_dropped(tiny_base: Path) -> None:
-    trainee = loaded(tiny_base, adapter=DROPOUT)
-    assert isinstance(trainee.hidden, LlamaBackbone)
-    trainee.approach.module.eval()
-    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+    trainable = loaded(tiny_base, adapter=DROPOUT)
+    assert isinstance(trainable.hidden, LlamaTrainingForward)
+    trainable.method.module.eval()
+    for mine, theirs in zip(run(trainable, trainable.hidden), run(trainable, one_by_one(trainable)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_dropout_follows_the_global_generator_and_is_the_same_when_recomputed(tiny_base: Path) -> None:
     def seeded(recompute: bool, seed: int) -> list[torch.Tensor]:
-        trainee = loaded(tiny_base, adapter=DROPOUT, trainer={"enable_gradient_checkpointing": recompute})
+        trainable = loaded(tiny_base, adapter=DROPOUT, trainer={"enable_gradient_checkpointing": recompute})
         torch.manual_seed(seed)
-        return run(trainee, trainee.hidden)
+        return run(trainable, trainable.hidden)
 
     first, again, recomputed, other = seeded(False, 1), seeded(False, 1), seeded(True, 1), seeded(False, 2)
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
@@ -172,17 +172,17 @@ def test_dropout_follows_the_global_generator_and_is_the_same_when_recomputed(ti
 
 def test_gradients_are_those_of_the_function_with_its_dropout(tiny_base: Path) -> None:
     """Against differences of the function itself: the same seed drops the same features."""
-    trainee = loaded(tiny_base, adapter=DROPOUT)
+    trainable = loaded(tiny_base, adapter=DROPOUT)
 
     def value() -> float:
         torch.manual_seed(3)
-        states, *_ = run(trainee, trainee.hidden)
+        states, *_ = run(trainable, trainable.hidden)
         weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
         return float((states.double() * weights).sum())
 
     torch.manual_seed(3)
-    _, *gradients = run(trainee, trainee.hidden)
-    for parameter, gradient in zip(trainee.approach.parameters().values(), gradients, strict=True):
+    _, *gradients = run(trainable, trainable.hidden)
+    for parameter, gradient in zip(trainable.method.parameters().values(), gradients, strict=True):
         direction = gradient / gradient.norm()
         step = 1e-3
         parameter.data.add_(direction, alpha=step)
@@ -194,10 +194,10 @@ def test_gradients_are_those_of_the_function_with_its_dropout(tiny_base: Path) -
 
 
 def test_the_share_that_is_dropped_is_the_one_asked_for(tiny_base: Path) -> None:
-    trainee = loaded(tiny_base, adapter=DROPOUT)
-    module: Any = trainee.backbone
-    fan = Fan(module.layers[0].mlp.down_proj)
-    kept = fan.draw(torch.zeros(2_000, 1), torch.Generator().manual_seed(0))
+    trainable = loaded(tiny_base, adapter=DROPOUT)
+    module: Any = trainable.backbone
+    linear = FusedLoraLinear(module.layers[0].mlp.down_proj)
+    kept = linear.draw_dropout_mask(torch.zeros(2_000, 1), torch.Generator().manual_seed(0))
     assert kept.shape == (2_000, 128)
     assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.005)
     assert float(kept.float().mean(0).std()) < 0.02  # no feature is favoured
@@ -212,9 +212,9 @@ WINDOWED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("windowed", WINDOWED)
-def test_a_window_takes_the_stock_form_and_is_kept(tmp_path: Path, windowed: str) -> None:
-    trainee = loaded(save(tmp_path, WINDOWED[windowed]()))
-    assert not isinstance(trainee.hidden, LlamaBackbone)
+def test_a_sliding_window_takes_transformers_forward_and_is_kept(tmp_path: Path, windowed: str) -> None:
+    trainable = loaded(save(tmp_path, WINDOWED[windowed]()))
+    assert not isinstance(trainable.hidden, LlamaTrainingForward)
     assert max(len(row.ids) for row in ROWS) > 16
-    for mine, theirs in zip(run(trainee, trainee.hidden), run(trainee, one_by_one(trainee)), strict=True):
+    for mine, theirs in zip(run(trainable, trainable.hidden), run(trainable, one_by_one(trainable)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))

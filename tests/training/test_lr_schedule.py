@@ -4,7 +4,7 @@ import pytest
 
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
-from worker.training.rates import learning_rate
+from worker.training.lr_schedule import learning_rate
 
 
 def rates(decay: str, updates: int = 10, warmup: int = 4) -> list[float]:

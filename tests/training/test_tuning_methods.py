@@ -1,4 +1,4 @@
-"""Every approach of the spec: it learns, and what it publishes is what it trained, in stock PEFT and in the engine."""
+"""Every method of the spec: it learns, and what it publishes is what it trained, in stock PEFT and in the engine."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempts import EncodedRow, TrainOrder
-from benchmarks.approaches import served
+from benchmarks.tuning_methods import served
 from tests.training.conftest import OrderFactory
 from worker.inference.cache.kv_cache import KVCache
 from worker.inference.ipc import EngineSettings
@@ -23,7 +23,7 @@ from worker.training import model, recipe
 from worker.training.batches import collate
 from worker.training.channel import Channel
 from worker.training.errors import TrainingError
-from worker.training.model import Trainee
+from worker.training.model import TrainableModel
 
 LORA = {"type": "lora", "r": 4}
 NF4 = {"bits": 4}
@@ -46,26 +46,28 @@ APPROACHES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, float]
 IDS = list(range(20, 60))
 
 
-def trained(order: TrainOrder, monkeypatch: pytest.MonkeyPatch) -> tuple[Trainee, list[dict[str, Any]]]:
+def trained(order: TrainOrder, monkeypatch: pytest.MonkeyPatch) -> tuple[TrainableModel, list[dict[str, Any]]]:
     """(the model as the training process has it at the end, the events)."""
-    seen: list[Trainee] = []
-    load = model.load_trainee
+    seen: list[TrainableModel] = []
+    load = model.load_trainable_model
 
-    def remember(*given: Any) -> Trainee:
+    def remember(*given: Any) -> TrainableModel:
         seen.append(load(*given))
         return seen[-1]
 
-    monkeypatch.setattr(recipe, "load_trainee", remember)
+    monkeypatch.setattr(recipe, "load_trainable_model", remember)
     monkeypatch.setattr(recipe, "precision_here", lambda *_: FP32)
     out = io.BytesIO()
     recipe.train(order, Channel(out, io.BytesIO()))
     return seen[0], [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def logits_of(trainee: Trainee) -> torch.Tensor:
-    trainee.approach.module.eval()
+def logits_of(trainable: TrainableModel) -> torch.Tensor:
+    trainable.method.module.eval()
     with torch.no_grad():
-        logits: torch.Tensor = trainee.head(trainee.hidden(collate([EncodedRow(line=1, ids=tuple(IDS), trained=())])))
+        logits: torch.Tensor = trainable.head(
+            trainable.hidden(collate([EncodedRow(line=1, ids=tuple(IDS), trained=())]))
+        )
     return logits[-1]
 
 
@@ -106,10 +108,10 @@ def test_it_learns_and_publishes_what_it_trained(
     adapter, quantization, rate = APPROACHES[name]
     asked = {"adapter": adapter, "quantization": quantization, "trainer": {"learning_rate": rate}}
     order = make_order(asked, updates=24)
-    trainee, events = trained(order, monkeypatch)
+    trainable, events = trained(order, monkeypatch)
     losses = [event["loss"] for event in events if event["event"] == "metrics"]
     assert losses[-1] < 0.9 * losses[0]
-    mine = logits_of(trainee)
+    mine = logits_of(trainable)
     torch.testing.assert_close(served_logits(order), mine, rtol=1e-3, atol=2e-3)
     torch.testing.assert_close(stock_logits(order), mine, rtol=1e-3, atol=2e-3)
 

@@ -1,4 +1,4 @@
-"""The approaches: full fine-tuning or an adapter of some kind, over a base that is quantised or not.
+"""The tuning methods: full fine-tuning or an adapter (PEFT), over a base that is quantised or not.
 
 Which adapter goes with which quantisation is one table, `PAIRINGS`.
 """

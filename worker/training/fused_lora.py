@@ -15,27 +15,27 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
-    """`a`: [rank, in]; `b`: [out, rank]."""
+class LoraWeights:
+    """`lora_A`: [rank, in_features]; `lora_B`: [out_features, rank]."""
 
-    a: nn.Parameter
-    b: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     scale: float
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
+class LoraLinear:
     """A frozen linear layer, dense or in 4 bits, with LoRA beside it or not."""
 
     base: nn.Module
-    lora: Lora | None
+    lora: LoraWeights | None
 
     @classmethod
-    def of(cls, module: Any) -> "Projection":
+    def of(cls, module: Any) -> "LoraLinear":
         if not hasattr(module, "lora_A"):
             return cls(module, None)
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        return cls(module.get_base_layer(), Lora(a, b, module.scaling["default"]))
+        return cls(module.get_base_layer(), LoraWeights(a, b, module.scaling["default"]))
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in], unpacked for this one use where it is kept in 4 bits."""
@@ -46,16 +46,16 @@ class Projection:
         return dense.to(dtype)
 
 
-class Fan:
+class FusedLoraLinear:
     """Projections of one input [tokens, in]. Their LoRA down-projections are one product, and under dropout they see
     one input with the same features missing."""
 
     def __init__(self, *modules: Any) -> None:
-        self._projections = [Projection.of(module) for module in modules]
+        self._projections = [LoraLinear.of(module) for module in modules]
         self._loras = [p.lora for p in self._projections if p.lora is not None]
-        self._ranks = [lora.a.shape[0] for lora in self._loras]
+        self._ranks = [lora.lora_A.shape[0] for lora in self._loras]
         self._width = int(modules[0].in_features)
-        self.parameters = [parameter for lora in self._loras for parameter in (lora.a, lora.b)]
+        self.parameters = [parameter for lora in self._loras for parameter in (lora.lora_A, lora.lora_B)]
         self.dropout = max((_dropout_of(module) for module in modules), default=0.0)
 
     def forward(self, x: torch.Tensor, kept: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -63,14 +63,14 @@ class Fan:
 
         `kept`: bool [tokens, in], the features that LoRA sees; empty when it sees all of them.
         """
-        down = self._seen(x, kept) @ self._downs(x.dtype).t() if self._loras else x.new_empty(x.shape[0], 0)
+        down = self._drop(x, kept) @ self._stacked_lora_A(x.dtype).t() if self._loras else x.new_empty(x.shape[0], 0)
         parts = iter(torch.split(down, self._ranks, 1))
         outputs = []
         for projection in self._projections:
             bias: Any = projection.base.bias
             output = functional.linear(x, projection.weight(x.dtype), bias)
             if (lora := projection.lora) is not None:
-                output.addmm_(next(parts), lora.b.to(x.dtype).t(), alpha=lora.scale)
+                output.addmm_(next(parts), lora.lora_B.to(x.dtype).t(), alpha=lora.scale)
             outputs.append(output)
         return outputs, down
 
@@ -83,8 +83,8 @@ class Fan:
         adapted = [grad for grad, p in zip(grads, self._projections, strict=True) if p.lora is not None]
         parts = torch.split(down, self._ranks, 1)
         ups = [(g.t() @ part).mul_(lo.scale) for g, part, lo in zip(adapted, parts, self._loras, strict=True)]
-        d_down = torch.cat([(g @ lo.b).mul_(lo.scale) for g, lo in zip(adapted, self._loras, strict=True)], 1)
-        downs = torch.split(d_down.t() @ self._seen(x, kept), self._ranks)
+        d_down = torch.cat([(g @ lo.lora_B).mul_(lo.scale) for g, lo in zip(adapted, self._loras, strict=True)], 1)
+        downs = torch.split(d_down.t() @ self._drop(x, kept), self._ranks)
         return [gradient for pair in zip(downs, ups, strict=True) for gradient in pair], d_down
 
     def input_gradient(self, grads: Sequence[torch.Tensor], d_down: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -96,10 +96,10 @@ class Fan:
         if not self._loras:
             return total
         if not kept.numel():
-            return total.addmm_(d_down, self._downs(d_down.dtype))
-        return total.add_(self._seen(d_down @ self._downs(d_down.dtype), kept))
+            return total.addmm_(d_down, self._stacked_lora_A(d_down.dtype))
+        return total.add_(self._drop(d_down @ self._stacked_lora_A(d_down.dtype), kept))
 
-    def draw(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def draw_dropout_mask(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """What `kept` is for an input with as many tokens as `x`."""
         if not self.dropout:
             return x.new_empty(0, dtype=torch.bool)
@@ -111,11 +111,11 @@ class Fan:
         threshold = round(self.dropout * 2**16) - 2**15
         return (draws.view(torch.int16)[:count] >= threshold).view(x.shape[0], self._width)
 
-    def _seen(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def _drop(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         return (x * kept).mul_(1 / (1 - self.dropout)) if kept.numel() else x
 
-    def _downs(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([lora.a.detach() for lora in self._loras]).to(dtype)
+    def _stacked_lora_A(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([lora.lora_A.detach() for lora in self._loras]).to(dtype)
 
 
 def _dropout_of(module: Any) -> float:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.training.masters import MasterWeights
+from worker.training.master_weights import MasterWeights
 
 NAME = "default"
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class RankBudget:
+class AdaLoraAllocator:
     """Over a PEFT model of type adalora."""
 
     def __init__(self, model: Any, masters: MasterWeights) -> None:
@@ -64,8 +64,8 @@ class RankBudget:
                 getattr(self._tuner.rankallocator, which)[name] = value.to(device)
 
 
-def rank_budget(module: nn.Module, masters: MasterWeights) -> RankBudget | None:
+def adalora_allocator(module: nn.Module, masters: MasterWeights) -> AdaLoraAllocator | None:
     """The budget of a module that has one."""
     untyped: Any = module
     tuner = getattr(untyped, "base_model", None)
-    return RankBudget(untyped, masters) if hasattr(tuner, "rankallocator") else None
+    return AdaLoraAllocator(untyped, masters) if hasattr(tuner, "rankallocator") else None

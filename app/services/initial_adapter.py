@@ -4,16 +4,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from app.db.tables import BaseModelRow
-from app.domain.approaches import AdapterSpec, LoraAdapter
 from app.domain.architectures import Architecture
 from app.domain.errors import InvalidError, NotFoundError, Problem
 from app.domain.specs import TrainSpec
+from app.domain.tuning_methods import AdapterSpec, LoraAdapter
 from app.services.adapters import Adapters
 
 PLACE = ("adapter", "pretrained_adapter_weights")
 
 
-def pin_start(
+def pin_initial_adapter(
     spec: TrainSpec, base: BaseModelRow, sizes: Architecture | None, adapters: Adapters
 ) -> tuple[TrainSpec, str | None]:
     """(the spec, which names the adapter that it starts from by its id; that adapter's digest), or the spec as it is.

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from app.domain.approaches import AdaloraAdapter, AdapterSpec, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter
+from app.domain.tuning_methods import AdaloraAdapter, AdapterSpec, AdaptionPromptAdapter, Ia3Adapter, LoraAdapter
 from worker.training.errors import TrainingError
 
 CHANGES_THE_BASE = ("pissa", "olora")
@@ -34,7 +34,7 @@ WARM_SHARE, SETTLED_SHARE = 10, 3
 
 
 @dataclass(frozen=True, slots=True)
-class Approach:
+class TuningMethod:
     """`module`: the whole of it; what requires a gradient is trained. `initial`: parameters by name as they began,
     where the base's weights lost what they stand for."""
 
@@ -46,13 +46,13 @@ class Approach:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
-def approach_of(model: PreTrainedModel, adapter: AdapterSpec | None, updates: int) -> Approach:
+def apply_tuning_method(model: PreTrainedModel, adapter: AdapterSpec | None, updates: int) -> TuningMethod:
     """`model` with everything frozen but what `adapter` trains, drawn from the global seed; None trains all of it.
 
     Raises TrainingError where the adapter does not fit the model.
     """
     if adapter is None:
-        return Approach(model.requires_grad_(True))
+        return TuningMethod(model.requires_grad_(True))
     model.requires_grad_(False)
     _check_targets(model, adapter)
     with warnings.catch_warnings():
@@ -64,14 +64,14 @@ def approach_of(model: PreTrainedModel, adapter: AdapterSpec | None, updates: in
             message = f"an adapter of type {adapter.type} does not go into this base model: {error}"
             raise TrainingError("adapter_does_not_fit", message, "use {type: lora}") from error
     changed = isinstance(adapter, LoraAdapter) and adapter.init_lora_weights in CHANGES_THE_BASE
-    approach = Approach(adapted)
-    initial = {name: p.detach().clone() for name, p in approach.parameters().items()} if changed else {}
-    return Approach(adapted, initial)
+    method = TuningMethod(adapted)
+    initial = {name: p.detach().clone() for name, p in method.parameters().items()} if changed else {}
+    return TuningMethod(adapted, initial)
 
 
-def fill(approach: Approach, directory: Path) -> None:
+def fill(method: TuningMethod, directory: Path) -> None:
     """Give a fresh adapter the weights of the one in `directory`. Raises TrainingError where they do not fit."""
-    module: Any = approach.module
+    module: Any = method.module
     weights = load_file(directory / "adapter_model.safetensors")
     wanted = get_peft_model_state_dict(module, save_embedding_layers=False)
     other = {name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape}

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.approaches`: every approach of a spec, trained on the real small model and served.
+"""`python -m benchmarks.tuning_methods`: every method of a spec, trained on the real small model and served.
 
     --updates N --rows N    updates, and rows an update
     --only NAME …           some of them
 
 One line each: the loss on rows that were held out before and after, and how far the engine's logits behind 20 prompts
 are from the training process's own. In float32, where rounding hides nothing. Writes
-`benchmarks/results/approaches.json`.
+`benchmarks/results/tuning_methods.json`.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from app.domain.approaches import servable_by, shares_its_base
 from app.domain.attempts import EncodedRow, TrainOrder
 from app.domain.specs import TrainSpec
+from app.domain.tuning_methods import servable_by, shares_its_base
 from benchmarks.encoded import Scale, Work, prepare
 from benchmarks.machine import ROOT, head
 from worker.inference.cache.kv_cache import KVCache
@@ -33,9 +33,9 @@ from worker.training import model, recipe
 from worker.training.batches import collate
 from worker.training.channel import Channel
 from worker.training.evaluation import HeldOut
-from worker.training.model import Trainee
+from worker.training.model import TrainableModel
 
-RESULTS = ROOT / "benchmarks" / "results" / "approaches.json"
+RESULTS = ROOT / "benchmarks" / "results" / "tuning_methods.json"
 PROMPTS = 20
 HELD_OUT = 40
 CPU = torch.device("cpu")
@@ -68,8 +68,8 @@ def measure(name: str, work: Work, directory: Path) -> dict[str, Any]:
     order = work.order(directory).model_copy(update={"spec": spec})
     held = work.every[work.schedule.rows :][:HELD_OUT]
     began = time.perf_counter()
-    trainee, before, events = _train(order, held)
-    after = _loss(trainee, held, order)
+    trainable, before, events = _train(order, held)
+    after = _loss(trainable, held, order)
     prompts = [list(row.ids[: row.trained[0][0]]) for row in held[:PROMPTS]]
     ranks: dict[str, int] = next(
         (event["data"] for event in events if event.get("message") == "ranks that are left"), {}
@@ -78,7 +78,7 @@ def measure(name: str, work: Work, directory: Path) -> dict[str, Any]:
         "updates": order.schedule.updates,
         "held_out_loss": [round(before, 4), round(after, 4)],
         "fell_by": round(1 - after / before, 4),
-        "largest_difference_of_a_logit": _difference(trainee, order, prompts),
+        "largest_difference_of_a_logit": _difference(trainable, order, prompts),
         "served_by": servable_by(spec.adapter),
         "published_bytes": sum(path.stat().st_size for path in (directory / "adapter").iterdir()),
         "ranks": sorted(set(ranks.values())),
@@ -86,31 +86,31 @@ def measure(name: str, work: Work, directory: Path) -> dict[str, Any]:
     }
 
 
-def _train(order: TrainOrder, held: list[EncodedRow]) -> tuple[Trainee, float, list[dict[str, Any]]]:
-    seen: list[tuple[Trainee, float]] = []
+def _train(order: TrainOrder, held: list[EncodedRow]) -> tuple[TrainableModel, float, list[dict[str, Any]]]:
+    seen: list[tuple[TrainableModel, float]] = []
 
-    def load(*given: Any) -> Trainee:
-        trainee = model.load_trainee(*given)
-        seen.append((trainee, _loss(trainee, held, order)))
-        return trainee
+    def load(*given: Any) -> TrainableModel:
+        trainable = model.load_trainable_model(*given)
+        seen.append((trainable, _loss(trainable, held, order)))
+        return trainable
 
     untyped: Any = recipe
-    untyped.load_trainee, untyped.precision_here = load, lambda *_: FP32
+    untyped.load_trainable_model, untyped.precision_here = load, lambda *_: FP32
     out = io.BytesIO()
     recipe.train(order, Channel(out, io.BytesIO()))
     return *seen[0], [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def _loss(trainee: Trainee, held: list[EncodedRow], order: TrainOrder) -> float:
-    found = HeldOut(held, None, order.schedule.max_tokens).evaluate(trainee, CPU)
+def _loss(trainable: TrainableModel, held: list[EncodedRow], order: TrainOrder) -> float:
+    found = HeldOut(held, None, order.schedule.max_tokens).evaluate(trainable, CPU)
     assert found is not None
     return found.loss
 
 
-def _difference(trainee: Trainee, order: TrainOrder, prompts: list[list[int]]) -> float:
+def _difference(trainable: TrainableModel, order: TrainOrder, prompts: list[list[int]]) -> float:
     models = LoadedModels(EngineSettings(device="cpu", dtype="float32"))
     base = models.load(served(order), [])
-    trainee.approach.module.eval()
+    trainable.method.module.eval()
     worst = 0.0
     for prompt in prompts:
         store = KVCache(base.layers)
@@ -118,7 +118,7 @@ def _difference(trainee: Trainee, order: TrainOrder, prompts: list[list[int]]) -
         theirs = store.prefill(models.forward([served(order)]), 0, prompt, 0)
         with torch.no_grad():
             batch = collate([EncodedRow(line=1, ids=tuple(prompt), trained=())])
-            mine = trainee.head(trainee.hidden(batch)[-1:])[0]
+            mine = trainable.head(trainable.hidden(batch)[-1:])[0]
         worst = max(worst, float((theirs - mine).abs().max()))
     return round(worst, 6)
 
@@ -145,15 +145,15 @@ def main() -> None:
     asked = given.parse_args()
     cache = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
     lines: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="veritune-approaches-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="veritune-tuning methods-") as temporary:
         scale = Scale(updates=asked.updates, rows=120, effective=asked.rows)
         work = prepare(ROOT / "examples" / "train.jsonl", cache, Path(temporary), scale)
         for name in asked.only:
             lines[name] = measure(name, work, Path(temporary) / name)
             print(name, json.dumps(lines[name]), flush=True)
     if set(lines) == set(APPROACHES):
-        found = head("veritune approaches benchmark", "benchmarks.approaches")
-        RESULTS.write_text(json.dumps(found | {"approaches": lines}, indent=1) + "\n", encoding="utf-8")
+        found = head("veritune tuning methods benchmark", "benchmarks.tuning_methods")
+        RESULTS.write_text(json.dumps(found | {"tuning methods": lines}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.domain.architectures import KNOWN
-from benchmarks.shape_only import kernels_of_a_gpu, rows_of, shapes_of, stock_form
+from benchmarks.shape_only import kernels_of_a_gpu, rows_of, shapes_of, transformers_forward
 from tests.training.test_shapes import ADAPTERS
 from worker.precision import Precision, precision_for
 from worker.processor import Cpu
-from worker.training.approaches import Approach
-from worker.training.llama import llama_backbone
-from worker.training.masters import MasterWeights
-from worker.training.model import Trainee
+from worker.training.llama_forward import build_training_forward
+from worker.training.master_weights import MasterWeights
+from worker.training.model import TrainableModel
+from worker.training.tuning_methods import TuningMethod
 from worker.training.updates import micro_step
 
 META = torch.device("meta")
@@ -73,13 +73,13 @@ def test_products_have_the_cards_own_format_and_nothing_waits_for_it(
 def asked_of(precision: Precision, adapter: str, *, recompute: bool) -> Asked:
     """What two micro-steps over 4-bit weights ask of a device."""
     adapted, model = shapes_of(SIZES, ADAPTERS[adapter][1](), packed=True, compute=precision.compute)
-    fast = llama_backbone(adapted, model.base_model, recompute=recompute)
+    fast = build_training_forward(adapted, model.base_model, recompute=recompute)
     assert (fast is None) == (adapter in ("dora", "adalora"))
-    hidden = fast or stock_form(model, recompute=recompute)
-    trainee = Trainee(Approach(adapted), model.base_model, hidden, model.lm_head, SIZES.vocabulary)
-    masters = MasterWeights(trainee.approach.parameters(), precision.compute)
+    hidden = fast or transformers_forward(model, recompute=recompute)
+    trainable = TrainableModel(TuningMethod(adapted), model.base_model, hidden, model.lm_head, SIZES.vocabulary)
+    masters = MasterWeights(trainable.method.parameters(), precision.compute)
     weight, seen = torch.ones((), device=META), Asked()
     with kernels_of_a_gpu(), seen:
         for _ in range(2):
-            micro_step(trainee, masters, rows_of(512, 128, 0.33), weight)
+            micro_step(trainable, masters, rows_of(512, 128, 0.33), weight)
     return seen
