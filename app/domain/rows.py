@@ -7,11 +7,13 @@ in NFC; only a fold over a newline is worth a finding. What shape held the steps
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pydantic import ValidationError
 
+from app.domain.chat import ChatClaim
 from app.domain.claims import Verdict, check_claim, fold, read_verdict
 from app.domain.datasets import Columns, Finding, SourceRow
 from app.domain.evidence import read_evidence
@@ -57,21 +59,36 @@ def read_row(row: SourceRow, columns: Columns) -> RowReading:
 # --- claim, label, evidence ----------------------------------------------------------------
 
 
-def _claim(given: object, written: str | None, name: str, notes: Notes) -> str:
-    if written is not None and given is not None and not isinstance(given, str):
+def _claim(given: object, chat: ChatClaim, name: str, notes: Notes) -> str:
+    in_chat = chat.text is not None or chat.doubt is not None
+    if in_chat and given is not None and not isinstance(given, str):
         notes.add("claim_column_unread", f"{name!r} holds no text; the claim is taken from the messages")
         given = None
-    claim = given if given is not None and given != "" else written
+    claim = given if given is not None and given != "" else _chat_claim(chat, notes)
     if claim is None or (isinstance(claim, str) and not claim.strip()):
         raise RefusedError("missing_claim", f"the row has no claim in {name!r}; fill it or drop the row")
     if not isinstance(claim, str):
         raise RefusedError("bad_claim", f"{name!r} holds no text; a claim is one sentence")
     allow(claim, "the claim")
     _note_fold(claim, "the claim", notes)
+    if claim is given:
+        _note_other_claims([named for named in chat.named if fold(named) != fold(claim)], notes)
     try:
         return check_claim(claim)
     except ValueError as error:
         raise RefusedError("bad_claim", str(error)) from None
+
+
+def _chat_claim(chat: ChatClaim, notes: Notes) -> str | None:
+    if chat.doubt:
+        raise RefusedError("ambiguous_claim", chat.doubt)
+    _note_other_claims(chat.passed_over, notes)
+    return chat.text
+
+
+def _note_other_claims(passed_over: Sequence[str], notes: Notes) -> None:
+    if passed_over:
+        notes.add("claim_passed_over", f"{fold(passed_over[0])[:60]!r} in the messages is not read as the claim")
 
 
 def _label(value: object, name: str, notes: Notes) -> Verdict | None:

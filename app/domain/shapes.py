@@ -6,16 +6,18 @@ in `app.domain.rows`.
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from app.domain.chat import INSTRUCTING, ChatClaim, Message, find_claim, names_claim_first
 from app.domain.claims import STEP_MARKER, forbidden_character
 from app.domain.datasets import Columns, Finding, SourceRow, finding
+from app.domain.markers import number_markers, observation_text, remove_markup
 from app.domain.react import RawStep, parse
 
 STEP_KEYS = ("thought", "action", "observation")
 
 _FORBIDDEN = re.compile("[\0\ud800-\udfff]")
-_CLAIM = re.compile(r"\bClaim:[^\S\n]*(\S.*)")
 
 
 class RefusedError(Exception):
@@ -42,7 +44,7 @@ class Notes:
 class Written:
     """A row's trajectory before anything about it is believed."""
 
-    claim: str | None
+    claim: ChatClaim
     preamble: str
     steps: list[RawStep]
 
@@ -69,10 +71,10 @@ def find_source(row: SourceRow, columns: Columns) -> tuple[str, object]:
 def read_shape(value: object, source: str, notes: Notes) -> Written:
     """The steps as raw text. Raises RefusedError for what has none of the three shapes."""
     if isinstance(value, str):
-        return _from_text(value, f"the column {source!r}")
+        return _from_text(value, f"the column {source!r}", notes)
     if isinstance(value, list):
         chat = source == "messages" or all(isinstance(item, dict) and "role" in item for item in value)
-        return _from_messages(value) if value and chat else Written(None, "", _from_steps(value, notes))
+        return _from_messages(value, notes) if value and chat else Written(ChatClaim(), "", _from_steps(value, notes))
     if not source:
         raise RefusedError(
             "missing_trajectory", "the row has no trajectory; fill `trajectories`, `steps` or `messages`"
@@ -80,12 +82,12 @@ def read_shape(value: object, source: str, notes: Notes) -> Written:
     raise RefusedError("missing_trajectory", f"{source!r} holds neither a text nor a list of steps")
 
 
-def _from_text(text: str, where: str) -> Written:
+def _from_text(text: str, where: str, notes: Notes) -> Written:
     allow(text, where)
-    preamble, steps = parse(unicodedata.normalize("NFC", text))
+    preamble, steps = parse(_numbered(_plain(unicodedata.normalize("NFC", text), notes), notes))
     if not steps:
         raise RefusedError("no_steps", f"{where} holds no step; write `Thought 1: … Action 1: … Observation 1: …`")
-    return Written(None, preamble, steps)
+    return Written(ChatClaim(), preamble, steps)
 
 
 def _from_steps(items: list[object], notes: Notes) -> list[RawStep]:
@@ -122,29 +124,71 @@ def _action_text(action: object) -> object:
     return action
 
 
-def _from_messages(items: list[object]) -> Written:
+def _from_messages(items: list[object], notes: Notes) -> Written:
     """The assistant's texts joined; what answers an action is its observation unless it says so itself."""
-    claim: str | None = None
-    pieces: list[str] = []
-    for number, item in enumerate(items, start=1):
-        role, text = _message(item, number)
-        if role == "assistant":
-            pieces.append(text)
-        elif role != "system" and claim is None and not pieces:
-            found = _CLAIM.search(text)
-            claim = found.group(1) if found else text
-        elif role != "system" and pieces:
-            pieces.append(text if STEP_MARKER.match(text.strip()) else f"Observation {number}: {text}")
-    written = _from_text("\n".join(pieces), "the assistant's messages")
-    return Written(claim, written.preamble, written.steps)
+    messages = [_message(item, number) for number, item in enumerate(items, start=1)]
+    first = next((place for place, message in enumerate(messages) if message.role == "assistant"), len(messages))
+    written = _from_text("\n".join(_pieces(messages[first:], notes)), "the assistant's messages", notes)
+    return Written(find_claim(messages[:first]), written.preamble, written.steps)
 
 
-def _message(item: object, number: int) -> tuple[str, str]:
+def _pieces(messages: list[Message], notes: Notes) -> Iterator[str]:
+    """What each message from the first answer on adds to the trajectory's text."""
+    follows_observation = False
+    for message in messages:
+        allow(message.text, f"message {message.number}")
+        if message.role in INSTRUCTING:
+            notes.add("message_passed_over", f"message {message.number} ({message.role}) stands between steps")
+            continue
+        if message.role == "assistant":
+            yield _answer(message, follows_observation, notes)
+        else:
+            yield _observation(message, notes)
+        follows_observation = message.role != "assistant"
+
+
+def _answer(message: Message, follows_observation: bool, notes: Notes) -> str:
+    """An answer's steps. Text before them would become a part of the observation that it follows."""
+    text = _numbered(_plain(message.text, notes), notes)
+    if not follows_observation or not text.strip():
+        return text
+    marker = STEP_MARKER.search(text)
+    if marker is None:
+        notes.add("markers_numbered", f"message {message.number} names no step; it is read as a thought")
+        return f"Thought {message.number}: {text}"
+    if before := text[: marker.start()].strip():
+        notes.add("preamble_dropped", f"{before[:60]!r} stands before a step and is left out")
+    return text[marker.start() :]
+
+
+def _observation(message: Message, notes: Notes) -> str:
+    text = _plain(message.text, notes)
+    if message.role == "user" and names_claim_first(text):
+        said = f"message {message.number} names another claim behind the first answer; give it a row of its own"
+        raise RefusedError("ambiguous_claim", said)
+    return text if STEP_MARKER.match(text.strip()) else f"Observation {message.number}: {observation_text(text)}"
+
+
+def _plain(text: str, notes: Notes) -> str:
+    if (plain := remove_markup(text)) != text:
+        notes.add(
+            "markup_removed", "step markers stand in Markdown, such as `**Thought 1:**`; they are read without it"
+        )
+    return plain
+
+
+def _numbered(text: str, notes: Notes) -> str:
+    if (numbered := number_markers(text)) != text:
+        notes.add("markers_numbered", "`Thought:`, `Action:` and `Observation:` have no numbers; they are numbered")
+    return numbered
+
+
+def _message(item: object, number: int) -> Message:
     match item:
         case {"role": str(role), "content": str(content)}:
-            return role, content
+            return Message(number, role.strip().lower(), content)
         case {"role": str(role), "content": [*parts]}:
             texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
             if all(isinstance(text, str) for text in texts):
-                return role, "\n".join(str(text) for text in texts)
+                return Message(number, role.strip().lower(), "\n".join(str(text) for text in texts))
     raise RefusedError("bad_messages", f"message {number} needs a `role` and a text as `content`")

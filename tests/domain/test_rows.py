@@ -339,6 +339,124 @@ def test_a_chat_that_is_none_refuses_its_row(messages: list[tuple[str, object]],
     assert codes(chat(*messages)) == [code]
 
 
+ANSWER = ("assistant", GOOD)
+
+
+@pytest.mark.parametrize(
+    ("before", "findings"),
+    [
+        ([("developer", "Use Search and Finish."), ("user", f"Claim: {CLAIM}")], []),
+        ([("System", "Claim: what you get. Use Search."), ("user", f"Claim: {CLAIM}")], []),
+        ([("developer", "Use Search and Finish."), ("user", CLAIM)], []),
+        ([("system", f"Judge.\nClaim: {CLAIM}")], []),
+        ([("user", "Use Search and Finish."), ("user", f"Claim: {CLAIM}")], ["claim_passed_over"]),
+        ([("user", f"Claim: {CLAIM}"), ("user", "Be brief.")], ["claim_passed_over"]),
+        ([("user", f"An example.\nClaim: Bo sang.\nFinish[REFUTES]\nClaim: {CLAIM}")], ["claim_passed_over"]),
+        ([("user", "Claim: Bo sang."), ("user", f"Claim: {CLAIM}")], ["claim_passed_over"]),
+        ([("user", f"Claim: {CLAIM}"), ("user", f"Claim: {CLAIM}")], []),
+        ([("user", f"**Claim:** {CLAIM}")], []),
+        ([("user", f"**Claim**: {CLAIM}")], []),
+        ([("user", f"**Claim: {CLAIM}**")], []),
+        ([("user", f"### Claim:\n\n{CLAIM}\n\nBe brief.")], []),
+        ([("user", f"Claim: **{CLAIM}**")], []),
+        ([("user", f"__Claim:__ {CLAIM}")], []),
+        ([("user", f"claim: {CLAIM}\nJudge the claim: search first.")], []),
+        ([("user", f"CLAIM: {CLAIM}")], []),
+    ],
+)
+def test_the_claim_of_a_chat_is_the_last_that_a_user_names(
+    before: list[tuple[str, object]], findings: list[str]
+) -> None:
+    reading = chat(*before, ANSWER)
+    assert kept(reading).claim == CLAIM
+    assert codes(reading) == findings
+
+
+@pytest.mark.parametrize("claim", ["*Ada* wrote a *program*.", "Ada wrote 2 * 3.", "snake_case_ is _it_."])
+def test_markdown_within_a_claim_is_its_own(claim: str) -> None:
+    assert kept(chat(("user", f"**Claim:** {claim}"), ANSWER)).claim == claim
+    assert kept(chat(("user", f"Claim: {claim}"), ANSWER)).claim == claim
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([("user", "Use Search and Finish."), ("user", CLAIM), ANSWER], "messages 1 and 2"),
+        ([("system", "Claim: Bo sang."), ("user", CLAIM), ANSWER], "messages 1 and 2"),
+        ([("user", f"Claim: Bo sang. Finish[REFUTES]. Claim: {CLAIM}"), ANSWER], "one line names two claims"),
+        ([("user", CLAIM), ("assistant", SEEN), ("user", "**Claim:** Bo sang."), ANSWER], "message 3"),
+    ],
+)
+def test_two_claims_in_a_chat_refuse_its_row_and_name_both(messages: list[tuple[str, object]], said: str) -> None:
+    reading = chat(*messages)
+    assert codes(reading) == ["ambiguous_claim"]
+    assert said in reading.findings[0].message
+
+
+def test_the_claim_column_settles_which_claim_a_chat_is_about() -> None:
+    example = ("user", "Claim: Bo sang.")
+    assert codes(chat(("user", "Go."), ("user", "Now."), ANSWER, claim=CLAIM)) == []
+    assert codes(chat(example, ("user", f"Claim: {CLAIM}"), ANSWER, claim=CLAIM)) == ["claim_passed_over"]
+    assert kept(chat(example, ANSWER, claim=CLAIM)).claim == CLAIM
+    assert codes(chat(("user", "Go."), ("user", "Now."), ANSWER, claim=7)) == ["claim_column_unread", "ambiguous_claim"]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ["Thought: Look.\nAction: Search[Ada]", "Ada wrote it.", "Thought: Yes.\nAction: Finish[SUPPORTS]"],
+        ["Thought: Look. Action: Search[Ada]", "Observation: Ada wrote it.", "Thought: Yes. Action: Finish[SUPPORTS]"],
+        ["Thought:\nLook.\n\nAction:\nSearch[Ada]", "Observation:\nAda wrote it.", "Yes. Action: Finish[SUPPORTS]"],
+        [
+            "**Thought:** Look.\n**Action:** Search[Ada]",
+            "**Observation:** Ada wrote it.",
+            "Thought: Yes.\nAction: Finish[SUPPORTS]",
+        ],
+    ],
+)
+def test_turns_without_numbers_are_read(turns: list[str]) -> None:
+    roles = ("assistant", "tool", "assistant")
+    reading = chat(("user", CLAIM), *zip(roles, turns, strict=True))
+    assert kept(reading).steps[0] == kept(text(GOOD)).steps[0]
+    assert str(kept(reading).steps[-1].action) == "Finish[SUPPORTS]"
+    assert "markers_numbered" in codes(reading)
+
+
+def test_a_text_without_numbers_is_read() -> None:
+    written = "Thought: Look.\nAction: Search[Ada]\nObservation: Ada wrote it.\nThought: Yes.\nAction: Finish[SUPPORTS]"
+    for shape in (written, written.replace("\n", " ")):
+        assert kept(text(shape)) == kept(text(GOOD))
+        assert codes(text(shape)) == ["markers_numbered"]
+
+
+@pytest.mark.parametrize("marker", ["**Thought 1:**", "**Thought 1**:", "*Thought 1:*", "### Thought 1:"])
+def test_markdown_around_a_marker_is_no_part_of_a_step(marker: str) -> None:
+    written = GOOD.replace("Thought 1:", marker).replace("Thought 2:", "\n" + marker.replace("1", "2"))
+    reading = text(written)
+    assert kept(reading) == kept(text(GOOD))
+    assert codes(reading) == ["markup_removed"]
+
+
+def test_what_an_assistant_says_behind_an_observation_is_no_part_of_it() -> None:
+    opening = [("user", CLAIM), ("assistant", "Thought 1: Look.\nAction 1: Search[Ada]"), ("tool", "Ada wrote it.")]
+    ended = chat(*opening, ("assistant", "So it is."), label="SUPPORTS")
+    assert [step.observation for step in kept(ended).steps] == ["Ada wrote it.", None]
+    assert kept(ended).steps[-1].thought == "So it is."
+    opened = chat(*opening, ("assistant", "Well.\nThought 2: Yes.\nAction 2: Finish[SUPPORTS]"))
+    assert (kept(opened), codes(opened)) == (kept(text(GOOD)), ["preamble_dropped"])
+
+
+def test_a_system_message_between_steps_is_passed_over_and_said_to_be() -> None:
+    reading = chat(
+        ("user", CLAIM),
+        ("assistant", "Thought 1: Look.\nAction 1: Search[Ada]"),
+        ("tool", "Ada wrote it."),
+        ("developer", "Hurry."),
+        ("assistant", "Thought 2: Yes.\nAction 2: Finish[SUPPORTS]"),
+    )
+    assert (kept(reading), codes(reading)) == (kept(text(GOOD)), ["message_passed_over"])
+
+
 # --- anything at all -----------------------------------------------------------------------
 
 _JSON = st.recursive(
