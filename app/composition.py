@@ -84,7 +84,7 @@ class Services:
 
     @cached_property
     def jobs(self) -> Jobs:
-        return Jobs(self.database, self.plans, self.doorbell)
+        return Jobs(self.database, self.blobs, self.plans, self.doorbell)
 
     @cached_property
     def polls(self) -> JobPolls:

@@ -138,6 +138,12 @@ async def read(services: ServicesDep, job: Named) -> Job:
     return await services.polls.get(job)
 
 
+@router.delete("/{job}", status_code=204, summary="Delete a job that has ended", responses=problems(404, 409))
+def delete(services: ServicesDep, job: Named) -> None:
+    """Delete it with its events, metrics, checkpoints and artifacts; its name is free again. Its adapter stays."""
+    services.jobs.delete(job)
+
+
 @router.post("/{job}/pause", summary="Pause a job behind a checkpoint", responses=problems(404, 409))
 def pause(services: ServicesDep, job: Waiting) -> Job:
     """At once when it waits; when it runs, it writes a checkpoint first and leaves the device."""

@@ -170,3 +170,11 @@ def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Pa
 def read(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> Prediction:
     """Stored when asked with `store: true`, and named when asked with a `name` besides."""
     return services.stored_predictions.get(prediction)
+
+
+@router.delete(
+    "/predictions/{prediction}", status_code=204, summary="Delete a stored prediction", responses=problems(404)
+)
+def delete(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> None:
+    """Forget it; its name is free again."""
+    services.stored_predictions.delete(prediction)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from app.cli.client import client_of, get, ok
-from app.cli.demo_state import DEMO, SPEC, leave_paused, store_prediction, upload
+from app.cli.demo_state import DEMO, demo_spec, leave_paused, store_prediction, upload
 from app.cli.errors import CommandError
 from app.settings import Settings
 
@@ -118,8 +118,7 @@ def _status(client: httpx.Client) -> int | None:
 
 
 def _train(client: httpx.Client, console: Console, train: Path) -> dict[str, Any]:
-    first = client.get(f"/jobs/{DEMO}").status_code == httpx.codes.NOT_FOUND
-    job = ok(client.post("/jobs", json=SPEC | ({"name": DEMO} if first else {})))
+    job = ok(client.post("/jobs", json=demo_spec(client)))
     leave_paused(client, train)
     plan = job["plan"]
     console.print(

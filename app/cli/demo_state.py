@@ -31,6 +31,12 @@ def upload(client: httpx.Client, route: str, name: str, filename: str, content: 
     return ok(client.post(route, files={"file": (filename, content)}, data={"name": name}))
 
 
+def demo_spec(client: httpx.Client) -> dict[str, Any]:
+    """The spec of the demo's job, with the name `demo` where no job and no adapter has it yet."""
+    taken = any(client.get(f"/{resource}/{DEMO}").is_success for resource in ("jobs", "adapters"))
+    return SPEC if taken else SPEC | {"name": DEMO}
+
+
 def leave_paused(client: httpx.Client, train: Path) -> dict[str, Any]:
     """The job `demo-later`, for pause, resume and cancel. Asked for while the trainer is busy, it never trains."""
     known = client.get(f"/jobs/{LATER}")

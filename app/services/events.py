@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from app.db import Database
-from app.domain.errors import UnavailableError
+from app.domain.errors import NotFoundError, UnavailableError
 from app.domain.jobs import TERMINAL, Event
 from app.services.jobs import Jobs
 
@@ -24,7 +24,7 @@ class EventFeed:
         self._poller: asyncio.Task[None] | None = None
 
     async def follow(self, reference: str, after: int) -> AsyncIterator[Event | None]:
-        """Events behind number `after` as they come; ends behind the last event of a finished job.
+        """Events behind number `after` as they come. Ends with the last event of a finished job, or when it is deleted.
 
         None stands for a while in which nothing happened: listeners may tell their clients that they are still there.
         """
@@ -48,6 +48,8 @@ class EventFeed:
                         yield event
                 if over:
                     return
+        except NotFoundError:  # the job was deleted
+            return
         finally:
             self._followed[job.id].remove(news)
             if not self._followed[job.id]:
@@ -62,7 +64,7 @@ class EventFeed:
             self._poller = asyncio.create_task(self._poll())
 
     async def _poll(self) -> None:
-        seen: dict[str, int] = {}
+        seen: dict[str, int | None] = {}
         while self._followed:
             try:
                 latest = await asyncio.to_thread(self._latest, list(self._followed))
@@ -75,9 +77,10 @@ class EventFeed:
                         news.set()
             await asyncio.sleep(PERIOD)
 
-    def _latest(self, job_ids: list[str]) -> dict[str, int]:
+    def _latest(self, job_ids: list[str]) -> dict[str, int | None]:
+        """Job id → the number of its newest event; None for a job that was deleted."""
         with self._database.read() as unit:
-            return unit.jobs.latest_events(job_ids)
+            return dict.fromkeys(job_ids) | unit.jobs.latest_events(job_ids)
 
 
 async def _within(news: asyncio.Event, seconds: float) -> bool:

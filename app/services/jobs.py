@@ -13,13 +13,14 @@ from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
 from app.domain.errors import ConflictError, InvalidError, Loc, NotFoundError, Problem
 from app.domain.identity import new_id
-from app.domain.jobs import WISHES, Checkpoint, Event, Job, JobError, JobStatus, Metric, Progress, Wish
+from app.domain.jobs import TERMINAL, WISHES, Checkpoint, Event, Job, JobError, JobStatus, Metric, Progress, Wish
 from app.domain.plans import Plan
 from app.domain.remedies import Change
 from app.domain.specs import JobKind, TrainSpec
 from app.queue import Doorbell
 from app.services.naming import check_name
 from app.services.plans import Plans, Prepared
+from app.storage import Blobs
 
 _TOLD = {
     JobStatus.CANCELLED: "cancelled before it ran",
@@ -40,8 +41,9 @@ READ_ONCE = 256
 
 
 class Jobs:
-    def __init__(self, database: Database, plans: Plans, doorbell: Doorbell) -> None:
+    def __init__(self, database: Database, blobs: Blobs, plans: Plans, doorbell: Doorbell) -> None:
         self._database = database
+        self._blobs = blobs
         self._plans = plans
         self._doorbell = doorbell
 
@@ -120,6 +122,22 @@ class Jobs:
         if following is JobStatus.QUEUED:
             self._doorbell.ring(row.id, JobKind(row.kind))
         return self.get(row.id)
+
+    def delete(self, reference: str) -> None:
+        """Delete a job that has ended, with its events, metrics, checkpoints and artifacts. Its adapter stays.
+
+        Raises ConflictError for a job that has not ended.
+        """
+        with self._database.write() as unit:
+            row = _found(unit, reference)
+            if row.status not in TERMINAL:
+                raise ConflictError(
+                    f"{row.id} is {row.status}; only a job that has ended can be deleted: cancel it first, or wait",
+                    code="wrong_state",
+                )
+            unreferenced = unit.blob_references.unreferenced(unit.jobs.delete(row))
+        for digest in unreferenced:
+            self._blobs.delete(digest)
 
     def events(self, reference: str, after: int, limit: int) -> tuple[list[Event], bool]:
         """Events behind number `after`, oldest first, and whether more follow."""

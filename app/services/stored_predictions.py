@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy.exc import IntegrityError
 
-from app.db import Database
+from app.db import Database, Unit
 from app.db.tables import PredictionRow
 from app.domain.errors import ConflictError, NotFoundError, Problem
 from app.domain.predictions import Prediction
@@ -19,13 +19,11 @@ class StoredPredictions:
 
     def get(self, reference: str) -> Prediction:
         with self._database.read() as unit:
-            row = unit.predictions.find(reference)
-        if row is None:
-            raise NotFoundError(
-                f"there is no stored prediction {reference!r}; GET /predictions lists them, and store: true keeps one",
-                code="unknown_prediction",
-            )
-        return _view(row)
+            return _view(_found(unit, reference))
+
+    def delete(self, reference: str) -> None:
+        with self._database.write() as unit:
+            unit.predictions.delete(_found(unit, reference))
 
     def page(self, after: str | None, limit: int) -> tuple[list[Prediction], bool]:
         with self._database.read() as unit:
@@ -53,6 +51,16 @@ class StoredPredictions:
                 unit.predictions.add(row)
         except IntegrityError:  # taken while the model ran
             raise _taken(prediction.name) from None
+
+
+def _found(unit: Unit, reference: str) -> PredictionRow:
+    row = unit.predictions.find(reference)
+    if row is None:
+        raise NotFoundError(
+            f"there is no stored prediction {reference!r}; GET /predictions lists them, and store: true keeps one",
+            code="unknown_prediction",
+        )
+    return row
 
 
 def _taken(name: str | None) -> ConflictError:

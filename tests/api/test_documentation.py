@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from app.cli.client import get, ok
-from app.cli.demo_state import DEMO, LATER, LATER_ROWS, SPEC, leave_paused, store_prediction, upload
+from app.cli.demo_state import DEMO, LATER, LATER_ROWS, SPEC, demo_spec, leave_paused, store_prediction, upload
 from app.composition import Services, compose
 from app.db.migrating import migrate
 from app.domain.base_models import BaseModelDescription
@@ -218,9 +218,17 @@ def test_every_path_runs_with_its_examples(demo: httpx.Client) -> None:
     assert len(found) > 25
 
 
+def test_a_demo_is_repeated_after_its_job_was_deleted(demo: httpx.Client) -> None:
+    """The adapter has the job's name still, so the next job gets another one."""
+    assert demo.delete(f"/jobs/{DEMO}").status_code == 204
+    assert ok(demo.post("/jobs", json=demo_spec(demo)))["name"] != DEMO
+    assert demo.delete(f"/adapters/{DEMO}").status_code == 204
+    assert ok(demo.post("/jobs", json=demo_spec(demo)))["name"] == DEMO
+
+
 def test_nothing_that_the_demo_leaves_keeps_the_rest_from_being_deleted(demo: httpx.Client) -> None:
     found = [one for one in operations(demo.get("/openapi.json").json()) if one[0] == "delete"]
-    assert [tried_out(demo, one).status_code for one in found] == [204] * 3
+    assert [tried_out(demo, one).status_code for one in found] == [204] * 5
 
 
 def test_the_job_of_the_examples_never_trained_and_waits(demo: httpx.Client) -> None:

@@ -132,6 +132,20 @@ def test_a_wish_for_an_unknown_job(door: TestClient, wish: str) -> None:
     problem(door.post(f"/jobs/job_nowhere/{wish}"), 404, "unknown_job")
 
 
+def test_a_job_is_deleted_once_it_has_ended(client: TestClient, dataset: str) -> None:
+    spec = {"dataset": dataset, "name": "first"}
+    job = client.post("/jobs", json=spec).json()["id"]
+    assert "cancel it first" in problem(client.delete("/jobs/first"), 409, "wrong_state")["detail"]
+    client.post("/jobs/first/cancel")
+    problem(client.post("/jobs", json=spec), 409, "name_taken")
+    deleted = client.delete(f"/jobs/{job}")
+    assert (deleted.status_code, deleted.content) == (204, b"")
+    for path in ("", "/events", "/metrics", "/checkpoints", "/artifacts"):
+        problem(client.get(f"/jobs/first{path}"), 404, "unknown_job")
+    problem(client.delete("/jobs/first"), 404, "unknown_job")
+    assert client.post("/jobs", json=spec).status_code == 201
+
+
 # Bad specs.
 
 

@@ -109,6 +109,16 @@ def test_a_taken_name_is_refused_before_the_model_is_asked(
     assert len(served.generator.requests) == before
 
 
+def test_a_stored_prediction_is_deleted_and_its_name_is_free_again(client: TestClient, corpus: str) -> None:
+    ask = {"claim": RHINE, "store": True, "name": "first"}
+    stored = client.post("/predict", json=ask).json()["id"]
+    problem(client.post("/predict", json=ask), 409, "name_taken")
+    assert client.delete("/predictions/first").status_code == 204
+    problem(client.get(f"/predictions/{stored}"), 404, "unknown_prediction")
+    problem(client.delete("/predictions/first"), 404, "unknown_prediction")
+    assert client.post("/predict", json=ask).status_code == 200
+
+
 def test_stored_predictions_are_paged_newest_first(client: TestClient, corpus: str) -> None:
     made = [
         client.post("/predict", json={"claim": RHINE, "store": store}).json() for store in (True, False, True, True)

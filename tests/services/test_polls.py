@@ -100,7 +100,7 @@ def test_one_who_went_away_keeps_nobody_waiting(services: Services, jobs: list[J
 def test_a_database_that_is_away_is_told_to_all_and_each_time(services: Services, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     away = Database(f"sqlite:///{tmp_path / 'folder'}")
-    polls = JobPolls(Jobs(away, services.plans, services.doorbell))
+    polls = JobPolls(Jobs(away, services.blobs, services.plans, services.doorbell))
 
     async def ask() -> list[Job | BaseException]:
         answers: list[Job | BaseException] = []

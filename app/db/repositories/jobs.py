@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 from app.db.base import clock
 from app.db.repositories.paging import behind
 from app.db.repositories.rows import first, put
-from app.db.tables import CheckpointRow, EventRow, JobRow, MetricRow
+from app.db.tables import AdapterRow, ArtifactRow, CheckpointRow, EventRow, JobRow, MetricRow
 from app.domain.errors import LeaseLostError
 from app.domain.jobs import LEASED, MAX_ATTEMPTS, TERMINAL, JobStatus, Lease
 
@@ -84,6 +84,21 @@ class Jobs:
             values["finished_at"] = datetime.now(UTC)
         changed = update(JobRow).where(JobRow.id == job_id, JobRow.status == before.value).values(**values)
         return _count(self._session.execute(changed)) == 1
+
+    def delete(self, row: JobRow) -> set[str]:
+        """Delete a job with all that belongs to it; the blobs to which its checkpoints and artifacts referred.
+
+        Its adapter stays, and no longer refers to it.
+        """
+        files = delete(CheckpointRow).where(CheckpointRow.job_id == row.id).returning(CheckpointRow.files)
+        artifacts = delete(ArtifactRow).where(ArtifactRow.job_id == row.id).returning(ArtifactRow.digest)
+        blobs = {digest for names in self._session.scalars(files) for digest in names.values()}
+        blobs |= set(self._session.scalars(artifacts))
+        self._session.execute(delete(EventRow).where(EventRow.job_id == row.id))
+        self._session.execute(delete(MetricRow).where(MetricRow.job_id == row.id))
+        self._session.execute(update(AdapterRow).where(AdapterRow.job_id == row.id).values(job_id=None))
+        self._session.execute(delete(JobRow).where(JobRow.id == row.id))
+        return blobs
 
     # What attempts do.
 

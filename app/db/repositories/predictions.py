@@ -21,5 +21,8 @@ class Predictions:
         wanted = select(PredictionRow).where(or_(PredictionRow.id == reference, PredictionRow.name == reference))
         return first(self._session, wanted)
 
+    def delete(self, row: PredictionRow) -> None:
+        self._session.delete(row)
+
     def page(self, after: str | None, limit: int) -> tuple[list[PredictionRow], bool]:
         return newest(self._session, PredictionRow, PredictionRow.id, after, limit)
