@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict
 from app.domain.claims import Verdict
 from app.domain.corpora import Page
 from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory
-from app.knowledge.base import Reading
+from app.knowledge.base import KnowledgeExplorer
 from app.knowledge.memory import MemoryKnowledge
 
 HERE = Path(__file__).parent
@@ -219,7 +219,7 @@ class Writer:
         return as_row(trajectory)
 
     def _reading(self, trio: Trio, episode: str, page: SourcePage, asked: str) -> list[Step]:
-        reading = Reading(self._source)
+        reading = KnowledgeExplorer(self._source)
         steps = [self._search(reading, self._think("opening", name=asked), asked)]
         if episode == "miss":
             title = page.page.title
@@ -232,7 +232,7 @@ class Writer:
             steps.append(Step(thought=thought, action=action, observation=seen))
         return steps
 
-    def _search(self, reading: Reading, thought: str, argument: str) -> Step:
+    def _search(self, reading: KnowledgeExplorer, thought: str, argument: str) -> Step:
         action = Action(name=ActionName.SEARCH, argument=argument)
         return Step(thought=thought, action=action, observation=reading.search(argument).text)
 

@@ -19,7 +19,7 @@ class RepeatedKeyError(Exception):
     def __init__(self, loc: Loc) -> None:
         *parents, key = (str(part)[:_KEY_SHOWN] for part in loc)
         inside = f" in {'.'.join(parents)!r}" if parents else ""
-        super().__init__(f"the key {key!r} stands more than once{inside}")
+        super().__init__(f"the key {key!r} is repeated{inside}")
         self.loc = loc
 
     def problem(self) -> Problem:

@@ -1,4 +1,4 @@
-"""An uploaded file → canonical rows and an exact account, read by a short-lived child with limits."""
+"""Turns an uploaded file into canonical rows and a report, in a short-lived child process with limits."""
 
 from app.ingest.child import IngestLimits, IngestResult, ingest
 

@@ -1,4 +1,7 @@
-"""The child that reads one upload: an order on stdin; `canonical.jsonl` and `result.json` where it runs."""
+"""The child process that reads one upload.
+
+It takes an order on stdin and writes `canonical.jsonl` and `result.json` to its working directory.
+"""
 
 import errno
 import json
@@ -10,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from app.domain.errors import InvalidError
+from app.ingest.canonical import Upload, write_canonical
 from app.ingest.child import CANONICAL, RESULT, IngestLimits
 from app.ingest.columns import read_columns
-from app.ingest.reading import Upload, write_canonical
 
 
 def main() -> None:
@@ -27,7 +30,7 @@ def _limit_self(limits: IngestLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds, limits.cpu_seconds + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits.output_bytes, limits.output_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.alarm(int(limits.wall_seconds) + 2)  # should the parent be gone
+    signal.alarm(int(limits.wall_seconds) + 2)  # ends this process if the parent died
 
 
 def _result(order: dict[str, Any], limits: IngestLimits) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def _result(order: dict[str, Any], limits: IngestLimits) -> dict[str, Any]:
 
 
 def _too_large(what: str, code: str) -> InvalidError:
-    return InvalidError(f"reading the file takes {what}; send it in smaller parts", code=code)
+    return InvalidError(f"reading the file takes {what}; send it in smaller files", code=code)
 
 
 def _error(error: InvalidError) -> dict[str, Any]:

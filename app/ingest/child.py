@@ -1,9 +1,9 @@
-"""Reads an upload in a child process, so that no file can take this process's memory, time or life.
+"""Reads an upload in a child process, so that a bad file cannot exhaust or crash the API process.
 
     parent ── order (JSON on stdin) ──► python -m app.ingest ── canonical.jsonl, result.json ──► parent
 
-The child limits itself before it opens the file. Whatever ends it, the parent answers with an error that
-names the limit, and leaves nothing behind.
+The child sets its own resource limits before it opens the file. When it ends early, the parent raises an error that
+names the limit and deletes the working directory.
 """
 
 import json
@@ -32,7 +32,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, slots=True)
 class IngestLimits:
-    """What reading one upload may take."""
+    """Resource limits for reading one upload."""
 
     memory_bytes: int = 2 << 30
     cpu_seconds: int = 600
@@ -44,7 +44,7 @@ class IngestLimits:
 
 @dataclass(frozen=True, slots=True)
 class IngestResult:
-    """A dataset that was read. `canonical` lies in the folder that the caller named, called by its digest."""
+    """A dataset that was read. `canonical` is in the caller's folder; its file name is its digest."""
 
     report: DatasetReport
     canonical: Path
@@ -61,10 +61,10 @@ def ingest(
     columns: Mapping[str, str] | None = None,
     limits: IngestLimits | None = None,
 ) -> IngestResult:
-    """Reads the file at `path` (called `filename` by its sender) into `out_dir/<digest>.jsonl`.
+    """Reads the file at `path` into `out_dir/<digest>.jsonl`. `filename` is the sender's name for it.
 
-    `columns` maps claim, trajectories, label and split to the file's own names. Raises InvalidError for whatever is
-    wrong with the file, its limits included, and RuntimeError when the reader itself fails.
+    `columns` maps claim, trajectories, label and split to the file's own column names. Raises InvalidError when the
+    file is bad or exceeds a limit, and RuntimeError when the reader itself fails.
     """
     limits = limits or IngestLimits()
     read_columns(columns)
@@ -101,12 +101,12 @@ def _run(order: dict[str, Any], work: Path, limits: IngestLimits) -> dict[str, A
             child.kill()
             child.wait()
     if child.returncode:
-        raise _death(child.returncode, work, limits)
+        raise _exit_error(child.returncode, work, limits)
     return dict(json.loads((work / RESULT).read_bytes()))
 
 
 def _environment() -> dict[str, str]:
-    """What a reader of files needs, and none of the deployment's secrets."""
+    """The child's environment variables. It gets none of the deployment's secrets."""
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {
         **passed,
@@ -117,13 +117,13 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _death(code: int, work: Path, limits: IngestLimits) -> Exception:
+def _exit_error(code: int, work: Path, limits: IngestLimits) -> Exception:
     if code == -signal.SIGXCPU:
         return _too_slow(f"{limits.cpu_seconds} seconds of processor time")
     if code < 0:
         return InvalidError(
-            f"the file ended its reader (signal {-code}), as broken files do and files that need too much "
-            "memory; send it as JSONL, in smaller parts",
+            f"the process that read the file died (signal {-code}): the file is broken or needs too much memory; "
+            "send it as JSONL, in smaller files",
             code="reader_died",
         )
     tail = (work / "stderr").read_bytes()[-_STDERR_SHOWN:].decode(errors="replace")
@@ -131,7 +131,7 @@ def _death(code: int, work: Path, limits: IngestLimits) -> Exception:
 
 
 def _too_slow(limit: str) -> InvalidError:
-    return InvalidError(f"reading the file took more than {limit}; send it in smaller parts", code="too_slow")
+    return InvalidError(f"reading the file took more than {limit}; send it in smaller files", code="too_slow")
 
 
 def _collect(result: dict[str, Any], work: Path, out_dir: Path) -> IngestResult:

@@ -1,4 +1,4 @@
-"""Parquet, by batches. pyarrow is imported here and nowhere else: only Parquet is worth its start-up time."""
+"""Reads Parquet in batches. pyarrow starts slowly, so only this module imports it."""
 
 from collections.abc import Iterator
 from math import isnan
@@ -19,7 +19,7 @@ _SHAPES = ("steps", "messages")
 
 
 def read_parquet(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
-    """The column names, then the rows, numbered from 1.
+    """Yields the column names, then the rows, numbered from 1.
 
     All columns are read, because the limit is on the whole row, as it is in a line of JSON or CSV.
     """
@@ -39,8 +39,8 @@ def read_parquet(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
         raise InvalidError(
-            f"the Parquet file cannot be read behind row {number:,}: {str(error).splitlines()[0][:200]}; "
-            "is it whole? Write it again",
+            f"the Parquet file cannot be read after row {number:,}: {str(error).splitlines()[0][:200]}; "
+            "it may be incomplete; write it again",
             code="bad_parquet",
         ) from None
 

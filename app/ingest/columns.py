@@ -1,4 +1,4 @@
-"""Which column holds what: the names a file has against the names that are read."""
+"""Maps a file's column names to the columns that are read."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ _SHOWN = 20
 
 
 def read_columns(given: Mapping[str, str] | None) -> Columns:
-    """The columns to read under the names that a user gave. Raises InvalidError `bad_columns`."""
+    """The column mapping that a user sent. Raises InvalidError `bad_columns`."""
     known = tuple(Columns.model_fields)
     for key, name in (given or {}).items():
         if key not in known:
@@ -30,7 +30,7 @@ def read_columns(given: Mapping[str, str] | None) -> Columns:
 
 
 def check_header(names: Sequence[str], columns: Columns, shapes: Iterable[str] = ()) -> frozenset[str]:
-    """The names that are read. `shapes`: the other columns in which this format may hold steps.
+    """Returns the column names to read. `shapes`: other columns that may hold steps in this format.
 
     Raises InvalidError: `missing_column` with the names found and a did-you-mean, `duplicate_column`.
     """
@@ -46,13 +46,13 @@ def check_header(names: Sequence[str], columns: Columns, shapes: Iterable[str] =
             raise InvalidError(
                 f"{names.count(name)} columns are called {name[:40]!r}; rename all but one",
                 code="duplicate_column",
-                problems=(Problem(("file",), f"{name[:40]!r} stands more than once in the header"),),
+                problems=(Problem(("file",), f"{name[:40]!r} is repeated in the header"),),
             )
     return frozenset(used)
 
 
 def _field(role: str) -> str:
-    """The field of an upload that says which column holds what."""
+    """The form field that maps a column."""
     return f"{role}_column"
 
 

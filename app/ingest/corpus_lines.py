@@ -1,4 +1,4 @@
-"""The lines of an uploaded corpus, which is JSON Lines: one page a line. Another format is refused by its name."""
+"""Reads the lines of an uploaded corpus, which is JSON Lines: one page a line. Other formats are refused by name."""
 
 import json
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from app.domain.errors import InvalidError
 from app.ingest.delimited import header_names
-from app.ingest.foreign import refuse_foreign
 from app.ingest.lines import BOM, HEAD, numbered_lines, with_newlines
+from app.ingest.unsupported import refuse_unsupported
 
 _WAY_OUT = 'send JSON Lines, one page a line: {"title": …, "text": …}'
 
@@ -15,11 +15,11 @@ _WAY_OUT = 'send JSON Lines, one page a line: {"title": …, "text": …}'
 def corpus_lines(path: Path, limit: int) -> Iterator[bytes | None]:
     """Each line of the file; None for one of more than `limit` bytes.
 
-    Raises InvalidError `unknown_format` or `not_utf8` for a file that is none of JSON Lines.
+    Raises InvalidError `unknown_format` or `not_utf8` for another format.
     """
     with path.open("rb") as stream:
         head = stream.read(HEAD)
-        refuse_foreign(head, _WAY_OUT)
+        refuse_unsupported(head, _WAY_OUT)
         _refuse_other_text(with_newlines(head.removeprefix(BOM)).strip())
         stream.seek(0)
         for _, line in numbered_lines(stream, limit):

@@ -1,8 +1,8 @@
 """CSV: the delimiter is found in the header, or in a first line `sep=;`; a quoted field may span lines.
 
-A record that cannot be read (a quote that is not closed, text behind a closing quote) is refused with
-everything up to the next record that has as many fields as the header: a quote gone astray makes the lines
-behind it unreadable, and one finding that names them says more than one for each.
+A record with an unclosed quote, or with text after a closing quote, is refused together with all records up to the
+next one that has as many fields as the header. A stray quote makes the lines after it unreadable, so one finding names
+them all.
 """
 
 import csv
@@ -18,7 +18,7 @@ from app.ingest.lines import Header, Item, joined_files, not_utf8, numbered_line
 
 DELIMITERS = (",", ";", "\t", "|")
 _NAMED_DELIMITER = re.compile(rb"\"?sep=([^\w\s\"]|\t)\"?[\r\n]*", re.IGNORECASE)
-"""The line by which Excel is told the delimiter. It stands before the header."""
+"""The line before the header that tells Excel the delimiter."""
 
 
 class _TooLongError(Exception):
@@ -59,7 +59,7 @@ def read_delimited(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
 
 
 class _Records:
-    """The lines that the csv module asks for, and where the record that it builds began."""
+    """Iterates over lines for the csv module, and tracks the first line and the size of the current record."""
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self.lines = numbered_lines(stream, limit)
@@ -115,7 +115,7 @@ class _Body:
         self.records = records
         self.header = header
         self.reader = csv.reader(records, delimiter=delimiter, strict=True)
-        self.lost: tuple[int, str, str] | None = None  # where a broken record began, the code, what is wrong
+        self.lost: tuple[int, str, str] | None = None  # first line of a broken record, code, reason
 
     def rows(self) -> Iterator[SourceRow | Finding]:
         while True:
@@ -130,16 +130,16 @@ class _Body:
                 self.lost = self.lost or (self.records.start, "bad_csv", joined_files(self.records.text) or str(error))
             else:
                 yield from self._record(fields)
-        yield from self._found()
+        yield from self._report_lost()
 
     def _record(self, fields: list[str]) -> Iterator[SourceRow | Finding]:
         fits = len(fields) == len(self.header.names)
         if not fields or (self.lost and not fits):
             return
-        yield from self._found(before=self.records.start)
+        yield from self._report_lost(before=self.records.start)
         if not fits:
             yield finding(self.records.start, "wrong_fields", self._wrong_fields(fields))
-        elif tuple(name.strip() for name in fields) != self.header.names:  # files that were joined repeat the header
+        elif tuple(name.strip() for name in fields) != self.header.names:  # joined files repeat the header
             yield self._row(fields)
 
     def _wrong_fields(self, fields: list[str]) -> str:
@@ -156,20 +156,20 @@ class _Body:
         return SourceRow(start, {name: text for name, text in pairs if name in self.header.used})
 
     def _over_long(self) -> Iterator[Finding]:
-        """One line that is too long, or a record whose open quote swallows line after line."""
+        """Handles one line that is too long, or a record that grows line by line after an unclosed quote."""
         start, limit = self.records.start, self.records.limit
         if start == self.records.line:
-            yield from self._found()
+            yield from self._report_lost()
             yield too_long(start, limit)
         why = f"the record has more than {limit:,} bytes"
         self.lost = self.lost or (start, "line_too_long", why) if start < self.records.line else None
 
-    def _found(self, before: int | None = None) -> Iterator[Finding]:
+    def _report_lost(self, before: int | None = None) -> Iterator[Finding]:
         if self.lost is None:
             return
         start, code, why = self.lost
         last = before - 1 if before else self.records.line
         self.lost = None
         what = "a quote is not closed" if "unexpected end" in why else why
-        skipped = f"; lines {start} to {last} are left out" if last > start else ""
+        skipped = f"; lines {start} to {last} are skipped" if last > start else ""
         yield finding(start, code, f"{what}{skipped}; close every quote, and double a quote inside a text")

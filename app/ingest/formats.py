@@ -1,4 +1,4 @@
-"""Which format a file has: by its content first, then by its name, then by its content type."""
+"""Detects a file's format from its content, then its name, then its content type."""
 
 import json
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from app.domain.claims import STEP_MARKER
 from app.domain.datasets import Columns
 from app.domain.errors import InvalidError
 from app.ingest.delimited import header_names, read_delimited
-from app.ingest.foreign import refuse_foreign
 from app.ingest.json_array import is_keyed, read_json_document, refuse_columns
 from app.ingest.json_lines import read_json_lines
 from app.ingest.lines import BOM, HEAD, Item, with_newlines
 from app.ingest.plain_text import read_text
+from app.ingest.unsupported import refuse_unsupported
 
 _WAY_OUT = "send CSV, JSONL, JSON or Parquet"
 
@@ -43,13 +43,13 @@ _BY_TYPE = {
 }
 
 
-def recognise(path: Path, filename: str, content_type: str | None, columns: Columns) -> Format:
+def detect_format(path: Path, filename: str, content_type: str | None, columns: Columns) -> Format:
     """The format of the file at `path`. Raises InvalidError `empty_file`, `unknown_format` or `not_utf8`."""
     with path.open("rb") as stream:
         head = stream.read(HEAD)
     if head.startswith(b"PAR1"):
         return Format.PARQUET
-    refuse_foreign(head, _WAY_OUT)
+    refuse_unsupported(head, _WAY_OUT)
     text = with_newlines(head.removeprefix(BOM)).lstrip()
     if not text and path.stat().st_size <= HEAD:
         raise InvalidError("the file is empty", code="empty_file")
@@ -61,17 +61,17 @@ def recognise(path: Path, filename: str, content_type: str | None, columns: Colu
         refuse_columns(text, row_keys(columns))
         if is_keyed(text, row_keys(columns)):
             return Format.JSON
-        return _json_or_lines(text, named, row_keys(columns))
-    return _without_braces(text, suffix, named, columns)
+        return _detect_json(text, named, row_keys(columns))
+    return _detect_other_text(text, suffix, named, columns)
 
 
 def row_keys(columns: Columns) -> frozenset[str]:
-    """The keys by which an object is seen to be a row."""
+    """An object with one of these keys is a row."""
     return frozenset({columns.claim, columns.trajectories, "steps", "messages"})
 
 
 def open_rows(found: Format, path: Path, columns: Columns, limit: int) -> Iterator[Item]:
-    """The rows of the file, none of more than `limit` bytes."""
+    """Yields the rows of the file, each of at most `limit` bytes."""
     match found:
         case Format.CSV:
             return read_delimited(path, columns, limit)
@@ -89,31 +89,33 @@ def open_rows(found: Format, path: Path, columns: Columns, limit: int) -> Iterat
             return read_parquet(path, columns, limit)
 
 
-def _json_or_lines(head: bytes, named: Format | None, keys: frozenset[str]) -> Format:
-    """An object on the first line: JSONL if it is whole and a row or not alone, a JSON document otherwise."""
+def _detect_json(head: bytes, named: Format | None, keys: frozenset[str]) -> Format:
+    """The first line begins an object. It is JSONL if the object ends there and is a row or has lines after it."""
     line, newline, rest = head.partition(b"\n")
     try:
         first = json.loads(line)
     except (ValueError, RecursionError):
-        return named if named in (Format.JSON, Format.JSONL) else _broken_or_spread(line, newline)
+        return named if named in (Format.JSON, Format.JSONL) else _detect_unparsed_json(line, newline)
     if rest.strip() or keys & first.keys() or not any(isinstance(value, list) for value in first.values()):
         return Format.JSONL
     return Format.JSON
 
 
-def _broken_or_spread(line: bytes, newline: bytes) -> Format:
+def _detect_unparsed_json(line: bytes, newline: bytes) -> Format:
     return Format.JSON if newline and line.strip().endswith((b"{", b"[", b",", b":")) else Format.JSONL
 
 
-def _without_braces(text: bytes, suffix: str, named: Format | None, columns: Columns) -> Format:
+def _detect_other_text(text: bytes, suffix: str, named: Format | None, columns: Columns) -> Format:
     if columns.trajectories in header_names(text):
         return Format.CSV
     if suffix == ".parquet":
-        raise InvalidError("the file is called .parquet, but it is none; write it again", code="bad_parquet")
+        raise InvalidError(
+            "the file's name ends in .parquet, but it is not Parquet; write it again", code="bad_parquet"
+        )
     if named in (Format.CSV, Format.JSONL, Format.TEXT):
         return named
     if named is Format.JSON:
-        raise InvalidError("line 1: the file begins with neither [ nor {; it is no JSON", code="bad_json")
+        raise InvalidError("line 1: the file begins with neither [ nor {, so it is not JSON", code="bad_json")
     if STEP_MARKER.search(text.decode(errors="replace")):
         return Format.TEXT
-    raise InvalidError(f"the file's format is not recognised; {_WAY_OUT}", code="unknown_format")
+    raise InvalidError(f"the file's format is unknown; {_WAY_OUT}", code="unknown_format")

@@ -1,8 +1,8 @@
 """A JSON document: an array of rows, an object that holds one array of rows, rows keyed by index, or one row alone.
 
-The items are cut out of the stream without being read, each with the line where it begins; so memory is
-bounded by one item, depth costs nothing, and one broken item is one refused row. A streaming parser gives
-neither positions nor a way past an invalid byte, which is why none is used.
+The reader finds where each item starts and ends without parsing it. Memory is bounded by one item, nesting depth costs
+nothing, and one broken item is one refused row. A streaming JSON parser gives no line numbers and stops at an invalid
+byte.
 """
 
 import re
@@ -25,9 +25,9 @@ _SPACE = re.compile(rb"[ \t\r\n]*+")
 
 
 def read_json_document(path: Path, limit: int, row_keys: frozenset[str]) -> Iterator[Item]:
-    """The rows of the document. An object with one of `row_keys` is a row itself.
+    """Yields the rows of the document. An object with one of `row_keys` is itself a row.
 
-    Raises InvalidError `bad_json` when the document ends early or goes on behind its end.
+    Raises InvalidError `bad_json` when the document ends early or text follows its end.
     """
     begins_row = _begins_row(path, row_keys)
     if path.stat().st_size <= limit:
@@ -77,7 +77,7 @@ def _begins_row(path: Path, row_keys: frozenset[str]) -> bool:
 def cut_items(
     path: Path, limit: int, chunk: int = _CHUNK, *, keyed: bool = False
 ) -> Iterator[tuple[int, bytes | None]]:
-    """(line where it begins, bytes) of each item of the array; None for one of more than `limit` bytes.
+    """Yields (first line, bytes) of each item of the array; None for an item of more than `limit` bytes.
 
     `keyed`: the items are the members of one object, each with its key.
     """
@@ -91,14 +91,14 @@ def cut_items(
 
 
 class _Cutter:
-    """Where in a JSON document the stream stands, and the item that is open."""
+    """The scanner's state: its position in a JSON document, and the unfinished item."""
 
     def __init__(self, limit: int, keyed: bool) -> None:
         self.limit = limit
         self.keyed = keyed
         self.line = 1
         self.depth = 0
-        self.home: int | None = None  # the depth at which items stand, while inside their array
+        self.home: int | None = None  # nesting depth of the items, while inside their array
         self.arrays = 0
         self.closed = False
         self.in_string = False
@@ -130,7 +130,7 @@ class _Cutter:
         self.line += chunk.count(b"\n", counted)
 
     def _through_string(self, chunk: bytes, at: int) -> int:
-        """The place behind the string's closing quote, or the chunk's end."""
+        """The offset after the string's closing quote, or the chunk's end."""
         if self.escaped:
             self.escaped = False
             at += 1
@@ -144,9 +144,9 @@ class _Cutter:
         return at + 1
 
     def _begin(self, character: bytes) -> None:
-        """White space is over and no item is open: an item, or a piece of what surrounds them, begins."""
+        """Handles the first character after white space when no item is open."""
         if self.closed or (self.depth == 0 and character not in b"[{"):
-            raise self._broken("text stands where the array or object should begin or have ended")
+            raise self._broken("unexpected text before or after the array or object")
         if self.home == self.depth and character not in b",]}":
             self.item_line = self.line
 

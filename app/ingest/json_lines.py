@@ -1,4 +1,4 @@
-"""JSONL, one JSON object a line, and what is said about a JSON row that is none."""
+"""Reads JSON Lines, and makes findings of lines that are not JSON objects."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from app.ingest.lines import Item, not_utf8, numbered_lines, too_long
 
 
 def read_json_lines(path: Path, limit: int) -> Iterator[Item]:
-    """A row for each line that is not blank."""
+    """Yields a row for each line that is not blank."""
     with path.open("rb") as stream:
         for number, line in numbered_lines(stream, limit):
             if line is None:
@@ -20,7 +20,7 @@ def read_json_lines(path: Path, limit: int) -> Iterator[Item]:
 
 
 def json_row(line: int, raw: bytes) -> SourceRow | Finding:
-    """The object in `raw`, or why there is none. Deep nesting and huge numbers end here, as findings."""
+    """The object in `raw`, or a finding. Deep nesting and huge numbers are findings too."""
     try:
         value = parse_row(raw.decode())
     except UnicodeDecodeError:
@@ -34,5 +34,5 @@ def json_row(line: int, raw: bytes) -> SourceRow | Finding:
     except ValueError:
         return finding(line, "bad_json", "the row holds a number with too many digits")
     if not isinstance(value, dict):
-        return finding(line, "not_an_object", 'the row is JSON, but no object; write {"claim": …, …}')
+        return finding(line, "not_an_object", 'the row is JSON, but not an object; write {"claim": …, …}')
     return SourceRow(line, value)

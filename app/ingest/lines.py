@@ -1,4 +1,4 @@
-"""A file's lines in bounded memory, and what every reader hands on. Knows nothing of what a line means."""
+"""Reads a file's lines in bounded memory. Also holds the types that every reader yields."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ HEAD = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The column names that stand in a file once, and those of them that are read."""
+    """A file's column names, and which of them are read."""
 
     line: int
     names: tuple[str, ...]
@@ -22,14 +22,14 @@ class Header:
 
 
 Item = SourceRow | Finding | Header
-"""What a reader yields: a row, a row that is refused before it is one, or the names of the columns."""
+"""What a reader yields: a row, a finding for a row that cannot be read, or the column names."""
 
 
 def numbered_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, the line with its newline); None for a line of more than `limit` bytes.
+    """Yields (line number from 1, the line with its newline); None for a line of more than `limit` bytes.
 
-    `stream` is at its start and can seek. A line may end in CR alone. A byte order mark at the start of any line is
-    left out: files that were joined have one inside.
+    `stream` must be seekable and at its start. A line may end in CR alone. A byte order mark at the start of any line
+    is removed: joined files have one inside.
     """
     read_line = _line_reader(stream)
     number = 0
@@ -43,7 +43,7 @@ def numbered_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | 
 
 
 def with_newlines(head: bytes) -> bytes:
-    """The head of a file, with newlines where its lines end in CR alone, as old Mac programs write them."""
+    """Converts CR to LF in the head of a file whose lines end in CR alone, as old Mac programs write them."""
     return head.replace(b"\r", b"\n") if _ends_lines_in_cr(head) else head
 
 
@@ -80,12 +80,12 @@ def _skip_line(read_line: Callable[[int], bytes]) -> None:
 
 
 def joined_files(line: str) -> str | None:
-    """What to say of a broken line in which a second file begins; None for any other line."""
+    """The message for a broken line in which a second file begins; None for any other line."""
     return f"{JOINED_FILES}; put a line break there" if "\ufeff" in line else None
 
 
 def too_long(line: int, limit: int) -> Finding:
-    return finding(line, "line_too_long", f"the row has more than {limit:,} bytes; shorten it or leave it out")
+    return finding(line, "line_too_long", f"the row has more than {limit:,} bytes; shorten or remove it")
 
 
 def not_utf8(line: int) -> Finding:

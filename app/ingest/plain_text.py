@@ -1,10 +1,11 @@
-"""A .txt of trajectories: each begins with its claim, then perhaps `Label: …`, then `Thought 1: …`.
+"""Reads a text file of trajectories. Each begins with its claim, then an optional `Label: …`, then `Thought 1: …`.
 
     ### The claim. Label: SUPPORTS Thought 1: … Action 1: Search[…] Observation 1: … Thought 2: …
 
-One may fill a line or spread over many. The next one begins at a line that starts with `###` or `Claim:`, at
-a line that does not start with a step marker and stands behind a blank line, and at a line with text before
-its own `Thought 1:` once the present one has had its `Thought 1:`.
+A trajectory may span lines. The next one begins at a line that
+- starts with `###` or `Claim:`, or
+- follows a blank line and does not start with a step marker, or
+- has text before its own `Thought 1:`, when the current trajectory already has its `Thought 1:`.
 """
 
 import re
@@ -22,7 +23,7 @@ _LABEL = re.compile(r"\bLabel\s*:")
 
 
 def read_text(path: Path, columns: Columns, limit: int) -> Iterator[Item]:
-    """A row for each trajectory, on the line where it begins."""
+    """Yields a row for each trajectory, with the line where it begins."""
     record = _Record(limit)
     with path.open("rb") as stream:
         for number, line in numbered_lines(stream, limit):

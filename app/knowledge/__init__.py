@@ -1,6 +1,6 @@
-"""Search and Lookup: where Observations come from."""
+"""Search and Lookup over a corpus: the source of Observations."""
 
-from app.knowledge.base import CorpusUnreadable, Hit, KnowledgeSource, Reading, SearchResult
+from app.knowledge.base import CorpusUnreadable, Hit, KnowledgeExplorer, KnowledgeSource, SearchResult
 from app.knowledge.building import DEFAULT_LIMITS, CorpusLimits, CorpusRefused, build_corpus
 from app.knowledge.corpus import CorpusFile, file_digest
 from app.knowledge.memory import MemoryKnowledge
@@ -12,9 +12,9 @@ __all__ = [
     "CorpusRefused",
     "CorpusUnreadable",
     "Hit",
+    "KnowledgeExplorer",
     "KnowledgeSource",
     "MemoryKnowledge",
-    "Reading",
     "SearchResult",
     "build_corpus",
     "file_digest",

@@ -1,7 +1,7 @@
-"""What every knowledge source can do, and one prediction's reading of it.
+"""The interface of a knowledge source, and the Search and Lookup state of one prediction.
 
-A source is shared and has no memory of who asked; a `Reading` belongs to one prediction and
-remembers the open page and how far a Lookup has come. Neither knows of models or prompts.
+A source is stateless and shared by predictions. A `KnowledgeExplorer` belongs to one prediction; it stores the open
+page and the position of the current Lookup, as in the ReAct paper's Wikipedia environment (Yao et al. 2022).
 """
 
 from typing import Literal, Protocol
@@ -20,7 +20,7 @@ class CorpusUnreadable(Exception):
 
 
 class SearchResult(BaseModel):
-    """The page that a name opens, or the titles of the pages most like it, best first."""
+    """The page that a name opens, or the most similar titles, best first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,7 +29,7 @@ class SearchResult(BaseModel):
 
 
 class Hit(BaseModel):
-    """A page found by free text: `sentence` (its id) is the one that has most of the words.
+    """A page found by free text. `sentence` is the id of the sentence with most of the words.
 
     `score` is BM25, higher is better, comparable within one answer only.
     """
@@ -44,7 +44,7 @@ class Hit(BaseModel):
 
 
 class KnowledgeSource(Protocol):
-    """A set of pages to search in; safe to share between threads until closed."""
+    """A searchable set of pages; thread-safe until closed."""
 
     @property
     def kind(self) -> Literal["corpus", "memory"]:
@@ -65,17 +65,17 @@ class KnowledgeSource(Protocol):
         """Pages by free text, best first; any text is a valid query."""
 
     def close(self) -> None:
-        """Let go of files and connections. Closing twice is fine."""
+        """Releases files and connections. May be called twice."""
 
 
-class Reading:
-    """One prediction's way through a source: `search` opens a page, `lookup` walks through it."""
+class KnowledgeExplorer:
+    """Runs one prediction's actions: `search` opens a page, `lookup` steps through its matching sentences."""
 
     def __init__(self, source: KnowledgeSource) -> None:
         self._source = source
         self._page: Page | None = None
         self._keyword = ""
-        self._given = 0
+        self._results_shown = 0
 
     @property
     def page(self) -> Page | None:
@@ -87,7 +87,7 @@ class Reading:
         if not clean(argument):
             return _correction("Search needs the name of a page.")
         result = self._source.search(argument)
-        self._page, self._keyword, self._given = result.page, "", 0
+        self._page, self._keyword, self._results_shown = result.page, "", 0
         if result.page is None:
             return self._observe(_miss(argument, result.similar), ())
         ids = tuple(range(min(SENTENCES_SHOWN, len(result.page.sentences))))
@@ -101,14 +101,14 @@ class Reading:
         if not keyword:
             return _correction("Lookup needs a keyword.")
         if keyword != self._keyword:
-            self._keyword, self._given = keyword, 0
+            self._keyword, self._results_shown = keyword, 0
         found = [i for i, text in enumerate(self._page.sentences) if keyword in caseless(text)]
-        if self._given == len(found):
+        if self._results_shown == len(found):
             return self._observe("No more results.", ())
-        sentence = found[self._given]
-        self._given += 1
-        place = f"(Result {self._given} / {len(found)})"
-        return self._observe(f"{place} {self._page.sentences[sentence]}", (sentence,))
+        sentence = found[self._results_shown]
+        self._results_shown += 1
+        position = f"(Result {self._results_shown} / {len(found)})"
+        return self._observe(f"{position} {self._page.sentences[sentence]}", (sentence,))
 
     def _observe(self, text: str, sentences: tuple[int, ...]) -> Observation:
         return Observation(

@@ -1,8 +1,7 @@
-"""From uploaded JSON lines to a corpus file, in constant memory and to the same bytes every time.
+"""Builds a corpus file from uploaded JSON lines, in constant memory and with reproducible bytes.
 
 A line is one page: `{"title": …, "text": …}` or `{"title": …, "sentences": […]}`, with `aliases`
-and `url` if there are any. What is wrong with a line is a finding about that line; one kept page
-makes a corpus. Where lines come from and where the file goes is the caller's affair.
+and `url` as optional keys. A bad line is a finding with its line number. One valid page is enough for a corpus.
 """
 
 import os
@@ -23,7 +22,7 @@ from app.knowledge import index
 
 @dataclass(frozen=True, slots=True)
 class CorpusLimits:
-    """Bounds on what a line may bring. `findings` is how many are listed for each code."""
+    """Limits on one line. `findings`: the most findings listed for each code."""
 
     line_bytes: int = 8 * 2**20
     title_characters: int = 200
@@ -38,7 +37,7 @@ DEFAULT_LIMITS = CorpusLimits()
 
 
 class CorpusRefused(Exception):
-    """No line of an upload could be kept; `report` says why."""
+    """An upload has no valid page; `report` says why."""
 
     def __init__(self, report: CorpusReport) -> None:
         super().__init__("no page could be kept" if report.lines else "there is no line in it")
@@ -46,27 +45,27 @@ class CorpusRefused(Exception):
 
 
 def build_corpus(lines: Iterable[bytes | None], out: Path, *, limits: CorpusLimits = DEFAULT_LIMITS) -> CorpusReport:
-    """Write the corpus file `out`, whole or not at all. Raises CorpusRefused when no page is kept.
+    """Writes the corpus file `out` atomically. Raises CorpusRefused when no page is valid.
 
     None stands for a line of more than `limits.line_bytes`.
-    The bytes depend on the kept pages, their order and the SQLite library's version, on nothing else.
+    The bytes depend only on the valid pages, their order and the SQLite library's version.
     """
-    account = _Account(limits)
+    report = _ReportBuilder(limits)
     with TemporaryDirectory(prefix=".corpus-", dir=out.parent) as folder:
         sealed = Path(folder) / "sealed"
-        with closing(_draft(Path(folder) / "draft")) as connection:
+        with closing(_open_draft(Path(folder) / "draft")) as connection:
             for line in lines:
-                _take(connection, line, account)
-            if not account.pages:
-                raise CorpusRefused(account.report())
+                _add_line(connection, line, report)
+            if not report.pages:
+                raise CorpusRefused(report.build())
             _seal(connection, sealed)
         os.replace(sealed, out)
-    return account.report()
+    return report.build()
 
 
 @dataclass(slots=True)
-class _Account:
-    """What has been kept and found so far, and at which line we are."""
+class _ReportBuilder:
+    """Counts pages and findings while lines are added."""
 
     limits: CorpusLimits
     lines: int = 0
@@ -78,18 +77,18 @@ class _Account:
     findings: list[CorpusFinding] = field(default_factory=list)
 
     def warn(self, code: str, message: str) -> None:
-        self._find(CorpusFinding(line=self.lines, code=code, severity="warned", message=message))
+        self._add_finding(CorpusFinding(line=self.lines, code=code, severity="warned", message=message))
 
-    def refuse(self, refusal: "_Refused") -> None:
+    def refuse(self, refusal: "_PageRefused") -> None:
         self.refused += 1
-        self._find(CorpusFinding(line=self.lines, code=refusal.code, severity="refused", message=str(refusal)))
+        self._add_finding(CorpusFinding(line=self.lines, code=refusal.code, severity="refused", message=str(refusal)))
 
-    def _find(self, finding: CorpusFinding) -> None:
+    def _add_finding(self, finding: CorpusFinding) -> None:
         self.counts[finding.code] += 1
         if self.counts[finding.code] <= self.limits.findings:
             self.findings.append(finding)
 
-    def report(self) -> CorpusReport:
+    def build(self) -> CorpusReport:
         return CorpusReport(
             lines=self.lines,
             pages=self.pages,
@@ -102,8 +101,8 @@ class _Account:
         )
 
 
-class _Refused(Exception):
-    """A line that cannot become a page."""
+class _PageRefused(Exception):
+    """A line is not a valid page."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -113,8 +112,8 @@ class _Refused(Exception):
 # --- the file ------------------------------------------------------------------------------
 
 
-def _draft(path: Path) -> sqlite3.Connection:
-    """A throw-away database: unsafe against a crash, which is why it is only ever copied from."""
+def _open_draft(path: Path) -> sqlite3.Connection:
+    """A temporary database without crash safety. `_seal` copies it."""
     connection = sqlite3.connect(path, isolation_level=None)
     for setting in ("page_size = 4096", "journal_mode = OFF", "synchronous = OFF", "secure_delete = OFF"):
         connection.execute(f"PRAGMA {setting}")
@@ -124,7 +123,7 @@ def _draft(path: Path) -> sqlite3.Connection:
 
 
 def _seal(connection: sqlite3.Connection, path: Path) -> None:
-    """Copy the draft, packed, to `path`: the layout then owes nothing to how the draft grew."""
+    """Copies the draft to `path`, compacted, so that the file layout does not depend on the insertion history."""
     index.optimize(connection)
     connection.execute("COMMIT")
     connection.execute("VACUUM INTO ?", (str(path),))
@@ -139,97 +138,97 @@ _FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 _URL = re.compile(r"https?://[^\s<>\"]+")
 
 
-def _take(connection: sqlite3.Connection, line: bytes | None, account: _Account) -> None:
-    account.lines += 1
+def _add_line(connection: sqlite3.Connection, line: bytes | None, report: _ReportBuilder) -> None:
+    report.lines += 1
     if line is not None and not line.strip():
         return
     try:
-        record = _record(line, account)
-        page = _page(record, account)
-    except _Refused as refusal:
-        account.refuse(refusal)
+        record = _record(line, report)
+        page = _page(record, report)
+    except _PageRefused as refusal:
+        report.refuse(refusal)
         return
     if index.has_title(connection, page.title):
-        account.warn("duplicate_title", f"another page is called {page.title!r}; the first is kept")
+        report.warn("duplicate_title", f"another page is called {page.title!r}; the first is kept")
         return
-    index.add(connection, account.pages + 1, page)
-    account.pages += 1
-    account.sentences += len(page.sentences)
-    account.characters += sum(map(len, page.sentences))
+    index.add(connection, report.pages + 1, page)
+    report.pages += 1
+    report.sentences += len(page.sentences)
+    report.characters += sum(map(len, page.sentences))
 
 
-def _record(line: bytes | None, account: _Account) -> dict[str, object]:
-    if line is None or len(line) > account.limits.line_bytes:
-        raise _Refused("line_too_long", f"the line has more than {account.limits.line_bytes:,} bytes")
+def _record(line: bytes | None, report: _ReportBuilder) -> dict[str, object]:
+    if line is None or len(line) > report.limits.line_bytes:
+        raise _PageRefused("line_too_long", f"the line has more than {report.limits.line_bytes:,} bytes")
     try:
         record = parse_row(line.decode())
     except UnicodeDecodeError as error:
-        raise _Refused("bad_utf8", f"byte {error.start + 1} of the line is not UTF-8") from None
+        raise _PageRefused("bad_utf8", f"byte {error.start + 1} of the line is not UTF-8") from None
     except RepeatedKeyError as error:
-        raise _Refused("repeated_key", f"{error}; keep one of them") from None
+        raise _PageRefused("repeated_key", f"{error}; keep one of them") from None
     except RecursionError:
-        raise _Refused("bad_json", "the line is nested too deep to be a page") from None
+        raise _PageRefused("bad_json", "the line is nested too deeply") from None
     except ValueError as error:
-        raise _Refused("bad_json", f"the line is not JSON: {error}") from None
+        raise _PageRefused("bad_json", f"the line is not JSON: {error}") from None
     if not isinstance(record, dict):
-        raise _Refused("not_an_object", 'a line is an object such as {"title": "…", "text": "…"}')
+        raise _PageRefused("not_an_object", 'a line is an object such as {"title": "…", "text": "…"}')
     for key in record.keys() - set(_KEYS):
-        account.warn("extra_key", f"the key {_shown(key)} is not used")
+        report.warn("extra_key", f"the key {_quote(key)} is not used")
     return record
 
 
-def _page(record: dict[str, object], account: _Account) -> Page:
-    title = _title(record, account.limits)
-    texts = _texts(record, account)
-    sentences = tuple(_sentences(texts, account))
+def _page(record: dict[str, object], report: _ReportBuilder) -> Page:
+    title = _title(record, report.limits)
+    texts = _texts(record, report)
+    sentences = tuple(_sentences(texts, report))
     if not sentences:
-        raise _Refused("empty_text", f"the page {title!r} has no text")
-    return Page(title=title, sentences=sentences, aliases=_aliases(record, account), url=_url(record, account))
+        raise _PageRefused("empty_text", f"the page {title!r} has no text")
+    return Page(title=title, sentences=sentences, aliases=_aliases(record, report), url=_url(record, report))
 
 
 def _title(record: dict[str, object], limits: CorpusLimits) -> str:
     given = record.get("title")
     if given is None:
-        raise _Refused("missing_title", "a page needs a title")
-    title = clean(_string(given, "title"))
+        raise _PageRefused("missing_title", "a page needs a title")
+    title = clean(_require_text(given, "title"))
     if not name_key(title):
-        raise _Refused("missing_title", "the title is empty")
+        raise _PageRefused("missing_title", "the title is empty")
     if len(title) > limits.title_characters:
-        raise _Refused("title_too_long", f"a title has at most {limits.title_characters:,} characters")
+        raise _PageRefused("title_too_long", f"a title has at most {limits.title_characters:,} characters")
     return title
 
 
-def _texts(record: dict[str, object], account: _Account) -> list[str]:
-    """The page's sentences, clean: the given ones, or those that its text is split into."""
+def _texts(record: dict[str, object], report: _ReportBuilder) -> list[str]:
+    """The page's clean sentences: its "sentences", or its "text" split into sentences."""
     given, text = record.get("sentences"), record.get("text")
     if given is None and text is None:
-        raise _Refused("missing_text", 'a page needs "text" or "sentences"')
+        raise _PageRefused("missing_text", 'a page needs "text" or "sentences"')
     if given is None:
-        return split_sentences(clean(_string(text, "text")))
+        return split_sentences(clean(_require_text(text, "text")))
     if text is not None:
-        account.warn("text_unused", 'the page has "sentences", so its "text" is not used')
+        report.warn("text_unused", 'the page has "sentences", so its "text" is not used')
     if not isinstance(given, list):
-        raise _Refused("bad_type", '"sentences" is a list of strings')
-    return [clean(_string(sentence, "sentences")) for sentence in given]
+        raise _PageRefused("bad_type", '"sentences" is a list of strings')
+    return [clean(_require_text(sentence, "sentences")) for sentence in given]
 
 
-def _sentences(texts: list[str], account: _Account) -> Iterator[str]:
-    limits, room = account.limits, account.limits.page_characters
+def _sentences(texts: list[str], report: _ReportBuilder) -> Iterator[str]:
+    limits, room = report.limits, report.limits.page_characters
     for number, text in enumerate(texts):
         if not text:
-            account.warn("empty_sentence", f"sentence {number} is empty; later ids move down by one")
-        pieces = list(_cut(text, limits.sentence_characters))
+            report.warn("empty_sentence", f"sentence {number} is empty; later ids move down by one")
+        pieces = list(_split_long(text, limits.sentence_characters))
         if len(pieces) > 1:
-            account.warn("sentence_cut", f"sentence {number} has {len(text):,} characters; kept in pieces")
+            report.warn("sentence_cut", f"sentence {number} has {len(text):,} characters; kept in pieces")
         for piece in pieces:
             room -= len(piece)
             if room < 0:
-                account.warn("page_cut", f"the page is cut after {limits.page_characters:,} characters")
+                report.warn("page_cut", f"the page is cut after {limits.page_characters:,} characters")
                 return
             yield piece
 
 
-def _cut(text: str, limit: int) -> Iterator[str]:
+def _split_long(text: str, limit: int) -> Iterator[str]:
     """Pieces of at most `limit` characters, cut at a space where there is one."""
     start = 0
     while len(text) - start > limit:
@@ -241,40 +240,40 @@ def _cut(text: str, limit: int) -> Iterator[str]:
         yield text[start:]
 
 
-def _aliases(record: dict[str, object], account: _Account) -> tuple[str, ...]:
+def _aliases(record: dict[str, object], report: _ReportBuilder) -> tuple[str, ...]:
     given = record.get("aliases")
     if given is None:
         return ()
     if not isinstance(given, list):
-        raise _Refused("bad_type", '"aliases" is a list of strings')
-    limits = account.limits
-    aliases = [clean(_string(alias, "aliases")) for alias in given[: limits.aliases]]
+        raise _PageRefused("bad_type", '"aliases" is a list of strings')
+    limits = report.limits
+    aliases = [clean(_require_text(alias, "aliases")) for alias in given[: limits.aliases]]
     kept = [alias for alias in aliases if name_key(alias) and len(alias) <= limits.title_characters]
     if len(kept) < len(given):
-        account.warn("alias_unused", f"{len(given) - len(kept)} aliases are empty, too long or too many")
+        report.warn("alias_unused", f"{len(given) - len(kept)} aliases are empty, too long or too many")
     return tuple(dict.fromkeys(kept))
 
 
-def _url(record: dict[str, object], account: _Account) -> str | None:
+def _url(record: dict[str, object], report: _ReportBuilder) -> str | None:
     given = record.get("url")
     if given is None:
         return None
-    url = _string(given, "url").strip()
-    if len(url) <= account.limits.url_characters and _URL.fullmatch(url):
+    url = _require_text(given, "url").strip()
+    if len(url) <= report.limits.url_characters and _URL.fullmatch(url):
         return url
-    account.warn("url_unused", 'a "url" begins with http:// or https:// and holds no spaces')
+    report.warn("url_unused", 'a "url" begins with http:// or https:// and holds no spaces')
     return None
 
 
-def _string(value: object, key: str) -> str:
+def _require_text(value: object, key: str) -> str:
     if not isinstance(value, str):
-        raise _Refused("bad_type", f'"{key}" holds {_shown(value)} where text is expected')
+        raise _PageRefused("bad_type", f'"{key}" holds {_quote(value)} where text is expected')
     if _FORBIDDEN.search(value):
-        raise _Refused("bad_character", f'"{key}" holds {forbidden_character(value)}')
+        raise _PageRefused("bad_character", f'"{key}" holds {forbidden_character(value)}')
     return value
 
 
-def _shown(value: object) -> str:
-    """A value from a stranger, short and printable."""
+def _quote(value: object) -> str:
+    """A user's value, shortened and printable."""
     shown = ascii(value) if isinstance(value, str | int | float | bool) else f"a {type(value).__name__}"
     return shown if len(shown) <= 60 else f"{shown[:60]}…"

@@ -1,7 +1,4 @@
-"""A corpus file, searched: an immutable SQLite FTS5 database, opened read-only.
-
-How the file came to be is `building`'s affair; where it is kept is storage's.
-"""
+"""Searches a corpus file: an immutable SQLite FTS5 database, opened read-only. `building` writes such files."""
 
 import hashlib
 import sqlite3
@@ -16,9 +13,9 @@ from app.knowledge.base import CorpusUnreadable, Hit, SearchResult
 
 
 class CorpusFile:
-    """The pages of one corpus file. `snapshot` is the file's SHA-256, computed when not handed in.
+    """The pages of one corpus file. `snapshot` is the file's SHA-256, computed when not given.
 
-    Raises CorpusUnreadable for a file that is missing or is not such a corpus.
+    Raises CorpusUnreadable for a file that is missing or is not a corpus of this format.
     """
 
     kind: Literal["corpus"] = "corpus"
@@ -36,7 +33,7 @@ class CorpusFile:
             raise CorpusUnreadable(f"{path.name} cannot be read as a corpus: {error}") from error
 
     def search(self, name: str) -> SearchResult:
-        """The page that `name` opens, or the titles most like it."""
+        """The page that `name` opens, or the most similar titles."""
         with self._connection() as connection:
             return index.search(connection, name)
 
@@ -46,14 +43,14 @@ class CorpusFile:
             return index.find(connection, query, limit)
 
     def close(self) -> None:
-        """Close the idle connections; one in use closes when it is done."""
+        """Closes idle connections. A connection in use is closed when its query ends."""
         self._closed = True
         while (connection := self._take()) is not None:
             connection.close()
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection that no other thread uses meanwhile; there are as many as were ever in use at once."""
+        """Takes a connection from the pool for one thread. The pool grows to the peak number of concurrent queries."""
         connection = self._take() or sqlite3.connect(self._uri, uri=True, check_same_thread=False)
         try:
             yield connection

@@ -1,7 +1,6 @@
-"""The tables of a corpus and the questions put to them, over any SQLite connection.
+"""The schema of a corpus and its queries, over any SQLite connection. Ranking is BM25 by SQLite FTS5.
 
-Knows nothing of files, threads or uploads: `corpus` and `memory` hold the connections, `building`
-fills them. Both kinds of source therefore rank alike.
+`corpus` and `memory` own the connections, and `building` fills them, so both kinds of source rank alike.
 """
 
 import json
@@ -37,12 +36,12 @@ _QUERY_CHARACTERS = 1_000
 _QUERY_WORDS = 32
 _WORD = re.compile(r"[^\s\W_]+(?:['’][^\s\W_]+)*")
 
-# Words that nearly every page has: BM25 gives them next to no weight, and they cost most of the time.
+# Stop words: BM25 gives them almost no weight, and they take most of the query time.
 _COMMON = re.compile("the|a|an|of|in|on|at|by|to|for|from|with|and|as|is|was|are|were|be|it|its|that|this")
 
 
 class NameKind(IntEnum):
-    """How a name belongs to its page; a lower kind wins."""
+    """The kind of a page's name. Lower kinds take precedence."""
 
     TITLE = 0
     ALIAS = 1
@@ -50,12 +49,12 @@ class NameKind(IntEnum):
 
 
 def create(connection: sqlite3.Connection) -> None:
-    """Lay out an empty corpus."""
+    """Creates the tables of an empty corpus."""
     connection.executescript(_SCHEMA)
 
 
 def add(connection: sqlite3.Connection, number: int, page: Page) -> None:
-    """Add a page, already clean, under an id of the caller's: 1, 2, 3 …"""
+    """Adds a cleaned page under the caller's id: 1, 2, 3 …"""
     aliases, sentences = (json.dumps(v, ensure_ascii=False) for v in (page.aliases, page.sentences))
     connection.execute("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", (number, page.title, sentences, aliases, page.url))
     connection.executemany("INSERT OR IGNORE INTO names VALUES (?, ?, ?, ?)", _names(number, page))
@@ -73,12 +72,12 @@ def has_title(connection: sqlite3.Connection, title: str) -> bool:
 
 
 def optimize(connection: sqlite3.Connection) -> None:
-    """Merge the word index into one segment: the fastest to read, and the same whatever came before."""
+    """Merges the FTS5 index into one segment, which is fastest to read and has reproducible bytes."""
     connection.execute("INSERT INTO words (words) VALUES ('optimize')")
 
 
 def search(connection: sqlite3.Connection, name: str) -> SearchResult:
-    """The page that `name` opens, or the titles most like it."""
+    """The page that `name` opens, or the most similar titles."""
     number = _named(connection, name)
     if number is not None:
         return SearchResult(page=_page(connection, number))
@@ -115,10 +114,10 @@ def _named(connection: sqlite3.Connection, name: str) -> int | None:
 
 
 def _query_words(text: str) -> tuple[str, ...]:
-    """Bare words: whatever FTS5 would read as syntax is gone before it is asked."""
+    """The words of a query, without FTS5 syntax and stop words."""
     words = dict.fromkeys(caseless(word) for word in _WORD.findall(clean(text[:_QUERY_CHARACTERS])))
-    telling = [word for word in words if not _COMMON.fullmatch(word)]
-    return tuple(telling or words)[:_QUERY_WORDS]
+    content_words = [word for word in words if not _COMMON.fullmatch(word)]
+    return tuple(content_words or words)[:_QUERY_WORDS]
 
 
 def _ranked(connection: sqlite3.Connection, words: tuple[str, ...], limit: int) -> list[tuple[int, float]]:

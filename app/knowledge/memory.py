@@ -1,6 +1,6 @@
-"""Knowledge held in memory: for small sets of pages, generators and tests.
+"""An in-memory knowledge source for small sets of pages, generators and tests.
 
-It ranks exactly as a corpus file does, since both ask the same index.
+It ranks exactly as a corpus file does: both use the same index.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from app.knowledge.base import Hit, SearchResult
 
 
 class MemoryKnowledge:
-    """The given pages, cleaned as a build would clean them; of two with one title the first counts.
+    """Searches the given pages, cleaned as `build_corpus` cleans them. Of two pages with one title, the first is used.
 
     Raises ValueError for a page that has no title or no sentence left.
     """
@@ -36,7 +36,7 @@ class MemoryKnowledge:
         self.snapshot = digest.hexdigest()
 
     def search(self, name: str) -> SearchResult:
-        """The page that `name` opens, or the titles most like it."""
+        """The page that `name` opens, or the most similar titles."""
         with self._lock:
             return index.search(self._connection, name)
 
@@ -46,7 +46,7 @@ class MemoryKnowledge:
             return index.find(self._connection, query, limit)
 
     def close(self) -> None:
-        """Forget the pages."""
+        """Frees the pages."""
         self._connection.close()
 
 

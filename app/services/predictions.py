@@ -29,7 +29,7 @@ from app.domain.specs import Generation
 from app.domain.trajectories import read_action
 from app.domain.tuning_methods import Quantization
 from app.generation import Generator
-from app.knowledge.base import Reading
+from app.knowledge.base import KnowledgeExplorer
 from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.corpora import Corpora
@@ -138,7 +138,7 @@ class Predictions:
             corpus, source = self._corpora.open(request.corpus)
             for sample in range(request.samples):
                 pen = self._pen(answerer, sample if request.samples > 1 else None, gone)
-                loop = ReactLoop(pen, Reading(source), request.claim, request.max_steps, answerer.limit)
+                loop = ReactLoop(pen, KnowledgeExplorer(source), request.claim, request.max_steps, answerer.limit)
                 for event in loop.run():
                     if sample == 0:
                         yield event

@@ -21,7 +21,7 @@ from app.domain.predictions import (
 )
 from app.domain.react import CLOSE, TURN_END, Part, Segment, header
 from app.domain.trajectories import ActionName
-from app.knowledge.base import Reading
+from app.knowledge.base import KnowledgeExplorer
 from app.services.writing import Pen
 
 REPEATED = "This action was already taken. Use what has been observed, or finish."
@@ -51,9 +51,9 @@ LoopEvent = ThoughtWritten | ActionChosen | Observed
 class ReactLoop:
     """One grounded run. `limit`: the sequence length in tokens that the adapter was trained with."""
 
-    def __init__(self, pen: Pen, reading: Reading, claim: str, max_steps: int, limit: int) -> None:
+    def __init__(self, pen: Pen, explorer: KnowledgeExplorer, claim: str, max_steps: int, limit: int) -> None:
         self._pen = pen
-        self._reading = reading
+        self._explorer = explorer
         self._claim = claim
         self._max_steps = max_steps
         self._limit = limit
@@ -88,7 +88,7 @@ class ReactLoop:
     def _choose(self, *, last: bool) -> ActionName:
         """The kind of action. Lookup is offered only while a page is open; Finish is forced at an end."""
         offered = {ActionName.SEARCH, ActionName.FINISH}
-        if self._reading.page is not None:
+        if self._explorer.page is not None:
             offered.add(ActionName.LOOKUP)
         chosen, self.trace.forced = self._pen.action(offered, must_finish=last or self._corrected or self._cramped())
         return chosen
@@ -110,7 +110,7 @@ class ReactLoop:
             return ObservedText(text=REPEATED, source="server")
         started = time.monotonic()
         search = kind is ActionName.SEARCH
-        found = self._reading.search(argument) if search else self._reading.lookup(argument)
+        found = self._explorer.search(argument) if search else self._explorer.lookup(argument)
         self.trace.search_seconds += time.monotonic() - started
         if search or not found.sentences:  # the same Lookup again gives the next result, while there is one
             self._spent.add(key)
@@ -120,7 +120,7 @@ class ReactLoop:
         """The observation as the model sees it: inside its token budget, by the rule that training used."""
         encoder: Encoder = self._pen.encoder
         budget = encoder.observation_budget(len(self._pen.ids), self._limit)
-        page = self._reading.page
+        page = self._explorer.page
         text, ids = found.text, found.sentences
         if page is not None and len(ids) > 1:
             sentences = [page.sentences[i] for i in ids]

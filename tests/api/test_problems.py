@@ -174,7 +174,7 @@ def test_a_repeated_key_is_refused_with_its_path(door: TestClient, route: str) -
     nested = '{"requests": [{"claim": "One.", "claim": "Two."}]}'
     refused = problem(door.post(route, content=nested, headers=JSON), 422, "repeated_key")
     assert refused["errors"][0]["loc"] == ["requests", 0, "claim"]
-    assert "the key 'claim' stands more than once" in refused["detail"]
+    assert "the key 'claim' is repeated" in refused["detail"]
 
 
 def test_a_mebibyte_of_json_is_checked_about_as_fast_as_it_is_parsed() -> None:

@@ -13,7 +13,7 @@ from app.domain.claims import Verdict
 from app.domain.corpora import Page
 from app.domain.trajectories import ActionName, Evidence, Step, Trajectory, read_action
 from app.ingest.child import ingest
-from app.knowledge.base import SENTENCES_SHOWN, Reading
+from app.knowledge.base import SENTENCES_SHOWN, KnowledgeExplorer
 from app.knowledge.building import build_corpus
 from app.knowledge.memory import MemoryKnowledge
 from examples import generate
@@ -123,7 +123,7 @@ def test_a_row_reads_what_the_knowledge_source_answers(
     assert judged.verdict == row["label"]
     assert judged.steps[0].action.argument in judged.claim
 
-    reading = Reading(source)
+    reading = KnowledgeExplorer(source)
     for step in judged.steps[:-1]:
         act = reading.search if step.action.name is ActionName.SEARCH else reading.lookup
         assert step.observation == act(step.action.argument).text

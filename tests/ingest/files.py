@@ -5,9 +5,9 @@ from pathlib import Path
 
 from app.domain.datasets import Columns, DatasetReport, read_canonical
 from app.domain.trajectories import Trajectory
+from app.ingest.canonical import Upload, write_canonical
 from app.ingest.child import IngestLimits
 from app.ingest.columns import read_columns
-from app.ingest.reading import Upload, write_canonical
 
 SEEN = "Thought 1: Look.\nAction 1: Search[Ada]\nObservation 1: Ada wrote it.\n"
 STEPS = SEEN + "Thought 2: Yes.\nAction 2: Finish[SUPPORTS]"

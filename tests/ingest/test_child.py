@@ -157,5 +157,5 @@ def test_the_child_sees_none_of_the_deployments_secrets(out: Path, monkeypatch: 
 
 
 def test_pyarrow_is_loaded_for_parquet_alone() -> None:
-    script = "import sys, app.ingest.__main__, app.ingest.reading; sys.exit('pyarrow' in sys.modules)"
+    script = "import sys, app.ingest.__main__, app.ingest.canonical; sys.exit('pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False).returncode == 0

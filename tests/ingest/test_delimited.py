@@ -125,7 +125,7 @@ def test_an_unclosed_quote_costs_its_own_lines_and_says_which(tmp_path: Path) ->
     report, kept = read(tmp_path, content)
     assert [trajectory.claim for trajectory in kept] == ["One.", "Four.", "Five."]
     assert report.codes == {"bad_csv": 1}
-    assert "lines 7 to 16 are left out" in report.findings[0].message
+    assert "lines 7 to 16 are skipped" in report.findings[0].message
 
 
 def test_a_quote_left_open_to_the_end_is_one_finding(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from app.domain.datasets import Columns
 from app.domain.errors import InvalidError
 from app.ingest.columns import read_columns
-from app.ingest.formats import Format, recognise
+from app.ingest.formats import Format, detect_format
 from tests.ingest.files import STEPS, json_line, read, row
 
 KEYED = json.dumps({"0": row(1), "1": row(2)})
@@ -18,7 +18,7 @@ TABLE = b"claim,trajectories\nOne.,x\n"
 def recognised(folder: Path, content: bytes, name: str = "upload", content_type: str | None = None) -> Format:
     path = folder / "file"
     path.write_bytes(content)
-    return recognise(path, name, content_type, Columns())
+    return detect_format(path, name, content_type, Columns())
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_an_item_is_named_by_its_line(tmp_path: Path) -> None:
     [
         (b"[" + GOOD, "the file ends inside the document"),
         (b"[" + GOOD + b',\n{"claim": "x', "the item on line 3 is not closed"),
-        (b"[" + GOOD + b"] x", "text stands where"),
+        (b"[" + GOOD + b"] x", "unexpected text before or after"),
         (b"[" + GOOD + b'{"a": [1}]', "ends inside"),
         (b"[" * 100_000, "ends inside"),
         (b'{"a": [], "b": []}', "several arrays"),

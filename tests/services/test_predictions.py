@@ -15,7 +15,7 @@ from app.domain.predictions import Observed, PredictRequest
 from app.domain.react import ReactFormat
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
 from app.generation import Generated, GenerationRequest, ScriptedGenerator
-from app.knowledge.base import Reading
+from app.knowledge.base import KnowledgeExplorer
 from app.queue import MemoryDoorbell
 from app.services.reasoning import REPEATED, ReactLoop
 from app.services.writing import Pen
@@ -241,7 +241,7 @@ def test_nothing_is_asked_for_beyond_the_length_that_the_adapter_was_trained_wit
     encoder = served.base_models.encoder(served.base_models.get(None), ReactFormat())
     for limit in range(510, 620, 10):
         pen = Pen(served.generator, encoder, "model", temperature=0, top_p=1, max_thought_tokens=300)
-        list(ReactLoop(pen, Reading(source), CLAIM, 6, limit).run())
+        list(ReactLoop(pen, KnowledgeExplorer(source), CLAIM, 6, limit).run())
         assert max(len(request.prompt) + request.max_tokens for request in requests_of(served)) <= limit
 
 

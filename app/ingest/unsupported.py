@@ -1,9 +1,9 @@
-"""Files that are no text of ours, told by their first bytes: archives, images, office files, text that is not UTF-8."""
+"""Detects unsupported files by their first bytes: archives, images, office files, text that is not UTF-8."""
 
 from app.domain.errors import InvalidError
 from app.ingest.lines import BOM
 
-_FOREIGN: tuple[tuple[bytes, str], ...] = (
+_MAGIC_NUMBERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"GIF8", "a GIF image"),
@@ -23,18 +23,18 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"\x7fELF", "a program"),
 )
 _MARKUP = ((b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "an XML document"))
-_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+_WIDE_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 
 
-def refuse_foreign(head: bytes, way_out: str) -> None:
+def refuse_unsupported(head: bytes, way_out: str) -> None:
     """Raises InvalidError `unknown_format` or `not_utf8`. `head`: the file's first bytes; `way_out`: what to send."""
     lowered = head[:200].removeprefix(BOM).lstrip().lower()
     markup = next((what for magic, what in _MARKUP if lowered.startswith(magic)), None)
-    what = markup or next((what for magic, what in _FOREIGN if head.startswith(magic)), None)
+    what = markup or next((what for magic, what in _MAGIC_NUMBERS if head.startswith(magic)), None)
     if what:
         raise InvalidError(f"the file is {what}; {way_out}", code="unknown_format")
-    if head.startswith(_WIDE) or (len(head) > 7 and head[:4096].count(0) * 4 > len(head[:4096])):
+    if head.startswith(_WIDE_BYTE_ORDER_MARKS) or (len(head) > 7 and head[:4096].count(0) * 4 > len(head[:4096])):
         raise InvalidError("the file looks like UTF-16 or UTF-32; save it as UTF-8", code="not_utf8")
     controls = sum(byte < 32 and byte not in b"\t\n\v\f\r" for byte in head[:4096])
     if controls * 20 > len(head[:4096]):
-        raise InvalidError(f"the file is binary, in no format known here; {way_out}", code="unknown_format")
+        raise InvalidError(f"the file is binary, in an unknown format; {way_out}", code="unknown_format")

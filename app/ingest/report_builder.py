@@ -1,6 +1,6 @@
-"""The account of an upload while it is read: which rows are kept, and every number of the report.
+"""Decides which rows of an upload are kept, and counts what the report tells.
 
-Memory grows with the number of different lengths, by nothing else: what is needed to find duplicates lies on disk.
+Memory grows only with the number of different text lengths. The duplicate index is on disk.
 """
 
 from bisect import bisect_right
@@ -24,20 +24,20 @@ from app.domain.errors import InvalidError
 from app.domain.rows import RowReading, read_row
 from app.domain.splits import Part
 from app.domain.trajectories import Trajectory
+from app.ingest.duplicates import DuplicateIndex
 from app.ingest.lines import Header, Item
-from app.ingest.seen import Seen
 
 _NAMES_LIMIT = 200
 _TEXTS = ("claim", "thought", "observation", "trajectory")
 
 
-class Account:
-    """Reads items one by one; `report` is the sum so far."""
+class DatasetReportBuilder:
+    """Add the items of a file one by one with `add`; `build` makes the report."""
 
-    def __init__(self, columns: Columns, rows_limit: int, seen: Seen) -> None:
+    def __init__(self, columns: Columns, rows_limit: int, duplicates: DuplicateIndex) -> None:
         self.columns = columns
         self.rows_limit = rows_limit
-        self.names: dict[str, bool] = {}  # every column name seen → whether it is read
+        self.names: dict[str, bool] = {}  # each column name in the file → whether it is read
         self.roles: dict[str, str] = {}
         self.codes: Counter[str] = Counter()
         self.findings: list[Finding] = []
@@ -47,12 +47,12 @@ class Account:
         self.actions: Counter[str] = Counter()
         self.splits: Counter[Part] = Counter()
         self.lengths: dict[str, Counter[int]] = {name: Counter() for name in _TEXTS}
-        self._seen = seen
+        self._duplicates = duplicates
 
-    def read(self, item: Item) -> bytes | None:
-        """The canonical line of a row that is kept. Raises InvalidError `too_many_rows`."""
+    def add(self, item: Item) -> bytes | None:
+        """Returns the canonical line of a kept row, else None. Raises InvalidError `too_many_rows`."""
         if isinstance(item, Header):
-            self._name(item.line, item.names, item.used)
+            self._note_columns(item.line, item.names, item.used)
             return None
         self.read_rows += 1
         if self.read_rows > self.rows_limit:
@@ -64,35 +64,35 @@ class Account:
             self._note((item,))
             self.refused += 1
             return None
-        return self._row(item)
+        return self._add_row(item)
 
-    def _row(self, row: SourceRow) -> bytes | None:
+    def _add_row(self, row: SourceRow) -> bytes | None:
         reading = read_row(row, self.columns)
-        self._name(row.line, tuple(row.fields), self._used(row, reading.source))
+        self._note_columns(row.line, tuple(row.fields), self._used_columns(row, reading.source))
         self._note(reading.findings)
         if reading.trajectory is None:
             self.refused += 1
             return None
-        return self._kept(row.line, reading.trajectory, reading)
+        return self._keep_unless_duplicate(row.line, reading.trajectory, reading)
 
-    def _kept(self, line: int, trajectory: Trajectory, reading: RowReading) -> bytes | None:
-        parts = [trajectory.claim]
+    def _keep_unless_duplicate(self, line: int, trajectory: Trajectory, reading: RowReading) -> bytes | None:
+        texts = [trajectory.claim]
         for step in trajectory.steps:
-            parts += (step.thought, str(step.action), step.observation or "")
-        if self._seen.first("\0".join(parts), "kept"):  # no claim holds a NUL: it is told from these
+            texts += (step.thought, str(step.action), step.observation or "")
+        if self._duplicates.get_or_insert("\0".join(texts), "row"):  # texts hold no NUL, so no claim equals a row
             self._note((finding(line, "duplicate", "the row repeats an earlier one, which is kept"),))
             self.warned += 1
             return None
-        conflicts = self._conflict(line, trajectory.claim, trajectory.verdict)
+        conflicts = self._note_conflict(line, trajectory.claim, trajectory.verdict)
         severities = {found.severity for found in reading.findings}
         self.kept += 1
         self.repaired += Severity.REPAIRED in severities
         self.warned += conflicts or Severity.WARNED in severities
-        self._measure(trajectory, sum(map(len, parts)))
+        self._measure(trajectory, sum(map(len, texts)))
         return canonical_line(trajectory)
 
-    def _conflict(self, line: int, claim: str, verdict: Verdict) -> bool:
-        first = self._seen.first(claim, verdict.value)
+    def _note_conflict(self, line: int, claim: str, verdict: Verdict) -> bool:
+        first = self._duplicates.get_or_insert(claim, verdict.value)
         if first in (None, verdict.value):
             return False
         message = f"the claim came before as {first} and is {verdict.value} here; both are kept"
@@ -112,14 +112,14 @@ class Account:
             if step.observation is not None:
                 self.lengths["observation"][len(step.observation)] += 1
 
-    def _used(self, row: SourceRow, source: str) -> frozenset[str]:
+    def _used_columns(self, row: SourceRow, source: str) -> frozenset[str]:
         evidence = "" if isinstance(row.fields.get("evidence"), str) else "evidence"
         empty = [name for name in ("evidence", "steps", "messages") if row.fields.get(name, "") is None]
         own = (self.columns.claim, self.columns.trajectories, self.columns.label, self.columns.split)
         return frozenset((*own, source, evidence, *empty))
 
-    def _name(self, line: int, names: tuple[str, ...], used: frozenset[str]) -> None:
-        """Columns that are seen for the first time; a name that was extra once is said once."""
+    def _note_columns(self, line: int, names: tuple[str, ...], used: frozenset[str]) -> None:
+        """Records column names at their first occurrence; each unread column is one finding."""
         for name in names:
             if name in self.names or len(self.names) >= _NAMES_LIMIT:
                 continue
@@ -141,7 +141,7 @@ class Account:
             if len(self.findings) < FINDINGS_LIMIT and self.codes[found.code] <= FINDINGS_PER_CODE:
                 self.findings.append(found)
 
-    def report(self, format_name: str) -> DatasetReport:
+    def build(self, format_name: str) -> DatasetReport:
         return DatasetReport(
             format=format_name,
             columns=self.roles,
@@ -166,8 +166,8 @@ def _lengths(counts: Counter[int]) -> Lengths:
     ends = list(accumulate(count for _, count in ordered))
     last = ends[-1] - 1
 
-    def at(place: int) -> int:
-        return ordered[bisect_right(ends, place)][0]
+    def at(rank: int) -> int:
+        return ordered[bisect_right(ends, rank)][0]
 
     return Lengths(
         shortest=at(0),

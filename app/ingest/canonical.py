@@ -1,4 +1,7 @@
-"""A file → canonical rows and its account, in this process. `app.ingest.child` runs it in one with limits."""
+"""Writes the canonical rows of an uploaded file and makes its report.
+
+This runs in the calling process. `app.ingest.child` runs it in a child process with limits.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,10 +9,10 @@ from pathlib import Path
 
 from app.domain.datasets import Columns, DatasetReport, Severity
 from app.domain.errors import InvalidError, Problem
-from app.ingest.account import Account
 from app.ingest.columns import missing_column
-from app.ingest.formats import open_rows, recognise
-from app.ingest.seen import open_seen
+from app.ingest.duplicates import open_duplicate_index
+from app.ingest.formats import detect_format, open_rows
+from app.ingest.report_builder import DatasetReportBuilder
 
 _PROBLEMS = 20
 _BUFFER = 1 << 20
@@ -17,7 +20,7 @@ _BUFFER = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A file as it came: where it lies, what it was called, and which of its columns to read."""
+    """An uploaded file: its path, the name that its sender gave it, and which of its columns to read."""
 
     path: Path
     filename: str
@@ -26,27 +29,27 @@ class Upload:
 
 
 def write_canonical(upload: Upload, out: Path, *, rows_limit: int, line_bytes: int) -> tuple[DatasetReport, str]:
-    """Writes the kept rows to `out` as canonical JSONL; (the report, the SHA-256 of what was written).
+    """Writes the kept rows to `out` as canonical JSONL. Returns (the report, the SHA-256 of `out`).
 
     Raises InvalidError when the file as a whole cannot be read or no row of it can be kept.
     """
-    found = recognise(upload.path, upload.filename, upload.content_type, upload.columns)
+    found = detect_format(upload.path, upload.filename, upload.content_type, upload.columns)
     digest = hashlib.sha256()
-    with out.open("wb", buffering=_BUFFER) as sink, open_seen(out.with_suffix(".seen")) as seen:
-        account = Account(upload.columns, rows_limit, seen)
+    with out.open("wb", buffering=_BUFFER) as sink, open_duplicate_index(out.with_suffix(".duplicates")) as duplicates:
+        builder = DatasetReportBuilder(upload.columns, rows_limit, duplicates)
         for item in open_rows(found, upload.path, upload.columns, line_bytes):
-            line = account.read(item)
+            line = builder.add(item)
             if line is not None:
                 digest.update(line)
                 sink.write(line)
-    report = account.report(found.value)
+    report = builder.build(found.value)
     if not report.rows_kept:
-        raise _nothing_kept(report, account, upload.columns)
+        raise _nothing_kept(report, builder, upload.columns)
     return report, digest.hexdigest()
 
 
-def _nothing_kept(report: DatasetReport, account: Account, columns: Columns) -> InvalidError:
-    names = tuple(account.names)
+def _nothing_kept(report: DatasetReport, builder: DatasetReportBuilder, columns: Columns) -> InvalidError:
+    names = tuple(builder.names)
     for code, role, wanted in (
         ("missing_trajectory", "trajectories", columns.trajectories),
         ("missing_claim", "claim", columns.claim),

@@ -1,4 +1,4 @@
-"""The account of an upload: exact counts, bounded lists."""
+"""The report of an upload: exact counts, bounded lists."""
 
 import csv
 import io
