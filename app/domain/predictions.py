@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.domain.claims import Claim, Verdict
-from app.domain.spec_base import Name, Reference, disagree
+from app.domain.spec_base import Integer, Name, Reference, Spec, disagree
 from app.domain.trajectories import ActionName
 
 MOST_STEPS = 10
@@ -15,7 +15,7 @@ class _Word(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PredictRequest(_Word):
+class PredictRequest(Spec):
     """What is to be judged, and by what. `adapter` left out: the promoted one, else the base; `null`: the base.
 
     `store` keeps the answer, under a unique `name` too where one is given. In mode `ungrounded` the model writes all
@@ -29,8 +29,8 @@ class PredictRequest(_Word):
     corpus: Reference | None = None
     mode: Literal["grounded", "ungrounded"] = "grounded"
     stream: bool = False
-    max_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 7
-    samples: Annotated[int, Field(ge=1, le=16)] = 1
+    max_steps: Annotated[Integer, Field(ge=1, le=MOST_STEPS)] = 7
+    samples: Annotated[Integer, Field(ge=1, le=16)] = 1
     store: bool = False
     name: Name | None = None
 

@@ -10,6 +10,7 @@ A segment is an *atom*: it is encoded alone, so that token ids never depend on w
 a model was trained on are the ids it is served (the property that DESIGN calls "ids as the contract").
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,7 +28,20 @@ DEFAULT_TEMPLATE = (
     "Claim: {claim}\n"
 )
 PLACEHOLDER = "{claim}"
+ANY_PLACEHOLDER = re.compile(
+    r"\$?\{\{\s*([\w.]+\s*)?([|!][^{}\n]*)?\}\}"  # {{name}}, {{ name | filter }}
+    r"|\$?\{\s*([\w.]+\s*)?([|!][^{}\n]*)?\}"  # {name}, ${name}, {}, {0}, {name!r}
+    r"|\{%[^{}\n]*%\}"  # {% if name %}
+    r"|%\(\w+\)[sdr]"  # %(name)s
+)
+"""Placeholders as Python, Jinja, shells and Ludwig write them."""
 TEMPLATE_LIMIT = 8_000
+
+
+def unfilled_placeholders(template: str) -> list[str]:
+    """The placeholders that would reach the model as they stand, in order. Only `{claim}` is filled."""
+    found = [match.group() for match in ANY_PLACEHOLDER.finditer(template)]
+    return [one for one in dict.fromkeys(found) if one != PLACEHOLDER]
 
 
 class Part(StrEnum):

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from app.domain.claims import forbidden_character
 from app.domain.errors import InvalidError, Loc, NotYetSupportedError, Problem
+from app.domain.react import unfilled_placeholders
 from app.domain.spec_base import SPEC_CODES
 from app.domain.specs import JobKind, TrainSpec, not_yet_supported
 
@@ -46,6 +47,15 @@ MOST_PROBLEMS = 100
 """Findings that are put into words: a document of a mebibyte can hold a hundred thousand unknown keys."""
 
 LONGEST_WORD = 60
+MOST_NAMED = 5
+
+_IN_PLAIN_WORDS = {
+    "dict_type": "a section is needed here: keys with values",
+    "model_attributes_type": "a section is needed here, such as {type: lora}",
+    "model_type": "a section is needed here: keys with values",
+    "tuple_type": "a list is needed here",
+}
+"""pydantic's error types whose own message names types of Python."""
 
 
 def read_spec(data: Any) -> TrainSpec:
@@ -53,8 +63,8 @@ def read_spec(data: Any) -> TrainSpec:
     if not isinstance(data, dict):
         raise InvalidError("a job's config is a JSON object", code="invalid_spec")
     reject_forbidden(data)
-    kind = data.get("kind", JobKind.TRAIN)
-    if kind != JobKind.TRAIN:
+    kind = data.get("kind")
+    if kind not in (None, JobKind.TRAIN):
         raise _other_kind(kind)
     try:
         spec = TrainSpec.model_validate(data)
@@ -63,12 +73,22 @@ def read_spec(data: Any) -> TrainSpec:
         found = problems_of(items, data, TrainSpec)
         code = next((item["type"] for item in items if item["type"] in SPEC_CODES), "invalid_spec")
         raise InvalidError(headline(found), code=code, problems=found) from None
+    _reject_unfilled(spec.prompt.template)
     if missing := not_yet_supported(spec):
         found = tuple(
             Problem(place, f"{what} is understood, but this version does not run it yet") for place, what in missing
         )
         raise NotYetSupportedError(headline(found), problems=found)
     return spec
+
+
+def _reject_unfilled(template: str) -> None:
+    """Here and not in the model: a job that was stored with such a template can still be read."""
+    if not (unfilled := unfilled_placeholders(template)):
+        return
+    message = f"nothing fills the placeholder {', '.join(one[:LONGEST_WORD] for one in unfilled[:MOST_NAMED])}"
+    problem = Problem(("prompt", "template"), message, "only {claim} is filled, in single braces; remove the others")
+    raise InvalidError(headline((problem,)), code="invalid_spec", problems=(problem,))
 
 
 def _other_kind(kind: Any) -> InvalidError:
@@ -109,6 +129,8 @@ def _problem(item: Mapping[str, Any], data: Any, model: type[BaseModel] | None) 
     match item["type"]:
         case "extra_forbidden":
             return _unknown_key(loc, place, model)
+        case "union_tag_invalid" if context["tag"] == "None":  # pydantic gives the tag as text
+            return Problem((*place, "type"), "the type is missing")
         case "union_tag_invalid":
             expected = context["expected_tags"]
             known = [tag.strip(" '") for tag in expected.split(",")]
@@ -157,7 +179,7 @@ def _place(loc: Loc, data: Any, *, whole: bool) -> Loc:
 
 
 def _sentence(item: Mapping[str, Any]) -> str:
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = _IN_PLAIN_WORDS.get(item["type"], str(item["msg"]).removeprefix("Value error, "))
     given = item.get("input")
     if isinstance(given, str | int | float | bool) and item["type"] not in ("missing", "value_error"):
         return f"{message} (given: {str(given)[:LONGEST_WORD]!r})"

@@ -1,14 +1,19 @@
 """What every part of a spec is made of: a model that takes no field it does not know, references, names, numbers."""
 
-from typing import Annotated
+import re
+from collections.abc import Hashable
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.domain.claims import fold, forbidden_character
 
 SPEC_CODES = frozenset({"base_would_change"})
 """Codes of their own, for what the vocabulary allows and this combination forbids."""
+
+NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,4})?", re.ASCII)
 
 
 def disagree(message: str, *place: str, code: str = "disagreement") -> PydanticCustomError:
@@ -17,9 +22,46 @@ def disagree(message: str, *place: str, code: str = "disagreement") -> PydanticC
 
 
 class Spec(BaseModel):
-    """Frozen; an unknown field is an error."""
+    """Frozen. An unknown key is an error. A null is the default, but where null is a value of its own.
+
+    A number may be written as a string, as YAML reads 2e-4. A boolean is no number.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_nulls_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = cls.model_fields
+        return {
+            key: value
+            for key, value in data.items()
+            if value is not None or key not in known or type(None) in _members(known[key].annotation)
+        }
+
+
+def _members(annotation: Any) -> set[Any]:
+    """The types inside a union; others stand for themselves."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return {member for one in get_args(annotation) for member in _members(one)}
+    return {annotation} if isinstance(annotation, Hashable) else set()
+
+
+def _read_number(value: Any) -> Any:
+    """The number that a string spells. Other values, such as the word auto, are left to the field."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("boolean_number", "true and false are no numbers")
+    if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+Number = BeforeValidator(_read_number)
+Integer = Annotated[int, Number]
+Real = Annotated[float, Number]
 
 
 def _reference(text: str) -> str:
@@ -35,6 +77,6 @@ def _reference(text: str) -> str:
 Reference = Annotated[str, AfterValidator(_reference)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[Real, Field(gt=0)]
+Count = Annotated[Integer, Field(ge=1)]
+Fraction = Annotated[Real, Field(ge=0, le=1)]

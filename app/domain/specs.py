@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from app.domain.react import DEFAULT_TEMPLATE, PLACEHOLDER, ReactFormat
-from app.domain.spec_base import Count, Fraction, Name, Positive, Reference, Spec, disagree
+from app.domain.spec_base import Count, Fraction, Integer, Name, Positive, Real, Reference, Spec, disagree
 from app.domain.tuning_methods import PAIRINGS, AdapterSpec, LoraAdapter, Quantization, adapter_word, quantization_word
 
 
@@ -62,14 +62,14 @@ class Split(Spec):
 
 
 class Preprocessing(Spec):
-    global_max_sequence_length: Annotated[int, Field(ge=64, le=1_000_000)] | None = None
+    global_max_sequence_length: Annotated[Integer, Field(ge=64, le=1_000_000)] | None = None
     overlength: Literal["trim_observations", "drop", "refuse"] = "trim_observations"
     split: Split = Split()
 
 
 class Scheduler(Spec):
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    warmup_fraction: Annotated[Real, Field(ge=0, lt=1)] = 0.03
 
 
 class GradientClipping(Spec):
@@ -78,9 +78,9 @@ class GradientClipping(Spec):
 
 class Optimizer(Spec):
     type: Literal["adamw"] = "adamw"
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
 
 
 class Trainer(Spec):
@@ -91,18 +91,18 @@ class Trainer(Spec):
     """
 
     type: Literal["finetune"] = "finetune"
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3
-    train_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4_096)] = "auto"
-    effective_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    epochs: Annotated[Real, Field(gt=0, le=10_000)] = 3
+    train_steps: Annotated[Integer, Field(ge=1, le=10_000_000)] | None = None
+    learning_rate: Annotated[Real, Field(gt=0, le=1)] = 2e-4
+    batch_size: Literal["auto"] | Annotated[Integer, Field(ge=1, le=4_096)] = "auto"
+    effective_batch_size: Annotated[Integer, Field(ge=1, le=65_536)] | None = None
+    gradient_accumulation_steps: Annotated[Integer, Field(ge=1, le=65_536)] | None = None
     eval_batch_size: Literal["auto"] | Count = "auto"
     optimizer: Optimizer = Optimizer()
     learning_rate_scheduler: Scheduler = Scheduler()
     gradient_clipping: GradientClipping = GradientClipping()
-    early_stop: Annotated[int, Field(ge=-1)] = -1
-    steps_per_checkpoint: Annotated[int, Field(ge=0)] = 0
+    early_stop: Annotated[Integer, Field(ge=-1)] = -1
+    steps_per_checkpoint: Annotated[Integer, Field(ge=0)] = 0
     enable_gradient_checkpointing: Literal["auto"] | bool = "auto"
     train_on_observations: bool = False
     verdict_branch: Fraction = 0.25
@@ -137,14 +137,14 @@ class Trainer(Spec):
 class Generation(Spec):
     """How a model writes. `max_new_tokens` bounds one Thought."""
 
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: Annotated[int, Field(ge=1, le=2_048)] = 128
+    temperature: Annotated[Real, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[Real, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Annotated[Integer, Field(ge=1, le=2_048)] = 128
 
 
 class Backend(Spec):
     type: Literal["local"] = "local"
-    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    processes: Annotated[Integer, Field(ge=1, le=64)] = 1
     strategy: Literal["ddp", "fsdp"] | None = None
 
 
@@ -175,11 +175,11 @@ class TrainSpec(Spec):
     adapter: AdapterSpec | None = LoraAdapter()
     quantization: Quantization | None = Quantization()
     preprocessing: Preprocessing = Preprocessing()
-    global_max_sequence_length: Annotated[int, Field(ge=64, le=1_000_000)] | None = None
+    global_max_sequence_length: Annotated[Integer, Field(ge=64, le=1_000_000)] | None = None
     trainer: Trainer = Trainer()
     generation: Generation = Generation()
     backend: Backend = Backend()
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 42
     metadata: Metadata = Field(default_factory=dict)
 
     @model_validator(mode="after")

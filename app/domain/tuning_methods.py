@@ -7,11 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from app.domain.spec_base import Count, Positive, Reference, Spec, disagree
+from app.domain.spec_base import Count, Integer, Number, Positive, Real, Reference, Spec, disagree
 
 MODULE_LIMIT = 64
 MAX_RANK = 256
-Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Rank = Annotated[Integer, Field(ge=1, le=MAX_RANK)]
 
 
 class _Adapter(Spec):
@@ -29,7 +29,7 @@ class LoraAdapter(_Adapter):
     type: Literal["lora"] = "lora"
     r: Rank = 16
     alpha: Positive | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     target_modules: TargetModules = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
@@ -65,7 +65,7 @@ class AdaloraAdapter(_Adapter):
     target_r: Rank = 8
     init_r: Rank = 12
     alpha: Positive | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     target_modules: TargetModules = "all-linear"
 
     @model_validator(mode="after")
@@ -112,7 +112,7 @@ class AdaptionPromptAdapter(_Adapter):
     """LLaMA-Adapter: learned prompts gated into the upper layers."""
 
     type: Literal["adaption_prompt"]
-    adapter_len: Annotated[int, Field(ge=1, le=256)] = 10
+    adapter_len: Annotated[Integer, Field(ge=1, le=256)] = 10
     adapter_layers: Count | None = None
 
 
@@ -122,7 +122,7 @@ AdapterSpec = Annotated[LoraAdapter | AdaloraAdapter | Ia3Adapter | AdaptionProm
 class Quantization(Spec):
     """How the frozen base is held. `quant_type` and `double_quant` matter at 4 bits only."""
 
-    bits: Literal[4, 8] = 4
+    bits: Annotated[Literal[4, 8], Number] = 4
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
 

@@ -235,6 +235,7 @@ def test_a_crowd_at_one_adapter_keeps_no_other_out(
         ({"adapter": ""}, "adapter", "1 to 200"),
         ({"max_steps": 0}, "max_steps", "greater than or equal to 1"),
         ({"max_steps": 11}, "max_steps", "10"),
+        ({"max_steps": True}, "max_steps", "true and false are no numbers"),
         ({"samples": 10**30}, "samples", "16"),
         ({"mode": "guess"}, "mode", "'grounded' or 'ungrounded'"),
         ({"stream": "perhaps"}, "stream", "boolean"),

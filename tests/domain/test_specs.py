@@ -1,6 +1,7 @@
 """The job's vocabulary: what is accepted, with which defaults, and what no combination allows."""
 
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -155,6 +156,158 @@ def test_the_users_own_config_is_accepted() -> None:
 @pytest.mark.parametrize("example", spec_examples().values(), ids=spec_examples())
 def test_the_documented_examples_run(example: dict[str, Any]) -> None:
     read_spec(example)
+
+
+# Numbers and nulls.
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every key of a document below its sections, with its value."""
+    for key, inner in value.items():
+        if isinstance(inner, dict) and key != "metadata":
+            yield from places(inner, (*path, key))
+        else:
+            yield (*path, key), inner
+
+
+OTHER_ADAPTERS: tuple[dict[str, Any], ...] = (
+    {"type": "adalora", "target_r": 4, "init_r": 6, "alpha": 8, "dropout": 0.1},
+    {"type": "adaption_prompt", "adapter_len": 8, "adapter_layers": 2},
+)
+DOCUMENTS: list[dict[str, Any]] = [EVERYTHING, *(LEAST | {"adapter": adapter} for adapter in OTHER_ADAPTERS)]
+KEYS = [(document, path, value) for document in DOCUMENTS for path, value in places(document)]
+NUMBERS = [
+    (document, path, value)
+    for document, path, value in KEYS
+    if isinstance(value, int | float) and not isinstance(value, bool)
+]
+
+
+def changed(document: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """A copy of `document` with `value` at `path`."""
+    first, *rest = path
+    inner = changed(document[first], tuple(rest), value) if rest else value
+    return document | {first: inner}
+
+
+def names(parameter: Any) -> str:
+    return ".".join(parameter) if isinstance(parameter, tuple) else ""
+
+
+@pytest.mark.parametrize(("document", "path", "value"), NUMBERS, ids=names)
+def test_a_number_may_be_a_string_at_every_key_and_a_boolean_is_none(
+    document: dict[str, Any], path: tuple[str, ...], value: float
+) -> None:
+    for spelled in (str(value), f" {value} ", f"{value:e}"):
+        assert read_spec(changed(document, path, spelled)) == read_spec(document)
+    for flag in (True, False):
+        with pytest.raises(InvalidError, match="true and false are no numbers") as refused:
+            read_spec(changed(document, path, flag))
+        assert refused.value.problems[0].loc == path
+
+
+def test_the_numbers_of_a_list_follow_the_same_rule() -> None:
+    assert read_spec(LEAST | {"trainer": {"optimizer": {"betas": ["0.9", "9.5e-1"]}}}).trainer.optimizer.betas == (
+        0.9,
+        0.95,
+    )
+    error = refusal(preprocessing={"split": {"probabilities": [True, 0, 0]}})
+    assert error.problems[0].loc == ("preprocessing", "split", "probabilities", 0)
+
+
+@pytest.mark.parametrize(("path", "value"), [("learning_rate", "2e-4"), ("eps", "1e-8")])
+def test_what_yaml_reads_as_a_string_is_a_number(path: str, value: str) -> None:
+    assert isinstance(yaml.safe_load(f"{path}: {value}")[path], str)
+    section = {"learning_rate": value} if path == "learning_rate" else {"optimizer": {path: value}}
+    assert read_spec(LEAST | {"trainer": section}) == read_spec(LEAST)
+
+
+NULL_SAYS_SOMETHING = {("adapter",), ("quantization",), ("trainer", "gradient_clipping", "clipglobalnorm")}
+"""Keys whose null is a value of its own, and not the default: full fine-tuning, no quantisation, no clipping."""
+
+
+def test_a_null_is_the_default_at_every_other_key() -> None:
+    sections_and_keys = {key[:end] for _, key, _ in KEYS for end in range(1, len(key) + 1)}
+    for path in sections_and_keys - NULL_SAYS_SOMETHING:
+        if path[0] in ("dataset", "adapter"):
+            continue
+        document: Any = None
+        for key in reversed(path):
+            document = {key: document}
+        assert read_spec(LEAST | document) == read_spec(LEAST), path
+
+
+@pytest.mark.parametrize("adapter", [EVERYTHING["adapter"], *OTHER_ADAPTERS], ids=lambda one: one["type"])
+def test_a_null_is_the_default_at_every_key_of_an_adapter(adapter: dict[str, Any]) -> None:
+    for key in set(adapter) - {"type"}:
+        asked = {"type": adapter["type"], key: None}
+        assert read_spec(LEAST | {"adapter": asked}) == read_spec(LEAST | {"adapter": {"type": adapter["type"]}}), key
+
+
+def test_a_null_that_says_something() -> None:
+    assert read_spec(LEAST | {"adapter": None, "quantization": None}).adapter is None
+    clipping = {"trainer": {"gradient_clipping": {"clipglobalnorm": None}}}
+    assert read_spec(LEAST | clipping).trainer.gradient_clipping.clipglobalnorm is None
+
+
+def test_a_null_where_there_is_no_default() -> None:
+    error = refusal(dataset=None)
+    assert (error.problems[0].loc, error.problems[0].message) == (("dataset",), "Field required")
+    assert refusal(adapter={"type": None}).problems[0].message == "the type is missing"
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"trainer": []}, "a section is needed"),
+        ({"adapter": "lora"}, "{type: lora}"),
+        ({"metadata": [1]}, "a section is needed"),
+        ({"input_features": [None]}, "a section is needed"),
+        ({"input_features": {"name": "claim"}}, "a list is needed"),
+        ({"preprocessing": {"split": {"probabilities": 0.9}}}, "a list is needed"),
+    ],
+)
+def test_sections_and_lists_are_called_so(spec: dict[str, Any], words: str) -> None:
+    assert words in refusal(**spec).detail
+
+
+# The template's placeholders.
+
+
+@pytest.mark.parametrize(
+    ("template", "unfilled"),
+    [
+        ("Judge {{claim}}", "{{claim}}"),
+        ("Judge {claim} with {context}", "{context}"),
+        ("Judge {claim} with {{ context | trim }}", "{{ context | trim }}"),
+        ("Judge ${claim}", "${claim}"),
+        ("Judge {claim} {}", "{}"),
+        ("Judge {claim} {0}", "{0}"),
+        ("Judge {claim} {page!r}", "{page!r}"),
+        ("{% if page %}{claim}", "{% if page %}"),
+        ("Judge {claim} by %(page)s", "%(page)s"),
+    ],
+)
+def test_a_placeholder_that_nothing_fills(template: str, unfilled: str) -> None:
+    error = refusal(prompt={"template": template})
+    (problem,) = error.problems
+    assert problem.loc == ("prompt", "template")
+    assert problem.message.endswith(unfilled)
+    assert problem.hint is not None
+    assert "{claim}" in problem.hint
+
+
+@pytest.mark.parametrize(
+    "template",
+    ['Answer {"claim": "{claim}"}', 'Answer {"claim": {claim}}', "{claim} {see: the pages}", "{claim} is 5% (or so)s"],
+)
+def test_braces_that_are_no_placeholder(template: str) -> None:
+    assert read_spec(LEAST | {"prompt": {"template": template}}).prompt.template == template
+
+
+def test_a_job_that_was_stored_with_another_placeholder_can_still_be_read() -> None:
+    stored = LEAST | {"prompt": {"template": "{claim} {context}"}}
+    assert TrainSpec.model_validate(stored).prompt.template == "{claim} {context}"
 
 
 # Cross-field checks.
@@ -317,9 +470,9 @@ def test_keys_of_an_adapter_that_do_not_go_together(
 @pytest.mark.parametrize(
     ("place", "values"),
     [
-        ("trainer.epochs", [0, -1, 10_001, "many", None]),
+        ("trainer.epochs", [0, -1, 10_001, "many"]),
         ("trainer.train_steps", [0, 1.5]),
-        ("trainer.learning_rate", [0, -1, 1.1, float("nan"), float("inf"), True and "x"]),
+        ("trainer.learning_rate", [0, -1, 1.1, float("nan"), float("inf"), "nan", "x"]),
         ("trainer.batch_size", [0, "all", 4_097]),
         ("trainer.effective_batch_size", [0, -4]),
         ("trainer.verdict_branch", [-0.1, 1.1]),
