@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from app.domain.claims import is_blank
+
 INSTRUCTING = frozenset({"system", "developer"})
 ANSWERING = frozenset({"tool", "function"})
 
@@ -40,7 +42,7 @@ def find_claim(messages: Sequence[Message]) -> ChatClaim:
     """The last `Claim: …` of a user in `messages`, which stand before the first answer, else the one user's text."""
     asking = [message for message in messages if message.role not in INSTRUCTING | ANSWERING]
     named = [claim for message in asking for claim in named_claims(message.text)]
-    plain = [message for message in asking if message.text.strip() and not _names_claim(message.text)]
+    plain = [message for message in asking if not is_blank(message.text) and not _names_claim(message.text)]
     if named:
         passed_over = [claim for claim in named[:-1] if claim != named[-1]] + [message.text for message in plain]
         return ChatClaim(named[-1], tuple(named), tuple(passed_over), _two_in_one(named[-1]))

@@ -19,6 +19,16 @@ STEP_MARKER = re.compile(
 
 _FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 
+INVISIBLE = (
+    "\\s\x00-\x1f\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202f\u205f-\u206f"
+    "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""White space, and what a reader cannot tell from it or cannot see at all: what a pattern's `[…]` holds.
+
+Unicode's default ignorable characters, the controls, and the letters that are drawn as nothing (U+2800, U+3164).
+"""
+_VISIBLE = re.compile(f"[^{INVISIBLE}]")
+
 
 class Verdict(StrEnum):
     """How a claim is judged. Spelled this way on the wire, in datasets and in `Finish[…]`."""
@@ -47,8 +57,15 @@ def read_verdict(text: str) -> Verdict | None:
     return _SPELLINGS.get(folded)
 
 
+def is_blank(text: str) -> bool:
+    """Whether a reader sees nothing of `text`: it is empty, white, or made of characters such as U+200B."""
+    return _VISIBLE.search(text) is None
+
+
 def fold(text: str) -> str:
-    """`text` on one line: NFC, runs of white space become one space, ends trimmed."""
+    """`text` on one line: NFC, runs of white space become one space, ends trimmed. "" for what is blank."""
+    if is_blank(text):
+        return ""
     normal = text if text.isascii() else unicodedata.normalize("NFC", text)  # ASCII is in NFC; most texts are ASCII
     return " ".join(normal.split())
 
@@ -67,7 +84,7 @@ def check_claim(text: str) -> str:
         raise ValueError(f"the claim holds {bad}")
     claim = fold(text)
     if not claim:
-        raise ValueError("the claim is empty")
+        raise ValueError("the claim holds no character that can be seen" if text.strip() else "the claim is empty")
     if len(claim) > CLAIM_LIMIT:
         raise ValueError(f"the claim has {len(claim):,} characters; at most {CLAIM_LIMIT:,} are read")
     if marker := STEP_MARKER.search(claim):

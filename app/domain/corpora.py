@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.claims import fold
+from app.domain.claims import INVISIBLE, fold
 
 
 class Page(BaseModel):
@@ -120,11 +120,7 @@ def _tidy(text: str) -> str:
 
 # --- steps that pages only pretend to have -------------------------------------------------
 
-# White space, and what a reader cannot tell from it or cannot see at all.
-_GAP = (
-    "[\\s\x00-\x1f\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    "\u2028-\u202f\u205f-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0]*"
-)
+_GAP = f"[{INVISIBLE}]*"
 _COLON = "[:\u02d0\u2236\ua789\ufe13\ufe55\uff1a]"
 _STEP = re.compile(rf"(?<!\w)((?:Thought|Action|Observation){_GAP}\d+){_GAP}{_COLON}", re.IGNORECASE)
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pydantic import ValidationError
 
 from app.domain.chat import ChatClaim
-from app.domain.claims import Verdict, check_claim, fold, read_verdict
+from app.domain.claims import Verdict, check_claim, fold, is_blank, read_verdict
 from app.domain.datasets import Columns, Finding, SourceRow
 from app.domain.evidence import read_evidence
 from app.domain.react import RawStep
@@ -64,8 +64,8 @@ def _claim(given: object, chat: ChatClaim, name: str, notes: Notes) -> str:
     if in_chat and given is not None and not isinstance(given, str):
         notes.add("claim_column_unread", f"{name!r} holds no text; the claim is taken from the messages")
         given = None
-    claim = given if given is not None and given != "" else _chat_claim(chat, notes)
-    if claim is None or (isinstance(claim, str) and not claim.strip()):
+    claim = given if given is not None and not _is_blank(given) else _chat_claim(chat, notes)
+    if claim is None or _is_blank(claim):
         raise RefusedError("missing_claim", f"the row has no claim in {name!r}; fill it or drop the row")
     if not isinstance(claim, str):
         raise RefusedError("bad_claim", f"{name!r} holds no text; a claim is one sentence")
@@ -92,7 +92,7 @@ def _note_other_claims(passed_over: Sequence[str], notes: Notes) -> None:
 
 
 def _label(value: object, name: str, notes: Notes) -> Verdict | None:
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or _is_blank(value):
         return None
     match value:
         case str(text) | [str(text)]:
@@ -154,6 +154,10 @@ def _disagree(one: str, other: str) -> RefusedError:
     return RefusedError("verdict_mismatch", f"{one}, {other}; correct one of them or leave the row out")
 
 
+def _is_blank(value: object) -> bool:
+    return isinstance(value, str) and is_blank(value)
+
+
 def _note_fold(text: str, where: str, notes: Notes) -> None:
     if len(text.strip().splitlines()) > 1:
         notes.add("newline_folded", f"{where} spans lines; they are joined by spaces")
@@ -196,7 +200,7 @@ def _finish(steps: list[RawStep], stated: Verdict | None, notes: Notes) -> list[
         return [*steps[:-1], _settled(last, stated, notes)]
     if last.action is None and last.observation is not None:
         raise _no_action(len(steps))
-    if last.action is not None and not (last.observation or "").strip():
+    if last.action is not None and is_blank(last.observation or ""):
         return steps
     if stated is None:
         raise RefusedError("no_verdict", f"the row has neither Finish[…] nor a label that is a verdict; {_SPELL}")
@@ -240,7 +244,7 @@ def _no_action(number: int) -> RefusedError:
 
 
 def _step(raw: RawStep, number: int, is_last: bool) -> Step:
-    if raw.action is None or not raw.action.strip():
+    if raw.action is None or is_blank(raw.action):
         raise _no_action(number)
     if _is_finish(raw) and (not is_last or raw.observation is not None):
         raise RefusedError("finish_not_last", f"step {number} is Finish and something follows; cut it there")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from app.domain.chat import INSTRUCTING, ChatClaim, Message, find_claim, names_claim_first
-from app.domain.claims import STEP_MARKER, forbidden_character
+from app.domain.claims import STEP_MARKER, forbidden_character, is_blank
 from app.domain.datasets import Columns, Finding, SourceRow, finding
 from app.domain.markers import number_markers, observation_text, remove_markup
 from app.domain.react import RawStep, parse
@@ -58,7 +58,7 @@ def allow(text: str, where: str) -> None:
 def find_source(row: SourceRow, columns: Columns) -> tuple[str, object]:
     """The column that holds the steps: the trajectories column if it holds any, `steps`, or `messages`."""
     value = row.fields.get(columns.trajectories)
-    if (isinstance(value, str) and value.strip()) or (isinstance(value, list) and value):
+    if (isinstance(value, str) and not is_blank(value)) or (isinstance(value, list) and value):
         return columns.trajectories, value
     for name in ("steps", "messages"):
         if isinstance(row.fields.get(name), list):
@@ -150,7 +150,7 @@ def _pieces(messages: list[Message], notes: Notes) -> Iterator[str]:
 def _answer(message: Message, follows_observation: bool, notes: Notes) -> str:
     """An answer's steps. Text before them would become a part of the observation that it follows."""
     text = _numbered(_plain(message.text, notes), notes)
-    if not follows_observation or not text.strip():
+    if not follows_observation or is_blank(text):
         return text
     marker = STEP_MARKER.search(text)
     if marker is None:

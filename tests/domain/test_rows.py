@@ -285,6 +285,27 @@ def test_evidence_that_is_a_text_is_another_kind_of_column() -> None:
     assert kept(read(trajectories=GOOD, evidence="Ada wrote it.")).evidence == ()
 
 
+UNSEEN = ["\u200b", "\ufeff", "\u3164", "\u2800\u00ad\u2060", "\U000e0020 \u034f"]
+
+
+@pytest.mark.parametrize("unseen", UNSEEN)
+def test_a_text_that_cannot_be_seen_is_empty(unseen: str) -> None:
+    assert codes(read(trajectories=GOOD, claim=unseen)) == ["missing_claim"]
+    assert codes(chat(("user", unseen), ("assistant", GOOD))) == ["missing_claim"]
+    assert codes(text(unseen)) == ["missing_trajectory"]
+    assert codes(text(GOOD.replace("Ada wrote it.", unseen))) == ["empty_observation"]
+    assert codes(text(GOOD.replace("Search[Ada]", f"Search[{unseen}]"))) == ["bad_argument"]
+    assert codes(text(GOOD.replace("Search[Ada]", unseen))) == ["step_without_action"]
+    assert kept(text(GOOD.replace("Look.", unseen))).steps[0].thought == ""
+    assert kept(text(GOOD, unseen)).verdict is Verdict.SUPPORTS
+    assert kept(chat(("user", CLAIM), ("assistant", GOOD), claim=unseen)).claim == CLAIM
+
+
+def test_an_invisible_character_between_letters_stays() -> None:
+    claim = "می‌خواهم 👩‍🔬 it\u200b is."
+    assert kept(read(trajectories=GOOD, claim=claim)).claim == claim
+
+
 # --- chat ----------------------------------------------------------------------------------
 
 
