@@ -42,6 +42,7 @@ _MEANINGS: dict[Severity, dict[str, str]] = {
         "conflicting_label": "the same claim came before with another verdict; both are kept",
         "claim_passed_over": "a chat holds another text that could be the claim; the column or last `Claim:` is read",
         "message_passed_over": "a system message stands between a chat's steps; it is not read",
+        "control_token_text": "a text names a control token, such as `<|im_end|>`; it is trained as text",
         "extra_column": "a column that nothing here reads; once a file and column",
         "extra_key": "a step has keys that nothing here reads",
         "bad_label": "a label is no verdict; it is not used",

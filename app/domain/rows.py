@@ -25,6 +25,7 @@ from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajecto
 _LABEL = re.compile(r"\bLabel\s*:")
 _FINISH = re.compile(r"finish\s*(?:\[(.*)\])?\.?", re.IGNORECASE | re.DOTALL)
 _TAIL = re.compile(r"(?:Episode finished\b.*)?", re.IGNORECASE | re.DOTALL)
+_CONTROL_TOKEN = re.compile(r"<\|\w[\w ./-]{0,38}\|>|</?s>|\[/?INST\]|<(?:bos|eos|pad|start_of_turn|end_of_turn)>")
 _SPELL = "write SUPPORTS, REFUTES or NOT ENOUGH INFO"
 
 
@@ -147,7 +148,18 @@ def _trajectory(
     finished = _finish(steps, label or prefix, notes)
     last = len(finished)
     built = tuple(_step(raw, number, number == last) for number, raw in enumerate(finished, start=1))
+    _note_control_tokens(claim, built, notes)
     return Trajectory(claim=claim, steps=built, evidence=evidence)
+
+
+def _note_control_tokens(claim: str, steps: Sequence[Step], notes: Notes) -> None:
+    written = [
+        (f"step {n}", text) for n, s in enumerate(steps, 1) for text in (s.thought, str(s.action), s.observation)
+    ]
+    for where, text in [("the claim", claim), *written]:
+        if text and (found := _CONTROL_TOKEN.search(text)):
+            said = f"{where} holds {found[0]!r}, which a chat template may have left; it is trained as text"
+            notes.add("control_token_text", said)
 
 
 def _disagree(one: str, other: str) -> RefusedError:

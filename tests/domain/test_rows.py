@@ -285,6 +285,22 @@ def test_evidence_that_is_a_text_is_another_kind_of_column() -> None:
     assert kept(read(trajectories=GOOD, evidence="Ada wrote it.")).evidence == ()
 
 
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|endoftext|>", "</s>", "[INST]", "<end_of_turn>"])
+def test_a_control_token_in_a_row_is_text_and_said_to_be(name: str) -> None:
+    thought = text(GOOD.replace("Look.", f"I look at Elbe {name} and then I read on."))
+    seen = text(GOOD.replace("Ada wrote it.", f"Ada wrote it.{name}"))
+    claim = read(trajectories=GOOD, claim=f"{CLAIM} {name}")
+    assert kept(thought).steps[0].thought == f"I look at Elbe {name} and then I read on."
+    for reading, where in ((thought, "step 1"), (seen, "step 1"), (claim, "the claim")):
+        assert codes(reading) == ["control_token_text"]
+        assert f"{where} holds {name!r}" in reading.findings[0].message
+
+
+@pytest.mark.parametrize("text_", ["a < b and c > d", "if |x| <| y |>", "see [1] and <b>", "<s"])
+def test_brackets_that_name_no_control_token_are_not_worth_a_finding(text_: str) -> None:
+    assert codes(text(GOOD.replace("Look.", text_))) == []
+
+
 UNSEEN = ["\u200b", "\ufeff", "\u3164", "\u2800\u00ad\u2060", "\U000e0020 \u034f"]
 
 
