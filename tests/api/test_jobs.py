@@ -163,7 +163,7 @@ def test_a_job_is_deleted_once_it_has_ended(client: TestClient, dataset: str) ->
         ({"base_model": "https://example.org/model"}, "invalid_spec", "base_model", "a path or a URL"),
         ({"base_model": "s3://bucket/model"}, "invalid_spec", "base_model", "a path or a URL"),
         ({"base_model": "file:///model"}, "invalid_spec", "base_model", "a path or a URL"),
-        ({"dataset": None}, "invalid_spec", "dataset", "string"),
+        ({"dataset": None}, "invalid_spec", "dataset", "required"),
         ({"dataset": ""}, "invalid_spec", "dataset", "1 to 200 characters"),
         ({"kind": "evaluate"}, "not_yet_supported", "kind", "train"),
         ({"kind": "tain"}, "invalid_spec", "kind", "did you mean 'train'?"),
