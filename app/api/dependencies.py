@@ -21,7 +21,7 @@ from app.composition import Services
 from app.domain.claims import forbidden_character
 from app.domain.errors import InvalidError, Problem
 from app.domain.identity import id_pattern
-from app.domain.reading import did_you_mean
+from app.domain.spelling import did_you_mean
 from app.services.writing import Gone
 
 Item = TypeVar("Item")

@@ -15,7 +15,8 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 
 from app.domain.errors import InvalidError, Problem
-from app.domain.reading import did_you_mean, headline
+from app.domain.reading import headline
+from app.domain.spelling import did_you_mean
 
 FORM = "multipart/form-data"
 

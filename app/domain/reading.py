@@ -1,9 +1,9 @@
 """A JSON document → a JobSpec, with every mistake named by its place and a did-you-mean. No silence."""
 
-import difflib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -13,40 +13,12 @@ from app.domain.errors import InvalidError, Loc, NotYetSupportedError, Problem
 from app.domain.react import unfilled_placeholders
 from app.domain.spec_base import SPEC_CODES
 from app.domain.specs import JobKind, TrainSpec, not_yet_supported
-
-_LUDWIG_DIFFERS = {
-    ("quantization", "bnb_4bit_compute_dtype"): "the compute type follows the device; leave it out",
-    ("quantization", "bnb_4bit_quant_type"): "write quant_type",
-    ("quantization", "bnb_4bit_use_double_quant"): "write double_quant",
-    ("trainer", "max_batch_size"): "batch_size auto is bounded by tokens; leave it out",
-    ("preprocessing", "sample_ratio"): "upload the rows that you want; every row is used",
-}
-
-CALLED_ELSEWHERE = {
-    "cutoff_len": "preprocessing.global_max_sequence_length",
-    "load_in_4bit": "quantization.bits",
-    "load_in_8bit": "quantization.bits",
-    "lora_r": "adapter.r",
-    "lora_rank": "adapter.r",
-    "lr": "trainer.learning_rate",
-    "max_grad_norm": "trainer.gradient_clipping.clipglobalnorm",
-    "max_length": "preprocessing.global_max_sequence_length",
-    "model": "base_model",
-    "model_name_or_path": "base_model",
-    "num_train_epochs": "trainer.epochs",
-    "per_device_train_batch_size": "trainer.batch_size",
-    "rank": "adapter.r",
-    "save_steps": "trainer.steps_per_checkpoint",
-    "sequence_len": "preprocessing.global_max_sequence_length",
-    "suffix": "name",
-    "training_file": "dataset",
-}
-"""What transformers, PEFT, Axolotl, LLaMA-Factory and OpenAI call a key of ours, where its name is not like theirs."""
+from app.domain.spelling import LONGEST_WORD, correction, did_you_mean, plain
+from app.domain.vocabularies import MEANINGS, Meaning, meaning_of
 
 MOST_PROBLEMS = 100
 """Findings that are put into words: a document of a mebibyte can hold a hundred thousand unknown keys."""
 
-LONGEST_WORD = 60
 MOST_NAMED = 5
 
 _IN_PLAIN_WORDS = {
@@ -145,21 +117,39 @@ def _problem(item: Mapping[str, Any], data: Any, model: type[BaseModel] | None) 
 def _unknown_key(loc: Loc, place: Loc, model: type[BaseModel] | None) -> Problem:
     word = str(loc[-1])
     message = f"there is no key {word[:LONGEST_WORD]!r} here"
-    ours = _LUDWIG_DIFFERS.get((str(place[-2]) if len(place) > 1 else "", word))
-    if ours or model is None:
-        return Problem(place, message, ours)
+    if model is None:
+        return Problem(place, message)
     known = sorted(_fields_at(model, loc[:-1]))
+    return Problem(place, message, _hint(word, place, known, model) or f"known here: {', '.join(known)}")
+
+
+def _hint(word: str, place: Loc, known: Sequence[str], model: type[BaseModel]) -> str | None:
+    """What was meant: a word of another trainer first, then a misspelt one of ours, then a misspelt one of theirs."""
     nested = _nested(model)
-    close = _ours(word, place, known, [*model.model_fields, *nested]) or _closest(word, known) or _closest(word, nested)
-    return Problem(place, message, f"did you mean {close!r}?" if close else f"known here: {', '.join(known)}")
+    everywhere = [*model.model_fields, *nested]
+    section = str(place[-2]) if len(place) > 1 else ""
+    if hint := _said(meaning_of(word, section), place, known, everywhere):
+        return hint
+    if close := correction(word, known) or correction(word, nested):
+        return f"did you mean {close!r}?"
+    if any(plain(word) == plain(name.rpartition(".")[2]) for name in nested):
+        return None  # several sections have this key
+    theirs = correction(word, (name for name in MEANINGS if "." not in name))
+    return _said(MEANINGS[theirs], place, known, everywhere) if theirs else None
 
 
-def _ours(word: str, place: Loc, known: Sequence[str], everywhere: Sequence[str]) -> str | None:
-    """The key that others call `word`, where this document can have it: not every adapter has a rank."""
-    key = CALLED_ELSEWHERE.get(word, "")
-    parent, _, name = key.rpartition(".")
+def _said(meaning: Meaning | None, place: Loc, known: Sequence[str], everywhere: Sequence[str]) -> str | None:
+    """The hint for a word of others, where this document can have our key for it: not every adapter has a rank."""
+    if meaning is None:
+        return None
+    if meaning.key is None:
+        return meaning.note if "trainer" in everywhere else None
+    parent, _, name = meaning.key.rpartition(".")
     here = parent == ".".join(map(str, place[:-1]))
-    return key if key in everywhere and (name in known or not here) else None
+    if meaning.key not in everywhere or (here and name not in known):
+        return None
+    note = f" {meaning.note[0].upper()}{meaning.note[1:]}" if meaning.note else ""
+    return f"did you mean {meaning.key!r}?{note}"
 
 
 def _place(loc: Loc, data: Any, *, whole: bool) -> Loc:
@@ -186,21 +176,6 @@ def _sentence(item: Mapping[str, Any]) -> str:
     return message
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str | None:
-    """A hint that names the likeliest of `known`, or all of them; None when nothing is known."""
-    close = _closest(word, known)
-    if close:
-        return f"did you mean {close!r}?"
-    return f"known here: {', '.join(sorted(known))}" if known else None
-
-
-def _closest(word: str, known: Sequence[str]) -> str | None:
-    """The name, or the last part of a dotted name, that `word` was probably meant to be."""
-    names = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    close = difflib.get_close_matches(word[:LONGEST_WORD], names, n=1, cutoff=0.6)
-    return names[close[0]] if close else None
-
-
 def headline(found: Sequence[Problem]) -> str:
     first = found[0]
     place = ".".join(str(part) for part in first.loc) or "the document"
@@ -219,13 +194,14 @@ def _fields_at(model: type[BaseModel], loc: Loc) -> set[str]:
     return {name for m in _models(here) for name in m.model_fields}
 
 
-def _nested(model: type[BaseModel]) -> list[str]:
+@cache
+def _nested(model: type[BaseModel]) -> tuple[str, ...]:
     """Dotted names of the keys below the top one, such as `trainer.epochs`."""
-    names = []
+    names: dict[str, None] = {}
     for field, info in model.model_fields.items():
         for inner in _models([info.annotation]):
-            names += [f"{field}.{name}" for name in (*inner.model_fields, *_nested(inner))]
-    return names
+            names |= dict.fromkeys(f"{field}.{name}" for name in (*inner.model_fields, *_nested(inner)))
+    return tuple(names)
 
 
 def _models(annotations: list[Any]) -> list[type[BaseModel]]:

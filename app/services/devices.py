@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from app.db import Database
 from app.domain.devices import CARDS, Device, DeviceDescription, NamedDevice
 from app.domain.errors import InvalidError, Problem
-from app.domain.reading import did_you_mean
+from app.domain.spelling import did_you_mean
 from app.services.ledger import Ledger
 
 ONLINE = timedelta(seconds=60)

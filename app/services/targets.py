@@ -2,8 +2,9 @@
 
 from app.domain.architectures import Architecture
 from app.domain.errors import InvalidError, Problem
-from app.domain.reading import did_you_mean, headline
+from app.domain.reading import headline
 from app.domain.specs import TrainSpec
+from app.domain.spelling import did_you_mean
 from app.domain.trainables import rank, targets
 from app.domain.tuning_methods import AdaloraAdapter, LoraAdapter
 

@@ -174,7 +174,7 @@ def test_a_job_is_deleted_once_it_has_ended(client: TestClient, dataset: str) ->
         ({"prompt": {"template": "no placeholder"}}, "invalid_spec", "prompt", "{claim}"),
         ({"metadata": {"a": "b" * 20_000}}, "invalid_spec", "metadata", "16,384"),
         ({"name": "a b"}, "invalid_spec", "name", "pattern"),
-        ({"trust_remote_code": True}, "invalid_spec", "trust_remote_code", "known here"),
+        ({"trust_remote_code": True}, "invalid_spec", "trust_remote_code", "no code"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("route", ["/jobs", "/jobs/plan"])

@@ -1,12 +1,16 @@
 """Mistakes in a config: each is named by its place in what was sent, with the word that was probably meant."""
 
+import typing
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from app.domain.errors import InvalidError, Problem
-from app.domain.reading import CALLED_ELSEWHERE, MOST_PROBLEMS, did_you_mean, problems_of, read_spec, reject_forbidden
+from app.domain.reading import MOST_PROBLEMS, problems_of, read_spec, reject_forbidden
+from app.domain.specs import TrainSpec
+from app.domain.spelling import correction, did_you_mean
+from app.domain.vocabularies import MEANINGS, Meaning
 
 
 def refusal(spec: Any) -> InvalidError:
@@ -38,13 +42,12 @@ def hinted(**spec: Any) -> tuple[str, str | None]:
          "trainer.gradient_clipping.clip_global_norm", "clipglobalnorm"),
         ({"adapter": {"type": "lora", "alhpa": 1}}, "adapter.alhpa", "alpha"),
         ({"adapter": {"type": "lora", "target_module": ["q"]}}, "adapter.target_module", "target_modules"),
-        ({"adapter": {"type": "adalora", "target_rank": 4}}, "adapter.target_rank", "target_r"),
-        ({"adapter": {"type": "ia3", "feedforward": []}}, "adapter.feedforward", "feedforward_modules"),
-        ({"adapter": {"type": "adaption_prompt", "adapter_length": 3}}, "adapter.adapter_length", "adapter_len"),
+        ({"adapter": {"type": "adalora", "target_rank": 4}}, "adapter.target_rank", "adapter.target_r"),
+        ({"adapter": {"type": "ia3", "feedforward": []}}, "adapter.feedforward", "adapter.feedforward_modules"),
+        ({"adapter": {"type": "adaption_prompt", "adapter_len_": 3}}, "adapter.adapter_len_", "adapter_len"),
         ({"quantization": {"bit": 4}}, "quantization.bit", "bits"),
         ({"preprocessing": {"split": {"probability": []}}}, "preprocessing.split.probability", "probabilities"),
         ({"input_features": [{"name": "claim", "typ": "text"}]}, "input_features.0.typ", "type"),
-        ({"generation": {"max_tokens": 3}}, "generation.max_tokens", "max_new_tokens"),
         ({"prompt": {"templates": "x"}}, "prompt.templates", "template"),
         ({"backend": {"process": 2}}, "backend.process", "processes"),
     ],
@@ -53,10 +56,97 @@ def test_did_you_mean(spec: dict[str, Any], place: str, meant: str) -> None:
     assert hinted(**spec) == (place, f"did you mean {meant!r}?")
 
 
-@pytest.mark.parametrize(("word", "meant"), CALLED_ELSEWHERE.items())
-def test_names_of_other_trainers_are_understood(word: str, meant: str) -> None:
-    assert hinted(**{word: 1}) == (word, f"did you mean {meant!r}?")
-    assert hinted(trainer={word: 1}) == (f"trainer.{word}", f"did you mean {meant!r}?")
+@pytest.mark.parametrize(
+    ("word", "meant", "note"),
+    [
+        ("warmup_steps", "trainer.learning_rate_scheduler.warmup_fraction", "It is a share of all updates"),
+        ("warmup_ratio", "trainer.learning_rate_scheduler.warmup_fraction", ""),
+        ("val_set_size", "preprocessing.split.probabilities", "shares of train, validation and test"),
+        ("lora_target", "adapter.target_modules", "all-linear or a list"),
+        ("eval_steps", "trainer.steps_per_checkpoint", "every checkpoint is evaluated"),
+        ("max_steps", "trainer.train_steps", ""),
+        ("learning_rate_multiplier", "trainer.learning_rate", "not a factor"),
+        ("validation_file", "preprocessing.split", "{type: fixed}"),
+        ("micro_batch_size", "trainer.batch_size", ""),
+        ("batch_size", "trainer.batch_size", "effective_batch_size counts those of an update"),
+        ("random_state", "seed", ""),
+        ("train_on_inputs", "trainer.train_on_observations", "the prompt never"),
+        ("load_in_4bit", "quantization.bits", "bits: 4"),
+        ("max_tokens", "generation.max_new_tokens", "one Thought"),
+        ("n-epochs", "trainer.epochs", ""),
+        ("microBatchSize", "trainer.batch_size", ""),
+        ("warmup_setps", "trainer.learning_rate_scheduler.warmup_fraction", "It is a share of all updates"),
+    ],
+)
+def test_a_word_of_another_trainer_is_understood_by_its_meaning(word: str, meant: str, note: str) -> None:
+    hint = hinted(**{word: 1})[1]
+    assert hint is not None
+    assert hint.startswith(f"did you mean {meant!r}?")
+    assert note in hint
+    assert bool(note) == (hint != f"did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize(("word", "meaning"), MEANINGS.items())
+def test_every_word_of_another_trainer_gets_its_hint(word: str, meaning: Meaning) -> None:
+    """At the top, in a section that is not its own, or in the only one where it has this meaning."""
+    section, _, name = word.rpartition(".")
+    document: dict[str, Any] = {section: {name: 1}} if section else {word: 1}
+    if section == "adapter":
+        document[section]["type"] = "adalora"
+    hint = (hinted(trainer={"optimizer": {name: 1}}) if section == "optimizer" else hinted(**document))[1]
+    assert hint is not None
+    assert (f"did you mean {meaning.key!r}?" in hint) == (meaning.key is not None)
+    assert meaning.note is None or meaning.note[1:] in hint
+
+
+def test_every_key_that_is_hinted_at_exists() -> None:
+    def keys(model: type[BaseModel], path: str = "") -> set[str]:
+        found = set()
+        for name, field in model.model_fields.items():
+            found.add(path + name)
+            for inner in models_in(field.annotation):
+                found |= keys(inner, f"{path}{name}.")
+        return found
+
+    assert {meaning.key for meaning in MEANINGS.values() if meaning.key} <= keys(TrainSpec)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for one in typing.get_args(annotation) for model in models_in(one)]
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("adapter", "published as it is"), ("trainer", "published as it is"), ("", "published as it is")],
+)
+def test_a_word_without_a_key_is_answered_by_what_happens_instead(place: str, words: str) -> None:
+    inner: dict[str, Any] = {"postprocessor": 1}
+    document = {place: inner | ({"type": "lora"} if place == "adapter" else {})} if place else inner
+    hint = hinted(**document)[1]
+    assert hint is not None
+    assert words in hint
+    assert "did you mean" not in hint
+
+
+@pytest.mark.parametrize(
+    "word", ["ensemble_steps", "size", "set_size", "process_step", "eval_set", "beam", "column", "type"]
+)
+def test_a_word_of_another_meaning_is_told_nothing_wrong(word: str) -> None:
+    """Alike in spelling only, or a key of several sections."""
+    hint = hinted(**{word: 1})[1]
+    assert hint is not None
+    assert hint.startswith("known here: ")
+
+
+def test_the_body_of_a_prediction_is_told_nothing_of_training() -> None:
+    class Body(BaseModel, extra="forbid"):
+        claim: str = ""
+
+    with pytest.raises(ValidationError) as caught:
+        Body.model_validate({"fp16": True})
+    assert problems_of(caught.value.errors(), {"fp16": True}, Body)[0].hint == "known here: claim"
 
 
 @pytest.mark.parametrize("word", ["xyz", "rank"])
@@ -155,6 +245,24 @@ def test_problems_of_a_document_inside_a_list() -> None:
         Outer.model_validate(sent)
     (problem,) = problems_of(caught.value.errors(), sent, Outer)
     assert (problem.loc, problem.hint) == (("inner", 1, "sice"), "did you mean 'size'?")
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "meant"),
+    [
+        ("weight_decy", ["weight_decay", "beta"], "weight_decay"),
+        ("alhpa", ["alpha"], "alpha"),
+        ("probability", ["probabilities"], "probabilities"),
+        ("process", ["processes"], "processes"),
+        ("claims", ["claim"], "claim"),
+        ("train_steps", ["eval_steps"], None),
+        ("lr", ["r"], None),
+        ("bit", ["bite", "bits"], "bits"),
+        ("cat", ["bats", "hats"], None),
+    ],
+)
+def test_misspelt_words(word: str, known: list[str], meant: str | None) -> None:
+    assert correction(word, known) == meant
 
 
 def test_hints() -> None:
