@@ -92,7 +92,7 @@ def prepare(csv: Path, cache: Path, directory: Path, scale: Scale) -> Work:
     migrate(settings.database)
     services = compose(settings)
     try:
-        described = _base_in(cache)
+        described = base_in(cache)
         services.base_models.register(described)
         services.datasets.create(csv, csv.name, "text/csv", "fever", {})
         return _work(services, described, cache, directory, scale)
@@ -117,7 +117,8 @@ def _work(services: Services, described: BaseModelDescription, cache: Path, dire
     return Work(base, prepared.spec, Schedule.of(prepared.spec, scale.rows, longest, "cpu"), rows, every)
 
 
-def _base_in(cache: Path) -> BaseModelDescription:
+def base_in(cache: Path) -> BaseModelDescription:
+    """SmolLM2-135M, by its name: a user may have added other models to the cache."""
     for path in sorted((cache / "models").glob("*/description.json")):
         described = BaseModelDescription.model_validate(json.loads(path.read_text("utf-8")))
         if described.name == "smollm2-135m":

@@ -21,6 +21,7 @@ from app.domain.architectures import KNOWN
 from app.domain.attempts import EncodedRow
 from app.domain.memory import CONTEXT, GPU16, Load, Machine, memory_of
 from app.domain.specs import TrainSpec
+from benchmarks.encoded import base_in
 from benchmarks.machine import ROOT, head
 from worker.environment import for_tensors
 from worker.processor import cpu_here
@@ -149,22 +150,19 @@ def shapes(name: str, tokens: int, length: int, *, recompute: bool, packed: bool
     return found | {"planned": planned.total, "ratio": round((planned.total - CONTEXT["gpu"]) / seen.peak, 3)}
 
 
-def _cached() -> Path | None:
-    return next((found.parent for found in CACHE.glob("models/*/config.json")), None)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=2, metavar=("BASE", "SETTING"), help="train in this process and print bytes")
-    parser.add_argument("--base", type=Path, default=_cached(), help="where SmolLM2-135M is")
+    parser.add_argument("--base", type=Path, help="where SmolLM2-135M is, if not in the cache")
     asked = parser.parse_args()
     if asked.child:
         print(json.dumps(train_here(Path(asked.child[0]), **json.loads(asked.child[1]))))
         return
-    stored = sum(path.stat().st_size for path in asked.base.glob("*.safetensors"))
+    base = asked.base or CACHE / "models" / base_in(CACHE).digest
+    stored = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     found = head("veritune memory benchmark", "benchmarks.memory") | {"cpu": [], "shapes": []}
     for setting in GRID:
-        found["cpu"].append(measured(asked.base, stored, **setting))
+        found["cpu"].append(measured(base, stored, **setting))
         print(json.dumps(found["cpu"][-1]), flush=True)
     for name in KNOWN:
         for recompute in (False, True):
