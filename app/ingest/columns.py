@@ -1,13 +1,13 @@
 """Maps a file's column names to the columns that are read."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
 from app.domain.datasets import Columns
 from app.domain.errors import InvalidError, Problem
+from app.domain.spelling import correction
 
 _OTHER_WORDS = {
-    "claim": ("statement", "query", "question", "text", "input", "sentence"),
+    "claim": ("claim_text", "statement", "query", "question", "text", "input", "sentence"),
     "trajectories": ("trajectory", "trace", "traces", "react", "episode", "output", "completion"),
     "label": ("verdict", "gold", "answer", "gold_label"),
 }
@@ -70,7 +70,7 @@ def missing_column(role: str, wanted: str, names: Sequence[str]) -> InvalidError
 
 
 def _closest(role: str, wanted: str, names: Sequence[str]) -> str | None:
+    """The column that another word for `role` names, or a misspelt one. An id of claims is no claim, however alike."""
     by_folded = {name.casefold(): name for name in names}
-    close = difflib.get_close_matches(wanted.casefold(), list(by_folded), n=1, cutoff=0.6)
-    known = [word for word in _OTHER_WORDS.get(role, ()) if word in by_folded]
-    return by_folded[(close or known)[0]] if close or known else None
+    known = next((word for word in _OTHER_WORDS.get(role, ()) if word in by_folded), None)
+    return by_folded[known] if known else correction(wanted, names)

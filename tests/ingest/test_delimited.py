@@ -154,6 +154,22 @@ def test_a_line_that_is_too_long_names_the_limit(tmp_path: Path) -> None:
     assert [trajectory.claim for trajectory in kept] == ["One.", "Three."]
 
 
+@pytest.mark.parametrize(
+    ("header", "meant"),
+    [
+        ("claim_id,statement", "statement"),
+        ("claims,claim_id", "claims"),
+        ("CLAIM,id", "CLAIM"),
+        ("claim_id,page", None),
+    ],
+)
+def test_a_column_is_meant_by_its_meaning_or_misspelt(tmp_path: Path, header: str, meant: str | None) -> None:
+    with pytest.raises(InvalidError) as caught:
+        read(tmp_path, f"{header},trajectories\n1,One.,x\n".encode(), "a.csv")
+    hint = caught.value.problems[0].hint or ""
+    assert hint.startswith(f"did you mean {meant!r}?" if meant else "rename the column")
+
+
 def test_a_missing_column_is_named_with_those_found(tmp_path: Path) -> None:
     with pytest.raises(InvalidError, match=r"found: 'claim', 'trajectory'.*did you mean 'trajectory'") as caught:
         read(tmp_path, b"claim,trajectory\nOne.,x\n", "a.csv")
