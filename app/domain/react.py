@@ -167,11 +167,6 @@ def text(segments: Iterable[Segment]) -> str:
     return "".join(segment.text for segment in segments)
 
 
-def steps_text(steps: Sequence[Step]) -> str:
-    """The steps in the user's own notation, without the instructions before them."""
-    return text(atom for n, step in enumerate(steps, start=1) for atom in _render(n, step, False)).rstrip("\n")
-
-
 def parse(written: str) -> tuple[str, list[RawStep]]:
     """(what stands before the first marker, the raw steps): markers are found wherever they stand.
 

@@ -1,4 +1,4 @@
-"""A JSON document → a JobSpec, with every mistake named by its place and a did-you-mean. No silence."""
+"""A JSON document → a TrainSpec, with every mistake named by its place and a did-you-mean. No silence."""
 
 import typing
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""JobSpec: what the user asked for, in Ludwig's vocabulary, with nothing dropped in silence.
+"""TrainSpec: what the user asked for, in Ludwig's vocabulary, with nothing dropped in silence.
 
 The whole vocabulary is parsed here. What this version cannot run yet is named by `not_yet_supported` and refused at
 submit.
@@ -225,10 +225,6 @@ def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
         (spec.backend.strategy is not None, ("backend", "strategy"), "a distribution strategy"),
     ]
     return [(place, what) for wanted, place, what in asked if wanted]
-
-
-JobSpec = TrainSpec
-"""The union over job kinds; `train` is the only kind that runs so far."""
 
 
 def spec_examples() -> dict[str, Any]:

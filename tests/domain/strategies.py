@@ -1,8 +1,11 @@
 """Trajectories of every allowed shape, for tests that state properties."""
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
 
 from app.domain.claims import CLAIM_LIMIT, STEP_MARKER, Verdict, fold
+from app.domain.react import text, turn
 from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory
 
 # SentencePiece tokenizers write ▁ for a space, and so cannot tell the two apart.
@@ -63,3 +66,13 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     evidence = draw(st.lists(st.builds(Evidence, page=texts, sentence=st.integers(0, 500)), max_size=2))
     before = draw(st.lists(steps(), max_size=4))
     return Trajectory(claim=draw(claims), steps=(*before, last), evidence=tuple(evidence))
+
+
+def steps_text(steps: Sequence[Step]) -> str:
+    """The steps in the user's own notation: what a dataset's column holds."""
+    lines: list[str] = []
+    for number, step in enumerate(steps, start=1):
+        lines.append(text(turn(number, step.thought, step.action)).rstrip("\n"))
+        if step.observation is not None:
+            lines.append(f"Observation {number}: {step.observation}")
+    return "\n".join(lines)

@@ -19,13 +19,12 @@ from app.domain.react import (
     action_atom,
     header,
     parse,
-    steps_text,
     text,
     turn,
 )
 from app.domain.rows import read_row
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
-from tests.domain.strategies import trajectories
+from tests.domain.strategies import steps_text, trajectories
 
 FORMAT = ReactFormat()
 

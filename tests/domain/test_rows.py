@@ -6,10 +6,9 @@ from hypothesis import strategies as st
 
 from app.domain.claims import Verdict
 from app.domain.datasets import CODES, Columns, Severity, SourceRow
-from app.domain.react import steps_text
 from app.domain.rows import RowReading, read_row
 from app.domain.trajectories import Trajectory
-from tests.domain.strategies import trajectories
+from tests.domain.strategies import steps_text, trajectories
 
 CLAIM = "Ada wrote a program."
 SEEN = "Thought 1: Look. Action 1: Search[Ada] Observation 1: Ada wrote it. "

@@ -150,6 +150,7 @@ def start() -> Iterator[Callable[[TrainOrder], Child]]:
                 text=True,
                 cwd=ROOT,
                 env={"PATH": "/usr/bin:/bin", "VERITUNE_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # the child lowers the priority of its whole session
             )
         children.append(Child(process, order.directory))
         if given is not None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from app.domain.attempts import CHILD_EVENT, EncodedRow, TrainOrder
-from tests.training.conftest import Child, OrderFactory
+from app.domain.splits import Part
+from tests.training.conftest import Child, OrderFactory, make_rows
 from tests.waiting import until
 from worker.training.__main__ import NICENESS
 from worker.training.checkpoints import checkpoints_in, verify
@@ -89,6 +90,54 @@ def test_resumed_runs_equal_an_uninterrupted_one_to_the_bit(make_order: OrderFac
     assert adapter_bytes(after_kill) == adapter_bytes(whole)
     losses = [m["loss"] for m in reference.metrics()]
     assert [m["loss"] for m in paused.metrics() + one.metrics()] == losses
+
+
+def test_a_pause_in_the_middle_of_an_update_leaves_at_once_and_resumes_to_the_bit(
+    make_order: OrderFactory, start: Start
+) -> None:
+    """An update of some 40 micro-batches: the pause comes within the second one."""
+    rows = make_rows(120)
+    spec = DROPOUT | {"trainer": {"effective_batch_size": len(rows)}}
+    whole, pausing = (make_order(spec, updates=2, rows=rows, name=name) for name in ("whole", "pausing"))
+    reference, paused = start(whole), start(pausing)
+    paused.until("metrics", update=1)
+    paused.command("pause")
+    assert paused.finish()[0]["outcome"] == "paused", paused.errors()
+    assert [m["update"] for m in paused.metrics()] == [1]
+    (written,) = (event for event in paused.seen if event["event"] == "checkpoint")
+
+    order = make_order(spec, updates=2, rows=rows, name="resumed", resume_from=Path(written["path"]))
+    resumed = start(order)
+    for child in (resumed, reference):
+        assert child.finish()[0]["outcome"] == "succeeded", child.errors()
+    assert adapter_bytes(order) == adapter_bytes(whole)
+    assert [m["loss"] for m in paused.metrics() + resumed.metrics()] == [m["loss"] for m in reference.metrics()]
+
+
+def test_a_checkpoint_asked_for_in_the_middle_of_an_update_does_not_abandon_it(
+    make_order: OrderFactory, start: Start
+) -> None:
+    rows = make_rows(120)
+    child = start(make_order({"trainer": {"effective_batch_size": len(rows)}}, updates=3, rows=rows))
+    child.until("metrics", update=1)
+    child.command("checkpoint")
+    assert child.finish()[0]["outcome"] == "succeeded", child.errors()
+    assert len([event for event in child.seen if event["event"] == "checkpoint"]) == 1
+    assert [m["update"] for m in child.metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("part", [Part.VALIDATION, Part.TEST])
+def test_a_stop_is_seen_while_held_out_rows_are_evaluated_at_the_end(
+    make_order: OrderFactory, start: Start, part: Part
+) -> None:
+    held = [row.model_copy(update={"line": 100 + row.line, "part": part}) for row in make_rows(500)]
+    order = make_order(updates=1, rows=[*make_rows(4), *held])
+    child = start(order)
+    child.until("started" if part is Part.VALIDATION else "metrics")
+    child.command("stop")
+    assert child.finish()[0]["outcome"] == "stopped", child.errors()
+    assert not any(event["event"] == "evaluated" for event in child.seen)
+    assert not (order.directory / "adapter").exists()
 
 
 def test_an_updates_checkpoint_is_written_once(make_order: OrderFactory, start: Start) -> None:

@@ -59,9 +59,17 @@ class Channel:
         """The oldest command not yet asked for, or None."""
         return self._waiting.popleft() if self._waiting else None
 
-    def waiting(self) -> bool:
+    def has_command(self) -> bool:
         """Whether a command waits to be asked for."""
         return bool(self._waiting)
+
+    def must_leave(self) -> bool:
+        """Whether a `pause` or `stop` waits to be asked for."""
+        return any(command.command != "checkpoint" for command in self._waiting.copy())
+
+    def must_stop(self) -> bool:
+        """Whether a `stop` waits to be asked for."""
+        return any(command.command == "stop" for command in self._waiting.copy())
 
     def _watch(self) -> None:
         if order := self._in.readline():

@@ -6,9 +6,8 @@ supervisor's.
 
 import math
 import os
-import resource
 import time
-from importlib.metadata import version
+from typing import Literal
 
 import torch
 
@@ -23,13 +22,12 @@ from worker.training.evaluation import Evaluation, HeldOut
 from worker.training.lr_schedule import learning_rate
 from worker.training.model import TrainableModel, load_trainable_model
 from worker.training.publishing import write_files, write_published
+from worker.training.run_metrics import best_metrics, package_versions, run_totals
 from worker.training.state import RunState
 from worker.training.updates import add_gradients, gradient_norm, probe, step
 
 SKIPS_IN_A_ROW = 5
 """This many updates in a row without a finite loss and gradient end the job."""
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 def train(order: TrainOrder, channel: Channel) -> None:
@@ -69,21 +67,18 @@ def train(order: TrainOrder, channel: Channel) -> None:
 
     probe(trainable, state, rows, order, channel)
     for update in range(progress.update + 1, schedule.updates + 1):
-        while command := channel.next_command():
-            if command.command != "stop":
-                _checkpoint(order, trainable, state, channel)
-            if command.command != "checkpoint":
-                _write_row_losses(order, state)
-                outcome = "paused" if command.command == "pause" else "stopped"
-                channel.tell(Finished(outcome=outcome, packages=_packages(), metrics=_totals(state)))
-                return
-        _validate(order, trainable, state, validation, channel)  # where a command had cut it short
+        if _leaves_or_validates(order, trainable, state, validation, channel):
+            return
         if 0 < spec.trainer.early_stop <= progress.without_improvement:
             break
 
         began = time.perf_counter()
         rate = learning_rate(progress.applied, schedule, spec.trainer)
-        loss, tokens, labelled = add_gradients(trainable, state, rows, update, order, channel)
+        gradients = add_gradients(trainable, state, rows, update, order, channel)
+        if gradients is None:
+            _obey(order, trainable, state, channel)
+            return
+        loss, tokens, labelled = gradients
         norm = gradient_norm(state)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
@@ -133,16 +128,44 @@ def train(order: TrainOrder, channel: Channel) -> None:
         if update % schedule.checkpoint_every == 0 or (found and progress.best_update == update):
             _checkpoint(order, trainable, state, channel)
 
-    _validate(order, trainable, state, validation, channel, patient=True)
+    if _leaves_or_validates(order, trainable, state, validation, channel):
+        return
     if progress.update < schedule.updates:
         channel.tell(Log(message=f"stopped early: {spec.trainer.early_stop} evaluations without a lower loss"))
     state.take_best()
-    totals = _totals(state) | _judged(state) | _test(trainable, state, test, channel)
+    tested = _test(trainable, state, test, channel)
     _write_row_losses(order, state)
+    if tested is None:
+        channel.tell(Finished(outcome="stopped", packages=package_versions(), metrics=run_totals(state)))
+        return
+    totals = run_totals(state) | best_metrics(state) | tested
     if state.ranks is not None:
         channel.tell(Log(message="ranks that are left", data=dict(state.ranks.kept())))
     adapter = write_published(trainable.method, masters, order.base, order.directory)
-    channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=_packages(), metrics=totals))
+    channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=package_versions(), metrics=totals))
+
+
+def _obey(order: TrainOrder, trainable: TrainableModel, state: RunState, channel: Channel) -> bool:
+    """Do what the waiting commands ask for. Whether one of them ended the attempt."""
+    while command := channel.next_command():
+        if command.command != "stop":
+            _checkpoint(order, trainable, state, channel)
+        if command.command != "checkpoint":
+            _write_row_losses(order, state)
+            outcome: Literal["paused", "stopped"] = "paused" if command.command == "pause" else "stopped"
+            channel.tell(Finished(outcome=outcome, packages=package_versions(), metrics=run_totals(state)))
+            return True
+    return False
+
+
+def _leaves_or_validates(
+    order: TrainOrder, trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel
+) -> bool:
+    """Obey waiting commands, then validate if a command had cut that short. Whether a command ended the attempt."""
+    while not _obey(order, trainable, state, channel):
+        if not _validation_is_due(order, state) or _validate(order, trainable, state, rows, channel):
+            return False
+    return True
 
 
 def _skipped(update: int, loss: float, state: RunState) -> Log:
@@ -184,31 +207,34 @@ def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
     channel.tell(Log(message=f"resumed from update {state.progress.update}"))
 
 
-def _validate(
-    order: TrainOrder,
-    trainable: TrainableModel,
-    state: RunState,
-    rows: HeldOut,
-    channel: Channel,
-    *,
-    patient: bool = False,
-) -> Evaluation | None:
-    """What the validation rows say, if it is time to ask them. A command cuts it short, unless `patient`."""
+def _validation_is_due(order: TrainOrder, state: RunState) -> bool:
     progress = state.progress
-    if progress.evaluated == progress.update or not order.schedule.evaluates_after(progress.update):
+    return progress.evaluated != progress.update and order.schedule.evaluates_after(progress.update)
+
+
+def _validate(
+    order: TrainOrder, trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel
+) -> Evaluation | None:
+    """Loss and accuracy on the validation rows; None when it is not due, or when a command cut it short."""
+    if not _validation_is_due(order, state):
         return None
-    found = rows.evaluate(trainable, state.device, (lambda: False) if patient else channel.waiting)
+    found = rows.evaluate(trainable, state.device, channel.has_command)
     if found is not None:
         best = state.judge(found)
         channel.tell(_evaluated(Part.VALIDATION, state, found, best=best))
     return found
 
 
-def _test(trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel) -> dict[str, float]:
-    """What the test rows say of the weights to be published. They are looked at this once."""
-    found = rows.evaluate(trainable, state.device) if rows.rows else None
-    if found is None:
+def _test(trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel) -> dict[str, float] | None:
+    """Loss and accuracy of the published weights on the test rows, evaluated once; None when a `stop` cut it short.
+
+    A `pause` does not: the best weights have replaced the last ones, and the job ends behind this.
+    """
+    if not rows.rows:
         return {}
+    found = rows.evaluate(trainable, state.device, channel.must_stop)
+    if found is None:
+        return None
     state.rows.note(found.lines, found.sums, state.progress.published)
     told = _evaluated(Part.TEST, state, found)
     channel.tell(told)
@@ -243,47 +269,14 @@ def _checkpoint(order: TrainOrder, trainable: TrainableModel, state: RunState, c
         lambda directory: write_files(trainable.method, state.masters, order.base, directory),
     )
     loss = progress.validation_loss if progress.evaluated == progress.update else None
-    metrics = _totals(state) | ({} if loss is None else {"validation_loss": loss})
+    metrics = run_totals(state) | ({} if loss is None else {"validation_loss": loss})
     channel.tell(
         Checkpointed(
             update=progress.update,
             path=path,
             digest=digest,
             validation_loss=loss,
-            packages=_packages(),
+            packages=package_versions(),
             metrics=metrics,
         )
     )
-
-
-def _judged(state: RunState) -> dict[str, float]:
-    """What the validation rows say of the weights that are published."""
-    progress = state.progress
-    found = {
-        "best_update": progress.best_update,
-        "validation_loss": progress.best_loss,
-        "validation_accuracy": progress.best_accuracy,
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _packages() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
-
-
-def _totals(state: RunState) -> dict[str, float]:
-    """Figures of the whole job, over all its attempts, but for the memory: bytes at this attempt's peak."""
-    progress = state.progress
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if state.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(state.device)
-    totals: dict[str, float] = {
-        "updates": progress.update,
-        "skipped_updates": progress.update - progress.applied,
-        "tokens": progress.tokens,
-        "labelled_tokens": progress.labelled_tokens,
-        "seconds": progress.seconds,
-        "tokens_per_second": progress.tokens / max(1e-9, progress.seconds),
-        "peak_memory_bytes": peak,
-    }
-    return totals if progress.loss is None else totals | {"loss": progress.loss}

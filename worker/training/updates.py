@@ -1,6 +1,7 @@
 """One update: its gradients, in as many micro-batches as the device's memory asks for, and the step they lead to."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -34,10 +35,11 @@ def probe(
 
 def add_gradients(
     trainable: TrainableModel, state: RunState, rows: list[EncodedRow], update: int, order: TrainOrder, channel: Channel
-) -> tuple[float, int, int]:
+) -> tuple[float, int, int] | None:
     """(the update's mean loss, its tokens, those with a label); its gradients are added up in the masters.
 
-    Too little memory halves the micro-batch and begins the update again.
+    Too little memory halves the micro-batch and begins the update again. None when a `pause` or `stop` arrived between
+    two micro-batches: gradients and generators are then as they were before the update, so a resume repeats it exactly.
     """
     while True:
         limits = order.schedule.model_copy(
@@ -46,11 +48,16 @@ def add_gradients(
         batches = batches_of_update(rows, update, limits, order.spec.seed)
         labelled = sum(batch.labelled for batch in batches)
         generators, sums = state.generators(), list[float]()
-        if suffices(lambda: sums.extend(backward(trainable, state, batches, labelled))):  # noqa: B023  called here
+        fits = suffices(
+            lambda: sums.extend(backward(trainable, state, batches, labelled, channel.must_leave))  # noqa: B023  called here
+        )
+        if fits and sums:
             state.rows.note((line for batch in batches for line in batch.lines), sums, update)
             return math.fsum(sums) / labelled, sum(batch.tokens for batch in batches), labelled
         state.masters.reset()
         state.use(generators)
+        if fits:
+            return None
         half = smaller(batches)
         if half is None:
             raise MemoryError("a single row does not fit")
@@ -59,10 +66,23 @@ def add_gradients(
         channel.tell(Log(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half}))
 
 
-def backward(trainable: TrainableModel, state: RunState, batches: list[Batch], labelled: int) -> list[float]:
-    """Each row's summed loss; the gradients of their mean over `labelled` tokens are added up in the masters."""
+def backward(
+    trainable: TrainableModel,
+    state: RunState,
+    batches: list[Batch],
+    labelled: int,
+    cut_short: Callable[[], bool] = lambda: False,
+) -> list[float]:
+    """Each row's summed loss; the gradients of their mean over `labelled` tokens are added up in the masters.
+
+    Empty when `cut_short`, asked before each micro-batch, said so.
+    """
     weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
-    by_row = [micro_step(trainable, state.masters, batch, weight) for batch in batches]
+    by_row: list[torch.Tensor] = []
+    for batch in batches:
+        if cut_short():
+            return []
+        by_row.append(micro_step(trainable, state.masters, batch, weight))
     sums: list[float] = torch.cat(by_row).tolist()  # the first and only wait for the device in all micro-batches
     return sums
 
