@@ -26,6 +26,7 @@ from app.domain.jobs import Lease
 from app.domain.react import ReactFormat
 from app.domain.tuning_methods import servable_by
 from app.generation import GenerationRequest, ScriptedGenerator
+from app.generation.transport import ExclusiveTransport
 from app.main import create_app
 from app.queue import MemoryDoorbell
 from app.settings import Settings
@@ -101,7 +102,8 @@ def listening(services: Services) -> Iterator[httpx.Client]:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         try:
             until(lambda: server.started)
-            with httpx.Client(base_url=url, timeout=20, trust_env=False) as client:
+            transport = ExclusiveTransport(connections=20, idle_seconds=2)  # threads of a test share the client
+            with httpx.Client(base_url=url, timeout=20, transport=transport) as client:
                 yield client
         finally:
             server.should_exit = True
