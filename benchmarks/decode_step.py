@@ -21,11 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import ROOT, head
 from benchmarks.publishing import KEPT
-from worker.inference.cache.kv_cache import Forward, KVCache
+from worker.inference.cache.kv_cache import KVCache
+from worker.inference.engine.offline import decode, prefill
 from worker.inference.ipc import EngineSettings
-from worker.inference.model.llama_forward import TransformersForward
 from worker.inference.model.loaded_models import LoadedModels
-from worker.inference.protocol import ServedModel
+from worker.inference.model.transformers_forward import Forward, TransformersForward
+from worker.inference.sampling_params import ServedModel
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode_step.json"
 ROWS = 16
@@ -58,7 +59,7 @@ def main() -> None:
         ways[f"ours, {live} adapters"] = partial(models.forward, [adapters[row % live] for row in range(ROWS)])
     figures = {}
     for name, way in ways.items():
-        figures[name] = measured(way, stock, loaded.layers)
+        figures[name] = measured(way, stock, loaded.kv_shape.num_layers)
         print(name, json.dumps(figures[name]))
     result = head("veritune decode step", "benchmarks.decode_step") | {"milliseconds": figures}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -83,11 +84,11 @@ def measured(way: Callable[[], Forward], reader: Forward, layers: int) -> dict[s
     ids = torch.randint(500, 40_000, (ROWS, LENGTH), generator=draw).tolist()
     lengths = [LENGTH] * ROWS
     for row, prompt in enumerate(ids):
-        store.prefill(reader, row, prompt, 0)
+        prefill(reader, store, row, prompt)
 
     def step() -> float:
         began = time.perf_counter()
-        store.decode(way(), [7] * ROWS, lengths)
+        decode(way(), store, [7] * ROWS, lengths)
         lengths[:] = [length + 1 for length in lengths]
         return time.perf_counter() - began
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import uvicorn
 
 from worker.inference.ipc import EngineSettings
-from worker.inference.protocol import ServedModel
-from worker.inference.server.app import ServerSettings, StaticResolver, create_inference_app
+from worker.inference.sampling_params import ServedModel
+from worker.inference.server.app import create_inference_app
+from worker.inference.server.completion_service import ServerSettings
+from worker.inference.server.model_resolver import StaticResolver
 
 
 def main(table: Path, port: int, engine: str) -> None:

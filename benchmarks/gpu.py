@@ -28,14 +28,16 @@ from app.domain.memory import CONTEXT, GPU16, Load, memory_of
 from app.domain.specs import TrainSpec
 from benchmarks.machine import ROOT, head
 from benchmarks.random_base import write_adapter, write_base
-from worker.inference.cache.kv_cache import Forward, KVCache
+from worker.inference.cache.kv_cache import KVCache
+from worker.inference.engine.offline import decode, prefill
 from worker.inference.engine.scheduler import Scheduler
-from worker.inference.ipc import EngineSettings, Generate, ServerMessage
+from worker.inference.ipc import EngineOutput, EngineSettings, Generate
 from worker.inference.model.base import load_base
 from worker.inference.model.llama_forward import LlamaForward
 from worker.inference.model.loaded_models import LoadedModels
 from worker.inference.model.memory_use import base_bytes
-from worker.inference.protocol import SamplingParams, ServedModel
+from worker.inference.model.transformers_forward import Forward
+from worker.inference.sampling_params import SamplingParams, ServedModel
 from worker.precision import Precision, precision_here
 from worker.training.batches import Batch, collate
 from worker.training.loss import backward_loss
@@ -90,7 +92,7 @@ def serving(base: Path, adapters: Sequence[Path], device: torch.device) -> dict[
         "dtype": str(models.dtype),
         "seconds": round(time.perf_counter() - began, 1),
         "planned": base_bytes(bare, device, models.dtype),
-        "counted": models.bytes.device,
+        "counted": models.memory.device,
         "allocated": _allocated(device) - before,
     }
     began = time.perf_counter()
@@ -99,11 +101,19 @@ def serving(base: Path, adapters: Sequence[Path], device: torch.device) -> dict[
         models.load(adapter, [bare])
     found["seconds_an_adapter"] = round((time.perf_counter() - began) / len(lent), 3)
     steps = [
-        Decoding(models.forward, [bare if not live else lent[row % live] for row in range(rows)], loaded.layers, device)
+        Decoding(
+            models.forward,
+            [bare if not live else lent[row % live] for row in range(rows)],
+            loaded.kv_shape.num_layers,
+            device,
+        )
         for rows, live in STEPS_OF
     ]
     unrecorded = LlamaForward(loaded.model)
-    steps += [Decoding(lambda _: unrecorded, [bare] * rows, loaded.layers, device, "unrecorded") for rows in (1, 16)]
+    steps += [
+        Decoding(lambda _: unrecorded, [bare] * rows, loaded.kv_shape.num_layers, device, "unrecorded")
+        for rows in (1, 16)
+    ]
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     found["steps"] = [step.timed() for step in steps]
     found["turns"] = [_turns(models, [lent[row % live] for row in range(16)]) for live in (1, 16)]
@@ -132,7 +142,7 @@ class Decoding:
     def timed(self) -> dict[str, Any]:
         """Milliseconds a step, and tokens a second."""
         for row in range(len(self._chosen)):
-            self._store.prefill(self._forward([self._chosen[row]]), row, _prompt(row), 0)
+            prefill(self._forward([self._chosen[row]]), self._store, row, _prompt(row))
         taken = median([self._step() for _ in range(STEPS)][4:])
         told = {
             "rows": len(self._chosen),
@@ -157,23 +167,23 @@ class Decoding:
     def _step(self) -> float:
         began = time.perf_counter()
         forward = self._forward(self._chosen)
-        self._store.decode(forward, [7] * len(self._chosen), self._lengths).argmax(-1).tolist()
+        decode(forward, self._store, [7] * len(self._chosen), self._lengths).argmax(-1).tolist()
         self._lengths = [length + 1 for length in self._lengths]
         return time.perf_counter() - began
 
 
 def _turns(models: LoadedModels, chosen: Sequence[ServedModel]) -> dict[str, Any]:
     """The same with all that a turn does besides: tokens are chosen, texts decoded, events sent."""
-    said: list[ServerMessage] = []
+    said: list[EngineOutput] = []
     scheduler = Scheduler(models, SETTINGS, said.append)
     sampling = SamplingParams(max_tokens=4 * STEPS, temperature=0, ignore_eos=True)
     for row, model in enumerate(chosen):
         scheduler.add(Generate(id=str(row), model=model, prompt=_prompt(row), sampling=sampling))
     while scheduler.stats.prefills < len(chosen) or scheduler.stats.generation_tokens == 0:
-        scheduler.turn()
+        scheduler.step()
     before, began = scheduler.stats.generation_tokens, time.perf_counter()
     while scheduler.stats.running == len(chosen):
-        scheduler.turn()
+        scheduler.step()
     seconds = time.perf_counter() - began
     pace = (scheduler.stats.generation_tokens - before) / seconds
     return {"rows": len(chosen), "live": len({model.digest for model in chosen}), "tokens_per_second": round(pace, 1)}

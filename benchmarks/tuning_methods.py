@@ -25,9 +25,10 @@ from app.domain.tuning_methods import servable_by, shares_its_base
 from benchmarks.encoded import Scale, Work, prepare
 from benchmarks.machine import ROOT, head
 from worker.inference.cache.kv_cache import KVCache
+from worker.inference.engine.offline import prefill
 from worker.inference.ipc import EngineSettings
 from worker.inference.model.loaded_models import LoadedModels
-from worker.inference.protocol import ServedModel
+from worker.inference.sampling_params import ServedModel
 from worker.precision import FP32
 from worker.training import model, recipe
 from worker.training.batches import collate
@@ -113,9 +114,9 @@ def _difference(trainable: TrainableModel, order: TrainOrder, prompts: list[list
     trainable.method.module.eval()
     worst = 0.0
     for prompt in prompts:
-        store = KVCache(base.layers)
+        store = KVCache(base.kv_shape.num_layers)
         store.reserve(1, len(prompt))
-        theirs = store.prefill(models.forward([served(order)]), 0, prompt, 0)
+        theirs = prefill(models.forward([served(order)]), store, 0, prompt)
         with torch.no_grad():
             batch = collate([EncodedRow(line=1, ids=tuple(prompt), trained=())])
             mine = trainable.head(trainable.hidden(batch)[-1:])[0]

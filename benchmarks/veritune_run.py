@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from app.domain import memory
 from benchmarks.contender import Run, adapter_digest, environment, run
 from benchmarks.encoded import Work
 from worker.environment import TENSORS
@@ -57,8 +56,9 @@ def median_pace(updates: list[dict[str, Any]]) -> float:
 
 def _packed() -> int:
     from worker.training import __main__ as child
+    from worker.training import model
 
-    memory.DENSE_LIMIT = 0
+    model.DENSE_LIMIT = 0
     return child.main()
 
 

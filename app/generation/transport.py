@@ -73,7 +73,8 @@ class _ReturningStream(httpx.SyncByteStream):
         self._give_back: Callable[[], None] | None = give_back
 
     def __iter__(self) -> Iterator[bytes]:
-        yield from self._stream
+        for chunk in self._stream:  # noqa: UP028 - `yield from` would close the connection with an iterator over it
+            yield chunk
 
     def close(self) -> None:
         give_back, self._give_back = self._give_back, None

@@ -25,7 +25,7 @@ from app.tokenizers import load_tokenization
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.conftest import shelf as shelf
 from tests.waiting import until
-from worker.inference.server.app import ServerSettings
+from worker.inference.server.completion_service import ServerSettings
 from worker.inference.server.device_reservation import FixedReservation
 
 SECRET = SecretStr("between processes")
@@ -193,7 +193,7 @@ def test_a_suspended_server_says_when_it_is_back(shelf: Shelf, asked: Asked) -> 
         serving(shelf.table(), ServerSettings(engine=ENGINE), absent) as server,
         closing(CompletionsGenerator(str(server.client.base_url))) as client,
     ):
-        until(lambda: "job_1" in server.front.link.why)
+        until(lambda: "job_1" in server.front.engine.unavailable_reason)
         with pytest.raises(UnavailableError, match="is suspended while a job trains"):
             client.check()
         with pytest.raises(UnavailableError, match="is suspended while a job trains") as raised:

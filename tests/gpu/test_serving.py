@@ -14,10 +14,10 @@ from tests.inference.conftest import NF4, Server, serving
 from tests.inference.test_forwards import FAMILY, PROMPTS, adapter, logits_by, save, served
 from tests.tiny import make_tiny_adapter, make_tiny_model
 from worker.inference.ipc import EngineSettings
-from worker.inference.model.llama_forward import TransformersForward
 from worker.inference.model.loaded_models import LoadedModels
 from worker.inference.model.memory_use import base_bytes
-from worker.inference.server.app import ServerSettings
+from worker.inference.model.transformers_forward import TransformersForward
+from worker.inference.server.completion_service import ServerSettings
 from worker.quantization import bitsandbytes_config
 
 pytestmark = [
@@ -90,7 +90,7 @@ def test_what_a_base_takes_is_known_before_it_is_loaded(gpu: torch.device, tmp_p
     models.load(model, [])
     taken = torch.cuda.memory_allocated() - before
     assert 0.95 * taken <= base_bytes(model, gpu, torch.float16) <= 1.2 * taken
-    assert models.bytes.device == pytest.approx(taken, rel=0.05)
+    assert models.memory.device == pytest.approx(taken, rel=0.05)
 
 
 def test_a_crowd_over_an_nf4_base_is_answered(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from tests.inference.test_words import PROMPTS, order_of, word
 from tests.tiny import make_tiny_model
 from worker.inference.engine.scheduler import Scheduler
-from worker.inference.ipc import EngineSettings, Finished, Generate, ServerMessage
+from worker.inference.ipc import EngineOutput, EngineSettings, Finished, Generate
 from worker.inference.model.loaded_models import LoadedModels
-from worker.inference.protocol import SamplingParams, ServedModel
+from worker.inference.sampling_params import SamplingParams, ServedModel
 from worker.precision import FP16, precision_here
 from worker.training import recipe
 from worker.training.channel import Channel
@@ -67,7 +67,7 @@ def test_every_approach_learns(tmp_path: Path, approach: str) -> None:
 
 def answers(base: Path, adapter: Path) -> list[list[int]]:
     settings = EngineSettings(device="cuda", dtype="float16")
-    said: list[ServerMessage] = []
+    said: list[EngineOutput] = []
     scheduler = Scheduler(LoadedModels(settings), settings, said.append)
     model = ServedModel(
         digest="speaker",
@@ -80,7 +80,7 @@ def answers(base: Path, adapter: Path) -> list[list[int]]:
     sampling = SamplingParams(max_tokens=len(word(3)), temperature=0, ignore_eos=True)
     for place, prompt in enumerate(PROMPTS):
         scheduler.add(Generate(id=str(place), model=model, prompt=prompt, sampling=sampling))
-    while scheduler.busy or scheduler.reading:
-        scheduler.turn()
+    while scheduler.has_work or scheduler.is_loading:
+        scheduler.step()
     found: dict[str, Any] = {message.id: message.token_ids for message in said if isinstance(message, Finished)}
     return [found[str(place)] for place in range(len(PROMPTS))]

@@ -17,9 +17,11 @@ from app.generation.transport import ExclusiveTransport
 from tests.tiny import make_tiny_adapter, make_tiny_model
 from tests.waiting import until
 from worker.inference.ipc import EngineSettings
-from worker.inference.protocol import ServedModel
-from worker.inference.server.app import ServerSettings, StaticResolver, create_inference_app
+from worker.inference.sampling_params import ServedModel
+from worker.inference.server.app import create_inference_app
+from worker.inference.server.completion_service import ServerSettings
 from worker.inference.server.device_reservation import DeviceReservation
+from worker.inference.server.model_resolver import StaticResolver
 
 NF4 = {"bits": 4, "type": "nf4", "double": True}
 ENGINE = EngineSettings(dtype="float32", threads=1)
@@ -82,7 +84,7 @@ class Server(Speaker):
     def __init__(self, url: str, app: Any) -> None:
         transport = ExclusiveTransport(connections=500, idle_seconds=2)  # threads of a test share the client
         super().__init__(httpx.Client(base_url=url, timeout=120, transport=transport), "base", PROMPT)
-        self.front = app.state.front
+        self.front = app.state.service
 
     def metric(self, name: str) -> float:
         """The value of an unlabelled metric now."""
@@ -108,12 +110,12 @@ class Server(Speaker):
 def serving(
     models: dict[str, ServedModel],
     settings: ServerSettings,
-    tenancy: DeviceReservation | None = None,
+    reservation: DeviceReservation | None = None,
     expected: Sequence[str] = (),
     resolver: Callable[[dict[str, ServedModel], Sequence[str]], StaticResolver] = StaticResolver,
 ) -> Iterator[Server]:
     """A front in a thread; its engine is a process that ends with it."""
-    app = create_inference_app(resolver(models, expected), settings, tenancy)
+    app = create_inference_app(resolver(models, expected), settings, reservation)
     # asyncio sets TCP_NODELAY only where the protocol is named; without it answers take 40 ms more.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

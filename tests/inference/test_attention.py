@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from tests.inference.test_company import to_the_bit
-from worker.inference.model.attention import attended
+from worker.inference.model.attention import attend
 
 HEADS, WIDTH, POSITIONS = 3, 64, 96
 
@@ -24,7 +24,7 @@ def test_it_is_what_torch_computes(heads: int, positions: int, width: int, queri
     mask = hidden([positions, 11], positions, heads)
     expected = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
     out = torch.empty_like(q) if is_given else None
-    seen = attended(q, k, v, mask, 0.3, out)
+    seen = attend(q, k, v, mask, 0.3, out)
     assert torch.allclose(seen, expected, atol=1e-5)
     assert out is None or torch.equal(out, seen)
 
@@ -45,9 +45,9 @@ def test_company_changes_no_bit_of_scores_that_nearly_cancel(
         rest = torch.randn(heads, queries - 1, width).bfloat16()
         row = torch.cat([rest, query], 1), keys.bfloat16(), torch.randn(heads, positions, width).bfloat16()
         mask = hidden([positions - 2], positions, heads).bfloat16()
-        alone = attended(*row, mask, 200)
+        alone = attend(*row, mask, 200)
         longer = [functional.pad(stored, (0, 0, 0, 64)).repeat(4, 1, 1) for stored in row[1:]]
         far = hidden([positions - 2, 3, 5, 7], positions + 64, heads).bfloat16()
-        assert torch.equal(attended(row[0].repeat(4, 1, 1), longer[0], longer[1], far, 200)[:heads], alone)
+        assert torch.equal(attend(row[0].repeat(4, 1, 1), longer[0], longer[1], far, 200)[:heads], alone)
         more = torch.cat([torch.randn(heads, 200, width).bfloat16(), row[0]], 1)
-        assert torch.equal(attended(more, row[1], row[2], mask, 200)[:, 200:], alone)
+        assert torch.equal(attend(more, row[1], row[2], mask, 200)[:, 200:], alone)

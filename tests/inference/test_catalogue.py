@@ -9,8 +9,9 @@ import pytest
 
 from app.domain.errors import UnavailableError
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
-from worker.inference.protocol import ServedModel
-from worker.inference.server.app import ServerSettings, StaticResolver
+from worker.inference.sampling_params import ServedModel
+from worker.inference.server.completion_service import ServerSettings
+from worker.inference.server.model_resolver import StaticResolver
 from worker.inference.server.resolved_models import ResolvedModels
 
 
@@ -60,11 +61,11 @@ def test_a_crowd_at_one_digest_has_it_resolved_once(shelf: Shelf) -> None:
 
     async def crowd() -> list[ServedModel]:
         catalogue = ResolvedModels(resolve)
-        asked = [asyncio.create_task(catalogue.find("one")) for _ in range(50)]
+        asked = [asyncio.create_task(catalogue.resolve("one")) for _ in range(50)]
         await asyncio.sleep(0)
         asked.pop().cancel()  # the others still get it
         gate.set()
-        return [*await asyncio.gather(*asked), await catalogue.find("one")]
+        return [*await asyncio.gather(*asked), await catalogue.resolve("one")]
 
     assert asyncio.run(crowd()) == [shelf.table()["one"]] * 50
     assert resolver.asked["one"] == 1
@@ -75,8 +76,8 @@ def test_a_failure_is_told_to_all_who_wait_and_not_remembered(shelf: Shelf) -> N
 
     async def crowd() -> list[ServedModel | BaseException]:
         catalogue = ResolvedModels(resolver.resolve)
-        together = await asyncio.gather(*(catalogue.find("lost") for _ in range(3)), return_exceptions=True)
-        return [*together, *await asyncio.gather(catalogue.find("lost"), return_exceptions=True)]
+        together = await asyncio.gather(*(catalogue.resolve("lost") for _ in range(3)), return_exceptions=True)
+        return [*together, *await asyncio.gather(catalogue.resolve("lost"), return_exceptions=True)]
 
     assert [type(answer) for answer in asyncio.run(crowd())] == [UnavailableError] * 4
     assert resolver.asked["lost"] == 2

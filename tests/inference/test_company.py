@@ -13,12 +13,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.tiny import make_tiny_model
-from worker.inference.cache.kv_cache import KVCache, PrefillChunk, Snapshot
+from worker.inference.cache.forward_batch import PrefillChunk
+from worker.inference.cache.kv_cache import KVCache, Snapshot
+from worker.inference.engine.model_runner import run_step
+from worker.inference.engine.offline import decode
 from worker.inference.engine.scheduler import Scheduler
-from worker.inference.ipc import EngineSettings, Finished, Generate, ServerMessage
+from worker.inference.ipc import EngineOutput, EngineSettings, Finished, Generate
 from worker.inference.model.llama_forward import build_llama_forward
 from worker.inference.model.loaded_models import LoadedModels
-from worker.inference.protocol import SamplingParams, ServedModel
+from worker.inference.sampling_params import SamplingParams, ServedModel
 from worker.processor import cpu_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
@@ -101,15 +104,15 @@ def answers(
     """Of each round, in which one engine is asked the same again, with what it remembers."""
     memory = 0 if rounds == 1 else 1 << 30
     settings = EngineSettings(device="cpu", dtype=dtype, max_batch=at_once, prefix_cache_bytes=memory)
-    said: list[ServerMessage] = []
+    said: list[EngineOutput] = []
     scheduler = Scheduler(LoadedModels(settings), settings, said.append)
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=3)
     for number in range(rounds):
         for place, (model, prompt) in enumerate(requests):
             request_id = f"{number}/{place:02}"
             scheduler.add(Generate(id=request_id, model=model, prompt=prompt, sampling=sampling))
-        while scheduler.busy or scheduler.reading:
-            scheduler.turn()
+        while scheduler.has_work or scheduler.is_loading:
+            scheduler.step()
     found = sorted((message for message in said if isinstance(message, Finished)), key=lambda answer: answer.id)
     assert len(found) == rounds * len(requests)
     return [found[start : start + len(requests)] for start in range(0, len(found), len(requests))]
@@ -162,20 +165,20 @@ class Cancelling:
 
     def answered(self, rows: Sequence[Snapshot], lengths: list[int]) -> torch.Tensor:
         """The logits behind one more token of each row, [rows, V]."""
-        return self._store(rows, lengths).decode(self._forward, [5] * len(rows), lengths)
+        return decode(self._forward, self._store(rows, lengths), [5] * len(rows), lengths)
 
     def read(self, row: Snapshot, start: int, ids: list[int], ends: Sequence[int]) -> torch.Tensor:
         """The logits behind the last of `ids`, read in as many steps as `ends` has numbers, [1, V]."""
         store, logits = self._store([row], [start]), torch.empty(0)
         for begin, end in itertools.pairwise([0, *ends]):
-            logits = store.step(self._forward, (), (), [PrefillChunk(0, ids[begin:end], start + begin, 1)])
+            logits = run_step(self._forward, store, (), (), [PrefillChunk(0, ids[begin:end], start + begin, 1)])
         return logits
 
     def written(self, row: Snapshot, start: int, ids: list[int]) -> torch.Tensor:
         """The same where `ids` were not read but written, one after the other."""
         store, logits = self._store([row], [start]), torch.empty(0)
         for place, token in enumerate(ids):
-            logits = store.decode(self._forward, [token], [start + place])
+            logits = decode(self._forward, store, [token], [start + place])
         return logits
 
     def _store(self, rows: Sequence[Snapshot], lengths: list[int]) -> KVCache:

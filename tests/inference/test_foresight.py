@@ -15,19 +15,19 @@ from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_scheduling import Desk
 from tests.waiting import until
 from worker.inference.model.memory_use import PROCESS_BYTES, base_bytes
-from worker.inference.server.app import ServerSettings
+from worker.inference.server.completion_service import ServerSettings
 from worker.inference.server.device_reservation import FixedReservation
 from worker.inference.server.model_resolver import PublishedResolver
 
 
 @pytest.fixture(scope="module")
-def tenancy() -> FixedReservation:
+def reservation() -> FixedReservation:
     return FixedReservation()
 
 
 @pytest.fixture(scope="module")
-def server(shelf: Shelf, tenancy: FixedReservation) -> Iterator[Server]:
-    with serving(shelf.table(), ServerSettings(engine=ENGINE), tenancy, expected=("one", "base")) as running:
+def server(shelf: Shelf, reservation: FixedReservation) -> Iterator[Server]:
+    with serving(shelf.table(), ServerSettings(engine=ENGINE), reservation, expected=("one", "base")) as running:
         yield running
 
 
@@ -36,13 +36,13 @@ def loaded(server: Server) -> tuple[float, float]:
     return server.metric("veritune:loaded_bases"), server.metric("veritune:loaded_adapters")
 
 
-def test_every_engine_loads_what_is_expected(server: Server, tenancy: FixedReservation) -> None:
+def test_every_engine_loads_what_is_expected(server: Server, reservation: FixedReservation) -> None:
     until(lambda: loaded(server) == (1, 1))
 
-    tenancy.absence = Unavailable("inference makes way for training (job_1)", 1_000.0)
-    until(lambda: not tenancy.held)
+    reservation.unavailable = Unavailable("inference makes way for training (job_1)", 1_000.0)
+    until(lambda: not reservation.is_held)
     assert loaded(server) == (0, 0)
-    tenancy.absence = None
+    reservation.unavailable = None
 
     until(lambda: loaded(server) == (1, 1))
     assert server.metric("veritune:prefills_total") == 0
@@ -50,12 +50,12 @@ def test_every_engine_loads_what_is_expected(server: Server, tenancy: FixedReser
 
 def test_an_engine_that_follows_a_dead_one_is_told_nothing(server: Server) -> None:
     until(lambda: loaded(server) == (1, 1))
-    pid = server.front.link.pid
+    pid = server.front.engine.pid
     os.kill(pid, signal.SIGKILL)
-    until(lambda: server.front.link.pid not in (None, pid))
+    until(lambda: server.front.engine.pid not in (None, pid))
     server.wait_until_ready()
 
-    assert server.front.link.shaky
+    assert server.front.engine.crashed_recently
     server.settled("veritune:loaded_bases")
     assert loaded(server) == (0, 0)
     assert server.ids(model="one")
@@ -63,12 +63,12 @@ def test_an_engine_that_follows_a_dead_one_is_told_nothing(server: Server) -> No
 
 def test_whoever_asks_goes_first(shelf: Shelf) -> None:
     desk = Desk()
-    desk.scheduler.expect(shelf.served("two", shelf.two))
+    desk.scheduler.preload(shelf.served("two", shelf.two))
     desk.ask("asked", shelf.served("one", shelf.one))
 
     while not desk.finished:
         assert desk.scheduler.stats.adapters == 1
-        desk.scheduler.turn()
+        desk.scheduler.step()
     desk.run()
 
     assert desk.scheduler.stats.adapters == 2
@@ -78,12 +78,12 @@ def test_nothing_goes_to_make_room_for_what_is_expected(shelf: Shelf) -> None:
     asked, guessed = shelf.served("base"), shelf.served("other", base_digest="other")
     size = base_bytes(asked, torch.device("cpu"), torch.float32)
     desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
-    desk.scheduler.expect(asked)
-    desk.scheduler.expect(guessed)
+    desk.scheduler.preload(asked)
+    desk.scheduler.preload(guessed)
     desk.run()
 
     assert desk.scheduler.stats.bases == 1
-    assert desk.models.lane(asked)  # it is the one that was there
+    assert desk.models.batch_key(asked)  # it is the one that was there
     desk.ask("asked after all", guessed)
     desk.run()
     assert desk.finished == ["asked after all"]
@@ -91,7 +91,7 @@ def test_nothing_goes_to_make_room_for_what_is_expected(shelf: Shelf) -> None:
 
 def test_what_cannot_be_loaded_is_no_harm(shelf: Shelf, tmp_path: Path) -> None:
     desk = Desk()
-    desk.scheduler.expect(shelf.served("gone", tmp_path / "gone"))
+    desk.scheduler.preload(shelf.served("gone", tmp_path / "gone"))
     desk.ask("other", shelf.served("one", shelf.one))
 
     desk.run()
@@ -104,14 +104,14 @@ def test_the_default_adapter_and_the_newest_jobs_base_are_expected(
 ) -> None:
     dataset = services.datasets.create(upload, "rows.jsonl", None, "rows", {})[0].id
     resolver = PublishedResolver(services)
-    assert resolver.expected() == []
+    assert resolver.models_to_preload() == []
 
     services.jobs.submit({"dataset": dataset, "name": "first"})
-    (base,) = resolver.expected()
+    (base,) = resolver.models_to_preload()
     assert (base.digest, base.adapter_path) == (base.base_digest, None)
 
     adapter = services.adapters.get(make_adapter(services, lease(services), tmp_path / "first", "first"))
-    assert resolver.expected() == [resolver.resolve(adapter.digest), base]
+    assert resolver.models_to_preload() == [resolver.resolve(adapter.digest), base]
 
     services.jobs.submit({"dataset": dataset, "adapter": None, "quantization": None})  # its base will be its own
-    assert resolver.expected() == [resolver.resolve(adapter.digest)]
+    assert resolver.models_to_preload() == [resolver.resolve(adapter.digest)]

@@ -23,14 +23,17 @@ from transformers import (
 
 from tests.inference.conftest import Shelf
 from tests.tiny import make_tiny_model
-from worker.inference.cache.kv_cache import CPU, Forward, KVCache, PrefillChunk
+from worker.inference.cache.forward_batch import PrefillChunk
+from worker.inference.cache.kv_cache import CPU, KVCache
+from worker.inference.engine.model_runner import run_step
+from worker.inference.engine.offline import decode, prefill
 from worker.inference.ipc import EngineSettings
 from worker.inference.model.adapters import AdaptedBase
 from worker.inference.model.base import load_base
-from worker.inference.model.llama_forward import TransformersForward
 from worker.inference.model.loaded_models import LoadedModels
 from worker.inference.model.memory_use import PROCESS_BYTES, base_bytes, weights_in_memory
-from worker.inference.protocol import ServedModel
+from worker.inference.model.transformers_forward import Forward, TransformersForward
+from worker.inference.sampling_params import ServedModel
 from worker.quantization import bitsandbytes_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
@@ -97,12 +100,12 @@ def logits_by(
     store = KVCache(2, device)
     store.reserve(len(PROMPTS), 100)
     found = [
-        store.prefill(forward([model]), row, prompt, 0)
+        prefill(forward([model]), store, row, prompt)
         for row, (model, prompt) in enumerate(zip(answering, PROMPTS, strict=True))
     ]
     for step in range(3):
         lengths = [len(prompt) + step for prompt in PROMPTS]
-        found += store.decode(forward(answering), [11 + step] * len(PROMPTS), lengths).unbind()
+        found += decode(forward(answering), store, [11 + step] * len(PROMPTS), lengths).unbind()
     return found
 
 
@@ -136,7 +139,7 @@ def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Pa
         assert not isinstance(models.forward([known[name]]), TransformersForward)
         assert_same(answers(models, known[name]), wanted[name])
     for mixed in (("all", "some", "base"), ("some", "all", "some"), ("base", "base", "all"), ("all", "base", "some")):
-        assert len({models.lane(known[name]) for name in mixed}) == 1
+        assert len({models.batch_key(known[name]) for name in mixed}) == 1
         found = answers(models, *(known[name] for name in mixed))
         rows = [mixed[place % len(PROMPTS)] for place in range(len(found))]
         assert_same(found, [wanted[name][place] for place, name in enumerate(rows)])
@@ -152,7 +155,7 @@ def test_adapters_mix_over_a_base_that_stays_quantised(tmp_path: Path, bits: int
     for name, modules in {"all": "all-linear", "some": ["q_proj", "up_proj", "down_proj"]}.items():
         directory = adapter(base, tmp_path / name, target_modules=modules)
         quantised.load(name, directory, max_rank=8)
-        assert quantised.mixes(name)
+        assert quantised.can_share_batch(name)
         wanted[name] = alone(PeftModel.from_pretrained(packed(base, bits), directory).train())
     exact = alone(AutoModelForCausalLM.from_pretrained(base))
 
@@ -189,14 +192,14 @@ def test_logits_come_behind_as_many_tokens_as_are_asked_for(tmp_path: Path, stoc
     forward = TransformersForward(model) if stock else models.forward([served(base)])
     store = KVCache(2)
     store.reserve(4, 8)
-    store.prefill(forward, 0, [5, 6, 7], 0)
+    prefill(forward, store, 0, [5, 6, 7])
 
     reads = [
-        PrefillChunk(1, [9, 10, 11], 0, kept=2),
-        PrefillChunk(2, [12, 13], 0, kept=0),
-        PrefillChunk(3, [5, 6, 7, 8], 0, kept=4),
+        PrefillChunk(1, [9, 10, 11], 0, num_logits=2),
+        PrefillChunk(2, [12, 13], 0, num_logits=0),
+        PrefillChunk(3, [5, 6, 7, 8], 0, num_logits=4),
     ]
-    found = store.step(forward, [8], [3], reads)
+    found = run_step(forward, store, [8], [3], reads)
 
     torch.testing.assert_close(found, torch.cat([whole[0][3:], whole[1][1:], whole[0]]), rtol=1e-4, atol=1e-4)
 
@@ -223,7 +226,7 @@ def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: P
     model = served(base, directory)
     models.load(model, [])
     assert isinstance(models.forward([model]), TransformersForward)
-    assert models.lane(model) != models.lane(served(base))
+    assert models.batch_key(model) != models.batch_key(served(base))
     assert_same(
         answers(models, model), alone(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory))
     )

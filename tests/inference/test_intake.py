@@ -7,10 +7,11 @@ import pytest
 from pydantic import ValidationError
 
 from tests.inference.conftest import Server
-from worker.inference.ipc import MAX_CANDIDATES, MAX_LINE, Generate, RankedToken, decode_engine_message, line
-from worker.inference.protocol import MAX_ALLOWED_IDS, MAX_DEPTH, CompletionRequest, ServedModel
-from worker.inference.server.completion_handler import APIError
-from worker.inference.server.validation import check, parse
+from worker.inference.errors import APIError
+from worker.inference.ipc import MAX_CANDIDATES, MAX_LINE, Generate, RankedToken, decode_engine_input, encode_message
+from worker.inference.sampling_params import MAX_ALLOWED_IDS, MAX_DEPTH, ServedModel
+from worker.inference.server.protocol import CompletionRequest
+from worker.inference.server.validation import check_request, parse_request
 
 LONG = ServedModel(digest="long", base_digest="long", base_path="/nowhere", max_model_len=131_072)
 MANY = 1_000
@@ -51,27 +52,27 @@ def test_of_a_thousand_errors_few_are_made(body: dict[str, Any]) -> None:
 
 def test_what_vllm_knows_may_be_null_and_nothing_else() -> None:
     body = {"model": "long", "prompt": [5], "top_k": None, "best_of": None, "seed": None}
-    assert parse(json.dumps(body).encode()).seed is None
+    assert parse_request(json.dumps(body).encode()).seed is None
 
     with pytest.raises(APIError, match="nonsense: Extra inputs"):
-        parse(json.dumps({**body, "nonsense": None}).encode())
+        parse_request(json.dumps({**body, "nonsense": None}).encode())
 
 
 def test_the_deepest_schema_can_be_handed_over() -> None:
     deep = request(structured_outputs={"json": nested(MAX_DEPTH)})
     generate = Generate(id="deep", model=LONG, prompt=[5], sampling=deep.sampling())
-    assert decode_engine_message(line(generate)) == generate
+    assert decode_engine_input(encode_message(generate)) == generate
 
     with pytest.raises(ValidationError, match="more than 100 levels"):
         request(structured_outputs={"json": nested(MAX_DEPTH + 1)})
 
 
 def test_a_schema_as_deep_as_a_body_can_be_does_not_end_the_engine(server: Server) -> None:
-    pid = server.front.link.pid
+    pid = server.front.engine.pid
 
     assert server.ask(structured_outputs={"json": nested(197)}).status_code == 400
     assert server.ask(max_tokens=1).status_code == 200
-    assert server.front.link.pid == pid
+    assert server.front.engine.pid == pid
 
 
 LONG_ANSWERS: dict[str, dict[str, Any]] = {
@@ -86,7 +87,7 @@ LONG_ANSWERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("body", LONG_ANSWERS.values(), ids=LONG_ANSWERS.keys())
 def test_an_answer_that_is_too_long_to_be_handed_over_is_refused(body: dict[str, Any]) -> None:
     with pytest.raises(APIError, match="at most 262144"):
-        check(request(**body), LONG)
+        check_request(request(**body), LONG)
 
 
 SHORT_ANSWERS: dict[str, dict[str, Any]] = {
@@ -99,7 +100,7 @@ SHORT_ANSWERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("body", SHORT_ANSWERS.values(), ids=SHORT_ANSWERS.keys())
 def test_an_answer_that_can_be_handed_over_is_not_refused(body: dict[str, Any]) -> None:
-    check(request(**body), LONG)
+    check_request(request(**body), LONG)
 
 
 def test_as_many_tokens_as_are_told_leave_a_line_room() -> None:

@@ -18,9 +18,10 @@ from pydantic import SecretStr
 
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.waiting import until
-from worker.inference.protocol import ServedModel
-from worker.inference.server.app import ServerSettings, StaticResolver
-from worker.inference.server.engine_client import SILENCE
+from worker.inference.sampling_params import ServedModel
+from worker.inference.server.completion_service import ServerSettings
+from worker.inference.server.engine_client import MISSED_HEARTBEATS
+from worker.inference.server.model_resolver import StaticResolver
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +38,7 @@ def small(shelf: Shelf) -> Iterator[Server]:
 @contextlib.contextmanager
 def stopped(server: Server) -> Iterator[int]:
     """The engine stands still inside; its process id."""
-    pid = server.front.link.pid
+    pid = server.front.engine.pid
     os.kill(pid, signal.SIGSTOP)
     try:
         yield pid
@@ -56,9 +57,9 @@ def alive(pid: int) -> bool:
 
 def ask_in_background(server: Server, pool: ThreadPoolExecutor, count: int) -> list[Future[httpx.Response]]:
     """Requests that are in flight when this returns."""
-    before = server.front.link.in_flight
+    before = server.front.engine.in_flight
     futures = [pool.submit(server.ask, prompt=[9, 9 + i], max_tokens=20) for i in range(count)]
-    until(lambda: server.front.link.in_flight == before + count)
+    until(lambda: server.front.engine.in_flight == before + count)
     return futures
 
 
@@ -91,7 +92,7 @@ def test_a_full_queue_says_when_to_come_back(small: Server) -> None:
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["type"] == "RateLimitError"
-        os.kill(small.front.link.pid, signal.SIGCONT)
+        os.kill(small.front.engine.pid, signal.SIGCONT)
         assert [future.result().status_code for future in waiting] == [200, 200]
     assert small.ask().status_code == 200
 
@@ -125,7 +126,7 @@ def test_a_killed_engine_fails_its_requests_and_comes_back(small: Server) -> Non
     assert [answer.status_code for answer in answers] == [503, 503]
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
     small.wait_until_ready()
-    assert small.front.link.pid != pid
+    assert small.front.engine.pid != pid
     assert small.ids(model="one") == before
 
 
@@ -133,22 +134,22 @@ def test_a_stuck_engine_fails_its_requests_and_another_comes(shelf: Shelf) -> No
     quick = ServerSettings(engine=ENGINE.model_copy(update={"heartbeat": 0.3}))
     with serving(shelf.table(), quick) as running:
         running.wait_until_ready()
-        pid = running.front.link.pid
-        time.sleep(2 * 0.3 * SILENCE)
-        assert running.front.link.pid == pid, "one that only has nothing to do is not stuck"
+        pid = running.front.engine.pid
+        time.sleep(2 * 0.3 * MISSED_HEARTBEATS)
+        assert running.front.engine.pid == pid, "one that only has nothing to do is not stuck"
         with ThreadPoolExecutor(2) as pool, stopped(running):
             answers = [future.result() for future in ask_in_background(running, pool, 2)]
 
         assert [answer.status_code for answer in answers] == [503, 503]
         assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
         running.wait_until_ready()
-        assert running.front.link.pid != pid
+        assert running.front.engine.pid != pid
         assert running.ids(model="one")
 
 
 def test_an_engine_that_is_not_ready_in_time_is_ended_and_another_started() -> None:
     with serving({}, ServerSettings(engine=ENGINE, start_limit=0.3)) as running:
-        until(lambda: running.front.link.starts >= 2)
+        until(lambda: running.front.engine.starts >= 2)
 
         answer = running.client.get("/health")
         assert answer.status_code == 503
@@ -166,7 +167,7 @@ def test_a_client_that_leaves_before_it_is_answered_frees_its_slot(small: Server
     with stopped(small):
         with pytest.raises(httpx.ReadTimeout):
             small.client.post("/v1/completions", json={**LONG, "stream": stream}, timeout=0.5)
-        until(lambda: small.front.link.in_flight == 0, seconds=20)  # while the engine says nothing
+        until(lambda: small.front.engine.in_flight == 0, seconds=20)  # while the engine says nothing
 
     (after,) = small.settled("vllm:generation_tokens_total")
     assert small.metric("vllm:num_requests_running") == 0
@@ -180,9 +181,9 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slot(small: Se
     with small.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
         next(response.iter_lines())
         with stopped(small):
-            assert small.front.link.in_flight == 1
+            assert small.front.engine.in_flight == 1
             response.close()
-            until(lambda: small.front.link.in_flight == 0, seconds=20)
+            until(lambda: small.front.engine.in_flight == 0, seconds=20)
 
     (after,) = small.settled("vllm:generation_tokens_total")
     assert small.metric("vllm:num_requests_running") == 0
@@ -206,15 +207,16 @@ def test_the_engine_ends_when_the_front_is_killed() -> None:
 
 def test_the_engine_ends_with_the_server(shelf: Shelf) -> None:
     with serving(shelf.table(), ServerSettings(engine=ENGINE)) as running:
-        until(lambda: running.front.link.pid is not None)
-        engine = running.front.link.pid
+        until(lambda: running.front.engine.pid is not None)
+        engine = running.front.engine.pid
 
     assert not alive(engine)
 
 
 FRONT = """
 import sys, uvicorn
-from worker.inference.server.app import StaticResolver, create_inference_app
+from worker.inference.server.model_resolver import StaticResolver
+from worker.inference.server.app import create_inference_app
 uvicorn.run(create_inference_app(StaticResolver({})), port=int(sys.argv[1]), log_level="warning")
 """
 

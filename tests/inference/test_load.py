@@ -13,7 +13,7 @@ import pytest
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_life import stopped
 from tests.waiting import until
-from worker.inference.server.app import ServerSettings
+from worker.inference.server.completion_service import ServerSettings
 
 CROWD, FEW = 470, 30
 
@@ -27,7 +27,7 @@ def server(shelf: Shelf) -> Iterator[Server]:
 
 
 def test_500_at_once_are_answered_or_told_when_to_come_back(server: Server) -> None:
-    pid = server.front.link.pid
+    pid = server.front.engine.pid
     ended: dict[str, list[float]] = {"one": [], "two": []}
 
     def ask(number: int) -> httpx.Response:
@@ -40,7 +40,7 @@ def test_500_at_once_are_answered_or_told_when_to_come_back(server: Server) -> N
     with ThreadPoolExecutor(CROWD + FEW) as pool:
         with stopped(server):  # until the last ones have connected, too
             futures = [pool.submit(ask, number) for number in range(CROWD + FEW)]
-            until(lambda: server.front.link.in_flight == 192 + FEW)
+            until(lambda: server.front.engine.in_flight == 192 + FEW)
         answers = [future.result() for future in futures]
 
     counts = Counter(answer.status_code for answer in answers)
@@ -50,8 +50,8 @@ def test_500_at_once_are_answered_or_told_when_to_come_back(server: Server) -> N
     few = Counter(answer.status_code for answer in answers[CROWD:])
     assert few[200] == FEW, "a crowd at one adapter kept another's out"
     assert sorted(ended["two"])[FEW // 2] < sorted(ended["one"])[-1], "and they did not wait for all of it"
-    assert server.front.link.pid == pid
-    assert server.front.link.in_flight == 0
+    assert server.front.engine.pid == pid
+    assert server.front.engine.in_flight == 0
     assert server.ask(model="two").status_code == 200
 
 
@@ -65,9 +65,9 @@ def test_an_engine_that_dies_among_sixteen_comes_back_with_its_adapters(server: 
     with ThreadPoolExecutor(16) as pool:
         with stopped(server):  # or the first would be done before the last has come, where the machine is busy
             futures = [pool.submit(ask, one) for one in asked]
-            until(lambda: server.front.link.in_flight == 16)
+            until(lambda: server.front.engine.in_flight == 16)
         time.sleep(0.1)  # so that they are being answered; 500 tokens take longer
-        os.kill(server.front.link.pid, signal.SIGKILL)
+        os.kill(server.front.engine.pid, signal.SIGKILL)
         answers = [future.result() for future in futures]
 
     refused = [answer for answer in answers if answer.status_code != 200]  # on a slow machine some are done before

@@ -15,7 +15,7 @@ from worker.inference.ipc import EngineSettings, Failed
 from worker.inference.model.adapters import AdaptedBase
 from worker.inference.model.loaded_models import LoadedModels
 from worker.inference.model.memory_use import PROCESS_BYTES, base_bytes
-from worker.inference.protocol import ServedModel
+from worker.inference.sampling_params import ServedModel
 
 
 class Gated(LoadedModels):
@@ -26,10 +26,10 @@ class Gated(LoadedModels):
         self.gate = Event()
         self.read_bases: list[str] = []
 
-    def read(self, served: ServedModel) -> AdaptedBase:
+    def read_base(self, served: ServedModel) -> AdaptedBase:
         assert self.gate.wait(60)
         self.read_bases.append(served.base_digest)
-        return super().read(served)
+        return super().read_base(served)
 
 
 class Gatehouse(Desk):
@@ -43,8 +43,8 @@ class Gatehouse(Desk):
 
     def work(self) -> None:
         """As long as there is something to do without waiting."""
-        while self.scheduler.busy:
-            self.scheduler.turn()
+        while self.scheduler.has_work:
+            self.scheduler.step()
 
 
 @pytest.fixture
@@ -101,15 +101,15 @@ def test_a_base_that_cannot_be_read_is_told_to_all_who_wait_for_it(shelf: Shelf,
     assert [(failed.id, failed.status) for failed in told] == [("one", 422), ("two", 422)]
     assert all("base model torn cannot be loaded" in failed.message for failed in told)
     assert desk.finished == ["other"]
-    assert not desk.scheduler.busy
+    assert not desk.scheduler.has_work
 
 
 def test_bases_are_read_one_at_a_time_by_threads_that_end(shelf: Shelf, late: ServedModel) -> None:
     """transformers makes a model under the process's default dtype; and a thread that stays slows the one that answers
-    (`reader` has why)."""
+    (see `base_loader`)."""
     desk = Gatehouse()
     at_once: list[int] = []
-    read = desk.models.read
+    read = desk.models.read_base
 
     def counted(served: ServedModel) -> AdaptedBase:
         at_once.append(1)
@@ -120,10 +120,10 @@ def test_bases_are_read_one_at_a_time_by_threads_that_end(shelf: Shelf, late: Se
             assert len(at_once) == 1
             at_once.clear()
 
-    desk.models.read = counted  # type: ignore[method-assign]
+    desk.models.read_base = counted  # type: ignore[method-assign]
     for number, model in enumerate((shelf.served("base"), late)):
         desk.hand_in(f"{number}", model)
-    assert sum(thread.name == "reader" for thread in enumerate_threads()) == 2
+    assert sum(thread.name == "base-loader" for thread in enumerate_threads()) == 2
 
     desk.run()
 
@@ -156,7 +156,7 @@ def test_a_crowd_over_one_base_does_not_starve_another(shelf: Shelf, late: Serve
     for number in range(40):
         desk.ask(f"crowd {number}", shelf.served("base"))
     for _ in range(3):
-        desk.scheduler.turn()  # the first of the crowd are being answered
+        desk.scheduler.step()  # the first of the crowd are being answered
     desk.hand_in("single", late)
     for number in range(40, 50):
         desk.hand_in(f"crowd {number}", shelf.served("base"))

@@ -12,13 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.inference.tape import Tape
 from tests.inference.test_forwards import FAMILY, SETTINGS, SHAPE, assert_same, many, save, served
 from worker.inference.cache.cuda_graphs import MAX_GRAPHS, CapturableStep, CudaGraphCache, Run
-from worker.inference.cache.kv_cache import GROWTH, KVCache
+from worker.inference.cache.kv_cache import CAPACITY_BLOCK, KVCache
+from worker.inference.engine.offline import decode, prefill
 from worker.inference.engine.scheduler import Scheduler
-from worker.inference.ipc import Finished, Generate, ServerMessage
+from worker.inference.ipc import EngineOutput, Finished, Generate
 from worker.inference.model import adapters
 from worker.inference.model.llama_forward import LlamaForward
 from worker.inference.model.loaded_models import LoadedModels
-from worker.inference.protocol import SamplingParams, ServedModel
+from worker.inference.sampling_params import SamplingParams, ServedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
 LENGTHS = [250, 3, 64, 31, 200]
@@ -44,7 +45,7 @@ def decoded(models: LoadedModels, known: dict[str, ServedModel], seed: int) -> l
     """Logits of rows that are dropped, come anew, and cross the end of what a store first holds."""
     draw = random.Random(seed)
     store = KVCache(2)
-    store.reserve(3, GROWTH)
+    store.reserve(3, CAPACITY_BLOCK)
     found: list[torch.Tensor] = []
     for _ in range(6):
         rows = [draw.choice(list(known)) for _ in range(draw.randint(1, len(LENGTHS)))]
@@ -52,10 +53,10 @@ def decoded(models: LoadedModels, known: dict[str, ServedModel], seed: int) -> l
         store.reserve(len(rows), max(lengths) + 12)
         for row, (name, length) in enumerate(zip(rows, lengths, strict=True)):
             prompt = [draw.randint(3, 300) for _ in range(length)]
-            found.append(store.prefill(models.forward([known[name]]), row, prompt, 0))
+            found.append(prefill(models.forward([known[name]]), store, row, prompt))
         forward = models.forward([known[name] for name in rows])
         for _ in range(9):
-            found += store.decode(forward, [draw.randint(3, 300) for _ in rows], lengths).unbind()
+            found += decode(forward, store, [draw.randint(3, 300) for _ in rows], lengths).unbind()
             lengths = [length + 1 for length in lengths]
     return found
 
@@ -77,7 +78,7 @@ def test_a_base_that_was_loaded_anew_is_not_answered_from_the_old_one(tmp_path: 
     said: dict[str, list[int]] = {}
     for directories in ([first], [second], [first, second, first, second]):
         models = LoadedModels(SETTINGS)
-        scheduler_said: list[ServerMessage] = []
+        scheduler_said: list[EngineOutput] = []
         settings = SETTINGS.model_copy(update={"prefix_cache_bytes": 0})  # both bases go by one digest here
         scheduler = Scheduler(models, settings, scheduler_said.append)
         for directory in directories:
@@ -88,18 +89,18 @@ def test_a_base_that_was_loaded_anew_is_not_answered_from_the_old_one(tmp_path: 
     assert tape.replayed
 
 
-def answer(scheduler: Scheduler, said: list[ServerMessage], directory: Path) -> list[int]:
+def answer(scheduler: Scheduler, said: list[EngineOutput], directory: Path) -> list[int]:
     said.clear()
     sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     scheduler.add(Generate(id="a", model=served(directory), prompt=[5, 6, 7], sampling=sampling))
-    while scheduler.busy or scheduler.reading:
-        scheduler.turn()
+    while scheduler.has_work or scheduler.is_loading:
+        scheduler.step()
     return next(message.token_ids for message in said if isinstance(message, Finished))
 
 
 def test_a_store_keeps_its_recordings_for_whoever_comes_next(tmp_path: Path, tape: Tape) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
-    said: list[ServerMessage] = []
+    said: list[EngineOutput] = []
     scheduler = Scheduler(LoadedModels(SETTINGS), SETTINGS, said.append)
     first = answer(scheduler, said, base)
     recorded = tape.recorded
@@ -115,13 +116,13 @@ def test_nothing_is_recorded_while_a_base_is_read(tmp_path: Path, tape: Tape) ->
     store = KVCache(2)
     store.reserve(1, 16)
     coming = base.model_copy(update={"base_digest": "coming"})
-    models.make_way(coming, [base])
+    models.begin_loading_base(coming, [base])
     for length in range(4):
-        store.decode(models.forward([base]), [5], [length])
+        decode(models.forward([base]), store, [5], [length])
     assert tape.recorded == 0
-    models.take("coming", None)
+    models.finish_loading_base("coming", None)
     for length in range(4, 8):
-        store.decode(models.forward([base]), [5], [length])
+        decode(models.forward([base]), store, [5], [length])
     assert (tape.recorded, tape.replayed) == (1, 4)
 
 
@@ -129,24 +130,26 @@ def test_a_deterministic_answer_is_computed_beside_nobody(tmp_path: Path, tape: 
     """Its adapter's place, and how wide places are, would depend on who was there before."""
     base = save(tmp_path / "base", FAMILY["llama"]())
     known = many(base, tmp_path, 2)
-    said: list[ServerMessage] = []
+    said: list[EngineOutput] = []
     scheduler = Scheduler(LoadedModels(SETTINGS), SETTINGS, said.append)
     for number, (deterministic, wanted) in enumerate([(True, 0), (False, 1), (True, 1)]):
         sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, deterministic=deterministic)
         scheduler.add(Generate(id=str(number), model=known["a0"], prompt=[5, 6, 7], sampling=sampling))
-        while scheduler.busy or scheduler.reading:
-            scheduler.turn()
+        while scheduler.has_work or scheduler.is_loading:
+            scheduler.step()
         assert tape.recorded == wanted
     assert len({tuple(message.token_ids) for message in said if isinstance(message, Finished)}) == 1
 
 
 def test_a_store_that_would_go_beyond_the_budget_is_not_kept(tmp_path: Path, tape: Tape) -> None:
-    wide = LlamaConfig(**{**SHAPE, "max_position_embeddings": 4 * GROWTH})
-    base = served(save(tmp_path / "base", LlamaForCausalLM(wide))).model_copy(update={"max_model_len": 4 * GROWTH})
+    wide = LlamaConfig(**{**SHAPE, "max_position_embeddings": 4 * CAPACITY_BLOCK})
+    base = served(save(tmp_path / "base", LlamaForCausalLM(wide))).model_copy(
+        update={"max_model_len": 4 * CAPACITY_BLOCK}
+    )
     models = LoadedModels(SETTINGS)
-    position = models.load(base, []).position_bytes
-    said: list[ServerMessage] = []
-    settings = SETTINGS.model_copy(update={"kv_bytes": 4 * GROWTH * position, "prefix_cache_bytes": 0})
+    position = models.load(base, []).kv_shape.position_bytes
+    said: list[EngineOutput] = []
+    settings = SETTINGS.model_copy(update={"kv_bytes": 4 * CAPACITY_BLOCK * position, "prefix_cache_bytes": 0})
     scheduler = Scheduler(models, settings, said.append)
 
     def running(prompts: list[list[int]]) -> int:
@@ -154,14 +157,14 @@ def test_a_store_that_would_go_beyond_the_budget_is_not_kept(tmp_path: Path, tap
         for number, prompt in enumerate(prompts):
             scheduler.add(Generate(id=str(number), model=base, prompt=prompt, sampling=sampling))
         most = 0
-        while scheduler.busy or scheduler.reading:
-            scheduler.turn()
+        while scheduler.has_work or scheduler.is_loading:
+            scheduler.step()
             most = max(most, scheduler.stats.running)
         return most
 
     crowd = [[5 + number] for number in range(4)]
     together = running(crowd)
-    running([[7] * (GROWTH + 44)])
+    running([[7] * (CAPACITY_BLOCK + 44)])
     assert running(crowd) == together > 1
 
 
@@ -174,10 +177,10 @@ def test_recordings_keep_no_base_in_memory(tmp_path: Path, tape: Tape, steps: in
     store = KVCache(2)
     store.reserve(1, 16)
     for length in range(steps):
-        store.decode(models.forward([served(tmp_path / "base")]), [5], [length])
+        decode(models.forward([served(tmp_path / "base")]), store, [5], [length])
     models = LoadedModels(SETTINGS)
     gc.collect()
-    assert len(store.recordings) == 1
+    assert len(store.graphs) == 1
     assert base() is None
 
 
@@ -189,17 +192,17 @@ def test_recordings_of_another_world_and_the_oldest_are_forgotten() -> None:
         return made[-1]
 
     here, there, model, other = object(), object(), object(), object()
-    first = kept.find((model, here), "a", make)
-    assert kept.find((model, None), "a", make) is kept.find((model, here), "a", make) is first
-    moved = kept.find((model, there), "a", make)
+    first = kept.get_or_create((model, here), "a", make)
+    assert kept.get_or_create((model, None), "a", make) is kept.get_or_create((model, here), "a", make) is first
+    moved = kept.get_or_create((model, there), "a", make)
     assert moved is not first
-    read_anew = kept.find((other, there), "a", make)
+    read_anew = kept.get_or_create((other, there), "a", make)
     assert read_anew is not moved
     assert len(kept) == 1
     for number in range(MAX_GRAPHS):
-        kept.find((other, None), number, make)
+        kept.get_or_create((other, None), number, make)
     assert len(kept) == MAX_GRAPHS
-    assert kept.find((other, None), "a", make) is made[-1]
+    assert kept.get_or_create((other, None), "a", make) is made[-1]
 
 
 def test_rows_that_are_not_there_are_filled_up_and_cut_off() -> None:

@@ -9,8 +9,8 @@ import pytest
 from app.composition import Services
 from app.domain.tuning_methods import Quantization
 from tests.api.conftest import lease, make_adapter
-from worker.inference.protocol import ServedModel
-from worker.inference.server.app import ModelNotFound
+from worker.inference.errors import ModelNotFound
+from worker.inference.sampling_params import ServedModel
 from worker.inference.server.model_resolver import PublishedResolver
 
 

@@ -12,8 +12,8 @@ from app.domain.ledger import Unavailable
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
 from tests.inference.test_life import alive, ask_in_background, stopped
 from tests.waiting import until
-from worker.inference.server.app import ServerSettings
-from worker.inference.server.device_reservation import LOST, PATIENCE, UNKNOWN, FixedReservation
+from worker.inference.server.completion_service import ServerSettings
+from worker.inference.server.device_reservation import DEFAULT_RETRY_AFTER, LAPSED, SUSPEND_AFTER, FixedReservation
 
 TRAINS = Unavailable("inference makes way for training (job_1)", 1_000.0)
 STARTING = 120
@@ -21,113 +21,117 @@ STARTING = 120
 
 
 @pytest.fixture(scope="module")
-def tenancy() -> FixedReservation:
+def reservation() -> FixedReservation:
     return FixedReservation()
 
 
 @pytest.fixture(scope="module")
-def running(shelf: Shelf, tenancy: FixedReservation) -> Iterator[Server]:
-    with serving(shelf.table(), ServerSettings(engine=ENGINE), tenancy) as server:
+def running(shelf: Shelf, reservation: FixedReservation) -> Iterator[Server]:
+    with serving(shelf.table(), ServerSettings(engine=ENGINE), reservation) as server:
         yield server
 
 
 @pytest.fixture
-def server(running: Server, tenancy: FixedReservation) -> Iterator[Server]:
+def server(running: Server, reservation: FixedReservation) -> Iterator[Server]:
     """With a ready engine, now and afterwards."""
     running.wait_until_ready()
     yield running
-    tenancy.absence = None
+    reservation.unavailable = None
     running.wait_until_ready()
 
 
 def pid_of(server: Server) -> int:
-    found: int = server.front.link.pid
+    found: int = server.front.engine.pid
     return found
 
 
-def rest(server: Server, tenancy: FixedReservation, absence: Unavailable = TRAINS) -> None:
-    tenancy.absence = absence
-    until(lambda: not tenancy.held)
+def rest(server: Server, reservation: FixedReservation, absence: Unavailable = TRAINS) -> None:
+    reservation.unavailable = absence
+    until(lambda: not reservation.is_held)
 
 
-def test_the_engine_ends_and_the_place_is_given_back_behind_it(server: Server, tenancy: FixedReservation) -> None:
+def test_the_engine_ends_and_the_place_is_given_back_behind_it(server: Server, reservation: FixedReservation) -> None:
     pid = pid_of(server)
-    assert tenancy.held
+    assert reservation.is_held
     began = time.monotonic()
-    rest(server, tenancy)
+    rest(server, reservation)
     assert time.monotonic() - began < 3
     assert not alive(pid)
-    assert server.front.link.pid is None
+    assert server.front.engine.pid is None
 
 
-def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, tenancy: FixedReservation) -> None:
-    rest(server, tenancy)
+def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, reservation: FixedReservation) -> None:
+    rest(server, reservation)
     for answer in (server.ask(), server.ask(stream=True), server.client.get("/health")):
         assert answer.status_code == 503
         assert answer.json()["error"]["message"] == TRAINS.reason
         assert 1_000 <= int(answer.headers["Retry-After"]) <= 1_000 + STARTING
-    assert (server.metric("veritune:engine_resting"), server.metric("veritune:engine_up")) == (1, 0)
+    assert (server.metric("veritune:engine_suspended"), server.metric("veritune:engine_up")) == (1, 0)
     assert server.client.get("/v1/models").status_code == 200
 
 
-@pytest.mark.parametrize(("seconds", "least"), [(None, UNKNOWN), (0.0, 1)])
+@pytest.mark.parametrize(("seconds", "least"), [(None, DEFAULT_RETRY_AFTER), (0.0, 1)])
 def test_where_the_end_is_not_known_or_overdue_they_come_back_soon(
-    server: Server, tenancy: FixedReservation, seconds: float | None, least: float
+    server: Server, reservation: FixedReservation, seconds: float | None, least: float
 ) -> None:
-    rest(server, tenancy, Unavailable("it trains", seconds))
+    rest(server, reservation, Unavailable("it trains", seconds))
     assert least <= int(server.ask().headers["Retry-After"]) <= least + STARTING
 
 
-def test_it_comes_back_as_it_was(server: Server, tenancy: FixedReservation, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_comes_back_as_it_was(
+    server: Server, reservation: FixedReservation, caplog: pytest.LogCaptureFixture
+) -> None:
     before, pid, starts = server.ids(model="one"), pid_of(server), server.metric("veritune:engine_starts")
     with caplog.at_level(logging.WARNING):
-        rest(server, tenancy)
-        tenancy.absence = None
+        rest(server, reservation)
+        reservation.unavailable = None
         server.wait_until_ready()
     assert server.ids(model="one") == before
     assert pid_of(server) != pid
     assert server.metric("veritune:engine_starts") == starts + 1
-    assert server.metric("veritune:engine_resting") == 0
+    assert server.metric("veritune:engine_suspended") == 0
     assert caplog.messages == []  # nothing died, and nothing waited to be started again
 
 
-def test_running_answers_may_end_and_new_ones_are_refused_at_once(server: Server, tenancy: FixedReservation) -> None:
+def test_running_answers_may_end_and_new_ones_are_refused_at_once(
+    server: Server, reservation: FixedReservation
+) -> None:
     with ThreadPoolExecutor(2) as pool:
         with stopped(server):
             running = ask_in_background(server, pool, 2)
-            tenancy.absence = TRAINS
-            until(lambda: server.front.link.resting)
+            reservation.unavailable = TRAINS
+            until(lambda: server.front.engine.suspended)
             assert server.ask().status_code == 503
-            assert tenancy.held
+            assert reservation.is_held
         assert [future.result().status_code for future in running] == [200, 200]
-    until(lambda: not tenancy.held)
+    until(lambda: not reservation.is_held)
 
 
-def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, tenancy: FixedReservation) -> None:
+def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, reservation: FixedReservation) -> None:
     with ThreadPoolExecutor(2) as pool, stopped(server) as pid:
         running = ask_in_background(server, pool, 2)
         began = time.monotonic()
-        rest(server, tenancy)
-        assert PATIENCE < time.monotonic() - began < PATIENCE + 4
+        rest(server, reservation)
+        assert SUSPEND_AFTER < time.monotonic() - began < SUSPEND_AFTER + 4
         answers = [future.result() for future in running]
     assert not alive(pid)
     assert [answer.json()["error"]["message"] for answer in answers] == [TRAINS.reason] * 2
     assert all(990 <= int(answer.headers["Retry-After"]) <= 1_000 + STARTING for answer in answers)
 
 
-def test_one_that_is_starting_ends_at_once(server: Server, tenancy: FixedReservation) -> None:
-    rest(server, tenancy)
-    tenancy.absence = None
-    until(lambda: server.front.link.pid is not None)
-    assert tenancy.held
+def test_one_that_is_starting_ends_at_once(server: Server, reservation: FixedReservation) -> None:
+    rest(server, reservation)
+    reservation.unavailable = None
+    until(lambda: server.front.engine.pid is not None)
+    assert reservation.is_held
     pid, began = pid_of(server), time.monotonic()
-    rest(server, tenancy)
+    rest(server, reservation)
     assert time.monotonic() - began < 2
     assert not alive(pid)
 
 
 def test_a_ledger_that_is_away_changes_nothing(
-    server: Server, tenancy: FixedReservation, monkeypatch: pytest.MonkeyPatch
+    server: Server, reservation: FixedReservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid, asked = pid_of(server), []
 
@@ -135,24 +139,24 @@ def test_a_ledger_that_is_away_changes_nothing(
         asked.append(1)
         raise UnavailableError("the database does not answer")
 
-    monkeypatch.setattr(tenancy, "stay", away)
+    monkeypatch.setattr(reservation, "renew", away)
     until(lambda: len(asked) > 1)
     assert server.ask().status_code == 200
     assert pid_of(server) == pid
 
 
 def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
-    server: Server, tenancy: FixedReservation, monkeypatch: pytest.MonkeyPatch
+    server: Server, reservation: FixedReservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = pid_of(server)
 
     def away() -> Unavailable | None:
         raise UnavailableError("the database does not answer")
 
-    monkeypatch.setattr(tenancy, "lease", 1.0)
-    monkeypatch.setattr(tenancy, "stay", away)
+    monkeypatch.setattr(reservation, "lease", 1.0)
+    monkeypatch.setattr(reservation, "renew", away)
     until(lambda: not alive(pid))
-    assert server.ask().json()["error"]["message"] == LOST.reason
+    assert server.ask().json()["error"]["message"] == LAPSED.reason
     monkeypatch.undo()
     server.wait_until_ready()
 
@@ -160,11 +164,11 @@ def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
 def test_there_is_no_engine_before_it_has_a_place(shelf: Shelf) -> None:
     waiting = FixedReservation(TRAINS)
     with serving(shelf.table(), ServerSettings(engine=ENGINE), waiting) as server:
-        until(lambda: server.front.link.why == TRAINS.reason)
-        assert server.front.link.pid is None
+        until(lambda: server.front.engine.unavailable_reason == TRAINS.reason)
+        assert server.front.engine.pid is None
         assert server.client.get("/health").json()["error"]["message"] == TRAINS.reason
-        waiting.absence = None
+        waiting.unavailable = None
         server.wait_until_ready()
         pid = pid_of(server)
     assert not alive(pid)
-    assert not waiting.held
+    assert not waiting.is_held

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tests.inference.conftest import Shelf
-from worker.inference.engine.grammar import GrammarCache, GrammarError
-from worker.inference.engine.sampling import Sampler, SamplingError, ranked
+from worker.inference.engine.grammar import GrammarCache
+from worker.inference.engine.sampling import Sampler, rank_prompt_tokens
+from worker.inference.errors import GrammarError, SamplingError
 from worker.inference.model.base import Base, load_base
-from worker.inference.protocol import SamplingParams, StructuredOutputs
+from worker.inference.sampling_params import SamplingParams, StructuredOutputs
 
 WORTH = {11: 0.0, 12: 1.0, 13: 2.0, 14: 3.0}
 """Logits of the only tokens that can come."""
@@ -27,7 +28,7 @@ def chosen_from(base: Base, **sampling: float) -> dict[int, float]:
     for token, worth in WORTH.items():
         logits[token] = worth
     sampler = Sampler(SamplingParams.model_validate({"max_tokens": 1, "logprobs": 4, **sampling}), base, None)
-    _token, told = sampler.choose(logits, 0)
+    _token, told = sampler.sample(logits, 0)
     assert told is not None
     return {top.id: math.exp(top.logprob) for top in told.top if top.logprob > -100}
 
@@ -52,14 +53,14 @@ def test_what_is_not_finite_is_not_ranked(base: Base) -> None:
     logits = torch.zeros(2, base.vocabulary)
     logits[0, 5] = torch.nan
     with pytest.raises(SamplingError, match="not finite"):
-        ranked(logits, [3, 4], 1, base)
+        rank_prompt_tokens(logits, [3, 4], 1, base)
 
 
 def test_a_grammar_is_compiled_once(base: Base) -> None:
     grammars, wanted = GrammarCache(4), StructuredOutputs(regex="a+")
-    grammars.start(base, wanted)
+    grammars.start_matcher(base, wanted)
     (first,) = grammars._compiled.values()
-    grammars.start(base, wanted)
+    grammars.start_matcher(base, wanted)
     (again,) = grammars._compiled.values()
     assert again is first
 
@@ -69,7 +70,7 @@ def test_a_grammar_ends_by_its_own_bases_token(base: Base) -> None:
     grammars, wanted = GrammarCache(4), StructuredOutputs(choice=["a", "ab"])
     (end,) = base.eos_ids
     for eos, other in ((end, 7), (7, end)):
-        grammar = grammars.start(dataclasses.replace(base, eos_ids=(eos,)), wanted)
+        grammar = grammars.start_matcher(dataclasses.replace(base, eos_ids=(eos,)), wanted)
         grammar.accept(base.tokenizer.encode("a", add_special_tokens=False).ids[0])
         allowed = grammar.mask(base.vocabulary)
         assert (bool(allowed[eos]), bool(allowed[other])) == (True, False)
@@ -77,7 +78,7 @@ def test_a_grammar_ends_by_its_own_bases_token(base: Base) -> None:
 
 def test_a_grammar_that_is_too_much_is_not_kept(base: Base) -> None:
     grammars = GrammarCache(4)
-    grammar = grammars.start(base, StructuredOutputs(regex="(a{1000}){1000}"))
+    grammar = grammars.start_matcher(base, StructuredOutputs(regex="(a{1000}){1000}"))
     with pytest.raises(GrammarError, match="cannot be followed"):
         grammar.accept(int(grammar.mask(base.vocabulary).nonzero()[0]))
     assert not grammars._compiled

@@ -12,17 +12,18 @@ from tokenizers import Tokenizer
 
 from tests.inference.conftest import Shelf
 from worker.inference.cache import kv_cache as kv
-from worker.inference.cache.kv_cache import KVCache, Snapshot, decoding
+from worker.inference.cache.forward_batch import decode_segment
+from worker.inference.cache.kv_cache import KVCache, Snapshot
 from worker.inference.cache.prefix_cache import PrefixCache
 from worker.inference.engine import scheduler
 from worker.inference.engine.detokenizer import AnswerText, Detokenizer
 from worker.inference.engine.scheduler import Scheduler
 from worker.inference.engine.sequence import Sequence
-from worker.inference.ipc import EngineSettings, Failed, Finished, Generate, ServerMessage
+from worker.inference.ipc import EngineOutput, EngineSettings, Failed, Finished, Generate
 from worker.inference.model.base import Base
 from worker.inference.model.loaded_models import LoadedModels
-from worker.inference.model.memory_use import PROCESS_BYTES, MemoryUse, adapter_bytes, base_bytes
-from worker.inference.protocol import SamplingParams, ServedModel
+from worker.inference.model.memory_use import PROCESS_BYTES, MemoryUse, base_bytes, weights_bytes
+from worker.inference.sampling_params import SamplingParams, ServedModel
 
 
 class Desk:
@@ -30,15 +31,15 @@ class Desk:
 
     def __init__(self, kind: type[LoadedModels] = LoadedModels, **settings: int) -> None:
         given = EngineSettings.model_validate({"device": "cpu", "dtype": "float32", **settings})
-        self.said: list[ServerMessage] = []
+        self.said: list[EngineOutput] = []
         self.models = kind(given)
         self.scheduler = Scheduler(self.models, given, self.said.append)
 
     def ask(self, request_id: str, model: ServedModel, tokens: int = 6, prompt: int = 4) -> None:
         """Queue a request, whose base is there when this returns."""
         self.hand_in(request_id, model, tokens, prompt)
-        while self.scheduler.reading:
-            self.scheduler.settle()
+        while self.scheduler.is_loading:
+            self.scheduler.finish_loads()
 
     def hand_in(self, request_id: str, model: ServedModel, tokens: int = 6, prompt: int = 4, **more: Any) -> None:
         """Queue a request. `more` of its sampling may be given."""
@@ -47,8 +48,8 @@ class Desk:
 
     def run(self) -> None:
         """Work until nothing is left."""
-        while self.scheduler.busy or self.scheduler.reading:
-            self.scheduler.turn()
+        while self.scheduler.has_work or self.scheduler.is_loading:
+            self.scheduler.step()
 
     @property
     def finished(self) -> list[str]:
@@ -66,7 +67,7 @@ def test_a_crowd_at_one_adapter_does_not_starve_another(shelf: Shelf) -> None:
     for i in range(12):
         desk.ask(f"crowd{i}", shelf.served("one", shelf.one))
     for _ in range(5):
-        desk.scheduler.turn()
+        desk.scheduler.step()
     desk.ask("single", shelf.served("two", shelf.two))
 
     desk.run()
@@ -79,8 +80,8 @@ def test_who_is_answered_alone_takes_turns_with_the_others(shelf: Shelf) -> None
     desk = Desk(max_batch=4, slice_steps=4)
     for i in range(12):
         desk.hand_in(f"crowd{i}", shelf.served("one", shelf.one), deterministic=True)
-    while desk.scheduler.reading:
-        desk.scheduler.settle()
+    while desk.scheduler.is_loading:
+        desk.scheduler.finish_loads()
     desk.ask("single", shelf.served("two", shelf.two))
     desk.hand_in("alone", shelf.served("two", shelf.two), deterministic=True)
 
@@ -120,7 +121,7 @@ def test_a_row_whose_numbers_overflowed_is_clean_for_the_next(shelf: Shelf, wild
     desk.ask("company", shelf.served("base"), tokens=60)
     desk.ask("wild", wild, prompt=30)
     for _ in range(3):
-        desk.scheduler.turn()
+        desk.scheduler.step()
     assert failures(desk) == [("wild", 500)]
 
     desk.ask("next", shelf.served("base"))
@@ -136,8 +137,8 @@ def test_a_row_in_which_a_prompt_overflowed_is_clean_when_its_reader_was_cancell
     desk = Desk(prefix_cache_bytes=0)
     desk.ask("company", shelf.served("base"), tokens=60)
     desk.ask("wild", wild, prompt=300)
-    desk.scheduler.turn()
-    assert [sequence.id for group in desk.scheduler._groups.values() for sequence in group.reading] == ["wild"]
+    desk.scheduler.step()
+    assert [sequence.id for batch in desk.scheduler._batches.values() for sequence in batch.prefilling] == ["wild"]
 
     desk.scheduler.cancel("wild")
     desk.ask("next", shelf.served("base"))
@@ -155,7 +156,7 @@ def test_a_row_in_which_a_prompt_overflowed_is_clean_when_its_reader_has_moved(
     desk.ask("company", shelf.served("base"), tokens=60)
     desk.ask("wild", wild, prompt=300)
     while not failures(desk):
-        desk.scheduler.turn()
+        desk.scheduler.step()
 
     desk.ask("next", shelf.served("base"))
     desk.ask("after", shelf.served("base"))
@@ -175,14 +176,14 @@ def test_a_prompt_that_cannot_be_scored_fails_by_itself(shelf: Shelf, wild: Serv
 
 
 def test_an_unforeseen_fault_of_one_answer_fails_no_other(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = Sequence.advance
+    advance = Sequence.sample_next
 
     def faulty(sequence: Sequence, logits: torch.Tensor) -> None:
         if sequence.id == "odd":
             raise RuntimeError("out of luck")
         advance(sequence, logits)
 
-    monkeypatch.setattr(Sequence, "advance", faulty)
+    monkeypatch.setattr(Sequence, "sample_next", faulty)
     desk = Desk()
     for name in ("one", "odd", "other"):
         desk.ask(name, shelf.served("base"))
@@ -204,7 +205,7 @@ def test_what_is_remembered_is_of_one_base_and_counted(shelf: Shelf) -> None:
 def test_long_answers_of_one_adapter_let_others_through(shelf: Shelf) -> None:
     desk = Desk(max_batch=4, slice_steps=4)
     desk.ask("long", shelf.served("one", shelf.one), tokens=200)
-    desk.scheduler.turn()
+    desk.scheduler.step()
     desk.ask("short", shelf.served("two", shelf.two), tokens=3)
 
     desk.run()
@@ -241,8 +242,8 @@ def test_a_batch_never_exceeds_its_slots(shelf: Shelf) -> None:
         desk.ask(f"r{i}", shelf.served("one", shelf.one) if i % 2 else shelf.served("base"))
 
     running = []
-    while desk.scheduler.busy:
-        desk.scheduler.turn()
+    while desk.scheduler.has_work:
+        desk.scheduler.step()
         running.append(desk.scheduler.stats.running)
 
     assert max(running) == 3
@@ -255,8 +256,8 @@ def test_the_store_of_keys_and_values_keeps_to_its_budget(shelf: Shelf) -> None:
         desk.ask(f"r{i}", shelf.served("base"))
 
     running = []
-    while desk.scheduler.busy:
-        desk.scheduler.turn()
+    while desk.scheduler.has_work:
+        desk.scheduler.step()
         running.append(desk.scheduler.stats.running)
 
     assert max(running) == 2
@@ -276,7 +277,7 @@ def test_a_request_that_would_not_fit_alone_is_refused_with_the_figures(shelf: S
     assert "VERITUNE_INFERENCE_MEMORY" in failed.message
 
 
-def test_stores_that_nobody_is_in_make_way(shelf: Shelf) -> None:
+def test_kv_caches_of_batches_that_run_nothing_are_freed(shelf: Shelf) -> None:
     """A wide store of one group, and a long request of another, which takes all that there is."""
     desk = Desk(kv_bytes=2 * 256 * 512, slice_steps=1)
     one, other = shelf.served("one"), shelf.served("other", base_digest="other")
@@ -286,10 +287,10 @@ def test_stores_that_nobody_is_in_make_way(shelf: Shelf) -> None:
     for i in range(2):
         desk.ask(f"late{i}", one, tokens=2)
     held = []
-    while desk.scheduler.busy:
-        desk.scheduler.turn()
-        stores = [group.store for group in desk.scheduler._groups.values() if group.store is not None]
-        held.append(sum(store.rows * store.capacity for store in stores))
+    while desk.scheduler.has_work:
+        desk.scheduler.step()
+        stores = [batch.kv_cache for batch in desk.scheduler._batches.values() if batch.kv_cache is not None]
+        held.append(sum(store.num_rows * store.capacity for store in stores))
 
     assert sorted(desk.finished) == ["late0", "late1", "long", "wide0", "wide1"]
     assert max(held) == 2 * 256
@@ -306,9 +307,9 @@ def test_a_request_that_needs_much_memory_is_not_kept_out_by_many_that_need_litt
         if turn == 20:
             long = Generate(id="long", model=shelf.served("base"), prompt=[7] * 500, sampling=sampling)
             desk.scheduler.add(long)
-        while not desk.scheduler.busy:
-            desk.scheduler.settle()
-        desk.scheduler.turn()
+        while not desk.scheduler.has_work:
+            desk.scheduler.finish_loads()
+        desk.scheduler.step()
         if "long" in desk.finished:
             break
     assert "long" in desk.finished
@@ -323,11 +324,11 @@ def test_an_empty_store_of_one_group_keeps_no_other_out(shelf: Shelf) -> None:
     desk.ask("first", shelf.served("base"), tokens=2)
     desk.run()
     desk.hand_in("taken", shelf.served("base"), tokens=200, deterministic=True)
-    desk.scheduler.turn()
+    desk.scheduler.step()
     for number in range(8):
         desk.ask(f"y{number}", shelf.served("base"), tokens=4)
     for _ in range(4):
-        desk.scheduler.turn()
+        desk.scheduler.step()
     desk.ask("two", shelf.served("other", base_digest="other"), tokens=4, prompt=300)
     desk.run()
 
@@ -338,19 +339,19 @@ def test_an_empty_store_of_one_group_keeps_no_other_out(shelf: Shelf) -> None:
 def test_adapters_for_whose_places_there_is_no_memory_wait_for_others_to_leave(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv, "GROWTH", 32)  # so that eight rows are small beside adapters
+    monkeypatch.setattr(kv, "CAPACITY_BLOCK", 32)  # so that eight rows are small beside adapters
     known = [shelf.served(f"a{i}", shelf.two if i % 2 else shelf.one) for i in range(4)]
     size = base_bytes(known[0], torch.device("cpu"), torch.float32)
-    size += 13 * adapter_bytes(known[0], torch.float32) // 4
+    size += 13 * 2 * weights_bytes(shelf.one, torch.float32) // 4
     desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
     for i in range(12):
         desk.ask(f"r{i}", known[i % 4], tokens=3 + i)
     running = []
-    while desk.scheduler.busy:
-        desk.scheduler.turn()
+    while desk.scheduler.has_work:
+        desk.scheduler.step()
         running.append(desk.scheduler.stats.running)
         assert not any(desk.models._missing(MemoryUse(1)))
-        assert not desk.scheduler._held
+        assert not desk.scheduler._deferred
 
     assert 2 <= max(running) < 8
     assert sorted(desk.finished) == sorted(f"r{i}" for i in range(12))
@@ -365,14 +366,14 @@ def test_a_step_looks_no_further_than_the_longest_that_is_there(shelf: Shelf) ->
     sizes: list[int] = []
 
     def turned() -> None:
-        desk.scheduler.turn()
-        stores = [group.store for group in desk.scheduler._groups.values() if group.store]
-        sizes.extend(store.layers[0].stores[0].shape[2] for store in stores)
+        desk.scheduler.step()
+        stores = [batch.kv_cache for batch in desk.scheduler._batches.values() if batch.kv_cache]
+        sizes.extend(store.layers[0].tensors[0].shape[2] for store in stores)
 
     for _ in range(5):
         turned()
     desk.ask("long", shelf.served("base"), tokens=3, prompt=300)
-    while desk.scheduler.busy:
+    while desk.scheduler.has_work:
         turned()
 
     assert [size for size, _ in itertools.groupby(sizes)] == [32, 256, 320, 32, 64, 96]
@@ -384,8 +385,8 @@ def test_a_store_for_whose_growth_there_was_no_memory_can_be_used(monkeypatch: p
     store.reserve(1, 8)
     new = torch.randn(1, 2, 4)
     for layer in store.layers:
-        layer.write(decoding(torch.tensor([0]), 32), new, new)
-    calls = iter([kv._memory, kv._memory, kv._memory])
+        layer.write(decode_segment(torch.tensor([0]), 32), new, new)
+    calls = iter([kv._allocate, kv._allocate, kv._allocate])
 
     def scarce(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
         return next(calls, no_memory)(like, rows, capacity)
@@ -394,15 +395,15 @@ def test_a_store_for_whose_growth_there_was_no_memory_can_be_used(monkeypatch: p
         raise torch.OutOfMemoryError("none")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kv, "_memory", scarce)
+        patch.setattr(kv, "_allocate", scarce)
         with pytest.raises(torch.OutOfMemoryError):
             store.reserve(4, 300)
-    assert (store.rows, store.capacity) == (1, 256)
+    assert (store.num_rows, store.capacity) == (1, 256)
     store.reserve(2, 300)
     store.reserve(4, 300)
     for layer in store.layers:
-        assert layer.stores[0].shape == (4, 2, 512, 4)
-        assert torch.equal(layer.stores[1][0, :, 0], new[0])
+        assert layer.tensors[0].shape == (4, 2, 512, 4)
+        assert torch.equal(layer.tensors[1][0, :, 0], new[0])
 
 
 @pytest.fixture
@@ -414,7 +415,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_long_prompt_holds_nobody_up(shelf: Shelf) -> None:
     desk = Desk()
     desk.ask("short", shelf.served("one", shelf.one), tokens=20)
-    desk.scheduler.turn()
+    desk.scheduler.step()
     desk.ask("long", shelf.served("two", shelf.two), tokens=5, prompt=380)
 
     desk.run()
@@ -437,9 +438,9 @@ def test_prompts_are_read_whole_while_others_leave_and_are_cancelled(shelf: Shel
     for name, (model, tokens, prompt) in asked.items():
         desk.ask(name, model, tokens, prompt)
     gone: list[str] = []
-    while desk.scheduler.busy:
-        desk.scheduler.turn()
-        reading = [group.reading for group in desk.scheduler._groups.values()]
+    while desk.scheduler.has_work:
+        desk.scheduler.step()
+        reading = [batch.prefilling for batch in desk.scheduler._batches.values()]
         if len(gone) < 4 and reading[:1] and reading[0] and len(desk.finished) > 3 * len(gone):
             gone.append(reading[0][-1].id)
             desk.scheduler.cancel(gone[-1])
@@ -453,11 +454,11 @@ def test_bases_that_do_not_fit_together_take_turns(shelf: Shelf) -> None:
     desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
     for i in range(6):
         desk.ask(f"r{i}", shelf.served(f"b{i % 3}", base_digest=f"b{i % 3}"))
-        desk.scheduler.turn()
+        desk.scheduler.step()
     late = [f"late{i}" for i in range(20)]
     bases = []
-    while desk.scheduler.busy or desk.scheduler.reading:
-        desk.scheduler.turn()
+    while desk.scheduler.has_work or desk.scheduler.is_loading:
+        desk.scheduler.step()
         bases.append(desk.scheduler.stats.bases)
         if late:
             desk.ask(late.pop(), shelf.served("b0", base_digest="b0"))
@@ -471,7 +472,7 @@ def test_a_request_that_waits_for_room_can_be_cancelled(shelf: Shelf) -> None:
     size = base_bytes(shelf.served("a"), torch.device("cpu"), torch.float32)
     desk = Desk(memory_bytes=PROCESS_BYTES["cpu"] + size + (1 << 17), kv_bytes=1 << 17, prefix_cache_bytes=0)
     desk.ask("first", shelf.served("a", base_digest="a"))
-    desk.scheduler.turn()
+    desk.scheduler.step()
     desk.ask("second", shelf.served("b", base_digest="b"))
     assert desk.scheduler.stats.waiting == 1
     desk.scheduler.cancel("second")
@@ -486,7 +487,7 @@ def test_a_cancelled_request_is_gone_at_once(shelf: Shelf) -> None:
     for i in range(3):
         desk.ask(f"r{i}", shelf.served("base"), tokens=30)
     for _ in range(4):
-        desk.scheduler.turn()
+        desk.scheduler.step()
 
     desk.scheduler.cancel("r0")
     desk.scheduler.cancel("r2")
@@ -535,35 +536,35 @@ def snapshot(tokens: int) -> Snapshot:
 
 def test_the_longest_common_prefix_of_the_same_model_is_found() -> None:
     cache = PrefixCache(budget=10_000)
-    cache.keep("m", list(range(20)), snapshot(20))
-    cache.keep("m", [*range(10), *range(50, 70)], snapshot(30))
-    cache.keep("n", list(range(40)), snapshot(40))
+    cache.store("m", list(range(20)), snapshot(20))
+    cache.store("m", [*range(10), *range(50, 70)], snapshot(30))
+    cache.store("n", list(range(40)), snapshot(40))
 
-    found = cache.find("m", [*range(15), 99])
+    found = cache.match("m", [*range(15), 99])
 
     assert found is not None
     assert found.length == 15
-    assert cache.find("m", [99]) is None
-    assert cache.find("other", list(range(20))) is None
+    assert cache.match("m", [99]) is None
+    assert cache.match("other", list(range(20))) is None
 
 
 def test_a_sequence_replaces_the_one_it_extends() -> None:
     cache = PrefixCache(budget=10_000)
-    cache.keep("m", list(range(20)), snapshot(20))
-    cache.keep("m", list(range(35)), snapshot(35))
+    cache.store("m", list(range(20)), snapshot(20))
+    cache.store("m", list(range(35)), snapshot(35))
 
-    assert cache.size == 35 * 16
-    assert not cache.worth_keeping("m", list(range(38)))
-    assert cache.worth_keeping("m", list(range(60)))
+    assert cache.num_bytes == 35 * 16
+    assert not cache.worth_storing("m", list(range(38)))
+    assert cache.worth_storing("m", list(range(60)))
 
 
 def test_what_is_beyond_the_budget_by_itself_drops_nobody() -> None:
     cache = PrefixCache(budget=30 * 16)
-    cache.keep("m", list(range(20)), snapshot(20))
-    cache.keep("m", list(range(100, 140)), snapshot(40))
+    cache.store("m", list(range(20)), snapshot(20))
+    cache.store("m", list(range(100, 140)), snapshot(40))
 
-    assert cache.size == 20 * 16
-    assert cache.find("m", list(range(20)))
+    assert cache.num_bytes == 20 * 16
+    assert cache.match("m", list(range(20)))
 
 
 def test_a_text_takes_the_room_of_its_tokens(shelf: Shelf) -> None:
@@ -574,24 +575,24 @@ def test_a_text_takes_the_room_of_its_tokens(shelf: Shelf) -> None:
     for name in ("one", "two"):
         sampling = SamplingParams(max_tokens=min(50, 256 - tokens), temperature=0, ignore_eos=True)
         desk.scheduler.add(Generate(id=name, model=shelf.served("base"), prompt=text, sampling=sampling))
-        while desk.scheduler.reading:
-            desk.scheduler.settle()
+        while desk.scheduler.is_loading:
+            desk.scheduler.finish_loads()
     for _ in range(3):
-        desk.scheduler.turn()
+        desk.scheduler.step()
 
     assert desk.scheduler.stats.running == 2
 
 
 def test_the_budget_drops_the_least_recently_used() -> None:
     cache = PrefixCache(budget=50 * 16)
-    cache.keep("m", [1] * 20, snapshot(20))
-    cache.keep("m", [2] * 20, snapshot(20))
-    cache.find("m", [1] * 5)
-    cache.keep("m", [3] * 20, snapshot(20))
+    cache.store("m", [1] * 20, snapshot(20))
+    cache.store("m", [2] * 20, snapshot(20))
+    cache.match("m", [1] * 5)
+    cache.store("m", [3] * 20, snapshot(20))
 
-    assert cache.size == 40 * 16
-    assert cache.find("m", [2] * 20) is None
-    assert cache.find("m", [1] * 20) is not None
+    assert cache.num_bytes == 40 * 16
+    assert cache.match("m", [2] * 20) is None
+    assert cache.match("m", [1] * 20) is not None
 
 
 def test_a_character_appears_with_its_last_byte(shelf: Shelf) -> None:

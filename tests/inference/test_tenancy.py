@@ -9,7 +9,7 @@ from app.composition import Services, compose
 from app.domain.ledger import Tenant
 from worker.device import describe_device
 from worker.inference.__main__ import build_inference_app
-from worker.inference.server.ledger_reservation import LedgerReservation
+from worker.inference.server.device_reservation import LedgerReservation
 
 GB = 10**9
 
@@ -33,37 +33,37 @@ def test_it_reserves_what_the_operator_says_else_half(services: Services, deploy
 
 def test_the_engine_is_told_what_the_deployment_sets(services: Services) -> None:
     told = {"inference_max_batch": 3, "inference_dtype": "float32", "inference_memory": GB}
-    engine = build_inference_app(services.settings.model_copy(update=told)).state.front.settings.engine
+    engine = build_inference_app(services.settings.model_copy(update=told)).state.service.settings.engine
     assert (engine.max_batch, engine.dtype, engine.memory_bytes) == (3, "float32", GB)
 
 
 def test_it_stays_until_a_job_comes_and_comes_back_behind_it(deployment: Services) -> None:
-    tenancy, host = LedgerReservation(deployment), deployment.settings.host_name
-    assert tenancy.stay() is None
+    reservation, host = LedgerReservation(deployment), deployment.settings.host_name
+    assert reservation.renew() is None
     assert reserved(deployment) == {Tenant.INFERENCE: GB}
     deployment.ledger.reserve_for_training(host, "trainer", "job_1", GB, 10 * GB)
-    absence = tenancy.stay()
+    absence = reservation.renew()
     assert absence is not None
     assert "job_1" in absence.reason
     assert reserved(deployment) == {Tenant.INFERENCE: GB, Tenant.TRAINING: GB}  # until its engine has ended
-    tenancy.leave()
-    assert tenancy.stay() is not None
+    reservation.release()
+    assert reservation.renew() is not None
     assert reserved(deployment) == {Tenant.TRAINING: GB}
     deployment.ledger.release(host, "trainer")
-    assert tenancy.stay() is None
+    assert reservation.renew() is None
     assert reserved(deployment) == {Tenant.INFERENCE: GB}
 
 
 def test_one_that_starts_after_another_was_killed_goes_on_with_its_place(deployment: Services) -> None:
-    assert [LedgerReservation(deployment).stay() for _ in range(2)] == [None, None]
+    assert [LedgerReservation(deployment).renew() for _ in range(2)] == [None, None]
     assert len(deployment.ledger.by_host()[deployment.settings.host_name]) == 1
 
 
 def test_it_renews_in_time(deployment: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment.ledger, "inference_lease", 0.8)
-    tenancy = LedgerReservation(deployment)
+    reservation = LedgerReservation(deployment)
     until = time.monotonic() + 2
     while time.monotonic() < until:
-        assert tenancy.stay() is None
+        assert reservation.renew() is None
         assert reserved(deployment) == {Tenant.INFERENCE: GB}
         time.sleep(0.1)

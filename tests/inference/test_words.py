@@ -13,11 +13,11 @@ from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
 from worker.inference.engine.scheduler import Scheduler
-from worker.inference.ipc import EngineSettings, Finished, Generate, ServerMessage
+from worker.inference.ipc import EngineOutput, EngineSettings, Finished, Generate
 from worker.inference.model.adapter_slots import AdapterSlots
 from worker.inference.model.loaded_models import LoadedModels
 from worker.inference.model.lora import LoraBatch
-from worker.inference.protocol import SamplingParams, ServedModel
+from worker.inference.sampling_params import SamplingParams, ServedModel
 from worker.precision import FP32
 from worker.training import recipe
 from worker.training.channel import Channel
@@ -83,15 +83,15 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServedMo
 def answered(speakers: list[ServedModel], at_once: int) -> dict[tuple[str, int], list[int]]:
     """(adapter, prompt) → the answer, with so many requests at once."""
     settings = EngineSettings(device="cpu", dtype="float32", max_batch=at_once, prefix_cache_bytes=0)
-    said: list[ServerMessage] = []
+    said: list[EngineOutput] = []
     scheduler = Scheduler(LoadedModels(settings), settings, said.append)
     asked = [(model, place) for place in range(len(PROMPTS)) for model in speakers]
     sampling = SamplingParams(max_tokens=LETTERS, temperature=0, ignore_eos=True)
     for model, place in asked:
         name = f"{model.digest}/{place}"
         scheduler.add(Generate(id=name, model=model, prompt=PROMPTS[place], sampling=sampling))
-    while scheduler.busy or scheduler.reading:
-        scheduler.turn()
+    while scheduler.has_work or scheduler.is_loading:
+        scheduler.step()
     by_id = {message.id: message.token_ids for message in said if isinstance(message, Finished)}
     return {(model.digest, place): by_id[f"{model.digest}/{place}"] for model, place in asked}
 
@@ -127,13 +127,15 @@ def test_in_company_each_answer_is_the_one_alone(
 def test_two_places_swapped_would_be_noticed(
     speakers: list[ServedModel], alone: dict[tuple[str, int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mix = AdapterSlots.mix
+    mix = AdapterSlots.select
 
     def swapped(self: AdapterSlots, *given: Any, **more: Any) -> LoraBatch | None:
         found = mix(self, *given, **more)
-        if found is None or found.foreign is None:
+        if found is None or found.other_adapter_mask is None:
             return found
-        return found._replace(foreign=found.foreign[:, [1, 0, *range(2, found.foreign.shape[1])]])
+        return found._replace(
+            other_adapter_mask=found.other_adapter_mask[:, [1, 0, *range(2, found.other_adapter_mask.shape[1])]]
+        )
 
-    monkeypatch.setattr(AdapterSlots, "mix", swapped)
+    monkeypatch.setattr(AdapterSlots, "select", swapped)
     assert answered(speakers, at_once=64) != alone

@@ -15,7 +15,7 @@ from app.domain.errors import InvalidError
 from tests.models.test_models import run
 from tests.tiny import make_tiny_model
 from worker.inference.model.base import load_base
-from worker.inference.protocol import ServedModel
+from worker.inference.sampling_params import ServedModel
 from worker.models.export import export_base
 from worker.models.store import ModelStore
 

@@ -15,6 +15,7 @@ from app.domain.attempts import EncodedRow, TrainOrder
 from benchmarks.tuning_methods import served
 from tests.training.conftest import OrderFactory
 from worker.inference.cache.kv_cache import KVCache
+from worker.inference.engine.offline import decode, prefill
 from worker.inference.ipc import EngineSettings
 from worker.inference.model.loaded_models import LoadedModels
 from worker.precision import FP32
@@ -76,8 +77,8 @@ def served_logits(order: TrainOrder) -> torch.Tensor:
     models.load(served(order), [])
     store = KVCache(2)
     store.reserve(1, len(IDS))
-    store.prefill(models.forward([served(order)]), 0, IDS[:-1], 0)
-    return store.decode(models.forward([served(order)]), IDS[-1:], [len(IDS) - 1])[0]
+    prefill(models.forward([served(order)]), store, 0, IDS[:-1])
+    return decode(models.forward([served(order)]), store, IDS[-1:], [len(IDS) - 1])[0]
 
 
 def stock_logits(order: TrainOrder) -> torch.Tensor:

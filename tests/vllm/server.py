@@ -39,7 +39,7 @@ ON_A_CPU = [
 def vllm_server(base: Path, adapters: Path, dtype: str, secret: str) -> Iterator[str]:
     """The URL of a vLLM that serves the exported base in the directory `base`, and adapters from that folder.
 
-    Ends with its whole process group. Raises AssertionError with its last lines when it does not become ready.
+    Ends with its whole process batch. Raises AssertionError with its last lines when it does not become ready.
     """
     port = free_port()
     # Its resolver compares an adapter's base with the model as named here, so: the digest, seen from beside it.

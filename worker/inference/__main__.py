@@ -1,4 +1,4 @@
-"""`python -m worker.inference`: the front over what this deployment has published; it starts the engine itself."""
+"""`python -m worker.inference`: the inference server over what this deployment has published. It starts the engine."""
 
 import uvicorn
 from fastapi import FastAPI
@@ -8,26 +8,27 @@ from app.logs import configure_logs
 from app.settings import Settings, read_settings
 from worker.device import host_memory
 from worker.inference.ipc import EngineSettings
-from worker.inference.server.app import ServerSettings, create_inference_app
-from worker.inference.server.ledger_reservation import LedgerReservation
+from worker.inference.server.app import create_inference_app
+from worker.inference.server.completion_service import ServerSettings
+from worker.inference.server.device_reservation import LedgerReservation
 from worker.inference.server.model_resolver import PublishedResolver
 
-SHARE_OF_THE_HOST = 4
-"""The part of the host's memory that adapters beside a GPU may take is one in so many."""
+HOST_MEMORY_SHARE = 4
+"""Beside a GPU, adapters may take one in so many parts of the host's memory."""
 
 
 def build_inference_app(settings: Settings) -> FastAPI:
-    """The front of a deployment; its engine starts when the front does."""
+    """The server of a deployment. Its engine starts when the server does."""
     services = compose(settings)
-    tenancy = LedgerReservation(services)
+    reservation = LedgerReservation(services)
     engine = EngineSettings(
         dtype=settings.inference_dtype,
         max_batch=settings.inference_max_batch,
-        memory_bytes=tenancy.bytes,
-        host_bytes=host_memory() // SHARE_OF_THE_HOST,
+        memory_bytes=reservation.bytes,
+        host_bytes=host_memory() // HOST_MEMORY_SHARE,
     )
-    told = ServerSettings(secret=settings.inference_secret, engine=engine)
-    return create_inference_app(PublishedResolver(services), told, tenancy)
+    server_settings = ServerSettings(secret=settings.inference_secret, engine=engine)
+    return create_inference_app(PublishedResolver(services), server_settings, reservation)
 
 
 def main() -> None:

@@ -1,7 +1,4 @@
-"""The words between the front and its engine: one JSON line a message, on the engine's stdin and stdout.
-
-Knows no pipes: `link` and `engine` hold the two ends.
-"""
+"""The messages between the server and its engine: one JSON line each, on the engine's stdin and stdout."""
 
 import re
 from typing import Annotated, Literal
@@ -9,11 +6,11 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from app.domain.tuning_methods import MAX_RANK
-from worker.inference.protocol import FinishReason, Frozen, Prompt, SamplingParams, ServedModel
+from worker.inference.sampling_params import FinishReason, Frozen, Prompt, SamplingParams, ServedModel
 
 MAX_LINE = 64 * 1024**2  # bytes
 MAX_CANDIDATES = MAX_LINE // 256
-"""Of a request's answers: each takes about 70 bytes of a line, and its text."""
+"""Ranked tokens in one request's completions: each takes about 70 bytes of a line, and its text."""
 
 _ID = re.compile(rb'\{"(?:op|event)":"\w+","id":"([^"\\]*)"')
 
@@ -27,24 +24,28 @@ class TopToken(Frozen):
 
 
 class RankedToken(TopToken):
-    """One candidate at one position of a prompt, and how many are at least as probable there."""
+    """One candidate at one position of a prompt. `rank` is 1 for the most probable token."""
 
     rank: int
 
 
 class TokenLogprobs(Frozen):
-    """One position of the answer: the chosen token and the candidates, most probable first."""
+    """One position of the completion: the sampled token and the candidates, most probable first."""
 
     chosen: TopToken
     top: list[TopToken]
 
 
 class EngineSettings(Frozen):
-    """What the front tells a fresh engine. Counts are sequences. `memory_bytes` is for the whole process, on its
-    device; of what its libraries leave, `kv_bytes` (None: a quarter) are for keys and values of those who are
-    answered, `prefix_cache_bytes` (None: a sixteenth) of those who were, and the rest is for bases and adapters.
-    `host_bytes`: for adapters, where the device is a GPU. `heartbeat`: the longest time in seconds between two reports;
-    an engine that is silent for ten times as long is taken for stuck.
+    """An engine's settings.
+
+    - `max_batch`: sequences that run at once, over all batches.
+    - `slice_steps`: steps of one batch before the next has its turn.
+    - `memory_bytes`: for the whole process, on its device. Of what its libraries leave, `kv_bytes` (None: a quarter) is
+      for KV caches of running sequences, `prefix_cache_bytes` (None: a sixteenth) for the prefix cache, and the rest
+      for bases and adapters.
+    - `host_bytes`: for adapters, if the device is a GPU.
+    - `heartbeat`: the longest time between two reports, in seconds. After ten times as long the engine counts as stuck.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -62,14 +63,14 @@ class EngineSettings(Frozen):
 
 
 class Configure(Frozen):
-    """Front to engine, once and first."""
+    """Server to engine: the first message."""
 
     op: Literal["configure"] = "configure"
     settings: EngineSettings
 
 
 class Generate(Frozen):
-    """Front to engine: one answer is wanted. With `stream`, pieces are sent as they come."""
+    """Server to engine: complete one prompt. With `stream`, the engine sends chunks."""
 
     op: Literal["generate"] = "generate"
     id: str
@@ -80,21 +81,21 @@ class Generate(Frozen):
 
 
 class Preload(Frozen):
-    """Front to engine: this model will probably be asked for."""
+    """Server to engine: load this model while there is nothing else to do."""
 
-    op: Literal["expect"] = "expect"
+    op: Literal["preload"] = "preload"
     model: ServedModel
 
 
 class Cancel(Frozen):
-    """Front to engine: nobody waits for this answer any more."""
+    """Server to engine: stop working on this request."""
 
     op: Literal["cancel"] = "cancel"
     id: str
 
 
 class Ready(Frozen):
-    """Engine to front, once: requests may come."""
+    """Engine to server, once: it accepts requests."""
 
     event: Literal["ready"] = "ready"
     pid: int
@@ -103,12 +104,12 @@ class Ready(Frozen):
 
 
 class Chunk(Frozen):
-    """Engine to front: tokens of a streamed answer since the last piece, and the text that is settled.
+    """Engine to server: the tokens since the last chunk, and the text that is settled.
 
-    The first piece carries the prompt's ids, later ones an empty list.
+    The first chunk has the prompt's ids, later ones an empty list.
     """
 
-    event: Literal["piece"] = "piece"
+    event: Literal["chunk"] = "chunk"
     id: str
     text: str
     token_ids: list[int]
@@ -117,9 +118,9 @@ class Chunk(Frozen):
 
 
 class Finished(Frozen):
-    """Engine to front: the rest of the answer (all of it, unless pieces were sent) and why it ended.
+    """Engine to server: the rest of the completion (all of it, unless chunks were sent) and why it ended.
 
-    `prompt_logprobs`, where asked for: the prompt's own token and the most probable ones, for all but the first.
+    `prompt_logprobs`, if asked for: the prompt's own token and the most probable ones, for all but the first.
     """
 
     event: Literal["finished"] = "finished"
@@ -136,7 +137,7 @@ class Finished(Frozen):
 
 
 class Failed(Frozen):
-    """Engine to front: this request has no answer. `status` is the HTTP status that says so."""
+    """Engine to server: the request failed. `status` is the HTTP status."""
 
     event: Literal["failed"] = "failed"
     id: str
@@ -146,7 +147,7 @@ class Failed(Frozen):
 
 
 class Stats(Frozen):
-    """Engine to front: gauges, and counters since the engine started."""
+    """Engine to server: gauges, and counters since the engine started."""
 
     event: Literal["stats"] = "stats"
     running: int = 0
@@ -162,29 +163,29 @@ class Stats(Frozen):
     prefix_hits: int = 0
 
 
-EngineMessage = Configure | Generate | Preload | Cancel
-ServerMessage = Ready | Chunk | Finished | Failed | Stats
+EngineInput = Configure | Generate | Preload | Cancel
+EngineOutput = Ready | Chunk | Finished | Failed | Stats
 
-_TO_ENGINE: TypeAdapter[EngineMessage] = TypeAdapter(Annotated[EngineMessage, Field(discriminator="op")])
-_TO_FRONT: TypeAdapter[ServerMessage] = TypeAdapter(Annotated[ServerMessage, Field(discriminator="event")])
+_TO_ENGINE: TypeAdapter[EngineInput] = TypeAdapter(Annotated[EngineInput, Field(discriminator="op")])
+_TO_FRONT: TypeAdapter[EngineOutput] = TypeAdapter(Annotated[EngineOutput, Field(discriminator="event")])
 
 
-def line(message: EngineMessage | ServerMessage) -> bytes:
+def encode_message(message: EngineInput | EngineOutput) -> bytes:
     """A message as one line of JSON."""
     return message.model_dump_json(by_alias=True, exclude_defaults=False).encode() + b"\n"
 
 
-def decode_engine_message(raw: bytes) -> EngineMessage:
-    """Read a line that the front wrote. Raises pydantic's ValidationError."""
+def decode_engine_input(raw: bytes) -> EngineInput:
+    """Parse a line from the server. Raises pydantic's ValidationError."""
     return _TO_ENGINE.validate_json(raw)
 
 
-def decode_server_message(raw: bytes) -> ServerMessage:
-    """Read a line that the engine wrote. Raises pydantic's ValidationError."""
+def decode_engine_output(raw: bytes) -> EngineOutput:
+    """Parse a line from the engine. Raises pydantic's ValidationError."""
     return _TO_FRONT.validate_json(raw)
 
 
 def request_id_of(raw: bytes) -> str:
-    """Whose line this is, as far as that can be told of one that cannot be read; else nothing."""
+    """The request id in an unparseable line, if it can be found; else an empty string."""
     found = _ID.match(raw)
     return found[1].decode(errors="replace") if found else ""

@@ -13,7 +13,6 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional
 
-from app.domain.memory import TOKEN_MULTIPLE
 from worker.architecture import is_llama
 from worker.training.attention import (
     Rope,
@@ -28,6 +27,10 @@ from worker.training.attention import (
 from worker.training.batches import Batch
 from worker.training.fused_lora import FusedLoraLinear
 from worker.training.packing import PackedRow
+
+MULTIPLE = 32
+"""What a micro-batch's tokens are rounded up to. Each new shape is paid for with kernels that are made for it, and with
+memory: blocks of ever new sizes fit into no hole that others left."""
 
 
 class SavedActivations(NamedTuple):
@@ -196,8 +199,8 @@ class LlamaTrainingForward:
 
 
 def _padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[PackedRow, ...]]:
-    """(ids, positions, rows) of `batch`, padded by a row that nothing reads to a multiple of `TOKEN_MULTIPLE`."""
-    missing = -batch.tokens % TOKEN_MULTIPLE
+    """(ids, positions, rows) of `batch` and of a row behind it that nobody reads, up to a multiple of `MULTIPLE`."""
+    missing = -batch.tokens % MULTIPLE
     if not missing:
         return batch.ids, batch.positions, batch.rows
     ids, positions = (functional.pad(numbers, (0, missing)) for numbers in (batch.ids, batch.positions))

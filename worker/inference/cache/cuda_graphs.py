@@ -1,5 +1,6 @@
-"""Steps that are recorded once and replayed: on a GPU, launching a step's kernels one by one takes several times as
-long as they run. Knows no models and no requests.
+"""CUDA graphs of decode steps: captured once, replayed for every later step of the same shape.
+
+On a GPU, launching a step's kernels one by one takes several times as long as running them.
 """
 
 import logging
@@ -14,39 +15,41 @@ import torch
 log = logging.getLogger(__name__)
 
 Run = Callable[[], torch.Tensor]
-"""Reads and writes the same tensors whenever it is called."""
+"""Reads and writes the same tensors at every call."""
 
 Capture = Callable[[Run], Run]
-"""Makes of such work what does it again."""
+"""Captures a run; what it returns replays the run."""
 
 MAX_GRAPHS = 32
 """Graphs that one KV cache keeps. Each takes some megabytes."""
 
 
 class CudaGraphCapturer:
-    """Records the kernels that some work launches, once it has run before. Graphs share what memory they need in
-    between, so the result of one is there until another one is replayed."""
+    """Captures the kernels that a run launches. The run must have run once before.
+
+    Graphs share one memory pool, so a replay's result is valid until the next replay.
+    """
 
     def __init__(self) -> None:
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._pool: Any = None
-        self._able = True
+        self._usable = True
 
     def __call__(self, run: Run) -> Run:
-        if not self._able:  # a recording that failed may leave its pool unusable
-            raise RuntimeError("an earlier step could not be recorded")
-        self._able = False
-        if not self._alive:  # a pool ends with the last recording that is in it
+        if not self._usable:  # a failed capture may leave the pool unusable
+            raise RuntimeError("an earlier step could not be captured")
+        self._usable = False
+        if not self._alive:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # A recording that fails does not put the stream back.
+        # The outer context restores the stream: a failed capture does not.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
             out = run()
         self._alive.add(graph)
-        self._able = True
+        self._usable = True
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -56,12 +59,15 @@ class CudaGraphCapturer:
 
 
 class CapturableStep:
-    """Work on tensors [rows, …] shaped like `inputs` and filled with theirs, which may have fewer rows. It keeps what
-    was recorded and not the work, with which models and adapters would stay in memory."""
+    """Work over fixed input tensors: run eagerly the first time, captured the second time, replayed from then on.
 
-    def __init__(self, record: Capture, rows: int, inputs: Sequence[torch.Tensor]) -> None:
-        self._record = record
-        self._inputs = [given.new_zeros(rows, *given.shape[1:]) for given in inputs]
+    It keeps the graph and not the work, which would keep models and adapters in memory.
+    """
+
+    def __init__(self, capture: Capture, num_rows: int, inputs: Sequence[torch.Tensor]) -> None:
+        """`inputs`: examples [rows, …] of the tensors to allocate with `num_rows` rows."""
+        self._capture = capture
+        self._inputs = [example.new_zeros(num_rows, *example.shape[1:]) for example in inputs]
         self._has_run = self._was_tried = False
         self._replay: Run | None = None
 
@@ -69,55 +75,61 @@ class CapturableStep:
         self,
         work: Callable[..., torch.Tensor],
         inputs: Sequence[torch.Tensor],
-        spare: Sequence[int],
-        may_record: bool = True,
+        padding: Sequence[int],
+        may_capture: bool = True,
     ) -> torch.Tensor:
-        """[rows of `inputs`, …]. Rows beyond theirs have the numbers `spare`, one for each input."""
+        """The result's first rows, as many as `inputs` have. Further rows of each input are filled with its number in
+        `padding`."""
         count = len(inputs[0])
-        for kept, given, rest in zip(self._inputs, inputs, spare, strict=True):
-            kept[:count] = given
-            kept[count:] = rest
+        for buffer, given, pad in zip(self._inputs, inputs, padding, strict=True):
+            buffer[:count] = given
+            buffer[count:] = pad
         run = partial(work, *self._inputs)
-        # Not at once: kernels have to have run before, and what comes once is not worth it.
-        if may_record and self._has_run and not self._was_tried:
+        # The second time: kernels must have run before, and a shape that comes once is not worth a capture.
+        if may_capture and self._has_run and not self._was_tried:
             self._was_tried = True
-            self._replay = self._recorded(run)
+            self._replay = self._try_capture(run)
         self._has_run = True
         return (self._replay or run)()[:count].clone()
 
-    def _recorded(self, run: Run) -> Run | None:
+    def _try_capture(self, run: Run) -> Run | None:
         try:
-            return self._record(run)
-        except RuntimeError as error:  # out of memory, too
-            log.warning("a step cannot be recorded here and is slower than it might be: %s", error)
+            return self._capture(run)
+        except RuntimeError as error:  # out of memory is one
+            log.warning("a decode step could not be captured as a CUDA graph and runs eagerly, slower: %s", error)
             return None
 
 
 class CudaGraphCache:
-    """Of one store's steps; the least recently used go first."""
+    """The captured steps of one KV cache, an LRU."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, CapturableStep] = OrderedDict()
+        self._steps: OrderedDict[Hashable, CapturableStep] = OrderedDict()
         self._model: object = None
-        self._places: object = None
+        self._slots: object = None
 
-    def find(self, read: tuple[object, object], key: Hashable, make: Callable[[], CapturableStep]) -> CapturableStep:
-        """What was recorded under `key`, else what is made now. `read`: the model that is read, and its places, or None
-        where it is read without: once one of them is another one, nothing is where it was."""
-        model, places = read
-        if model is not self._model or places not in (None, self._places):
+    def get_or_create(
+        self, reads: tuple[object, object], key: Hashable, create: Callable[[], CapturableStep]
+    ) -> CapturableStep:
+        """The step under `key`, created if there is none.
+
+        `reads` identifies the model and the slot buffer that the step reads; the latter is None without adapters. If
+        either changed, captured pointers are stale: all graphs are dropped.
+        """
+        model, slots = reads
+        if model is not self._model or slots not in (None, self._slots):
             self.clear()
-            self._model, self._places = model, places
-        if key not in self._kept:
-            self._kept[key] = make()
-        self._kept.move_to_end(key)
-        if len(self._kept) > MAX_GRAPHS:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+            self._model, self._slots = model, slots
+        if key not in self._steps:
+            self._steps[key] = create()
+        self._steps.move_to_end(key)
+        if len(self._steps) > MAX_GRAPHS:
+            self._steps.popitem(last=False)
+        return self._steps[key]
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._steps)
 
     def clear(self) -> None:
-        """Forget them all."""
-        self._kept.clear()
+        """Drop all graphs."""
+        self._steps.clear()

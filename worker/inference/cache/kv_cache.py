@@ -1,325 +1,225 @@
-"""Keys and values of the sequences that decode together, preallocated; and the steps that read and write them.
+"""The KV cache of one batch: keys and values of its sequences, preallocated, one row a sequence.
 
-A row is a sequence, filled from the left; its length is the caller's to remember. The store stands in for
-transformers' own cache, so any causal architecture runs on it unchanged. Knows no requests and no sampling.
+The cache is passive: `engine/model_runner.py` decides what is computed, attention writes here and reads from here.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from worker.inference.cache.cuda_graphs import CudaGraphCache
+from worker.inference.cache.forward_batch import BatchSegment
 
-BLOCK, GROWTH = 32, 256
-"""Of how many positions a row has a multiple: where it grows with what it holds, and in what it may take."""
+POSITIONS_BLOCK, CAPACITY_BLOCK = 32, 256
+"""A row's positions in use, and its capacity, are multiples of these."""
 
-SPARE = 128
-"""Positions behind those that are held that rows may have before it is worth copying the others."""
-
-PREFILL_CHUNK_TOKENS = 256
-"""Tokens of prompts that one step reads."""
+MAX_SPARE_POSITIONS = 128
+"""A CPU cache shrinks its rows only if that frees more positions than this: shrinking copies every row."""
 
 CPU = torch.device("cpu")
 
 Snapshot = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-class BatchSegment(NamedTuple):
-    """Rows of one step that get equally many tokens.
-
-    `tokens`: where theirs stand among the step's, row by row. `at`: the index of their positions in a store, with the
-    same columns for all rows or one for each. `mask`: [rows or 1, 1, tokens a row, visible], true where a key is seen.
-    `kept`: how many of each row's last tokens have logits that are wanted.
-    """
-
-    tokens: slice
-    rows: slice
-    at: tuple[slice | torch.Tensor, slice, slice | torch.Tensor]
-    mask: torch.Tensor
-    kept: int
-
-    @property
-    def height(self) -> int:
-        """How many rows."""
-        return int(self.rows.stop - self.rows.start)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether each row has one token, at a position of its own."""
-        return isinstance(self.at[0], torch.Tensor)
-
-
-class ForwardBatch(NamedTuple):
-    """What one forward reads: `ids` and `positions` [tokens]; `counts` [rows], the tokens of each row in the order of
-    the parts; `wanted`: the places of the tokens behind which logits are, as the parts say."""
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    parts: list[BatchSegment]
-    counts: torch.Tensor
-    wanted: torch.Tensor
-
-    @property
-    def reads_nothing(self) -> bool:
-        """Whether all rows decode."""
-        return all(part.decodes for part in self.parts)
-
-
-class PrefillChunk(NamedTuple):
-    """Tokens of a prompt for `row`, which holds the `start` positions before them. `kept`: how many of the last ones'
-    logits are wanted: that of the prompt's last one, at least."""
-
-    row: int
-    ids: list[int]
-    start: int
-    kept: int
+"""One sequence's keys and values, layer by layer, each [num_kv_heads, length, head_dim]."""
 
 
 class _CacheView:
-    """The part that transformers' next forward is about; one for all layers."""
+    """The segment that transformers' next forward computes; all layers share it."""
 
-    part: BatchSegment
+    segment: BatchSegment
 
 
 class LayerKVCache(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass hook is untyped
-    """One layer's keys and values: `stores`, each [rows, heads, positions, head_dim], at the start of a `memory` that
-    holds `capacity` positions a row."""
+    """One layer's keys and values.
+
+    - `tensors`: keys and values, each [num_rows, num_kv_heads, num_positions, head_dim].
+    - `memory`: what backs them, with `capacity` positions a row.
+    """
 
     is_sliding = False
 
-    def __init__(self, window: _CacheView) -> None:
-        self.window = window
-        self.rows = self.capacity = self.positions = 0
+    def __init__(self, view: _CacheView) -> None:
+        self._view = view
+        self.num_rows = self.capacity = self.num_positions = 0
         self.memory: list[torch.Tensor] = []
-        self.stores: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new positions, [rows, heads, tokens a row, head_dim]; return all visible ones of the window's
-        rows."""
-        part = self.window.part
-        if part.decodes:
+        """transformers' call: store new positions, [num_rows, num_kv_heads, new tokens a row, head_dim], and return
+        all visible ones of the view's rows."""
+        segment = self._view.segment
+        if segment.is_decode:
             key_states, value_states = key_states[:, :, 0], value_states[:, :, 0]
-        return self.write(part, key_states, value_states)
+        return self.write(segment, key_states, value_states)
 
-    def write(self, part: BatchSegment, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new positions of a part, [rows, heads, tokens a row, head_dim], without the third where rows decode; all
-        visible ones of its rows."""
+    def write(
+        self, segment: BatchSegment, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a segment's new keys and values; return all visible ones of its rows.
+
+        Both are [num_rows, num_kv_heads, new tokens a row, head_dim]; a decode segment has no third axis.
+        """
         self.lazy_initialization(keys, values)
-        return _written(self.stores[0], part, keys), _written(self.stores[1], part, values)
+        return _write(self.tensors[0], segment, keys), _write(self.tensors[1], segment, values)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate on first use, when shapes and precision are known."""
-        if not self.stores:
-            self.memory = [_memory(state, self.rows, self.capacity) for state in (key_states, value_states)]
-            self.stores = [_laid_out(memory, self.positions) for memory in self.memory]
+        """Allocate on first use, when head counts and dtype are known."""
+        if not self.tensors:
+            self.memory = [_allocate(state, self.num_rows, self.capacity) for state in (key_states, value_states)]
+            self.tensors = [_view(memory, self.num_positions) for memory in self.memory]
 
-    def resize(self, rows: int, capacity: int, positions: int) -> None:
-        """Grow, keeping what is there: a memory that is larger already, as when there was no room for another layer's
-        growth, stays so."""
-        self.rows, self.capacity = rows, capacity
-        for index, (memory, old) in enumerate(zip(self.memory, self.stores, strict=True)):
-            self.memory[index] = _memory(old, max(rows, memory.shape[0]), max(capacity, memory.shape[2]))
-            self.stores[index] = _filled(_laid_out(self.memory[index], positions), old)
-        self.positions = positions
+    def resize(self, num_rows: int, capacity: int, num_positions: int) -> None:
+        """Grow and keep the contents. Memory that is larger already stays: another layer's growth may have failed."""
+        self.num_rows, self.capacity = num_rows, capacity
+        for index, (memory, old) in enumerate(zip(self.memory, self.tensors, strict=True)):
+            rows, positions = max(num_rows, memory.shape[0]), max(capacity, memory.shape[2])
+            self.memory[index] = _allocate(old, rows, positions)
+            self.tensors[index] = _copy_into(_view(self.memory[index], num_positions), old)
+        self.num_positions = num_positions
 
-    def spread(self, positions: int) -> None:
-        """Give each row so many positions, and keep what is in them."""
-        for index, (memory, old) in enumerate(zip(self.memory, self.stores, strict=True)):
-            self.stores[index] = _filled(_laid_out(memory, positions), old[:, :, :positions].clone())
-        self.positions = positions
+    def set_num_positions(self, num_positions: int) -> None:
+        """Lay each row out with this many positions, and keep their contents."""
+        for index, (memory, old) in enumerate(zip(self.memory, self.tensors, strict=True)):
+            self.tensors[index] = _copy_into(_view(memory, num_positions), old[:, :, :num_positions].clone())
+        self.num_positions = num_positions
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Never decisive: every forward here brings its own mask."""
-        return self.window.part.mask.shape[-1], 0
+        """Required by transformers; unused, because every forward here brings its own mask."""
+        return self._view.segment.mask.shape[-1], 0
 
     def get_seq_length(self) -> int:
-        """Never decisive: every forward here brings its own positions."""
+        """Required by transformers; unused, because every forward here brings its own positions."""
         return 0
 
     def get_max_length(self) -> int:
-        """No bound of its own."""
+        """Required by transformers: there is no limit."""
         return -1
 
 
 class KVCache:
-    """The key-value store of one batch; rows 0 to n-1 are in use, without holes.
+    """Keys and values of one batch.
 
-    There is memory for `capacity` positions a row. On a GPU a row has all of them from the start, because steps are
-    recorded; on a CPU as many as the longest one needs, because a product over a part of them would copy it first.
+    - Rows 0 to n-1 are in use, without gaps; a row holds one sequence, from position 0 on.
+    - The caller remembers how many positions each row holds.
+    - Memory is allocated for `capacity` positions a row.
+    - On a GPU a row spans its whole capacity at once, because CUDA graphs hold pointers to it. On a CPU it spans what
+      the longest sequence needs, because a product over a slice would copy the slice first.
     """
 
-    def __init__(self, layers: int, device: torch.device = CPU) -> None:
-        self._device, self._grows = device, device.type == "cpu"
-        self._window = _CacheView()
-        self.layers = [LayerKVCache(self._window) for _ in range(layers)]
-        self.cache = Cache(layers=[*self.layers])
-        self.rows = self.capacity = self._positions = 0
-        self.recordings = CudaGraphCache()
+    def __init__(self, num_layers: int, device: torch.device = CPU) -> None:
+        self.device, self._is_cpu = device, device.type == "cpu"
+        self._view = _CacheView()
+        self.layers = [LayerKVCache(self._view) for _ in range(num_layers)]
+        self._transformers_cache = Cache(layers=[*self.layers])
+        self.num_rows = self.capacity = self._num_positions = 0
+        self.graphs = CudaGraphCache()
 
-    def sizes_with(self, rows: int, length: int) -> tuple[int, int]:
-        """The (rows, capacity) that holding `rows` sequences of `length` positions would take."""
-        grown_rows = self.rows if rows <= self.rows else power_of_two(rows)
-        return grown_rows, max(self.capacity, _multiple(GROWTH, length))
+    def size_for(self, num_rows: int, length: int) -> tuple[int, int]:
+        """The (rows, capacity) after `reserve` with the same arguments."""
+        rows = self.num_rows if num_rows <= self.num_rows else power_of_two(num_rows)
+        return rows, max(self.capacity, _round_up(length, CAPACITY_BLOCK))
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Make room for `rows` sequences of up to `length` positions."""
-        sizes = self.sizes_with(rows, length)
-        if sizes != (self.rows, self.capacity):
-            self.recordings.clear()  # they read where the positions were
-            positions = self._positions if self._grows else sizes[1]
+    def reserve(self, num_rows: int, length: int) -> None:
+        """Make room for `num_rows` sequences of up to `length` positions."""
+        size = self.size_for(num_rows, length)
+        if size != (self.num_rows, self.capacity):
+            self.graphs.clear()  # they read the old memory
+            num_positions = self._num_positions if self._is_cpu else size[1]
             for layer in self.layers:
-                layer.resize(*sizes, positions)
-            self.rows, self.capacity = sizes  # now that the memory for all of them is there
+                layer.resize(*size, num_positions)
+            self.num_rows, self.capacity = size  # only now: an allocation may fail
+
+    def ensure_positions(self, length: int) -> None:
+        """Let each row span at least `length` positions, within its capacity."""
+        if self._is_cpu and length > self._num_positions:
+            self._set_num_positions(length)
 
     def trim(self, length: int) -> None:
-        """No row holds more than `length` positions any longer: leave out what is far beyond. Whoever comes when there
-        are none is computed as in a new store."""
-        if self._grows and (length == 0 or _multiple(BLOCK, length) + SPARE < self._positions):
-            self._spread(length)
+        """Shrink rows if none holds more than `length` positions. At 0 the cache is as good as new."""
+        if self._is_cpu and (
+            length == 0 or _round_up(length, POSITIONS_BLOCK) + MAX_SPARE_POSITIONS < self._num_positions
+        ):
+            self._set_num_positions(length)
 
-    def aim(self, part: BatchSegment) -> Cache:
-        """The store as transformers' own cache, for a forward of this part."""
-        self._window.part = part
-        return self.cache
+    def num_visible(self, length: int) -> int:
+        """The number of positions that attention reads for rows of up to `length`."""
+        return self._num_positions if self._is_cpu else _round_up(length, CAPACITY_BLOCK)
 
-    @torch.inference_mode()
-    def step(
-        self, forward: "Forward", tokens: Sequence[int], lengths: Sequence[int], reads: Sequence[PrefillChunk]
-    ) -> torch.Tensor:
-        """Append a token to each of the first rows, which hold `lengths` positions, and read parts of prompts into
-        others. Logits [first rows and what the reads keep, V]. A prompt's part is read without padding."""
-        self._extend(max([*(length + 1 for length in lengths), *(read.start + len(read.ids) for read in reads)]))
-        parts = [decoding(self._tensor(lengths), self._seen(max(lengths) + 1))] if tokens else []
-        at, wanted = len(tokens), list(range(len(tokens)))
-        for read in reads:
-            parts.append(self._reading(read, at))
-            at += len(read.ids)
-            wanted += range(at - read.kept, at)
-        step = ForwardBatch(
-            ids=self._tensor([*tokens, *(token for read in reads for token in read.ids)]),
-            positions=self._tensor([*lengths, *(at for r in reads for at in range(r.start, r.start + len(r.ids)))]),
-            parts=parts,
-            counts=self._tensor([1] * len(tokens) + [len(read.ids) for read in reads]),
-            wanted=self._tensor(wanted),
-        )
-        return forward(step, self)
-
-    def prefill(self, forward: "Forward", row: int, ids: list[int], start: int) -> torch.Tensor:
-        """Read `ids[start:]` into `row`, which holds the positions before; return the last logits [V]."""
-        logits = torch.empty(0)
-        for begin in range(start, len(ids), PREFILL_CHUNK_TOKENS):
-            end = min(begin + PREFILL_CHUNK_TOKENS, len(ids))
-            logits = self.step(forward, (), (), [PrefillChunk(row, ids[begin:end], begin, int(end == len(ids)))])
-        return logits[0]
-
-    def decode(self, forward: "Forward", tokens: list[int], lengths: list[int]) -> torch.Tensor:
-        """Append a token to each of the first rows, which hold `lengths` positions; return logits [n, V]."""
-        return self.step(forward, tokens, lengths, ())
+    def as_transformers_cache(self, segment: BatchSegment) -> Cache:
+        """This cache for transformers' own forward over one segment."""
+        self._view.segment = segment
+        return self._transformers_cache
 
     @torch.inference_mode()
     def snapshot(self, row: int, length: int) -> Snapshot:
-        """A copy of the first `length` positions of a row: keys and values a layer."""
+        """A copy of a row's first `length` positions."""
         return [
             (keys[row, :, :length].clone(), values[row, :, :length].clone())
-            for keys, values in (layer.stores for layer in self.layers)
+            for keys, values in (layer.tensors for layer in self.layers)
         ]
 
     @torch.inference_mode()
     def restore(self, row: int, snapshot: Snapshot, length: int) -> None:
-        """Put the first `length` positions of a snapshot into a row."""
-        self._extend(length)
+        """Copy the first `length` positions of a snapshot into a row."""
+        self.ensure_positions(length)
         for layer, (keys, values) in zip(self.layers, snapshot, strict=True):
             layer.lazy_initialization(keys[None], values[None])
-            layer.stores[0][row, :, :length] = keys[:, :length]
-            layer.stores[1][row, :, :length] = values[:, :length]
+            layer.tensors[0][row, :, :length] = keys[:, :length]
+            layer.tensors[1][row, :, :length] = values[:, :length]
 
     @torch.inference_mode()
-    def clear(self, row: int, length: int) -> None:
-        """Zero the first `length` positions of a row: a NaN there would be seen through the mask by whoever is next."""
+    def zero_row(self, row: int, length: int) -> None:
+        """Zero a row's first `length` positions. A NaN there would pass through the mask of the row's next sequence,
+        because 0 · NaN is NaN."""
         for layer in self.layers:
-            for store in layer.stores:
-                store[row, :, :length].zero_()
+            for tensor in layer.tensors:
+                tensor[row, :, :length].zero_()
 
     @torch.inference_mode()
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a row over another one."""
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one row to another."""
         for layer in self.layers:
-            for store in layer.stores:
-                store[target, :, :length] = store[source, :, :length]
-
-    def _extend(self, length: int) -> None:
-        if self._grows and length > self._positions:
-            self._spread(length)
+            for tensor in layer.tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
 
     @torch.inference_mode()
-    def _spread(self, length: int) -> None:
-        self._positions = _multiple(BLOCK, length)
+    def _set_num_positions(self, length: int) -> None:
+        self._num_positions = _round_up(length, POSITIONS_BLOCK)
         for layer in self.layers:
-            layer.spread(self._positions)
-
-    def _seen(self, length: int) -> int:
-        """How many positions a step looks at for rows that hold `length` at most."""
-        return self._positions if self._grows else _multiple(GROWTH, length)
-
-    def _reading(self, read: PrefillChunk, at: int) -> BatchSegment:
-        end = read.start + len(read.ids)
-        seen = torch.arange(self._seen(end), device=self._device)
-        mask = seen <= torch.arange(read.start, end, device=self._device)[:, None]
-        tokens, row = slice(at, at + len(read.ids)), slice(read.row, read.row + 1)
-        return BatchSegment(tokens, row, (row, slice(None), slice(read.start, end)), mask[None, None], read.kept)
-
-    def _tensor(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(numbers, device=self._device, dtype=torch.long)
-
-
-Forward = Callable[[ForwardBatch, KVCache], torch.Tensor]
-"""A model's: the step's tokens go through it, their keys and values into the store; the wanted logits [wanted, V] come
-back in float32."""
+            layer.set_num_positions(self._num_positions)
 
 
 def power_of_two(number: int) -> int:
-    """The smallest that is not below `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
-def decoding(positions: torch.Tensor, visible: int) -> BatchSegment:
-    """The first rows, a token each at `positions` [rows], all of which see at most the first `visible` ones."""
-    rows = slice(0, len(positions))
-    mask = torch.arange(visible, device=positions.device) <= positions[:, None]
-    at = torch.arange(len(positions), device=positions.device), slice(None), positions
-    return BatchSegment(rows, rows, at, mask[:, None, None], kept=1)
+def _write(tensor: torch.Tensor, segment: BatchSegment, new: torch.Tensor) -> torch.Tensor:
+    tensor[segment.cache_index] = new
+    return tensor[segment.rows, :, : segment.mask.shape[-1]]
 
 
-def _written(store: torch.Tensor, part: BatchSegment, state: torch.Tensor) -> torch.Tensor:
-    """`state` at the part's positions; the store as far as the part sees it."""
-    store[part.at] = state
-    return store[part.rows, :, : part.mask.shape[-1]]
+def _round_up(length: int, block: int) -> int:
+    return -(-length // block) * block
 
 
-def _multiple(number: int, length: int) -> int:
-    """Of `number`, the smallest that is not below `length`."""
-    return -(-length // number) * number
+def _allocate(like: torch.Tensor, num_rows: int, capacity: int) -> torch.Tensor:
+    # Zeros, not empty: a masked position is multiplied by a weight of 0, and 0 · NaN is NaN.
+    return like.new_zeros(num_rows, like.shape[1], capacity, like.shape[-1])
 
 
-def _memory(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
-    # Zeros, not empty: a masked position is multiplied by a weight of 0, and 0 * NaN is NaN.
-    return like.new_zeros(rows, like.shape[1], capacity, like.shape[-1])
-
-
-def _laid_out(memory: torch.Tensor, positions: int) -> torch.Tensor:
-    """As [rows, heads, positions, head_dim], without a gap."""
+def _view(memory: torch.Tensor, num_positions: int) -> torch.Tensor:
+    """The start of `memory` as a contiguous [num_rows, num_kv_heads, num_positions, head_dim]."""
     rows, heads, _, width = memory.shape
-    return memory.view(-1)[: rows * heads * positions * width].view(rows, heads, positions, width)
+    return memory.view(-1)[: rows * heads * num_positions * width].view(rows, heads, num_positions, width)
 
 
-def _filled(store: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """With what `old` has of its rows and positions, and zeros behind these."""
-    rows, _, kept, _ = old.shape
-    kept = min(kept, store.shape[2])
-    store[:rows, :, :kept] = old[:, :, :kept]
-    store[:, :, kept:] = 0
-    return store
+def _copy_into(tensor: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Fill `tensor` with the rows and positions of `old` that it has, and with zeros behind those positions."""
+    rows, _, positions, _ = old.shape
+    positions = min(positions, tensor.shape[2])
+    tensor[:rows, :, :positions] = old[:, :, :positions]
+    tensor[:, :, positions:] = 0
+    return tensor

@@ -1,75 +1,77 @@
-"""The stores of keys and values that groups have, within one budget. Knows no models and decides on no turns."""
+"""The KV caches of all batches, within one budget of bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Hashable
+from typing import NamedTuple
 
 import torch
 
 from worker.inference.cache.kv_cache import KVCache
-from worker.inference.engine.batch import Batch
-from worker.inference.engine.sequence import RequestError
-from worker.inference.ipc import Generate
-from worker.inference.model.base import Base
+
+
+class KVShape(NamedTuple):
+    """What a base's KV cache is made of: `position_bytes` is one position of one sequence over all layers."""
+
+    base_digest: str
+    num_layers: int
+    position_bytes: int
+
+
+class _Entry(NamedTuple):
+    shape: KVShape
+    cache: KVCache
+
+    @property
+    def bytes(self) -> int:
+        return _bytes(self.shape, self.cache.num_rows, self.cache.capacity)
 
 
 class KVCachePool:
-    """`budget`: bytes for all of them."""
+    """Allocates one KV cache for each batch, by the batch's key. `budget` is in bytes."""
 
     def __init__(self, budget: int, device: torch.device) -> None:
-        self._budget, self._device = budget, device
-        self._none = KVCache(0, device)
-        self._position_bytes: dict[str, int] = {}
-        self._rested: tuple[str, KVCache] | None = None
+        self.budget, self._device = budget, device
+        self._empty = KVCache(0, device)
+        self._entries: dict[Hashable, _Entry] = {}
+        self._retired: _Entry | None = None
 
-    def admit(self, request: Generate, base: Base) -> None:
-        """Whether the request, whose prompt is in tokens, would fit alone. Raises RequestError."""
-        self._position_bytes[base.digest] = base.position_bytes
-        length = _length(request)
-        if (needed := self._bytes(base.digest, *self._none.sizes_with(1, length))) > self._budget:
-            raise RequestError(
-                f"The keys and values of {length} tokens take {needed / 1e9:.2f} GB here, and may have "
-                f"{self._budget / 1e9:.2f} GB (VERITUNE_INFERENCE_MEMORY). Shorten the prompt or lower max_tokens.",
-                "prompt",
-            )
+    def bytes_alone(self, shape: KVShape, length: int) -> int:
+        """The bytes of one sequence of `length` positions in a cache of its own."""
+        return _bytes(shape, *self._empty.size_for(1, length))
 
-    def have_room(self, group: Batch, groups: Iterable[Batch]) -> bool:
-        """Whether all stay within their budget when the next request of `group`, one of the `groups`, joins it."""
-        store = group.store or self._none
-        wanted = store.sizes_with(len(group.seated) + 1, _length(group.next))
-        others = sum(
-            self._bytes(other.base_digest, other.store.rows, other.store.capacity)
-            for other in groups
-            if other is not group and other.store is not None
-        )
-        return self._bytes(group.base_digest, *wanted) + others <= self._budget
+    def try_allocate(self, key: Hashable, shape: KVShape, num_rows: int, length: int) -> KVCache | None:
+        """The batch's cache, with room for `num_rows` sequences of up to `length` positions; None if all caches
+        together would exceed the budget."""
+        entry = self._entries.get(key)
+        wanted = (entry.cache if entry else self._empty).size_for(num_rows, length)
+        others = sum(other.bytes for name, other in self._entries.items() if name != key)
+        if _bytes(shape, *wanted) + others > self.budget:
+            return None
+        cache = entry.cache if entry else self._new(shape, length)
+        self._entries[key] = _Entry(shape, cache)  # before it grows: an allocation may fail halfway
+        cache.reserve(num_rows, length)
+        return cache
 
-    def seat(self, group: Batch, request: Generate, base: Base) -> KVCache:
-        """The group's store, with a row more for the request."""
-        if group.store is None:
-            group.store = self._new(base, _length(request))
-        group.store.reserve(len(group.seated) + 1, _length(request))
-        return group.store
+    def release(self, keys: Collection[Hashable]) -> None:
+        """Free the caches of these batches."""
+        for key in keys:
+            self._entries.pop(key, None)
 
-    def rest(self, group: Batch) -> None:
-        """Keep the store of a group that is done for another one over its base: what was recorded there is of use."""
-        if group.store is not None and len(group.store.recordings):
-            self._rested = group.base_digest, group.store
+    def retire(self, key: Hashable) -> None:
+        """Free a finished batch's cache, but keep it for the next batch over its base if it has captured graphs."""
+        entry = self._entries.pop(key, None)
+        if entry is not None and len(entry.cache.graphs):
+            self._retired = entry
 
-    def _new(self, base: Base, length: int) -> KVCache:
-        """An empty one; or the rested one where that is over the same base, no longer than a new one and within the
-        budget."""
-        fresh = KVCache(base.layers, self._device)
-        rested, self._rested = self._rested, None
-        if rested is not None and rested[0] == base.digest:
-            rows, capacity = rested[1].sizes_with(1, length)
-            fits = self._bytes(base.digest, rows, capacity) <= self._budget
-            if fits and capacity == fresh.sizes_with(1, length)[1]:
-                return rested[1]
-        return fresh
-
-    def _bytes(self, base_digest: str, rows: int, capacity: int) -> int:
-        return rows * capacity * self._position_bytes[base_digest]
+    def _new(self, shape: KVShape, length: int) -> KVCache:
+        """The retired cache if it suits: the same base, no longer than a new one would be, and within the budget."""
+        retired, self._retired = self._retired, None
+        if retired is not None and retired.shape.base_digest == shape.base_digest:
+            rows, capacity = retired.cache.size_for(1, length)
+            suits = capacity == self._empty.size_for(1, length)[1]
+            if suits and _bytes(shape, rows, capacity) <= self.budget:
+                return retired.cache
+        return KVCache(shape.num_layers, self._device)
 
 
-def _length(request: Generate) -> int:
-    """In tokens, when its answer is as long as it may be."""
-    return len(request.prompt) + request.sampling.max_tokens
+def _bytes(shape: KVShape, num_rows: int, capacity: int) -> int:
+    return num_rows * capacity * shape.position_bytes

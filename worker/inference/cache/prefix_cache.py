@@ -1,7 +1,7 @@
-"""Finished sequences' keys and values, kept to be read again instead of computed again.
+"""The prefix cache: KV snapshots of finished sequences, restored instead of computed again.
 
-A sequence is found by its longest common prefix with a new prompt, among those of the same served model only.
-Bounded in bytes, least recently used out first. Knows no model.
+A lookup compares tokens instead of hashing blocks, and takes the longest common prefix to the token (decision 13). Only
+sequences of the same served model are compared. The cache is bounded in bytes and evicts the least recently used.
 """
 
 from collections import OrderedDict, defaultdict
@@ -12,24 +12,25 @@ import torch
 
 from worker.inference.cache.kv_cache import Snapshot
 
-MIN_GAIN = 8  # a sequence that adds less to one already kept is not worth a copy of its own
+MIN_NEW_TOKENS = 8
+"""A sequence is stored only if it adds at least this many tokens to a stored one."""
 
 
 @dataclass(frozen=True)
-class Match:
-    """A kept sequence that shares its first `length` tokens with the one asked for."""
+class PrefixMatch:
+    """A stored sequence whose first `length` tokens are those of the prompt."""
 
     length: int
     snapshot: Snapshot
-    key: int
+    entry: int
 
 
 @dataclass(frozen=True)
 class _Entry:
     model: Hashable
-    tokens: torch.Tensor
+    token_ids: torch.Tensor  # [length], int32
     snapshot: Snapshot
-    size: int
+    num_bytes: int
 
 
 class PrefixCache:
@@ -39,52 +40,52 @@ class PrefixCache:
         self._budget = budget
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._by_model: defaultdict[Hashable, set[int]] = defaultdict(set)
-        self._next = 0
-        self.size = 0
+        self._next_entry = 0
+        self.num_bytes = 0
 
-    def find(self, model: Hashable, tokens: list[int]) -> Match | None:
-        """The kept sequence of this model with the longest common prefix, or None when nothing is shared."""
-        wanted = torch.tensor(tokens, dtype=torch.int32)
+    def match(self, model: Hashable, token_ids: list[int]) -> PrefixMatch | None:
+        """The stored sequence of this model with the longest common prefix; None if nothing is shared."""
+        prompt = torch.tensor(token_ids, dtype=torch.int32)
         best, best_length = -1, 0
         for key in self._by_model.get(model, ()):
-            length = _common(self._entries[key].tokens, wanted)
+            length = _common_prefix(self._entries[key].token_ids, prompt)
             if length > best_length:
                 best, best_length = key, length
         if best < 0:
             return None
         self._entries.move_to_end(best)
-        return Match(best_length, self._entries[best].snapshot, best)
+        return PrefixMatch(best_length, self._entries[best].snapshot, best)
 
-    def worth_keeping(self, model: Hashable, tokens: list[int]) -> bool:
-        """Whether keeping this sequence would save a later prompt more than a few tokens."""
-        match = self.find(model, tokens)
-        return len(tokens) - (match.length if match else 0) >= MIN_GAIN
+    def worth_storing(self, model: Hashable, token_ids: list[int]) -> bool:
+        """Whether storing this sequence would save a later prompt more than a few tokens."""
+        match = self.match(model, token_ids)
+        return len(token_ids) - (match.length if match else 0) >= MIN_NEW_TOKENS
 
-    def keep(self, model: Hashable, tokens: list[int], snapshot: Snapshot) -> None:
-        """Remember a sequence, unless it alone is beyond the budget; one that it extends is replaced by it."""
-        size = sum(keys.nbytes + values.nbytes for keys, values in snapshot)
-        if size > self._budget:
+    def store(self, model: Hashable, token_ids: list[int], snapshot: Snapshot) -> None:
+        """Store a sequence, unless it alone exceeds the budget. It replaces a stored one that it extends."""
+        num_bytes = sum(keys.nbytes + values.nbytes for keys, values in snapshot)
+        if num_bytes > self._budget:
             return
-        match = self.find(model, tokens)
-        if match and match.length == len(self._entries[match.key].tokens):
-            self._drop(match.key)
-        entry = _Entry(model, torch.tensor(tokens, dtype=torch.int32), snapshot, size)
-        self._entries[self._next] = entry
-        self._by_model[model].add(self._next)
-        self._next += 1
-        self.size += size
-        while self.size > self._budget:
-            self._drop(next(iter(self._entries)))
+        match = self.match(model, token_ids)
+        if match and match.length == len(self._entries[match.entry].token_ids):
+            self._evict(match.entry)
+        entry = _Entry(model, torch.tensor(token_ids, dtype=torch.int32), snapshot, num_bytes)
+        self._entries[self._next_entry] = entry
+        self._by_model[model].add(self._next_entry)
+        self._next_entry += 1
+        self.num_bytes += num_bytes
+        while self.num_bytes > self._budget:
+            self._evict(next(iter(self._entries)))
 
-    def _drop(self, key: int) -> None:
+    def _evict(self, key: int) -> None:
         entry = self._entries.pop(key)
-        self.size -= entry.size
+        self.num_bytes -= entry.num_bytes
         self._by_model[entry.model].discard(key)
         if not self._by_model[entry.model]:
             del self._by_model[entry.model]
 
 
-def _common(one: torch.Tensor, other: torch.Tensor) -> int:
+def _common_prefix(one: torch.Tensor, other: torch.Tensor) -> int:
     length = min(len(one), len(other))
     differs = (one[:length] != other[:length]).nonzero()
     return int(differs[0]) if len(differs) else length

@@ -1,7 +1,6 @@
-"""The engine: a process that owns the models, and speaks JSON lines with the front on stdin and stdout.
+"""The engine process: it owns the models, and exchanges JSON lines with the server on stdin and stdout.
 
-It lives as long as its stdin: when that closes, however the front died, a watcher thread ends the process.
-Run it as `python -m worker.inference.engine`. Knows no HTTP and nothing of the application.
+`python -m worker.inference.engine`. It ends when its stdin closes, however the server ended.
 """
 
 import logging
@@ -21,87 +20,87 @@ from worker.inference.engine.scheduler import Scheduler
 from worker.inference.ipc import (
     Cancel,
     Configure,
-    EngineMessage,
+    EngineInput,
+    EngineOutput,
     EngineSettings,
     Failed,
     Generate,
     Preload,
     Ready,
-    ServerMessage,
     Stats,
-    decode_engine_message,
-    line,
+    decode_engine_input,
+    encode_message,
     request_id_of,
 )
 from worker.inference.model.loaded_models import LoadedModels
 
 log = logging.getLogger(__name__)
 
-STATS_EVERY = 0.2  # seconds, while busy; and at once when work runs out
+STATS_EVERY = 0.2  # seconds, while there is work; and at once when it runs out
 
-Inbox = queue.SimpleQueue[EngineMessage | None]
-"""The front's messages; None when there is news without one."""
+Inbox = queue.SimpleQueue[EngineInput | None]
+"""The server's messages; None when a base has been loaded."""
 
 
 class MessageWriter:
-    """The way out: one JSON line a message. What libraries print goes to stderr instead."""
+    """Writes one JSON line a message to stdout. What libraries print goes to stderr."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def say(self, message: ServerMessage) -> None:
-        """Send one message; from any thread, since a line is one write."""
-        self._out.write(line(message))
+    def send(self, message: EngineOutput) -> None:
+        """Write one message. Any thread may call it, because a line is one write."""
+        self._out.write(encode_message(message))
         self._out.flush()
 
 
-def listen(source: BinaryIO, inbox: Inbox, say: Callable[[ServerMessage], None]) -> None:
-    """Pass the front's lines on; end the process when there are no more."""
+def read_messages(source: BinaryIO, inbox: Inbox, send: Callable[[EngineOutput], None]) -> None:
+    """Put the server's messages into the inbox; end the process at the end of the input."""
     try:
         for raw in source:
             try:
-                inbox.put(decode_engine_message(raw))
+                inbox.put(decode_engine_input(raw))
             except ValidationError:
-                log.error("the front said what is no message: %r", raw[:200])
-                say(Failed(id=request_id_of(raw), status=500, message="the engine cannot read this request"))
+                log.error("the server sent an unparseable message: %r", raw[:200])
+                send(Failed(id=request_id_of(raw), status=500, message="the engine cannot read this request"))
     finally:
         os._exit(0)  # not sys.exit: the model thread may be deep in a forward
 
 
-def serve(inbox: Inbox, scheduler: Scheduler, mouth: MessageWriter, heartbeat: float) -> None:
-    """Work for ever: take messages in between turns, and report what happened; at least once a `heartbeat`."""
-    told, told_at, at = Stats(), 0.0, 0.0
+def run(inbox: Inbox, scheduler: Scheduler, writer: MessageWriter, heartbeat: float) -> None:
+    """Run for ever: receive messages between steps, and report statistics at least once in `heartbeat` seconds."""
+    sent, sent_at, at = Stats(), 0.0, 0.0
     while True:
-        take_in(inbox, scheduler, heartbeat)
-        if scheduler.busy:
-            scheduler.turn()
-        if not scheduler.busy or time.monotonic() - at > STATS_EVERY:
+        receive(inbox, scheduler, heartbeat)
+        if scheduler.has_work:
+            scheduler.step()
+        if not scheduler.has_work or time.monotonic() - at > STATS_EVERY:
             stats, at = scheduler.stats, time.monotonic()
-            if stats != told or at - told_at >= heartbeat:
-                mouth.say(stats)
-                told, told_at = stats, at
+            if stats != sent or at - sent_at >= heartbeat:
+                writer.send(stats)
+                sent, sent_at = stats, at
 
 
-def take_in(inbox: Inbox, scheduler: Scheduler, patience: float) -> None:
-    """Hand over every message that is there; wait for one, but not for longer, when there is nothing else to do."""
-    while not scheduler.busy or not inbox.empty():
+def receive(inbox: Inbox, scheduler: Scheduler, timeout: float) -> None:
+    """Hand all messages of the inbox to the scheduler. Without work, wait for one, at most `timeout` seconds."""
+    while not scheduler.has_work or not inbox.empty():
         try:
-            message = inbox.get(timeout=patience)
+            message = inbox.get(timeout=timeout)
         except queue.Empty:
             return
         if isinstance(message, Generate):
             scheduler.add(message)
         elif isinstance(message, Preload):
-            scheduler.expect(message.model)
+            scheduler.preload(message.model)
         elif isinstance(message, Cancel):
             scheduler.cancel(message.id)
-        if not scheduler.busy:
-            return  # so that the front hears how things stand
+        if not scheduler.has_work:
+            return  # so that statistics are sent
 
 
 def configure(inbox: Inbox) -> EngineSettings:
-    """The front's first message."""
+    """Apply the settings in the server's first message."""
     first = inbox.get()
     if not isinstance(first, Configure):
         raise SystemExit("the first line must be a configure message")
@@ -111,17 +110,19 @@ def configure(inbox: Inbox) -> EngineSettings:
 
 
 def main() -> None:
-    """The process: listen, load nothing yet, say ready, serve."""
+    """Start the reader thread, report ready, and run. Models are loaded on demand."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="engine: %(levelname)s %(message)s")
     untyped: Any = transformers_logging
     untyped.disable_progress_bar()
-    mouth, inbox = MessageWriter(), Inbox()
-    threading.Thread(target=listen, args=(sys.stdin.buffer, inbox, mouth.say), name="listener", daemon=True).start()
+    writer, inbox = MessageWriter(), Inbox()
+    reader_args = (sys.stdin.buffer, inbox, writer.send)
+    threading.Thread(target=read_messages, args=reader_args, name="reader", daemon=True).start()
     settings = configure(inbox)
     models = LoadedModels(settings)
     dtype = str(models.dtype).removeprefix("torch.")
-    mouth.say(Ready(pid=os.getpid(), device=str(models.device), dtype=dtype))
-    serve(inbox, Scheduler(models, settings, mouth.say, lambda: inbox.put(None)), mouth, settings.heartbeat)
+    writer.send(Ready(pid=os.getpid(), device=str(models.device), dtype=dtype))
+    scheduler = Scheduler(models, settings, writer.send, on_loaded=lambda: inbox.put(None))
+    run(inbox, scheduler, writer, settings.heartbeat)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Bases are read beside the thread that answers, one at a time, so that those over other bases go on meanwhile.
+"""Loads bases on threads of their own, one at a time, while requests over other bases go on.
 
-Everything but the reading itself happens on that thread, which takes in what was read between two steps. Each reading
-has a thread that ends with it. OpenMP keeps threads for every one that has computed, and while there are more of them
-than cores, those beside the thread that answers sleep after each kernel instead of spinning: a step takes half as long
-again.
+Only the reading runs there; everything else happens on the model thread, which collects finished loads between two
+steps. Each load has a thread that ends with it: OpenMP keeps a team of threads for every thread that has computed, and
+with more threads than cores the model thread's team sleeps after each kernel instead of spinning, which makes a step
+half as long again.
 """
 
 from collections.abc import Callable, Collection
@@ -14,12 +14,12 @@ from threading import Lock, Thread
 from worker.inference.ipc import Generate
 from worker.inference.model.adapters import AdaptedBase
 from worker.inference.model.loaded_models import LoadedModels
-from worker.inference.protocol import ServedModel
+from worker.inference.sampling_params import ServedModel
 
 
 @dataclass
 class PendingLoad:
-    """One base on its way, for a model over it, and the requests that wait for it."""
+    """A base that is being loaded, the model it is loaded for, and the requests that wait for it."""
 
     model: ServedModel
     future: Future[AdaptedBase]
@@ -27,60 +27,67 @@ class PendingLoad:
 
     @property
     def error(self) -> BaseException | None:
-        """Why it could not be read, once it has ended."""
+        """Why it failed, once it has ended."""
         return self.future.exception()
 
 
 class BaseLoader:
-    """Calls `wake`, from another thread, when a base has been read."""
+    """`on_loaded` is called from the loading thread whenever a load has ended."""
 
-    def __init__(self, models: LoadedModels, wake: Callable[[], None]) -> None:
+    def __init__(self, models: LoadedModels, on_loaded: Callable[[], None]) -> None:
         self._models = models
-        self._wake = wake
+        self._on_loaded = on_loaded
         self._one_at_a_time = Lock()
-        self._under_way: dict[str, PendingLoad] = {}
+        self._pending: dict[str, PendingLoad] = {}
 
     @property
-    def busy(self) -> bool:
-        """Whether a base is on its way."""
-        return bool(self._under_way)
+    def is_loading(self) -> bool:
+        """Whether a load is pending."""
+        return bool(self._pending)
 
     @property
-    def has_news(self) -> bool:
-        """Whether `take_in` has something to say."""
-        return any(reading.future.done() for reading in self._under_way.values())
+    def has_finished(self) -> bool:
+        """Whether `collect_finished` has something to return."""
+        return any(load.future.done() for load in self._pending.values())
 
     @property
-    def waiting(self) -> int:
-        """How many requests wait for a base."""
-        return sum(len(reading.waiting) for reading in self._under_way.values())
+    def num_waiting(self) -> int:
+        """Requests that wait for a base."""
+        return sum(len(load.waiting) for load in self._pending.values())
 
-    def fetch(self, model: ServedModel, in_use: Collection[ServedModel], bases_in_use: Collection[str]) -> PendingLoad:
-        """Have the base of `model` read, if it is not on its way. Raises ModelError and OutOfMemory."""
+    def start(
+        self,
+        model: ServedModel,
+        in_use: Collection[ServedModel] = (),
+        bases_in_use: Collection[str] = (),
+        *,
+        may_evict: bool = True,
+    ) -> PendingLoad:
+        """The pending load of the model's base, started if there is none. Raises ModelError and OutOfMemory."""
         digest = model.base_digest
-        if digest not in self._under_way:
-            self._models.make_way(model, in_use, bases_in_use)
-            reading = self._under_way[digest] = PendingLoad(model, Future())
-            reading.future.add_done_callback(lambda _: self._wake())
-            Thread(target=self._read, args=(reading,), name="reader", daemon=True).start()
-        return self._under_way[digest]
+        if digest not in self._pending:
+            self._models.begin_loading_base(model, in_use, bases_in_use, may_evict=may_evict)
+            load = self._pending[digest] = PendingLoad(model, Future())
+            load.future.add_done_callback(lambda _: self._on_loaded())
+            Thread(target=self._run, args=(load,), name="base-loader", daemon=True).start()
+        return self._pending[digest]
 
-    def take_in(self) -> list[PendingLoad]:
-        """What has ended since: its base is there now, or `error` says why not."""
-        ended = [reading for reading in self._under_way.values() if reading.future.done()]
-        for reading in ended:
-            del self._under_way[reading.model.base_digest]
-            self._models.take(reading.model.base_digest, None if reading.error else reading.future.result())
-        return ended
+    def collect_finished(self) -> list[PendingLoad]:
+        """Hand finished bases to the loaded models; return the loads. `error` says which ones failed."""
+        finished = [load for load in self._pending.values() if load.future.done()]
+        for load in finished:
+            del self._pending[load.model.base_digest]
+            self._models.finish_loading_base(load.model.base_digest, None if load.error else load.future.result())
+        return finished
 
     def cancel(self, request_id: str) -> None:
-        """One request waits no longer."""
-        for reading in self._under_way.values():
-            reading.waiting = [request for request in reading.waiting if request.id != request_id]
+        """Let one request wait no longer. The load goes on."""
+        for load in self._pending.values():
+            load.waiting = [request for request in load.waiting if request.id != request_id]
 
-    def _read(self, reading: PendingLoad) -> None:
+    def _run(self, load: PendingLoad) -> None:
         with self._one_at_a_time:
             try:
-                reading.future.set_result(self._models.read(reading.model))
+                load.future.set_result(self._models.read_base(load.model))
             except BaseException as error:
-                reading.future.set_exception(error)
+                load.future.set_exception(error)

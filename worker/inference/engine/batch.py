@@ -1,58 +1,61 @@
-"""The requests that one batch can answer: who waits, whose prompt is being read, who decodes, and in which row of the
-store. Knows no models and decides nothing.
-"""
+"""The requests of one continuous batch: those that wait, and those that prefill or decode in a row of its KV cache."""
 
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 
+from worker.inference.cache.forward_batch import PrefillChunk
 from worker.inference.cache.kv_cache import KVCache
 from worker.inference.engine.sequence import Sequence
 from worker.inference.ipc import Generate
 
 
 class Batch:
-    """`live` sequences have the first rows of `store`, in their order; those that are being read have the next.
+    """Sequences with one `key`: the base, and the adapter if it cannot share a forward with others.
 
-    `steps`: turns since the group was chosen. `solitary`: whether each of its requests is answered by itself.
+    - `decoding` sequences have the first rows of `kv_cache`, in order; `prefilling` ones have the next.
+    - `steps`: steps since the scheduler chose this batch.
+    - `deterministic`: each request is computed in a step of its own.
     """
 
-    def __init__(self, lane: Hashable, base_digest: str, *, solitary: bool = False) -> None:
-        self.lane, self.base_digest, self.solitary = lane, base_digest, solitary
-        self.live: list[Sequence] = []
-        self.reading: list[Sequence] = []
-        self.store: KVCache | None = None
+    def __init__(self, key: Hashable, base_digest: str, *, deterministic: bool = False) -> None:
+        self.key, self.base_digest, self.deterministic = key, base_digest, deterministic
+        self.decoding: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.kv_cache: KVCache | None = None
         self.steps = 0
-        self._waiting: OrderedDict[str, deque[Generate]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[Generate]] = OrderedDict()  # by served model
 
     @property
     def waiting(self) -> list[Generate]:
-        """In the order in which they came, adapter by adapter."""
+        """Requests without a row, in the order of their arrival, adapter by adapter."""
         return [request for queue in self._waiting.values() for request in queue]
 
     @property
-    def seated(self) -> list[Sequence]:
-        """Those that have a row."""
-        return [*self.live, *self.reading]
+    def running(self) -> list[Sequence]:
+        """Sequences with a row."""
+        return [*self.decoding, *self.prefilling]
 
     @property
-    def unread(self) -> int:
-        """Tokens of prompts that are still to be read for those that have a row."""
-        return sum(len(sequence.prompt) - sequence.length for sequence in self.reading)
+    def num_prefill_tokens(self) -> int:
+        """Prompt tokens of running sequences that are not computed yet."""
+        return sum(len(sequence.prompt_ids) - sequence.num_computed_tokens for sequence in self.prefilling)
 
     @property
-    def idle(self) -> bool:
-        return not (self.live or self.reading or self._waiting)
+    def is_empty(self) -> bool:
+        """Whether no request waits or runs."""
+        return not (self.decoding or self.prefilling or self._waiting)
 
     @property
-    def next(self) -> Generate:
-        """Who joins next: adapters take turns. There must be one."""
+    def next_request(self) -> Generate:
+        """The waiting request that starts next: adapters take turns. There must be one."""
         return next(iter(self._waiting.values()))[0]
 
-    def wait(self, request: Generate) -> None:
+    def enqueue(self, request: Generate) -> None:
+        """Add a request to the waiting ones."""
         self._waiting.setdefault(request.model.digest, deque()).append(request)
 
-    def take(self) -> Generate:
-        """The next one, which waits no longer."""
+    def pop_next_request(self) -> Generate:
+        """Remove `next_request` and return it."""
         digest, queue = next(iter(self._waiting.items()))
         request = queue.popleft()
         self._waiting.move_to_end(digest)
@@ -60,64 +63,83 @@ class Batch:
             del self._waiting[digest]
         return request
 
-    def turn_away(self) -> list[Generate]:
-        """Those that wait, who wait here no longer."""
+    def take_waiting(self) -> list[Generate]:
+        """Remove all waiting requests and return them."""
         waiting = self.waiting
         self._waiting.clear()
         return waiting
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request, wherever it is."""
+        """Drop a request, waiting or running."""
         for digest, queue in list(self._waiting.items()):
             if left := deque(request for request in queue if request.id != request_id):
                 self._waiting[digest] = left
             else:
                 del self._waiting[digest]
-        for row, sequence in enumerate(self.seated):
+        for row, sequence in enumerate(self.running):
             if sequence.id == request_id:
-                self.leave(row)
+                self.remove(row)
                 return
 
-    def leave(self, row: int) -> None:
-        """Free a row; others move so that the first rows stay the ones in use. Nobody knows yet whether what is being
-        read is finite: it stays in no row that others get."""
-        if row < len(self.live):
-            self._fill(self.live, row, 0)
-            row = len(self.live)  # which the first of those being read has now to fill
-            if self.reading:
-                self._move(row + len(self.reading), row, self.reading[-1])
-                self._wipe(row + len(self.reading), self.reading[-1])
-                self.reading.insert(0, self.reading.pop())
-        else:
-            last = len(self.seated) - 1
-            self._wipe(row, self.seated[row])
-            moved = self._fill(self.reading, row - len(self.live), len(self.live))
-            self._wipe(last, moved)
-        if self.store is not None:
-            self.store.trim(max((sequence.length for sequence in self.seated), default=0))
+    def remove(self, row: int) -> None:
+        """Free a row; the last rows move, so that the first ones stay in use.
 
-    def promote(self) -> None:
-        """Whoever's prompt is read decodes from now on: they come first among those being read."""
-        while self.reading and self.reading[0].length == len(self.reading[0].prompt):
-            self.live.append(self.reading.pop(0))
+        A prefilling row may hold a NaN that is not noticed yet: it is zeroed before another sequence gets it.
+        """
+        if row < len(self.decoding):
+            self._replace_by_last(self.decoding, row, 0)
+            row = len(self.decoding)  # the gap between decoding and prefilling rows
+            if self.prefilling:
+                self._move(row + len(self.prefilling), row, self.prefilling[-1])
+                self._zero(row + len(self.prefilling), self.prefilling[-1])
+                self.prefilling.insert(0, self.prefilling.pop())
+        else:
+            last = len(self.running) - 1
+            self._zero(row, self.running[row])
+            moved = self._replace_by_last(self.prefilling, row - len(self.decoding), len(self.decoding))
+            self._zero(last, moved)
+        if self.kv_cache is not None:
+            self.kv_cache.trim(max((sequence.num_computed_tokens for sequence in self.running), default=0))
+
+    def plan_prefill(self, max_tokens: int) -> list[PrefillChunk]:
+        """The next prompt tokens of the prefilling sequences, `max_tokens` in all, first come first served."""
+        chunks, row = [], len(self.decoding)
+        for sequence in self.prefilling:
+            start = sequence.num_computed_tokens
+            token_ids = sequence.prompt_ids[start : start + max_tokens]
+            if not token_ids:
+                break
+            is_last = start + len(token_ids) == len(sequence.prompt_ids)
+            num_logits = len(token_ids) if sequence.wants_prompt_logprobs else int(is_last)
+            chunks.append(PrefillChunk(row, token_ids, start, num_logits))
+            max_tokens -= len(token_ids)
+            row += 1
+        return chunks
+
+    def promote_prefilled(self) -> None:
+        """Let sequences decode whose prompt is computed: they are the first of the prefilling ones."""
+        while self.prefilling and self.prefilling[0].is_prefilled:
+            self.decoding.append(self.prefilling.pop(0))
 
     def clear(self) -> None:
-        self.live.clear()
-        self.reading.clear()
+        """Drop all requests and the KV cache."""
+        self.decoding.clear()
+        self.prefilling.clear()
         self._waiting.clear()
+        self.kv_cache = None
 
-    def _fill(self, among: list[Sequence], place: int, first: int) -> Sequence:
-        """Take one out of a run of rows that starts at `first`; its last one takes that row, and is returned."""
-        last = among.pop()
-        if place < len(among):
-            self._move(first + len(among), first + place, last)
-            among[place] = last
+    def _replace_by_last(self, sequences: list[Sequence], index: int, first_row: int) -> Sequence:
+        """Remove one of the sequences that lie from `first_row` on. The last one takes its row, and is returned."""
+        last = sequences.pop()
+        if index < len(sequences):
+            self._move(first_row + len(sequences), first_row + index, last)
+            sequences[index] = last
         return last
 
-    def _wipe(self, row: int, sequence: Sequence) -> None:
-        assert self.store is not None
-        self.store.clear(row, sequence.length)
+    def _zero(self, row: int, sequence: Sequence) -> None:
+        assert self.kv_cache is not None
+        self.kv_cache.zero_row(row, sequence.num_computed_tokens)
 
     def _move(self, source: int, target: int, sequence: Sequence) -> None:
-        assert self.store is not None
-        self.store.move(source, target, sequence.length)
+        assert self.kv_cache is not None
+        self.kv_cache.copy_row(source, target, sequence.num_computed_tokens)

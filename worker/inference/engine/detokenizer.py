@@ -1,14 +1,11 @@
-"""The text of one answer: decoded token by token, cut at stop strings, sent as far as it is settled.
-
-Knows tokens only through the tokenizer; decides nothing about ids.
-"""
+"""The text of one completion: decoded token by token, cut at stop strings, and sent as far as it is settled."""
 
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-CONTEXT = 6  # tokens of the prompt's end that decode along, so that a leading space comes out as one
-HELD = 8  # tokens after which bytes that form no character are shown as they are
+CONTEXT_TOKENS = 6  # of the prompt's end, decoded along so that a leading space is kept
+MAX_HELD_TOKENS = 8  # after so many, bytes that form no character are decoded as U+FFFD
 REPLACEMENT = "\ufffd"
 
 
@@ -18,7 +15,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._window = list(prompt[-CONTEXT:])
+        self._window = list(prompt[-CONTEXT_TOKENS:])
         self._read = len(self._window)
 
     def push(self, token: int) -> str:
@@ -26,7 +23,7 @@ class Detokenizer:
         self._window.append(token)
         before = self._decode(self._window[: self._read])
         now = self._decode(self._window)
-        unfinished = now.endswith(REPLACEMENT) and len(self._window) - self._read < HELD
+        unfinished = now.endswith(REPLACEMENT) and len(self._window) - self._read < MAX_HELD_TOKENS
         if unfinished or len(now) <= len(before):
             return ""
         self._window = self._window[self._read :]

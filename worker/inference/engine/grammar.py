@@ -1,6 +1,6 @@
-"""GrammarCache: which tokens may come next, so that the answer matches a regex, a choice or a JSON schema.
+"""Structured outputs: which tokens may come next, so that the completion matches a regex, a choice or a JSON schema.
 
-The work is llguidance's; here it is bounded, compiled once and kept. Knows no model and no sampling.
+llguidance does the work. Here it is bounded, and compiled grammars are cached.
 """
 
 import json
@@ -13,35 +13,32 @@ import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from worker.inference.errors import GrammarError
 from worker.inference.model.base import Base
-from worker.inference.protocol import StructuredOutputs
+from worker.inference.sampling_params import StructuredOutputs
 
 # Fuel is work, so these bound time and memory: at worst 0.1 s and 50 MB for a first token, and 15 ms for another.
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=200_000, max_lexer_states=50_000)
 
 SLICES = [r"[^\[\]\n\x00-\x1F\x7F]{1,30}", *LLTokenizer.general_slices()]
-"""Parts of the vocabulary that a grammar is asked about as a whole. The first one is what an action's argument is made
-of: without it a mask takes 340 µs instead of 20."""
+"""Slices of the vocabulary that llguidance checks as a whole. The first one is what an action's argument is made of:
+without it a mask takes 340 µs instead of 20."""
 
 
-_Spelling = tuple[str, tuple[int, ...]]
-"""What a grammar is compiled for: a tokenizer's digest, and the tokens that end an answer. Bases may share the one and
-not the other."""
-
-
-class GrammarError(Exception):
-    """The grammar is invalid, or too expensive to follow."""
+_TokenizerKey = tuple[str, tuple[int, ...]]
+"""What a grammar is compiled for: a tokenizer's digest, and the tokens that end a completion. Two bases may share a
+tokenizer and end by other tokens."""
 
 
 class GrammarMatcher:
-    """One answer's place in its grammar."""
+    """How far one completion has come in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, give_up: Callable[[], object]) -> None:
-        """`give_up` is called once it cannot be followed any further."""
-        self._matcher, self._give_up = matcher, give_up
+    def __init__(self, matcher: LLMatcher, on_error: Callable[[], object]) -> None:
+        """`on_error` is called when the grammar cannot be followed any further."""
+        self._matcher, self._on_error = matcher, on_error
 
     def mask(self, vocabulary: int) -> torch.Tensor:
-        """The tokens that may come next, as booleans [vocabulary]. Raises GrammarError."""
+        """True for the tokens that may come next, [vocab]. Raises GrammarError."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.zeros(vocabulary, dtype=np.bool_)
@@ -50,56 +47,56 @@ class GrammarMatcher:
         return torch.from_numpy(allowed)
 
     def accept(self, token: int) -> None:
-        """Take one step. Raises GrammarError."""
+        """Advance by one token. Raises GrammarError."""
         self._matcher.consume_token(token)
         self._check()
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing more can follow."""
+    def is_complete(self) -> bool:
+        """Whether no token can follow."""
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            self._give_up()
-            raise GrammarError(f"structured_outputs cannot be followed: {_first(self._matcher.get_error())}")
+            self._on_error()
+            raise GrammarError(f"structured_outputs cannot be followed: {_first_words(self._matcher.get_error())}")
 
 
 class GrammarCache:
-    """Compiled grammars, least recently used dropped first."""
+    """Compiled grammars, an LRU."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._compiled: OrderedDict[tuple[_Spelling, str, str], LLMatcher] = OrderedDict()
-        self._tokenizers: dict[_Spelling, LLTokenizer] = {}
+        self._compiled: OrderedDict[tuple[_TokenizerKey, str, str], LLMatcher] = OrderedDict()
+        self._tokenizers: dict[_TokenizerKey, LLTokenizer] = {}
 
-    def start(self, base: Base, wanted: StructuredOutputs) -> GrammarMatcher:
-        """A fresh grammar for one answer. Raises GrammarError."""
-        key = (_spelling(base), wanted.kind, wanted.text())
+    def start_matcher(self, base: Base, wanted: StructuredOutputs) -> GrammarMatcher:
+        """A matcher at the start of the grammar. Raises GrammarError."""
+        key = (_tokenizer_key(base), wanted.kind, wanted.text())
         if key not in self._compiled:
             self._compiled[key] = self._compile(base, wanted)
         self._compiled.move_to_end(key)
         if len(self._compiled) > self._capacity:
             self._compiled.popitem(last=False)
-        # What is too much for one answer is too much for the next: its memory, which is nobody's, is not worth keeping.
+        # A grammar that was too expensive once is too expensive again: it is dropped from the cache.
         return GrammarMatcher(self._compiled[key].deep_copy(), lambda: self._compiled.pop(key, None))
 
     def _compile(self, base: Base, wanted: StructuredOutputs) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer(base), _source(wanted), log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise GrammarError(f"structured_outputs.{wanted.kind} is not accepted: {_first(matcher.get_error())}")
+            raise GrammarError(f"structured_outputs.{wanted.kind} is not accepted: {_first_words(matcher.get_error())}")
         return matcher
 
     def _tokenizer(self, base: Base) -> LLTokenizer:
-        spelling = _spelling(base)
-        if spelling not in self._tokenizers:
-            self._tokenizers[spelling] = LLTokenizer(
+        key = _tokenizer_key(base)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = LLTokenizer(
                 base.tokenizer.to_str(), eos_token=list(base.eos_ids) or None, slices=SLICES
             )
-        return self._tokenizers[spelling]
+        return self._tokenizers[key]
 
 
-def _spelling(base: Base) -> _Spelling:
+def _tokenizer_key(base: Base) -> _TokenizerKey:
     return base.tokenizer_digest, tuple(sorted(base.eos_ids))
 
 
@@ -111,13 +108,13 @@ def _source(wanted: StructuredOutputs) -> Any:
     try:
         return LLMatcher.grammar_from_json_schema(json.loads(wanted.text()))
     except (ValueError, TypeError) as error:
-        raise GrammarError(f"structured_outputs.json is not accepted: {_first(str(error))}") from error
+        raise GrammarError(f"structured_outputs.json is not accepted: {_first_words(str(error))}") from error
 
 
 def _escape(text: str) -> str:
     return re.sub(r"[^\w ]", lambda found: f"\\x{{{ord(found.group()):x}}}", text)
 
 
-def _first(message: str) -> str:
+def _first_words(message: str) -> str:
     """The library's message without its dump of internal state."""
     return " ".join(message.split("<state>")[0].split())[:300]

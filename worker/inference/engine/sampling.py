@@ -1,8 +1,7 @@
-"""From logits to the next token of one sequence: restrict, temper, choose, and account for it.
+"""Sampling: masks, temperature and top-p turn logits into the next token of one sequence, and its log-probabilities.
 
-Log-probabilities are of the distribution that was chosen from: after every mask, temperature and top-p. A
-caller who allows three tokens gets three probabilities that sum to 1. Those of a prompt's tokens are the model's own.
-Knows no text and no batches.
+Log-probabilities are those of the distribution that was sampled from, after every mask, temperature and top-p: where
+three tokens are allowed, three probabilities sum to 1. Those of a prompt's tokens are the model's own.
 """
 
 from collections.abc import Sequence
@@ -10,24 +9,17 @@ from collections.abc import Sequence
 import torch
 
 from worker.inference.engine.grammar import GrammarMatcher
+from worker.inference.errors import SamplingError
 from worker.inference.ipc import RankedToken, TokenLogprobs, TopToken
 from worker.inference.model.base import Base
-from worker.inference.protocol import SamplingParams
+from worker.inference.sampling_params import SamplingParams
 
 GREEDY_BELOW = 1e-5
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot write
 
 
-class SamplingError(Exception):
-    """No token can be chosen; `status` tells whether the request (400) or the model (500) is at fault."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class Sampler:
-    """Chooses one sequence's tokens; owns its random numbers and its place in its grammar."""
+    """Samples one sequence's tokens. It owns the sequence's random generator and grammar matcher."""
 
     def __init__(self, sampling: SamplingParams, base: Base, grammar: GrammarMatcher | None) -> None:
         self._sampling = sampling
@@ -40,26 +32,26 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
         self._allowed = self._mask_of(sampling.allowed_token_ids)
 
-    def choose(self, logits: torch.Tensor, produced: int) -> tuple[int, TokenLogprobs | None]:
-        """The next token after `produced` ones, from logits [V] in float32. Raises SamplingError."""
-        mask = self._mask(produced)
+    def sample(self, logits: torch.Tensor, num_output_tokens: int) -> tuple[int, TokenLogprobs | None]:
+        """The next token, from logits [vocab] in float32. Raises SamplingError and GrammarError."""
+        mask = self._mask(num_output_tokens)
         if mask is not None:
             logits = logits.masked_fill(~mask.to(logits.device), -torch.inf)
         if not bool(torch.isfinite(logits.max())):
-            raise _hopeless(mask)
+            raise _no_token_error(mask)
         if self._sampling.temperature < GREEDY_BELOW:
             token = int(logits.argmax())
         else:
-            logits = _nucleus(logits / self._sampling.temperature, self._sampling.top_p)
+            logits = _apply_top_p(logits / self._sampling.temperature, self._sampling.top_p)
             token = int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=self._generator))
         return token, self._logprobs(logits, token)
 
-    def _mask(self, produced: int) -> torch.Tensor | None:
+    def _mask(self, num_output_tokens: int) -> torch.Tensor | None:
         mask = self._allowed
         if self.grammar is not None:
-            steps = self.grammar.mask(self._base.vocabulary)
-            mask = steps if mask is None else mask & steps
-        if produced < self._sampling.min_tokens:
+            allowed = self.grammar.mask(self._base.vocabulary)
+            mask = allowed if mask is None else mask & allowed
+        if num_output_tokens < self._sampling.min_tokens:
             ends = self._mask_of([*self._base.eos_ids, *self._sampling.stop_token_ids])
             if ends is not None:
                 mask = ~ends if mask is None else mask & ~ends
@@ -84,11 +76,11 @@ class Sampler:
         return TopToken(id=token, logprob=max(logprob, LOWEST_LOGPROB), text=_text(token, self._base))
 
 
-def ranked(logits: torch.Tensor, ids: Sequence[int], count: int, base: Base) -> list[list[RankedToken]]:
-    """For each position, its token of `ids` and then the `count` most probable ones; from logits [len(ids), V] before
-    any mask. A rank is 1 where no token is more probable. Raises SamplingError."""
+def rank_prompt_tokens(logits: torch.Tensor, ids: Sequence[int], count: int, base: Base) -> list[list[RankedToken]]:
+    """For each position, its token of `ids` and then the `count` most probable ones, from unmasked logits
+    [len(ids), vocab]. The most probable token has rank 1. Raises SamplingError."""
     if not bool(torch.isfinite(logits).all()):
-        raise _hopeless(None)
+        raise _no_token_error(None)
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(ids, device=logits.device, dtype=torch.long)[:, None])
     ranks = (logprobs > own).sum(1) + 1
@@ -110,14 +102,15 @@ def _text(token: int, base: Base) -> str:
     return text
 
 
-def _hopeless(mask: torch.Tensor | None) -> SamplingError:
+def _no_token_error(mask: torch.Tensor | None) -> SamplingError:
     if mask is not None and not bool(mask.any()):
         return SamplingError("the constraints together allow no token here", 400)
     return SamplingError("the model gave logits that are not finite", 500)
 
 
-def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Keep the smallest set of tokens whose probability reaches `top_p`; at least one."""
+def _apply_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Nucleus sampling (arXiv:1904.09751) of logits [vocab]: keep the smallest set of tokens whose probability reaches
+    `top_p`, at least one."""
     if top_p >= 1:
         return logits
     ordered, ids = logits.sort(descending=True)

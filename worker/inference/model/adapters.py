@@ -1,12 +1,12 @@
-"""One base and the adapters over it: which of them answers.
+"""A loaded base and the adapters over it.
 
-Where the lean forward serves a base, LoRA adapters lie beside it in the host's memory, and the rows of one batch may
-have any mix of them. Elsewhere PEFT has one of them, or none, switched on for a whole batch. An adapter of another kind
-has a base for itself, which answers as that adapter and nothing else. Knows no requests.
+- Where our own Llama-family forward serves the base, LoRA adapters are kept in the host's memory, and one batch may mix
+  any of them.
+- Elsewhere PEFT has one adapter, or none, switched on for a whole batch.
+- An adapter of another kind owns its base, which is loaded for it alone.
 """
 
 import hashlib
-import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,87 +16,140 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 
-from worker.inference.cache.kv_cache import Forward
-from worker.inference.model.base import Base, ModelError
-from worker.inference.model.linear import packs
-from worker.inference.model.llama_forward import TransformersForward, build_llama_forward
+from worker.inference.errors import ModelError
+from worker.inference.model.adapter_files import read_adapter_config, read_adapter_weights
+from worker.inference.model.base import Base
+from worker.inference.model.linear import can_pack
+from worker.inference.model.llama_forward import build_llama_forward
 from worker.inference.model.lora import LayerLora
 from worker.inference.model.memory_use import MemoryUse, adapter_memory, weights_bytes, weights_in_memory
+from worker.inference.model.transformers_forward import Forward, TransformersForward
 
-# Their initialisers change the base's own weights, which all other adapters share.
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
-
-
-SERVED_KINDS = ("LORA", "IA3", "ADAPTION_PROMPT")
-
-UNKNOWN = ""  # adding or removing an adapter may change which ones PEFT has switched on
+UNKNOWN = ""
+"""Stands for the active adapter after one was added or removed: PEFT may have switched others on or off."""
 
 
 class AdaptedBase:
-    """A base and its loaded adapters, least recently used first: beside its lean forward, or under PEFT's names."""
+    """A base and its loaded adapters.
+
+    - `loaded`: the adapters by digest, least recently used first: fused LoRA weights, or the adapter's name in PEFT.
+    - `base_memory`: the base, with the adapter that owns it if there is one.
+    - `adapter_sizes`: the other adapters, without their slots.
+    """
 
     def __init__(self, base: Base) -> None:
         self.base = base
         self.peft: PeftModel | None = None
         self.active: str | None = None
         self.loaded: OrderedDict[str, list[LayerLora] | str] = OrderedDict()
-        self._stock = TransformersForward(base.model)
-        self._lean = build_llama_forward(base.model)
-        self._stack = None if self._lean is None else self._lean.stack()
-        self._alone = False
-        laid_out = self._lean is not None and packs(next(base.model.parameters()))
-        copies = 2 if laid_out else 1  # the kernel's layout is one more
-        self.bare = MemoryUse(weights_in_memory(base.model) * copies)
-        """What the base takes, with an adapter that has it to itself."""
-        self.sizes: dict[str, MemoryUse] = {}
-        """Of its other adapters, without their places."""
-        self._adapters = MemoryUse()
+        self.adapter_owns_base = False
+        self._transformers_forward = TransformersForward(base.model)
+        self._llama_forward = build_llama_forward(base.model)
+        self._slots = None if self._llama_forward is None else self._llama_forward.create_slots()
+        is_packed = self._llama_forward is not None and can_pack(next(base.model.parameters()))
+        copies = 2 if is_packed else 1  # the packed layout is a second copy
+        self.base_memory = MemoryUse(weights_in_memory(base.model) * copies)
+        self.adapter_sizes: dict[str, MemoryUse] = {}
+        self._adapters_memory = MemoryUse()  # their sum
 
-    def mixes(self, digest: str | None) -> bool:
-        """Whether a batch may hold this adapter, or the base for None, beside others."""
-        return self._lean is not None and (digest is None or not isinstance(self.loaded[digest], str))
+    @property
+    def memory(self) -> MemoryUse:
+        """Bytes of the base, its adapters and their slots."""
+        return self.base_memory.plus(self._adapters_memory).plus(self.slots_memory)
 
-    def forward(self, digests: Sequence[str | None], *, alone: bool = False, may_record: bool = True) -> Forward:
-        """The forward of a batch whose rows answer as these adapters, or as the base for None. Where they do not mix,
-        they are all the same. `alone`: the only row is computed in shapes that depend on nobody else."""
+    @property
+    def slots_memory(self) -> MemoryUse:
+        """Bytes of the adapter slots, or what is reserved for them."""
+        return MemoryUse(0 if self._slots is None else self._slots.bytes)
+
+    def can_share_batch(self, digest: str | None) -> bool:
+        """Whether this adapter, or the base for None, can share a batch with other adapters."""
+        return self._llama_forward is not None and (digest is None or not isinstance(self.loaded[digest], str))
+
+    def forward(
+        self, digests: Sequence[str | None], *, deterministic: bool = False, may_capture: bool = True
+    ) -> Forward:
+        """The forward of a batch whose rows use these adapters, or the base for None. If they cannot share a batch, all
+        are the same. `deterministic`: there is one row, and its shapes must not depend on other requests."""
         named = [digest for digest in dict.fromkeys(digests) if digest is not None]
         for digest in named:
             self.loaded.move_to_end(digest)
-        if self._lean is None or self._stack is None or not self.mixes(digests[0]):
-            self._switch_on(digests[0])
-            return self._stock
-        mix = self._stack.mix(digests, self._beside(named), alone=alone)
-        return partial(self._lean, mix=mix, may_record=may_record)
+        if self._llama_forward is None or self._slots is None or not self.can_share_batch(digests[0]):
+            self._activate(digests[0])
+            return self._transformers_forward
+        loras = self._slots.select(digests, self._lora_weights(named), deterministic=deterministic)
+        return partial(self._llama_forward, loras=loras, may_capture=may_capture)
 
-    def growth(self, digests: Sequence[str | None]) -> MemoryUse:
-        """What `forward` will take for those of these that mix, at most."""
-        mixing = self._mixing(digests)
-        return MemoryUse(0 if self._stack is None else self._stack.growth(mixing, self._beside(mixing)))
+    def reserve_slots(
+        self, digests: Sequence[str | None], make_room: Callable[[Callable[[], MemoryUse]], None]
+    ) -> None:
+        """Reserve slots for a batch with these adapters. `make_room` is called with the memory to add, and raises if it
+        does not fit."""
+        sharing = [digest for digest in digests if self.can_share_batch(digest)]
+        if self._slots is not None and sharing:
+            weights = self._lora_weights(sharing)
+            self._slots.reserve(sharing, weights, lambda needed: make_room(lambda: MemoryUse(needed())))
 
-    def growth_with(self, size: int, digests: Sequence[str | None]) -> MemoryUse:
-        """The same for one more, of which only the bytes are known; or more than that."""
-        mixing = self._mixing(digests)
-        return MemoryUse(0 if self._stack is None else self._stack.growth_with(size, mixing, self._beside(mixing)))
+    def free_slots(self) -> None:
+        """Free the adapter slots. They are filled again when a batch needs them."""
+        if self._slots is not None:
+            self._slots.free()
 
-    def promise(self, digests: Sequence[str | None]) -> None:
-        """Count from now on what `forward` will take for these, instead of those that mixed before."""
-        mixing = self._mixing(digests)
-        if self._stack is not None and mixing:
-            self._stack.promise(mixing, self._beside(mixing))
+    def load(
+        self, digest: str, directory: Path, max_rank: int, make_room: Callable[[MemoryUse], None] = lambda _: None
+    ) -> None:
+        """Load an adapter from its PEFT directory. `make_room` is called with its size, and raises if that does not
+        fit. A broken adapter raises ModelError and leaves nothing behind."""
+        config = read_adapter_config(digest, directory, max_rank)
+        is_lora = isinstance(config, LoraConfig)
+        if self.adapter_owns_base or (self.loaded and not is_lora):
+            raise ModelError(f"adapter {digest} cannot share its base model with others")
+        weights = read_adapter_weights(digest, directory)
+        if (fused := self._fuse(digest, config, weights)) is not None:
+            num_bytes = sum(tensor.nbytes for layer in fused for pair in layer if pair for tensor in pair)
+            make_room(size := adapter_memory(num_bytes, self.base.model.device))
+            self._add(digest, fused, size)
+            return
+        make_room(size := MemoryUse(weights_bytes(directory, self.base.model.dtype)))
+        name = "a" + hashlib.sha256(digest.encode()).hexdigest()[:24]  # PEFT allows no dots in names
+        try:
+            self._inject(name, config)
+            self._set_weights(name, weights)
+        except Exception as error:
+            self._remove_from_peft(name)
+            raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
+        finally:
+            self.active = UNKNOWN
+        self.adapter_owns_base = not is_lora
+        self._add(digest, name, size)
 
-    def _mixing(self, digests: Sequence[str | None]) -> list[str | None]:
-        return [digest for digest in digests if self.mixes(digest)]
+    def evict_adapter(self, digest: str) -> None:
+        """Remove an adapter and free its memory."""
+        loaded = self.loaded.pop(digest)
+        self._adapters_memory = self._adapters_memory.minus(self.adapter_sizes.pop(digest))
+        if isinstance(loaded, str):
+            self._remove_from_peft(loaded)
+            self.active = UNKNOWN
+        elif self._slots is not None:
+            self._slots.remove(digest)
 
-    def _beside(self, digests: Sequence[str | None]) -> dict[str, list[LayerLora]]:
-        """Those of them that lie beside the base."""
+    def _fuse(self, digest: str, config: PeftConfig, weights: dict[str, torch.Tensor]) -> list[LayerLora] | None:
+        """The adapter's weights for our own forward; None if only PEFT can apply them. Raises ModelError."""
+        if self._llama_forward is None or not isinstance(config, LoraConfig):
+            return None
+        try:
+            return self._llama_forward.read_lora(config, weights)
+        except Exception as error:
+            raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
+
+    def _lora_weights(self, digests: Sequence[str | None]) -> dict[str, list[LayerLora]]:
         named = [digest for digest in digests if digest is not None]
-        return {digest: own for digest in named if not isinstance(own := self.loaded[digest], str)}
+        return {digest: weights for digest in named if not isinstance(weights := self.loaded[digest], str)}
 
-    def _switch_on(self, digest: str | None) -> None:
-        """Make PEFT answer as this adapter, or as the base for None."""
-        if self.peft is None or digest == self.active or self._alone:
+    def _activate(self, digest: str | None) -> None:
+        """Let PEFT apply this adapter, or none."""
+        if self.peft is None or digest == self.active or self.adapter_owns_base:
             return
         tuner: Any = self.peft.base_model
         if digest is None:
@@ -106,76 +159,13 @@ class AdaptedBase:
             tuner.set_adapter(str(self.loaded[digest]), inference_mode=True)
         self.active = digest
 
-    def load(
-        self, digest: str, directory: Path, max_rank: int, make_room: Callable[[MemoryUse], None] = lambda _: None
-    ) -> None:
-        """Add an adapter from its PEFT directory. A bad one raises ModelError and leaves nothing behind. `make_room`
-        is told what it will take, and raises where that is too much."""
-        config = _read_config(digest, directory, max_rank)
-        shared = isinstance(config, LoraConfig)
-        if self._alone or (self.loaded and not shared):
-            raise ModelError(f"adapter {digest} cannot share its base model with others")
-        weights = _read_weights(digest, directory)
-        if self._lean is not None and isinstance(config, LoraConfig):
-            try:
-                beside = self._lean.read_lora(config, weights)
-            except Exception as error:
-                raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
-            if beside is not None:
-                size = sum(part.nbytes for layer in beside for lora in layer if lora for part in lora)
-                make_room(held := adapter_memory(size, self.base.model.device))
-                self._note(digest, beside, held)
-                return
-        make_room(held := MemoryUse(weights_bytes(directory, self.base.model.dtype)))
-        name = "a" + hashlib.sha256(digest.encode()).hexdigest()[:24]  # PEFT allows no dots in names
-        try:
-            self._inject(name, config)
-            self._fill(name, weights)
-        except Exception as error:
-            self._forget(name)
-            raise ModelError(f"adapter {digest} does not fit its base model: {_reason(error)}") from error
-        finally:
-            self.active = UNKNOWN
-        self._alone = not shared
-        self._note(digest, name, held)
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether its adapter has it to itself: they go together."""
-        return self._alone
-
-    @property
-    def bytes(self) -> MemoryUse:
-        """What the base, its adapters and their places take."""
-        return self.bare.plus(self._adapters).plus(self.places)
-
-    @property
-    def places(self) -> MemoryUse:
-        """What the adapters' places take, or are promised."""
-        return MemoryUse(0 if self._stack is None else self._stack.bytes)
-
-    def clear_places(self) -> None:
-        """Give the adapters' places back."""
-        if self._stack is not None:
-            self._stack.clear()
-
-    def drop(self, digest: str) -> None:
-        """Forget an adapter and give its memory back."""
-        loaded = self.loaded.pop(digest)
-        self._adapters = self._adapters.less(self.sizes.pop(digest))
-        if isinstance(loaded, str):
-            self._forget(loaded)
-            self.active = UNKNOWN
-        elif self._stack is not None:
-            self._stack.forget(digest)
-
-    def _note(self, digest: str, loaded: list[LayerLora] | str, held: MemoryUse) -> None:
+    def _add(self, digest: str, loaded: list[LayerLora] | str, size: MemoryUse) -> None:
         self.loaded[digest] = loaded
-        if self._alone:
-            self.bare = self.bare.plus(held)
+        if self.adapter_owns_base:
+            self.base_memory = self.base_memory.plus(size)
         else:
-            self.sizes[digest] = held
-            self._adapters = self._adapters.plus(held)
+            self.adapter_sizes[digest] = size
+            self._adapters_memory = self._adapters_memory.plus(size)
 
     def _inject(self, name: str, config: PeftConfig) -> None:
         if self.peft is None:
@@ -187,7 +177,7 @@ class AdaptedBase:
             self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
         self.peft.eval()  # freshly injected modules start in training mode, with dropout
 
-    def _fill(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+    def _set_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         assert self.peft is not None
         wanted = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False).keys()
         if missing := len(wanted - weights.keys()):
@@ -200,7 +190,7 @@ class AdaptedBase:
                 parameter.data = parameter.data.to(self.base.model.dtype)
                 parameter.requires_grad_(False)
 
-    def _forget(self, name: str) -> None:
+    def _remove_from_peft(self, name: str) -> None:
         if self.peft is not None and name in self.peft.peft_config:
             self.peft.delete_adapter(name)
         if self.peft is not None and not self.peft.peft_config:
@@ -208,44 +198,6 @@ class AdaptedBase:
             tuner: Any = self.peft.base_model
             tuner.unload()
             self.peft = None
-
-
-def _read_config(digest: str, directory: Path, max_rank: int) -> PeftConfig:
-    try:
-        raw: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
-        kind = raw.get("peft_type")
-        config: Any = PeftConfig.from_pretrained(str(directory)) if kind in SERVED_KINDS else None
-    except Exception as error:
-        raise ModelError(f"adapter {digest} has no readable adapter_config.json") from error
-    if config is None:
-        raise ModelError(f"adapter {digest} is of type {kind}; this engine serves {', '.join(SERVED_KINDS)}")
-    if isinstance(config, LoraConfig):
-        _check_lora(digest, config, max_rank)
-    config.inference_mode = True
-    checked: PeftConfig = config
-    return checked
-
-
-def _check_lora(digest: str, config: LoraConfig, max_rank: int) -> None:
-    initialiser: Any = config.init_lora_weights
-    if isinstance(initialiser, str) and initialiser.lower().startswith(CHANGES_THE_BASE):
-        raise ModelError(f"adapter {digest} was initialised by {initialiser}: convert it to plain LoRA first")
-    ranks = [config.r, *(config.rank_pattern or {}).values()]
-    if not all(isinstance(rank, int) for rank in ranks):
-        raise ModelError(f"adapter {digest} has a rank that is no whole number")
-    rank = max(ranks)
-    if rank > max_rank:
-        raise ModelError(f"adapter {digest} has rank {rank}; at most {max_rank} is served")
-
-
-def _read_weights(digest: str, directory: Path) -> dict[str, torch.Tensor]:
-    try:
-        weights = load_file(directory / "adapter_model.safetensors")
-    except Exception as error:
-        raise ModelError(f"adapter {digest} has no readable adapter_model.safetensors") from error
-    if bad := [key for key, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]:
-        raise ModelError(f"adapter {digest} holds NaN or infinite weights, first in {bad[0]}")
-    return weights
 
 
 def _reason(error: Exception) -> str:

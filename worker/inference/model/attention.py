@@ -1,70 +1,81 @@
-"""Attention of a step over stored keys and values, the queries of a head of keys together. Knows no models."""
+"""Attention over the KV cache. The query heads that share a key-value head are computed together (GQA)."""
 
 from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
 
-from worker.inference.cache.kv_cache import BatchSegment, LayerKVCache
+from worker.inference.cache.forward_batch import BatchSegment
+from worker.inference.cache.kv_cache import LayerKVCache
 
-SMALL = 16**3
-"""Multiplications of a product that torch leaves to another kernel, with another order of summing, and fewer."""
+SMALL_PRODUCT = 16**3
+"""Up to this many multiplications, torch computes a product by another kernel, which sums in another order."""
 
 
 class Attention:
-    """That of one step: each row sees its own positions. What is the same in every layer is worked out once."""
+    """The attention of one step. What is the same in every layer is computed once, here."""
 
-    def __init__(self, parts: Sequence[BatchSegment], seen: torch.Tensor) -> None:
-        """`seen`: zeros for all tokens, [tokens, kv heads, group, head_dim], which those of no part keep."""
-        kv_heads, group = seen.shape[1:3]
-        self._split = kv_heads * group, kv_heads
-        self._seen = seen.flatten(1)
-        self._parts = [(part, _Decoding(part, seen) if part.decodes else _Reading(part, seen)) for part in parts]
+    def __init__(self, segments: Sequence[BatchSegment], out: torch.Tensor) -> None:
+        """`out`: the output buffer, zeros [num_tokens, num_kv_heads, queries a kv head, head_dim]. Tokens of no segment
+        stay zero."""
+        num_kv_heads, group = out.shape[1:3]
+        self._split = num_kv_heads * group, num_kv_heads
+        self._out = out.flatten(1)
+        self._segments = [
+            (segment, _DecodeAttention(segment, out) if segment.is_decode else _PrefillAttention(segment, out))
+            for segment in segments
+        ]
 
-    def __call__(self, qk: torch.Tensor, v: torch.Tensor, scaling: float, kept: LayerKVCache) -> torch.Tensor:
-        """qk: heads of queries and of keys, [tokens, heads + kv heads, head_dim]; v: [tokens, kv heads, head_dim] →
-        [tokens, heads · head_dim], which the next call writes anew."""
-        for part, attend in self._parts:
-            q, k = torch.split_with_sizes(qk[part.tokens], self._split, 1)
-            attend(q, k, v[part.tokens], scaling, kept)
-        return self._seen
+    def __call__(self, qk: torch.Tensor, v: torch.Tensor, scaling: float, cache: LayerKVCache) -> torch.Tensor:
+        """Store the new keys and values, and attend.
 
-
-class _Decoding:
-    """For a part whose rows have a token each."""
-
-    def __init__(self, part: BatchSegment, seen: torch.Tensor) -> None:
-        self._part = part
-        self._mask = _hidden(part, seen.dtype)[:, 0].repeat_interleave(seen.shape[1], 0)
-        self._seen = seen[part.tokens].flatten(0, 1)
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, kept: LayerKVCache) -> None:
-        keys, values = kept.write(self._part, k, v)
-        q = q.reshape(self._seen.shape)
-        attended(q, keys.flatten(0, 1), values.flatten(0, 1), self._mask, scaling, self._seen)
+        - `qk`: [num_tokens, num_heads + num_kv_heads, head_dim].
+        - `v`: [num_tokens, num_kv_heads, head_dim].
+        - Returns [num_tokens, num_heads · head_dim], which the next call overwrites.
+        """
+        for segment, attend_segment in self._segments:
+            q, k = torch.split_with_sizes(qk[segment.tokens], self._split, 1)
+            attend_segment(q, k, v[segment.tokens], scaling, cache)
+        return self._out
 
 
-class _Reading:
-    """For a part that is tokens of one row's prompt: those of a head of keys stand in one run."""
+class _DecodeAttention:
+    """A segment whose rows have one new token each."""
 
-    def __init__(self, part: BatchSegment, seen: torch.Tensor) -> None:
-        self._part = part
-        self._mask = _hidden(part, seen.dtype)[0].repeat_interleave(seen.shape[2], 1)
-        self._seen = seen[part.tokens].transpose(0, 1)
+    def __init__(self, segment: BatchSegment, out: torch.Tensor) -> None:
+        self._segment = segment
+        # [num_rows · num_kv_heads, 1, num_visible]
+        self._mask = _additive_mask(segment, out.dtype)[:, 0].repeat_interleave(out.shape[1], 0)
+        self._out = out[segment.tokens].flatten(0, 1)  # [num_rows · num_kv_heads, group, head_dim]
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, kept: LayerKVCache) -> None:
-        keys, values = kept.write(self._part, *(new.transpose(0, 1)[None] for new in (k, v)))
-        kv_heads, count, group, width = self._seen.shape
-        q = q.view(count, kv_heads, group, width).transpose(0, 1).flatten(1, 2)
-        self._seen.copy_(attended(q, keys[0], values[0], self._mask, scaling).view(self._seen.shape))
-
-
-def _hidden(part: BatchSegment, dtype: torch.dtype) -> torch.Tensor:
-    """A part's mask as numbers to be added."""
-    return torch.zeros(part.mask.shape, dtype=dtype, device=part.mask.device).masked_fill_(~part.mask, -torch.inf)
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, cache: LayerKVCache) -> None:
+        keys, values = cache.write(self._segment, k, v)
+        q = q.reshape(self._out.shape)
+        attend(q, keys.flatten(0, 1), values.flatten(0, 1), self._mask, scaling, self._out)
 
 
-def attended(
+class _PrefillAttention:
+    """A segment that is one row's prefill chunk. The queries of a key-value head are contiguous."""
+
+    def __init__(self, segment: BatchSegment, out: torch.Tensor) -> None:
+        self._segment = segment
+        self._mask = _additive_mask(segment, out.dtype)[0].repeat_interleave(out.shape[2], 1)
+        self._out = out[segment.tokens].transpose(0, 1)  # [num_kv_heads, new tokens, group, head_dim]
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, cache: LayerKVCache) -> None:
+        keys, values = cache.write(self._segment, *(new.transpose(0, 1)[None] for new in (k, v)))
+        num_kv_heads, num_tokens, group, head_dim = self._out.shape
+        q = q.view(num_tokens, num_kv_heads, group, head_dim).transpose(0, 1).flatten(1, 2)
+        self._out.copy_(attend(q, keys[0], values[0], self._mask, scaling).view(self._out.shape))
+
+
+def _additive_mask(segment: BatchSegment, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a key is visible, -inf where not; the shape of the segment's mask."""
+    zeros = torch.zeros(segment.mask.shape, dtype=dtype, device=segment.mask.device)
+    return zeros.masked_fill_(~segment.mask, -torch.inf)
+
+
+def attend(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -72,23 +83,25 @@ def attended(
     scaling: float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What each query sees, [heads, queries, head_dim], written to `out` where that is given. Heads are the key-value
-    heads of all rows.
+    """softmax(q·kᵀ · scaling + mask) · v, [heads, queries, head_dim], written to `out` if given.
 
-    `keys`, `values`: [heads, positions, head_dim]. `mask`: [heads or 1, queries or 1, positions], 0 where a key is seen
-    and -inf where not. In bfloat16 on a CPU a query has the same bits beside any others, and over any number of
-    positions of which it does not see the last ones. Torch's fused kernel has not, and is slower there for several rows
-    (decision 16). Keys and values without gaps between heads are read where they are, others are copied.
+    - `queries`: [heads, queries, head_dim]; heads are the key-value heads of all rows.
+    - `keys`, `values`: [heads, positions, head_dim]. They are copied if there are gaps between heads.
+    - `mask`: [heads or 1, queries or 1, positions], 0 or -inf.
+
+    Batch-invariant in bf16 on a CPU: a query's bits depend neither on the other queries nor on the number of masked
+    positions behind its own. torch's fused kernel is not, and is slower there for several rows (decision 16).
     """
-    heads, count, width = queries.shape
+    heads, num_queries, head_dim = queries.shape
     if queries.device.type != "cpu":
         q, k, v, hidden = (tensor[None] for tensor in (queries, keys, values, mask))
-        seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=scaling)[0]
-        return seen if out is None else out.copy_(seen)
-    spare = SMALL // (heads * keys.shape[1] * width) + 1 - count
-    if spare > 0:
-        mask = functional.pad(mask.expand(-1, count, -1), (0, 0, 0, spare))
-        seen = attended(functional.pad(queries, (0, 0, 0, spare)), keys, values, mask, scaling)[:, :count]
-        return seen if out is None else out.copy_(seen)
-    scores = torch.bmm(queries, keys.transpose(1, 2))
+        attn_out = functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=scaling)[0]
+        return attn_out if out is None else out.copy_(attn_out)
+    padding = SMALL_PRODUCT // (heads * keys.shape[1] * head_dim) + 1 - num_queries
+    if padding > 0:
+        mask = functional.pad(mask.expand(-1, num_queries, -1), (0, 0, 0, padding))
+        padded = functional.pad(queries, (0, 0, 0, padding))
+        attn_out = attend(padded, keys, values, mask, scaling)[:, :num_queries]
+        return attn_out if out is None else out.copy_(attn_out)
+    scores = torch.bmm(queries, keys.transpose(1, 2))  # [heads, queries, positions]
     return torch.bmm(torch.add(mask, scores, alpha=scaling).softmax(-1), values, out=out)

@@ -1,7 +1,4 @@
-"""A base model in memory: its weights as the function it is served as, its tokenizer, its limits.
-
-Knows no adapters and no requests.
-"""
+"""A base model in memory: its weights, quantised as served, its tokenizer, and its limits."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,8 +12,10 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from app.tokenizers import TextEncoder
+from worker.inference.cache.kv_cache_pool import KVShape
+from worker.inference.errors import ModelError
 from worker.inference.ipc import EngineSettings
-from worker.inference.protocol import ServedModel
+from worker.inference.sampling_params import ServedModel
 from worker.precision import precision_here
 from worker.quantization import bitsandbytes_config
 from worker.weights import load_weights
@@ -25,16 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
-class ModelError(Exception):
-    """A served model cannot be used as it is; the message says why, without paths."""
-
-
-class OutOfMemory(Exception):
-    """A served model will fit once others have answered."""
-
-
 class ServedQuantization(BaseModel):
-    """How the weights of the linear layers are stored. `double` quantises the block scales too."""
+    """How the linear layers' weights are stored. `double`: block scales are quantised, too, as in QLoRA."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -45,8 +36,13 @@ class ServedQuantization(BaseModel):
 
 @dataclass(frozen=True)
 class Base:
-    """One served base. `vocabulary` is the width of the logits; `eos_ids` end an answer; `position_bytes` is about what
-    the keys and values of one position take, over all layers."""
+    """One served base.
+
+    - `eos_ids`: the tokens that end a completion.
+    - `vocabulary`: the width of the logits.
+    - `context`: the longest sequence, in tokens.
+    - `kv_shape`: what its KV cache is made of.
+    """
 
     digest: str
     model: PreTrainedModel
@@ -56,19 +52,18 @@ class Base:
     eos_ids: tuple[int, ...]
     vocabulary: int
     context: int
-    layers: int
-    position_bytes: int
+    kv_shape: KVShape
 
 
 def compute_device(settings: EngineSettings) -> torch.device:
-    """The device to serve on: what was asked for, else CUDA where there is one."""
+    """The device asked for, or CUDA if there is one."""
     if settings.device != "auto":
         return torch.device(settings.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
-    """The number format asked for, or the one that training computes in on this hardware."""
+    """The dtype asked for, or the one that training computes in on this hardware."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     return precision_here(device, "unknown").compute
@@ -79,7 +74,7 @@ def load_base(served: ServedModel, device: torch.device, dtype: torch.dtype) -> 
     directory = Path(served.base_path)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        model = load_weights(directory, config, _held(served.quantization, dtype), device, dtype)
+        model = load_weights(directory, config, _quantization_config(served.quantization, dtype), device, dtype)
         text = (directory / "tokenizer.json").read_text(encoding="utf-8")
         tokenizer = Tokenizer.from_str(text)
     except ModelError:
@@ -98,12 +93,11 @@ def load_base(served: ServedModel, device: torch.device, dtype: torch.dtype) -> 
         eos_ids=_eos_ids(model),
         vocabulary=int(config.get_text_config().vocab_size),
         context=_context(config.get_text_config(), served.base_digest),
-        layers=int(config.get_text_config().num_hidden_layers),
-        position_bytes=_position_bytes(config.get_text_config(), dtype),
+        kv_shape=_kv_shape(served.base_digest, config.get_text_config(), dtype),
     )
 
 
-def _held(quantization: dict[str, Any] | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization_config(quantization: dict[str, Any] | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if quantization is None:
         return None
     asked = ServedQuantization.model_validate(quantization)
@@ -119,14 +113,15 @@ def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _position_bytes(config: Any, dtype: torch.dtype) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * heads * width * dtype.itemsize * config.num_hidden_layers)
+def _kv_shape(digest: str, config: Any, dtype: torch.dtype) -> KVShape:
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_layers = int(config.num_hidden_layers)
+    return KVShape(digest, num_layers, int(2 * num_kv_heads * head_dim * dtype.itemsize * num_layers))
 
 
 def _context(config: Any, digest: str) -> int:
-    """The longest sequence for which one causal mask is right in every layer."""
+    """The longest sequence, in tokens, for which one causal mask is right in every layer."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= ATTENTION_KINDS:
         raise ModelError(f"base model {digest} has layers without a key-value cache; it cannot be served")

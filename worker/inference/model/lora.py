@@ -1,6 +1,4 @@
-"""LoRA for the lean forward: an adapter's weights as they lie beside the joined products, read from its directory's
-tensors. Knows no files, no bases and no requests.
-"""
+"""LoRA weights for our own Llama-family forward, fused like its linear layers: read from a PEFT adapter's tensors."""
 
 import math
 import re
@@ -13,52 +11,53 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch.nn import functional
 
+from worker.inference.errors import LoraError
 from worker.inference.model.linear import PackedLinear
 
 INPUT_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""The layers that read one input, in the order of `LayerLora`'s fields."""
+"""Linear layers that share one input and are fused into one product, in the order of `LayerLora`'s fields."""
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.*\.layers\.\d+\.(?:self_attn|mlp)\.\w+)\.lora_(?P<side>[AB])\.weight"
 )
 
 
-class LoraError(Exception):
-    """The weights are not those of an adapter over this model; the message says why."""
-
-
 class LoraPair(NamedTuple):
-    """`a`: [Σ rank, in]; `b`: [Σ rank, Σ out], scaled, zero where a rank belongs to another output."""
+    """One fused layer's LoRA.
 
-    a: torch.Tensor
-    b: torch.Tensor
+    - `lora_A`: [Σ rank, in].
+    - `lora_B`: [Σ rank, Σ out], scaled by alpha/rank; zero where a rank belongs to another output.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] → [tokens, Σ rank]. Weights that lie elsewhere are brought to the tokens."""
-        return functional.linear(x, self.a.to(x.device))
+        """x·Aᵀ, [num_tokens, in] → [num_tokens, Σ rank]. Copies the weights to the device of `x` if need be."""
+        return functional.linear(x, self.lora_A.to(x.device))
 
-    def up(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """[tokens, Σ rank] brought up and added to `out` [tokens, Σ out]."""
-        return out.addmm_(x, self.b.to(x.device))
+    def add_up(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`out` [num_tokens, Σ out] + x·B, in place; `x` is [num_tokens, Σ rank]."""
+        return out.addmm_(x, self.lora_B.to(x.device))
 
 
 class PackedLoraPair:
-    """The same, laid out for many decode steps; to the bit the same results."""
+    """A `LoraPair` in the kernel's packed layout. Its results have the same bits."""
 
     def __init__(self, lora: LoraPair) -> None:
-        self._a, self._b = PackedLinear(lora.a), PackedLinear(lora.b.t())
+        self._lora_A, self._lora_B = PackedLinear(lora.lora_A), PackedLinear(lora.lora_B.t())
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         """As `LoraPair.down`."""
-        return self._a(x)
+        return self._lora_A(x)
 
-    def up(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """As `LoraPair.up`."""
-        return self._b.onto(x, out)
+    def add_up(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """As `LoraPair.add_up`."""
+        return self._lora_B.add_to(out, x)
 
 
 class LayerLora(NamedTuple):
-    """One layer's LoRA by the input that is read; None where an adapter leaves those products alone."""
+    """One decoder layer's LoRA, by fused layer; None where the adapter has no weights."""
 
     qkv: LoraPair | None = None
     o: LoraPair | None = None
@@ -67,7 +66,7 @@ class LayerLora(NamedTuple):
 
 
 class PackedLayerLora(NamedTuple):
-    """`LayerLora`, packed."""
+    """A `LayerLora` in packed layout."""
 
     qkv: PackedLoraPair | None
     o: PackedLoraPair | None
@@ -76,24 +75,29 @@ class PackedLayerLora(NamedTuple):
 
 
 class LoraBatch(NamedTuple):
-    """Adapters, layer by layer. `foreign`: [rows, places, 1], true but where a row's own adapter lies; None where all
-    rows have the only one. `places`: names the memory that is read, whoever lies there; None where it is an adapter's
-    own."""
+    """The adapters that one step applies (S-LoRA's batching: one product over all slots, each row masked to its own).
+
+    - `layers`: their weights, layer by layer.
+    - `other_adapter_mask`: [num_rows, num_slots, 1], False only at a row's own slot; None if all rows have the one
+      adapter whose weights these are.
+    - `slots`: identifies the slot buffer that is read, whichever adapters it holds; None if `layers` are an adapter's
+      own weights.
+    """
 
     layers: Sequence[LayerLora | PackedLayerLora]
-    foreign: torch.Tensor | None = None
-    places: tuple[object, int] | None = None
+    other_adapter_mask: torch.Tensor | None = None
+    slots: tuple[object, int] | None = None
 
 
 Linears = Mapping[str, torch.nn.Linear]
-"""A model's linear layers by name."""
+"""A model's linear layers, by module name."""
 
 
 def read_lora(
     config: LoraConfig, weights: dict[str, torch.Tensor], linears: Linears, dtype: torch.dtype
 ) -> list[LayerLora] | None:
-    """An adapter beside the products of a Llama-like model, in the host's memory; None where it has parts elsewhere.
-    Raises LoraError."""
+    """A PEFT adapter's weights, fused, in the host's memory; None if it has parts that only PEFT can apply. Raises
+    LoraError."""
     if config.use_dora or config.bias != "none" or config.modules_to_save or config.lora_bias:
         return None
     given: dict[str, dict[str, torch.Tensor]] = {}
@@ -112,13 +116,13 @@ def read_lora(
     if not wanted:
         raise LoraError("its target_modules name nothing there")
     here = {name: {side: given[name][side].to(dtype) for side in "AB"} for name in wanted}
-    parts = {name: _scaled(config, name, here[name], linears[name]) for name in wanted}
+    pairs = {name: _scaled(config, name, here[name], linears[name]) for name in wanted}
     layers = sum(name.endswith(f".{INPUT_GROUPS[1][0]}") for name in linears)
-    return [LayerLora(*(_joined(number, fan, parts, linears) for fan in INPUT_GROUPS)) for number in range(layers)]
+    return [LayerLora(*(_fuse(number, group, pairs, linears) for group in INPUT_GROUPS)) for number in range(layers)]
 
 
 def _scaled(config: LoraConfig, name: str, sides: dict[str, torch.Tensor], linear: torch.nn.Linear) -> LoraPair:
-    """One linear layer's, with B transposed and scaled."""
+    """One linear layer's weights, B transposed and scaled (rsLoRA scales by alpha/√rank)."""
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
@@ -131,18 +135,20 @@ def _scaled(config: LoraConfig, name: str, sides: dict[str, torch.Tensor], linea
     return LoraPair(a, b)
 
 
-def _joined(number: int, fan: tuple[str, ...], parts: dict[str, LoraPair], linears: Linears) -> LoraPair | None:
-    home = "mlp" if fan in INPUT_GROUPS[2:] else "self_attn"
-    names = [f"model.layers.{number}.{home}.{leaf}" for leaf in fan]
-    adapted = [parts[name] for name in names if name in parts]
+def _fuse(number: int, group: tuple[str, ...], pairs: dict[str, LoraPair], linears: Linears) -> LoraPair | None:
+    """The pairs of one layer's linear layers that share an input, as one: A stacked, B block-diagonal."""
+    parent = "mlp" if group in INPUT_GROUPS[2:] else "self_attn"
+    names = [f"model.layers.{number}.{parent}.{leaf}" for leaf in group]
+    adapted = [pairs[name] for name in names if name in pairs]
     if not adapted:
         return None
-    downs = torch.cat([part.a for part in adapted])
-    ups = downs.new_zeros(downs.shape[0], sum(linears[name].out_features for name in names))
+    lora_A = torch.cat([pair.lora_A for pair in adapted])
+    lora_B = lora_A.new_zeros(lora_A.shape[0], sum(linears[name].out_features for name in names))
     rank = column = 0
     for name in names:
-        if (part := parts.get(name)) is not None:
-            ups[rank : rank + part.b.shape[0], column : column + part.b.shape[1]] = part.b
-            rank += part.b.shape[0]
+        if (pair := pairs.get(name)) is not None:
+            height, width = pair.lora_B.shape
+            lora_B[rank : rank + height, column : column + width] = pair.lora_B
+            rank += height
         column += linears[name].out_features
-    return LoraPair(downs, ups)
+    return LoraPair(lora_A, lora_B)

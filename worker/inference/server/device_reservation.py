@@ -1,106 +1,145 @@
-"""Whether the engine may live on its device: asked twice a second; where it may not, it ends until it may again.
-
-Knows the link and whoever grants the place; no HTTP and no database.
-"""
+"""The engine's memory on its device, reserved in the ledger. While it cannot be reserved, the engine is suspended."""
 
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from app.domain.ledger import Unavailable
+from app.composition import Services
+from app.domain.ledger import Unavailable, inference_bytes
+from worker.device import describe_device
 from worker.inference.server.engine_client import EngineClient
 
 log = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-PERIOD = 0.5
-PATIENCE = 4.0
-"""Seconds that running answers have to end in once the engine must go."""
+RENEW_PERIOD = 0.5
+"""Seconds between two calls of `renew`."""
 
-LOST = Unavailable("inference cannot ask for its place on the device, and had to leave it", None)
+SUSPEND_AFTER = 4.0
+"""Grace period for running requests before the engine is suspended, in seconds."""
 
-UNKNOWN = 15.0
-"""Seconds after which to ask again where nobody knows when the job will be done."""
+RENEWALS_PER_LEASE = 4
+"""In between, the ledger is only read."""
+
+LAPSED = Unavailable("the device reservation of inference could not be renewed in time, so its engine had to end", None)
+
+DEFAULT_RETRY_AFTER = 15.0
+"""Seconds after which to retry if it is unknown when the training job ends."""
 
 
 class DeviceReservation(Protocol):
-    """The engine's place on the device, which each `stay` keeps for `lease` seconds. Called in a thread."""
+    """The engine's reservation, valid for `lease` seconds after each `renew`. Called in a thread."""
 
     lease: float
 
-    def stay(self) -> Unavailable | None:
-        """Reserve the place, or keep it; or why there must be no engine."""
+    def renew(self) -> Unavailable | None:
+        """Reserve the memory, or renew the reservation. Returns why no engine may run, or None."""
         ...
 
-    def leave(self) -> None:
-        """Give the place back: the engine has ended."""
+    def release(self) -> None:
+        """Release the memory: the engine has ended."""
         ...
 
 
 class FixedReservation:
-    """A place that is given and taken by hand: for a front without a database, and for tests."""
+    """A reservation that is set by hand: for a server without a database, and for tests."""
 
-    def __init__(self, absence: Unavailable | None = None, lease: float = math.inf) -> None:
-        self.absence = absence
+    def __init__(self, unavailable: Unavailable | None = None, lease: float = math.inf) -> None:
+        self.unavailable = unavailable
         self.lease = lease
-        self.held = False
+        self.is_held = False
 
-    def stay(self) -> Unavailable | None:
-        """What it was told."""
-        self.held = self.held or self.absence is None
-        return self.absence
+    def renew(self) -> Unavailable | None:
+        """What was set."""
+        self.is_held = self.is_held or self.unavailable is None
+        return self.unavailable
 
-    def leave(self) -> None:
-        """Note that the place is free."""
-        self.held = False
+    def release(self) -> None:
+        """Note that the memory is free."""
+        self.is_held = False
+
+
+class LedgerReservation:
+    """A reservation of `bytes` in the ledger. Its owner is named by the server's port, so that a server takes over the
+    row of a predecessor that was killed."""
+
+    def __init__(self, services: Services) -> None:
+        settings = services.settings
+        self.bytes = inference_bytes(settings.inference_memory, describe_device(()).bytes)
+        self._ledger = services.ledger
+        self._host = settings.host_name
+        self._owner = f"{self._host}:inference:{settings.inference_port}"
+        self._renew_at = 0.0
+        self.lease = self._ledger.inference_lease * (1 - 1 / RENEWALS_PER_LEASE)  # since a call that renewed nothing
+        # A thread outlives the task that waited for it: it must not reserve after `release`.
+        self._one_at_a_time = threading.Lock()
+
+    def renew(self) -> Unavailable | None:
+        """Raises VerituneError if the database is unavailable."""
+        with self._one_at_a_time:
+            unavailable = self._ledger.inference_unavailable(self._host)
+            if unavailable is None and time.monotonic() >= self._renew_at:
+                unavailable = self._ledger.reserve_for_inference(self._host, self._owner, self.bytes)
+                self._renew_at = time.monotonic() + self._ledger.inference_lease / RENEWALS_PER_LEASE
+            if unavailable is not None:
+                self._renew_at = 0.0
+            return unavailable
+
+    def release(self) -> None:
+        """Raises VerituneError if the database is unavailable; the reservation then lapses."""
+        with self._one_at_a_time:
+            self._ledger.release(self._host, self._owner)
+            self._renew_at = 0.0
 
 
 class ReservationKeeper:
-    """Has the engine rest and wake as its tenancy says. It rests until the tenancy has said that it may live."""
+    """Renews the reservation, and suspends or resumes the engine by it. No engine runs before the first renewal."""
 
-    def __init__(self, link: EngineClient, tenancy: DeviceReservation) -> None:
-        self._link = link
-        self._tenancy = tenancy
-        self._asking = ThreadPoolExecutor(1, "tenancy")  # of its own: it must not wait behind models that are resolved
-        self._holds = False
-        link.refuse("inference waits for its place on the device", 0.0)
+    def __init__(self, engine: EngineClient, reservation: DeviceReservation) -> None:
+        self._engine = engine
+        self._reservation = reservation
+        self._thread = ThreadPoolExecutor(1, "reservation")  # its own: it must not wait behind model look-ups
+        self._is_held = False
+        engine.refuse_requests("inference waits for its device reservation", 0.0)
 
     async def run(self) -> None:
-        """Until cancelled. Who grants the place may be away for as long as it was granted; then others may have it."""
-        kept = time.monotonic()
+        """Run until cancelled. If renewals fail for a lease, the engine is suspended: others may have its memory."""
+        renewed_at = time.monotonic()
         while True:
             try:
-                absence = await self._ask(self._tenancy.stay)
-                kept = time.monotonic()
-                await self._follow(absence)
+                unavailable = await self._in_thread(self._reservation.renew)
+                renewed_at = time.monotonic()
+                await self._apply(unavailable)
             except Exception:
-                log.exception("the place on the device could not be asked for")
-                if self._holds and time.monotonic() - kept > self._tenancy.lease:
-                    await self._follow(LOST)
-            await asyncio.sleep(PERIOD)
+                log.exception("the device reservation could not be renewed")
+                if self._is_held and time.monotonic() - renewed_at > self._reservation.lease:
+                    await self._apply(LAPSED)
+            await asyncio.sleep(RENEW_PERIOD)
 
-    async def leave(self) -> None:
-        """Give the place back at the end; where that fails, it runs out."""
+    async def release(self) -> None:
+        """Release the reservation at the end. If that fails, it lapses."""
         try:
-            await self._ask(self._tenancy.leave)
+            await self._in_thread(self._reservation.release)
         except Exception:
-            log.exception("the place on the device could not be given back")
+            log.exception("the device reservation could not be released")
 
-    async def _ask(self, what: Callable[[], Answer]) -> Answer:
-        return await asyncio.get_running_loop().run_in_executor(self._asking, what)
+    async def _in_thread(self, call: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
-    async def _follow(self, absence: Unavailable | None) -> None:
-        if absence is None:
-            self._holds = True
-            self._link.wake()
+    async def _apply(self, unavailable: Unavailable | None) -> None:
+        if unavailable is None:
+            self._is_held = True
+            self._engine.resume()
             return
-        self._link.refuse(absence.reason, UNKNOWN if absence.retry_after is None else absence.retry_after)
-        if self._holds:
-            await self._link.rest(PATIENCE)
-            self._holds = False
-            await self.leave()
+        retry_after = DEFAULT_RETRY_AFTER if unavailable.retry_after is None else unavailable.retry_after
+        self._engine.refuse_requests(unavailable.reason, retry_after)
+        if self._is_held:
+            await self._engine.suspend(SUSPEND_AFTER)
+            self._is_held = False
+            await self.release()

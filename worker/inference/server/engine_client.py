@@ -1,6 +1,6 @@
-"""The front's hold on its engine: start it, restart it with back-off, pass lines both ways, put it to rest, end it.
+"""The server's client of its engine process: starts it, restarts it with back-off, exchanges messages, suspends it.
 
-An answer's messages go to the listener that was given with the request. Knows no HTTP and no torch.
+The messages about a request go to the listener that was given with it.
 """
 
 import asyncio
@@ -14,94 +14,87 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from worker.inference.errors import EngineUnavailable
 from worker.inference.ipc import (
     Cancel,
     Configure,
-    EngineMessage,
+    EngineInput,
+    EngineOutput,
     EngineSettings,
     Failed,
     Finished,
     Generate,
     Preload,
     Ready,
-    ServerMessage,
     Stats,
-    decode_server_message,
-    line,
+    decode_engine_output,
+    encode_message,
     request_id_of,
 )
-from worker.inference.protocol import ServedModel
+from worker.inference.sampling_params import ServedModel
 from worker.inference.server.engine_process import kill_group, start_engine
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 10.0  # about what an engine takes to be ready; refined by the last start
-FIRST_SECONDS = 2.0  # the same for its first answer, which loads a base; refined by the last first one
-SHORT_ANSWER = 64  # tokens of an answer whose time is mostly that
-FIRST_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
-GRACE = 5.0  # seconds an engine has to end by itself once its stdin is closed
-SILENCE = 10  # heartbeats
-START_LIMIT = 300.0  # seconds to be ready in: what it imports may come from a cold or distant disk, once
-REST_GRACE = 1.0  # the same where somebody waits for its memory
+START_SECONDS = 10.0  # an estimate of the time until an engine is ready; the last start replaces it
+FIRST_COMPLETION_SECONDS = 2.0  # an estimate of the first completion, which loads a base; the last one replaces it
+SHORT_COMPLETION = 64  # tokens; the time of a first completion up to this is mostly loading
+MIN_BACKOFF, MAX_BACKOFF, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
+STOP_GRACE = 5.0  # seconds for an engine to end by itself after its stdin was closed
+SUSPEND_GRACE = 1.0  # the same if a training job waits for its memory
+MISSED_HEARTBEATS = 10  # an engine counts as stuck after so many
+START_LIMIT = 300.0  # seconds until ready: what it imports may come once from a cold or distant disk
 STARTING = "the inference engine is starting; try again soon"
 
-Listener = Callable[[ServerMessage], None]
+Listener = Callable[[EngineOutput], None]
 
 
-class _Awaited(NamedTuple):
+class _InFlight(NamedTuple):
     listener: Listener
     model: str
 
 
-class EngineUnavailable(Exception):
-    """No engine is ready; `retry_after` is in seconds."""
-
-    def __init__(self, why: str, retry_after: int) -> None:
-        super().__init__(why)
-        self.retry_after = retry_after
-
-
 class EngineClient:
-    """One engine at a time, over and over, until stopped; none while it rests. Lives on one event loop."""
+    """Runs one engine after another until stopped, and none while suspended. All methods run on one event loop."""
 
     def __init__(
         self, settings: EngineSettings, on_stats: Callable[[Stats], None], start_limit: float = START_LIMIT
     ) -> None:
-        """`start_limit`: the seconds after which an engine that is not ready is taken for stuck."""
+        """`start_limit`: the seconds after which an engine that is not ready counts as stuck."""
         self._settings = settings
         self._start_limit = start_limit
         self._on_stats = on_stats
-        self._awaited: dict[str, _Awaited] = {}
+        self._in_flight: dict[str, _InFlight] = {}
         self._process: Process | None = None
         self._ready = self._stopping = False
-        self._awake = asyncio.Event()
-        self._awake.set()
-        self._why = STARTING
-        self._expected_at = time.monotonic() + START_SECONDS
-        self._start_seconds, self._first_seconds = START_SECONDS, FIRST_SECONDS
-        self._first: tuple[str, float] | None = None
+        self._may_run = asyncio.Event()
+        self._may_run.set()
+        self._reason = STARTING
+        self._ready_at = time.monotonic() + START_SECONDS
+        self._start_seconds, self._first_completion_seconds = START_SECONDS, FIRST_COMPLETION_SECONDS
+        self._first_request: tuple[str, float] | None = None
         self._failures = 0
         self.starts = 0
 
     @property
-    def shaky(self) -> bool:
-        """Whether this engine follows one that died early."""
+    def crashed_recently(self) -> bool:
+        """Whether the engine before this one ended early."""
         return self._failures > 0
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
-        return self._ready and not self.resting
+        """Whether requests are accepted."""
+        return self._ready and not self.suspended
 
     @property
-    def resting(self) -> bool:
-        """Whether it was put to rest: there is no engine, or it is about to end."""
-        return not self._awake.is_set()
+    def suspended(self) -> bool:
+        """Whether no engine may run: there is none, or it is about to end."""
+        return not self._may_run.is_set()
 
     @property
-    def why(self) -> str:
-        """Why requests are not taken, for whoever asks."""
-        return self._why if self.resting else STARTING
+    def unavailable_reason(self) -> str:
+        """Why requests are not accepted."""
+        return self._reason if self.suspended else STARTING
 
     @property
     def pid(self) -> int | None:
@@ -110,85 +103,85 @@ class EngineClient:
 
     @property
     def in_flight(self) -> int:
-        """How many answers are awaited."""
-        return len(self._awaited)
+        """Requests without their last message."""
+        return len(self._in_flight)
 
     def in_flight_of(self, digest: str) -> int:
-        """How many of them are this model's."""
-        return sum(awaited.model == digest for awaited in self._awaited.values())
+        """The same for one model."""
+        return sum(in_flight.model == digest for in_flight in self._in_flight.values())
 
     @property
     def retry_after(self) -> int:
-        """Whole seconds until an engine should be ready; of one that rests, until it has answered somebody."""
-        left = self._expected_at - time.monotonic()
-        if self.resting:
-            left = max(0.0, left) + self._start_seconds + self._first_seconds
+        """Whole seconds until an engine should be ready. If suspended, until it has finished a first completion."""
+        left = self._ready_at - time.monotonic()
+        if self.suspended:
+            left = max(0.0, left) + self._start_seconds + self._first_completion_seconds
         return max(1, math.ceil(left))
 
     def submit(self, request: Generate, listener: Listener) -> None:
-        """Ask for an answer; `listener` gets its messages, the last one Finished or Failed.
+        """Send a request. `listener` gets its messages, the last one Finished or Failed.
 
-        Raises EngineUnavailable. An engine that dies on the way is a Failed with status 503.
+        Raises EngineUnavailable. If the engine dies, the message is a Failed with status 503.
         """
         if not self.ready:
-            raise EngineUnavailable(self.why, self.retry_after)
-        self._awaited[request.id] = _Awaited(listener, request.model.digest)
-        self._first = self._first or (request.id, time.monotonic())
-        self._tell(request)
+            raise EngineUnavailable(self.unavailable_reason, self.retry_after)
+        self._in_flight[request.id] = _InFlight(listener, request.model.digest)
+        self._first_request = self._first_request or (request.id, time.monotonic())
+        self._send(request)
 
-    def expect(self, model: ServedModel) -> None:
-        """Have a model loaded once the engine has nothing else to do, if there is room; nobody waits for it."""
+    def preload(self, model: ServedModel) -> None:
+        """Send a preload hint: the engine loads this model when it has nothing else to do."""
         if self.ready:
-            self._tell(Preload(model=model))
+            self._send(Preload(model=model))
 
     def cancel(self, request_id: str) -> None:
-        """Stop working on an answer; unknown and finished ones are fine."""
-        if self._awaited.pop(request_id, None) is not None:
-            self._tell(Cancel(id=request_id))
+        """Cancel a request. It may have finished already."""
+        if self._in_flight.pop(request_id, None) is not None:
+            self._send(Cancel(id=request_id))
 
     async def run(self) -> None:
         """Keep an engine alive until `stop`."""
         while not self._stopping:
-            await self._awake.wait()
+            await self._may_run.wait()
             began = time.monotonic()
             try:
-                await self._one_life()
+                await self._run_engine()
             except OSError as error:
                 log.error("the engine could not be started: %s", error)
             if self._stopping:
                 return
-            if self.resting:
+            if self.suspended:
                 self._failures = 0
                 continue
             self._failures = 0 if time.monotonic() - began > HEALTHY_AFTER else self._failures + 1
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** max(0, self._failures - 1))
+            pause = min(MAX_BACKOFF, MIN_BACKOFF * 2 ** max(0, self._failures - 1))
             log.warning("the engine ended; starting another in %.1f s", pause)
-            self._expected_at = time.monotonic() + pause + self._start_seconds
+            self._ready_at = time.monotonic() + pause + self._start_seconds
             await asyncio.sleep(pause)
 
-    def refuse(self, why: str, seconds: float) -> None:
-        """Take no requests from now on, and start no engine; it should come back after so many seconds."""
-        self._awake.clear()
-        self._why, self._expected_at = why, time.monotonic() + seconds
+    def refuse_requests(self, reason: str, seconds: float) -> None:
+        """Accept no requests from now on, and start no engine. `seconds`: when it should be back."""
+        self._may_run.clear()
+        self._reason, self._ready_at = reason, time.monotonic() + seconds
 
-    async def rest(self, patience: float) -> None:
-        """After `refuse`: give running answers `patience` seconds, then end the engine; what is left is Failed."""
-        until = time.monotonic() + patience
-        while self._awaited and self._ready and time.monotonic() < until:
+    async def suspend(self, grace: float) -> None:
+        """After `refuse_requests`: end the engine. `grace`: seconds for running requests to finish; the others fail."""
+        until = time.monotonic() + grace
+        while self._in_flight and self._ready and time.monotonic() < until:
             await asyncio.sleep(0.05)
-        await self._end(REST_GRACE)
-        log.info("the engine rests: %s", self._why)
+        await self._end(SUSPEND_GRACE)
+        log.info("the engine is suspended: %s", self._reason)
 
-    def wake(self) -> None:
-        """Have an engine again; does nothing when it does not rest."""
-        if self.resting:
-            self._expected_at = time.monotonic() + self._start_seconds
-            self._awake.set()
+    def resume(self) -> None:
+        """Run engines again. Does nothing if not suspended."""
+        if self.suspended:
+            self._ready_at = time.monotonic() + self._start_seconds
+            self._may_run.set()
 
     async def stop(self) -> None:
         """End the engine for good."""
         self._stopping = True
-        await self._end(GRACE)
+        await self._end(STOP_GRACE)
 
     async def _end(self, grace: float) -> None:
         """Close its stdin, then kill what is left of its group."""
@@ -202,21 +195,21 @@ class EngineClient:
             kill_group(process.pid)
             await process.wait()
 
-    async def _one_life(self) -> None:
+    async def _run_engine(self) -> None:
         began = time.monotonic()
-        self._expected_at = began + self._start_seconds
+        self._ready_at = began + self._start_seconds
         process = await start_engine()
-        self._process, self._first = process, None
+        self._process, self._first_request = process, None
         self.starts += 1
         try:
-            if self.resting:  # it was told so while the process was made
+            if self.suspended:  # since the process was created
                 return
-            self._tell(Configure(settings=self._settings))
+            self._send(Configure(settings=self._settings))
             assert process.stdout is not None
-            while raw := await self._line(process.stdout):
-                self._take(raw, began)
+            while raw := await self._read_line(process.stdout):
+                self._handle_line(raw, began)
         except ValueError:
-            log.exception("the engine said what cannot be read")
+            log.exception("the engine sent a line that is too long")
         finally:
             self._ready = False
             kill_group(process.pid)
@@ -225,21 +218,21 @@ class EngineClient:
             self._on_stats(Stats())
             self._fail_all()
 
-    async def _line(self, out: asyncio.StreamReader) -> bytes:
-        """What the engine says next; nothing at its end, which a long silence is taken for."""
-        patience = SILENCE * self._settings.heartbeat if self._ready else self._start_limit
+    async def _read_line(self, out: asyncio.StreamReader) -> bytes:
+        """The engine's next line; empty if it has ended or counts as stuck."""
+        timeout = MISSED_HEARTBEATS * self._settings.heartbeat if self._ready else self._start_limit
         try:
-            return await asyncio.wait_for(out.readline(), patience)
+            return await asyncio.wait_for(out.readline(), timeout)
         except TimeoutError:
-            log.error("the engine is stuck: it said nothing for %g s", patience)
+            log.error("the engine is stuck: it sent nothing for %g s", timeout)
             return b""
 
-    def _take(self, raw: bytes, began: float) -> None:
+    def _handle_line(self, raw: bytes, began: float) -> None:
         try:
-            message = decode_server_message(raw)
+            message = decode_engine_output(raw)
         except ValidationError:
-            log.error("the engine said what is no message: %r", raw[:200])
-            self._fail_unread(request_id_of(raw))
+            log.error("the engine sent an unparseable message: %r", raw[:200])
+            self._fail_unparseable(request_id_of(raw))
             return
         if isinstance(message, Ready):
             self._ready = True
@@ -250,29 +243,33 @@ class EngineClient:
         else:
             ends = isinstance(message, Finished | Failed)
             if isinstance(message, Finished):
-                self._learn_from(message)
-            awaited = self._awaited.pop(message.id, None) if ends else self._awaited.get(message.id)
-            if awaited is not None:
-                awaited.listener(message)
+                self._update_estimate(message)
+            in_flight = self._in_flight.pop(message.id, None) if ends else self._in_flight.get(message.id)
+            if in_flight is not None:
+                in_flight.listener(message)
 
-    def _fail_unread(self, request_id: str) -> None:
-        """Whoever waits for what cannot be read would wait for ever."""
-        if awaited := self._awaited.get(request_id):
+    def _fail_unparseable(self, request_id: str) -> None:
+        """Fail the request that an unparseable message belongs to: it would wait for ever."""
+        if in_flight := self._in_flight.get(request_id):
             self.cancel(request_id)
-            awaited.listener(Failed(id=request_id, status=500, message="the engine's answer cannot be read"))
+            in_flight.listener(Failed(id=request_id, status=500, message="the engine's answer cannot be read"))
 
-    def _learn_from(self, answer: Finished) -> None:
-        """How long an engine's first answer takes, for those who are told when to come back."""
-        if self._first and self._first[0] == answer.id and answer.completion_tokens <= SHORT_ANSWER:
-            self._first_seconds = time.monotonic() - self._first[1]
+    def _update_estimate(self, finished: Finished) -> None:
+        """Measure how long an engine's first completion takes, for `retry_after`."""
+        if (
+            self._first_request
+            and self._first_request[0] == finished.id
+            and finished.completion_tokens <= SHORT_COMPLETION
+        ):
+            self._first_completion_seconds = time.monotonic() - self._first_request[1]
 
     def _fail_all(self) -> None:
-        why = self._why if self.resting else "the inference engine died; try again soon"
-        left, self._awaited = self._awaited, {}
-        for request_id, awaited in left.items():
-            awaited.listener(Failed(id=request_id, status=503, message=why))
+        reason = self._reason if self.suspended else "the inference engine died; try again soon"
+        left, self._in_flight = self._in_flight, {}
+        for request_id, in_flight in left.items():
+            in_flight.listener(Failed(id=request_id, status=503, message=reason))
 
-    def _tell(self, message: EngineMessage) -> None:
+    def _send(self, message: EngineInput) -> None:
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError):  # its end is noticed on stdout
-                self._process.stdin.write(line(message))
+                self._process.stdin.write(encode_message(message))

@@ -1,4 +1,4 @@
-"""The engine's process, as the operating system has it. Of what is said with it, knows how long a line may be."""
+"""Starts and kills the engine's process."""
 
 import asyncio
 import contextlib
@@ -14,10 +14,10 @@ from worker.inference.ipc import MAX_LINE
 
 
 async def start_engine() -> Process:
-    """A fresh one, in a process group of its own. Raises OSError."""
+    """Start an engine in a process group of its own. Raises OSError."""
     environment = {
         **for_tensors(),
-        "PYTHONPATH": os.pathsep.join([_root(), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([_import_root(), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "HF_HUB_OFFLINE": "1",
     }
     return await asyncio.create_subprocess_exec(
@@ -32,12 +32,12 @@ async def start_engine() -> Process:
     )
 
 
-def _root() -> str:
-    """The folder from which `worker` is imported here, so that the engine imports the same one."""
+def _import_root() -> str:
+    """The directory that `worker` is imported from, so that the engine imports the same one."""
     return str(Path(worker.__path__[0]).resolve().parent)
 
 
 def kill_group(pid: int) -> None:
-    """Kill a process and what it has started; one that is gone is fine."""
+    """Kill a process and its children. It may have ended already."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)

@@ -1,6 +1,7 @@
-"""Digest → what the engine loads, from what the application has published. Asked on demand; nobody pushes."""
+"""Resolves a digest into the model that the engine loads: from what the application has published, or from a table."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from app.composition import Services
 from app.domain.adapters import Manifest
@@ -10,10 +11,11 @@ from app.domain.jobs import Job
 from app.domain.specs import TrainSpec
 from app.domain.tuning_methods import Quantization, shares_its_base
 from worker.bases import ensure_base
-from worker.inference.protocol import ServedModel
-from worker.inference.server.app import ModelNotFound
+from worker.inference.errors import ModelNotFound
+from worker.inference.sampling_params import ServedModel
+from worker.inference.server.preloader import PreloadSource
 
-SERVED: tuple[Quantization | None, ...] = (
+SERVED_QUANTIZATIONS: tuple[Quantization | None, ...] = (
     Quantization(),
     None,
     Quantization(double_quant=False),
@@ -21,34 +23,60 @@ SERVED: tuple[Quantization | None, ...] = (
     Quantization(quant_type="fp4", double_quant=False),
     Quantization(bits=8),
 )
-"""The quantisations at which a base may be asked for."""
+"""The quantisations at which a base is served."""
+
+
+class ModelResolver(PreloadSource, Protocol):
+    """Digest → model. Called in a thread; the caller remembers the result."""
+
+    def resolve(self, digest: str) -> ServedModel:
+        """The model. Raises ModelNotFound."""
+        ...
+
+
+class StaticResolver:
+    """A fixed table of models, of which some are preloaded: for a machine without the application, and for tests."""
+
+    def __init__(self, models: dict[str, ServedModel], preload: Sequence[str] = ()) -> None:
+        self._models = models
+        self._preload = [models[digest] for digest in preload]
+
+    def models_to_preload(self) -> list[ServedModel]:
+        """Always the same."""
+        return self._preload
+
+    def resolve(self, digest: str) -> ServedModel:
+        """The model. Raises ModelNotFound."""
+        if digest not in self._models:
+            raise ModelNotFound(digest)
+        return self._models[digest]
 
 
 class PublishedResolver:
-    """Looks an adapter up by its digest, then the served bases; files are brought to this host as needed."""
+    """Looks a digest up among the published adapters, then among the served bases. Brings their files to this host."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
 
     def resolve(self, digest: str) -> ServedModel:
-        """Raises ModelNotFound."""
-        return self._adapter(digest) or self._base(digest)
+        """The model. Raises ModelNotFound."""
+        return self._find_adapter(digest) or self._find_base(digest)
 
-    def expected(self) -> list[ServedModel]:
-        """What answers when no adapter is named, and the base of the newest job, whose adapter will be asked for."""
+    def models_to_preload(self) -> list[ServedModel]:
+        """The default adapter, and the base of the newest job, whose adapter will be asked for."""
         default = self._services.adapters.default()
         newest, _ = self._services.jobs.page(None, 1, None)
-        known = [self._adapter(default.digest) if default else None, *map(self._trained_over, newest)]
+        known = [self._find_adapter(default.digest) if default else None, *map(self._base_of_job, newest)]
         return [model for model in known if model is not None]
 
-    def _trained_over(self, job: Job) -> ServedModel | None:
+    def _base_of_job(self, job: Job) -> ServedModel | None:
         if not shares_its_base(job.spec.adapter):
             return None
         base = self._services.base_models.get(job.spec.base_model)
         digest = self._services.base_models.served_digest(base, job.spec.quantization)
-        return self._served(digest, base.digest, job.spec.quantization, None)
+        return self._build_served_model(digest, base.digest, job.spec.quantization, None)
 
-    def _adapter(self, digest: str) -> ServedModel | None:
+    def _find_adapter(self, digest: str) -> ServedModel | None:
         try:
             row = self._services.adapters.by_digest(digest)
         except NotFoundError:
@@ -56,35 +84,37 @@ class PublishedResolver:
         manifest = Manifest.model_validate(row.manifest)
         directory = str(self._services.adapters.on_disk(digest))
         spec = TrainSpec.model_validate(manifest.spec)
-        served = self._served(digest, manifest.base.digest, spec.quantization, directory)
+        served = self._build_served_model(digest, manifest.base.digest, spec.quantization, directory)
         if manifest.kind == "full":
             return served.model_copy(update={"base_digest": digest, "base_path": directory, "adapter_path": None})
         if shares_its_base(spec.adapter):
             return served
         return served.model_copy(update={"base_digest": canonical_digest([served.base_digest, digest])})
 
-    def _base(self, digest: str) -> ServedModel:
+    def _find_base(self, digest: str) -> ServedModel:
         for view in self._services.base_models.all():
             row = self._services.base_models.get(view.name)
-            for quantization in SERVED:
+            for quantization in SERVED_QUANTIZATIONS:
                 if self._services.base_models.served_digest(row, quantization) == digest:
-                    return self._served(digest, row.digest, quantization, None)
+                    return self._build_served_model(digest, row.digest, quantization, None)
         raise ModelNotFound(digest)
 
-    def _served(self, digest: str, base: str, quantization: Quantization | None, adapter: str | None) -> ServedModel:
+    def _build_served_model(
+        self, digest: str, base: str, quantization: Quantization | None, adapter: str | None
+    ) -> ServedModel:
         row = self._services.base_models.by_digest(base)
         described = self._services.base_models.describe(row)
         return ServedModel(
             digest=digest,
             base_digest=self._services.base_models.served_digest(row, quantization),
             base_path=str(ensure_base(described, self._services.settings.cache_path)),
-            quantization=_engine_words(quantization),
+            quantization=_engine_quantization(quantization),
             adapter_path=adapter,
             max_model_len=described.context_length,
         )
 
 
-def _engine_words(quantization: Quantization | None) -> dict[str, Any] | None:
+def _engine_quantization(quantization: Quantization | None) -> dict[str, Any] | None:
     if quantization is None:
         return None
     return {"bits": quantization.bits, "type": quantization.quant_type, "double": quantization.double_quant}

@@ -1,10 +1,10 @@
-"""What will probably be asked for next is loaded while the engine has nothing else to do. Knows no HTTP."""
+"""Preloads the models that will probably be used next, while the engine has nothing else to do."""
 
 import asyncio
 import logging
 from typing import Protocol
 
-from worker.inference.protocol import ServedModel
+from worker.inference.sampling_params import ServedModel
 from worker.inference.server.engine_client import EngineClient
 
 log = logging.getLogger(__name__)
@@ -13,38 +13,37 @@ PERIOD = 2.0  # seconds
 
 
 class PreloadSource(Protocol):
-    """Who can tell. Called in a thread."""
+    """Knows which models to preload. Called in a thread."""
 
-    def expected(self) -> list[ServedModel]:
+    def models_to_preload(self) -> list[ServedModel]:
         """The models, most probable first."""
         ...
 
 
 class Preloader:
-    """Tells each engine once of each model. One that had just to be started anew is told nothing: it may have died of
-    what it was told."""
+    """Sends each engine one preload hint a model. It sends none after a crash: one of them may have caused it."""
 
-    def __init__(self, link: EngineClient, expectations: PreloadSource) -> None:
-        self._link = link
-        self._expectations = expectations
-        self._told: set[str] = set()
-        self._life = 0
+    def __init__(self, engine: EngineClient, source: PreloadSource) -> None:
+        self._engine = engine
+        self._source = source
+        self._hinted: set[str] = set()
+        self._engine_start = 0
 
     async def run(self) -> None:
-        """Until cancelled. Whoever can tell may be away: the engine loads on demand, too."""
+        """Run until cancelled. If the source fails, models are still loaded on demand."""
         while True:
-            if self._link.ready and not self._link.shaky:
+            if self._engine.ready and not self._engine.crashed_recently:
                 try:
-                    self._tell(await asyncio.to_thread(self._expectations.expected))
+                    self._send_hints(await asyncio.to_thread(self._source.models_to_preload))
                 except Exception as error:
-                    log.warning("nobody knows what will be asked for: %s", error)
+                    log.warning("models to preload could not be looked up: %s", error)
             await asyncio.sleep(PERIOD)
 
-    def _tell(self, models: list[ServedModel]) -> None:
-        if self._link.starts != self._life:
-            self._life = self._link.starts
-            self._told.clear()
+    def _send_hints(self, models: list[ServedModel]) -> None:
+        if self._engine.starts != self._engine_start:
+            self._engine_start = self._engine.starts
+            self._hinted.clear()
         for model in models:
-            if model.digest not in self._told:
-                self._told.add(model.digest)
-                self._link.expect(model)
+            if model.digest not in self._hinted:
+                self._hinted.add(model.digest)
+                self._engine.preload(model)

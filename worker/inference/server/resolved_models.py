@@ -1,43 +1,43 @@
-"""The models that were asked for so far: a digest is resolved once, for all who ask meanwhile. Knows no HTTP."""
+"""The models that requests have named so far. A digest is resolved once, for all requests that wait for it."""
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 
-from worker.inference.protocol import ServedModel
+from worker.inference.sampling_params import ServedModel
 
-REMEMBERED = 4_096  # digests whose model is not asked for again
+MAX_RESOLVED = 4_096  # an LRU
 
 
 class ResolvedModels:
-    """Digest → model. `resolve` is called in a thread. Lives on one event loop."""
+    """Digest → model. `resolve` runs in a thread. All methods run on one event loop."""
 
     def __init__(self, resolve: Callable[[str], ServedModel]) -> None:
         self._resolve = resolve
-        self._known: OrderedDict[str, ServedModel] = OrderedDict()
-        self._asked: dict[str, asyncio.Task[ServedModel]] = {}
+        self._resolved: OrderedDict[str, ServedModel] = OrderedDict()
+        self._resolving: dict[str, asyncio.Task[ServedModel]] = {}
 
-    def models(self) -> list[ServedModel]:
-        """Those that are known."""
-        return list(self._known.values())
+    def list_models(self) -> list[ServedModel]:
+        """All resolved models."""
+        return list(self._resolved.values())
 
-    async def find(self, digest: str) -> ServedModel:
-        """The model. Raises what `resolve` does."""
-        if digest in self._known:
-            return self._known[digest]
-        if digest not in self._asked:
-            self._asked[digest] = asyncio.create_task(self._ask(digest))
-        return await asyncio.shield(self._asked[digest])  # others wait for it, too
+    async def resolve(self, digest: str) -> ServedModel:
+        """The model. Raises what the `resolve` function does."""
+        if digest in self._resolved:
+            return self._resolved[digest]
+        if digest not in self._resolving:
+            self._resolving[digest] = asyncio.create_task(self._resolve_in_thread(digest))
+        return await asyncio.shield(self._resolving[digest])  # other requests wait for it, too
 
-    def forget(self, digest: str) -> None:
-        """Have it resolved anew when it is asked for next."""
-        self._known.pop(digest, None)
+    def invalidate(self, digest: str) -> None:
+        """Resolve this digest again when a request names it next."""
+        self._resolved.pop(digest, None)
 
-    async def _ask(self, digest: str) -> ServedModel:
+    async def _resolve_in_thread(self, digest: str) -> ServedModel:
         try:
-            model = self._known[digest] = await asyncio.to_thread(self._resolve, digest)
+            model = self._resolved[digest] = await asyncio.to_thread(self._resolve, digest)
         finally:
-            del self._asked[digest]
-        if len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+            del self._resolving[digest]
+        if len(self._resolved) > MAX_RESOLVED:
+            self._resolved.popitem(last=False)
         return model
