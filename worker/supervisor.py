@@ -235,6 +235,7 @@ class Supervisor:
     def _conclude(self, leased: Leased, prepared: Prepared, watch: Watch) -> None:
         match watch.last:
             case Finished(outcome="succeeded", adapter=Path() as adapter):
+                self._attempts.warn(leased.lease, watch.last.warnings)
                 manifest = self._manifest(leased, prepared, watch, watch.last)
                 self._services.adapters.publish(leased.lease, leased.name, adapter, manifest)
                 self._remember_pace(prepared, watch.last)
@@ -299,6 +300,7 @@ class Supervisor:
             max_sequence_length=prepared.limit,
             seed=spec.seed,
             metrics=made.metrics,
+            warnings=made.warnings,
             packages=made.packages,
             environment=watch.environment,
             code_revision=version("veritune"),

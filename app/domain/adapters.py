@@ -63,6 +63,7 @@ class Manifest(_Word):
     max_sequence_length: int
     seed: int
     metrics: dict[str, float]
+    warnings: tuple[str, ...] = ()
     packages: dict[str, str]
     environment: Environment | None = None
     code_revision: str
@@ -139,13 +140,14 @@ def model_card(name: str, manifest: Manifest) -> str:
     trained = f"- final loss: {loss:.4f}\n" if loss is not None else ""
     held_out = manifest.metrics.get("validation_loss")
     trained += f"- loss on validation rows: {held_out:.4f}\n" if held_out is not None else ""
-    approach = (manifest.spec.get("adapter") or {}).get("type", "full")
+    trained += "".join(f"- **warning**: {warning}\n" for warning in manifest.warnings)
+    method = (manifest.spec.get("adapter") or {}).get("type", "full")
     library = {"peft": "peft", "full": "transformers"}[manifest.kind]
     what = {"peft": "adapter", "full": "model"}[manifest.kind]
     return f"""---
 base_model: {manifest.base.name}
 library_name: {library}
-tags: [fact-checking, react, {approach}]
+tags: [fact-checking, react, {method}]
 ---
 
 # {name}
@@ -154,7 +156,7 @@ A ReAct fact-checking {what}: it writes Thoughts and chooses Actions (`Search[â€
 observes must come from a search, never from the model.
 
 - base model: {manifest.base.name} at revision {manifest.base.revision}
-- approach: {approach}; quantisation while training: {json.dumps(manifest.quantization)}
+- tuning method: {method}; quantisation while training: {json.dumps(manifest.quantization)}
 - trained on {manifest.dataset_rows} trajectories (dataset digest `{manifest.dataset_digest[:16]}â€¦`)
 {trained}- seed: {manifest.seed}, code revision: {manifest.code_revision}
 

@@ -130,7 +130,7 @@ class Evaluated(_Word):
 
 class Checkpointed(_Word):
     """A checkpoint directory is complete, hashed and in place. It holds an adapter of the same weights beside them:
-    `packages` and `metrics` are what its manifest says, should it be published."""
+    `packages`, `metrics` and `warnings` are what its manifest says, should it be published."""
 
     event: Literal["checkpoint"] = "checkpoint"
     update: int
@@ -139,6 +139,7 @@ class Checkpointed(_Word):
     validation_loss: float | None = None
     packages: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Log(_Word):
@@ -149,13 +150,17 @@ class Log(_Word):
 
 
 class Finished(_Word):
-    """The last event of a good end. `adapter`: a PEFT directory, when the work was finished and not just stopped."""
+    """The last event of a good end. `adapter`: a PEFT directory, when the work was finished and not just stopped.
+
+    `warnings`: what speaks against the adapter; they stand on the job and in the adapter's manifest.
+    """
 
     event: Literal["finished"] = "finished"
     outcome: Literal["succeeded", "paused", "stopped"]
     adapter: Path | None = None
     packages: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Failed(_Word):

@@ -102,7 +102,10 @@ class JobError(_Word):
 
 
 class Progress(_Word):
-    """How far an attempt is. `epoch` counts passes over the data; `eta_seconds` is from the recent pace."""
+    """How far an attempt is. `epoch` counts passes over the data; `eta_seconds` is from the recent pace.
+
+    `warnings`: what speaks against the result of a job that succeeded, such as a loss that rose.
+    """
 
     update: int = 0
     total_updates: int
@@ -110,6 +113,7 @@ class Progress(_Word):
     loss: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class Lease(_Word):

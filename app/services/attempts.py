@@ -1,6 +1,7 @@
 """Jobs as workers see them: lease, heartbeat, record, checkpoint, end. Every write is fenced by the lease's epoch."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,6 +117,17 @@ class Attempts:
                 if metric.skipped:
                     message = f"update {metric.update} skipped: loss or gradients were not finite"
                     unit.jobs.tell(lease.job_id, "update_skipped", message, "warning", {"update": metric.update})
+
+    def warn(self, lease: Lease, warnings: Sequence[str]) -> None:
+        """Write what speaks against the result of this attempt: on the job, and as an event for each."""
+        if not warnings:
+            return
+        with self._database.write() as unit:
+            row = unit.jobs.find(lease.job_id)
+            assert row is not None, "a leased job is not deleted"
+            unit.jobs.write(lease, progress={**(row.progress or {}), "warnings": list(warnings)})
+            for warning in warnings:
+                unit.jobs.tell(lease.job_id, "warning", warning, "warning", {})
 
     def evaluated(self, lease: Lease, found: Evaluated) -> None:
         """Tell what held-out rows say. An update whose metrics are there already learns it from here."""

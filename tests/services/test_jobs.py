@@ -142,6 +142,18 @@ def test_an_unknown_dataset_and_base_model_are_named(services: Services, dataset
         services.jobs.submit({"dataset": dataset, "base_model": "llama"})
 
 
+def test_what_speaks_against_a_result_stands_on_the_job_and_in_an_event(services: Services, job: Job) -> None:
+    lease = leased(services.attempts).lease
+    services.attempts.record(lease, [metrics(1)], None)
+    services.attempts.warn(lease, ("the loss rose: 2.79 over the first updates, 46.80 over the last ones",))
+    progress = services.jobs.get(job.id).progress
+    assert progress is not None
+    assert progress.update == 1
+    assert progress.warnings == ("the loss rose: 2.79 over the first updates, 46.80 over the last ones",)
+    told = services.jobs.events(job.id, 0, 100)[0][-1]
+    assert (told.level, told.kind, told.message) == ("warning", "warning", progress.warnings[0])
+
+
 def test_two_workers_ask_and_one_gets_the_job(services: Services, job: Job) -> None:
     first = services.attempts.lease(KINDS, "worker-1")
     second = services.attempts.lease(KINDS, "worker-2")

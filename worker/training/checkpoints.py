@@ -30,6 +30,8 @@ class Progress(BaseModel):
 
     `evaluated`: the update behind which the validation rows were looked at last, with what result; `best_…`: the one
     with the lowest loss; `without_improvement`: evaluations since then.
+
+    `first_losses`, `last_losses`: of the updates that changed the weights, for `loss_trend`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +51,8 @@ class Progress(BaseModel):
     best_loss: float | None = None
     best_accuracy: float | None = None
     without_improvement: int = 0
+    first_losses: tuple[float, ...] = ()
+    last_losses: tuple[float, ...] = ()
 
     @property
     def published(self) -> int:

@@ -19,10 +19,11 @@ from worker.training.channel import Channel
 from worker.training.checkpoints import newest_sound, read_checkpoint, write_checkpoint
 from worker.training.errors import TrainingError
 from worker.training.evaluation import Evaluation, HeldOut
+from worker.training.loss_trend import noted
 from worker.training.lr_schedule import learning_rate
 from worker.training.model import TrainableModel, load_trainable_model
 from worker.training.publishing import write_files, write_published
-from worker.training.run_metrics import best_metrics, package_versions, run_totals
+from worker.training.run_metrics import best_metrics, package_versions, run_totals, run_warnings
 from worker.training.state import RunState
 from worker.training.updates import add_gradients, gradient_norm, probe, step
 
@@ -100,6 +101,10 @@ def train(order: TrainOrder, channel: Channel) -> None:
         progress.labelled_tokens += labelled
         progress.seconds += seconds
         progress.loss = progress.loss if skipped else loss
+        if not skipped:
+            progress.first_losses, progress.last_losses = noted(
+                progress.first_losses, progress.last_losses, loss, schedule.updates
+            )
         found = _validate(order, trainable, state, validation, channel)
         channel.tell(
             Metrics(
@@ -132,6 +137,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
         return
     if progress.update < schedule.updates:
         channel.tell(Log(message=f"stopped early: {spec.trainer.early_stop} evaluations without a lower loss"))
+    warnings = run_warnings(state)
     state.take_best()
     tested = _test(trainable, state, test, channel)
     _write_row_losses(order, state)
@@ -142,7 +148,9 @@ def train(order: TrainOrder, channel: Channel) -> None:
     if state.ranks is not None:
         channel.tell(Log(message="ranks that are left", data=dict(state.ranks.kept())))
     adapter = write_published(trainable.method, masters, order.base, order.directory)
-    channel.tell(Finished(outcome="succeeded", adapter=adapter, packages=package_versions(), metrics=totals))
+    channel.tell(
+        Finished(outcome="succeeded", adapter=adapter, packages=package_versions(), metrics=totals, warnings=warnings)
+    )
 
 
 def _obey(order: TrainOrder, trainable: TrainableModel, state: RunState, channel: Channel) -> bool:
@@ -278,5 +286,6 @@ def _checkpoint(order: TrainOrder, trainable: TrainableModel, state: RunState, c
             validation_loss=loss,
             packages=package_versions(),
             metrics=metrics,
+            warnings=run_warnings(state),
         )
     )

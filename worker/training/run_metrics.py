@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import torch
 
+from worker.training import loss_trend
 from worker.training.state import RunState
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -23,6 +24,13 @@ def best_metrics(state: RunState) -> dict[str, float]:
 
 def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
+
+
+def run_warnings(state: RunState) -> tuple[str, ...]:
+    """What speaks against the weights as they are."""
+    progress = state.progress
+    found = loss_trend.warning(progress.first_losses, progress.last_losses, progress.applied)
+    return () if found is None else (found,)
 
 
 def run_totals(state: RunState) -> dict[str, float]:
