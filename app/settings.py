@@ -15,6 +15,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from app.queue.base import QUEUES
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Hosts to listen on that stand for all addresses, and the one of them that this machine reaches itself at."""
+
 SCHEMES = {
     "database_url": ("sqlite", "postgresql", "postgresql+psycopg"),
     "redis_url": ("redis", "rediss", "redis+socket"),
@@ -196,6 +199,12 @@ class Settings(BaseSettings):
     @cached_property
     def storage(self) -> str:
         return self.storage_url or f"file://{self.home_path / 'blobs'}"
+
+    @cached_property
+    def api_url(self) -> str:
+        """Where processes of this machine reach the API."""
+        host = EVERY_ADDRESS.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @cached_property
     def inference(self) -> str:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from app.settings import Settings, read_settings
 
@@ -45,6 +45,21 @@ def test_state_lies_under_one_directory(tmp_path: Path) -> None:
     assert settings.database == f"sqlite:///{home / 'veritune.db'}"
     assert settings.storage == f"file://{home / 'blobs'}"
     assert settings.broker == f"redis+socket://{settings.run_path / 'redis.sock'}"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("localhost", "http://localhost:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("192.0.2.1", "http://192.0.2.1:8000"),
+    ],
+)
+def test_where_the_api_is_reached_from_its_own_machine(host: str, url: str) -> None:
+    assert Settings(host=host, api_key=SecretStr("a key")).api_url == url
 
 
 def test_the_scaled_form_swaps_settings_only() -> None:

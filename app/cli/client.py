@@ -7,15 +7,14 @@ from typing import Any
 import httpx
 
 from app.cli.errors import CommandError
-from app.settings import LOOPBACK, Settings
+from app.settings import Settings
 
 
 @contextmanager
 def client_of(settings: Settings, seconds: float = 600) -> Iterator[httpx.Client]:
     """A client with this deployment's address and key, which waits `seconds` for an answer. Raises CommandError."""
-    host = settings.host if settings.host in LOOPBACK else "127.0.0.1"
     key = {"Authorization": f"Bearer {settings.key.get_secret_value()}"} if settings.key else {}
-    url = f"http://{host}:{settings.port}"
+    url = settings.api_url
     with httpx.Client(base_url=url, headers=key, timeout=seconds, trust_env=False) as client:
         try:
             yield client

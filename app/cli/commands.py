@@ -1,5 +1,6 @@
 """The commands and their options."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from app.db.migrating import migrate
 from app.domain.base_models import SERVED_AS
 from app.domain.errors import VerituneError
 from app.logs import configure_logs
-from app.settings import read_settings
+from app.settings import Settings, read_settings
 
 
 class _Commands(TyperGroup):
@@ -48,22 +49,34 @@ application.add_typer(models_application, name="models")
 application.add_typer(corpora_application, name="corpora")
 
 
-def _services() -> Services:
-    settings = read_settings()
+Home = Annotated[Path | None, typer.Option(help="Directory of all embedded state; goes before VERITUNE_HOME.")]
+Host = Annotated[str | None, typer.Option(help="Where the API listens; goes before VERITUNE_HOST.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="The API's port; goes before VERITUNE_PORT.")]
+
+
+def _settings(**options: Path | str | int | None) -> Settings:
+    """The environment's settings; a command's options replace them, also for the processes that it starts."""
+    given = {f"VERITUNE_{name.upper()}": str(value) for name, value in options.items() if value is not None}
+    os.environ.update(given)
+    return read_settings()
+
+
+def _services(home: Path | None) -> Services:
+    settings = _settings(home=home)
     migrate(settings.database)
     return compose(settings)
 
 
 @application.command("up")
-def up_command() -> None:
+def up_command(port: Port = None, host: Host = None, home: Home = None) -> None:
     """Run everything on this machine until Ctrl-C: broker, API, trainer, runner, inference."""
-    up.up(read_settings())
+    up.up(_settings(port=port, host=host, home=home))
 
 
 @application.command("api")
-def api_command() -> None:
+def api_command(port: Port = None, host: Host = None, home: Home = None) -> None:
     """Run the API process alone (a scaled deployment)."""
-    settings = read_settings()
+    settings = _settings(port=port, host=host, home=home)
     configure_logs(settings.log_format)
     uvicorn.run(
         "app.main:create_app",
@@ -90,24 +103,27 @@ def worker_health_command() -> None:
 
 
 @application.command("migrate")
-def migrate_command() -> None:
+def migrate_command(home: Home = None) -> None:
     """Bring the database's tables to this version."""
-    migrate(read_settings().database)
+    migrate(_settings(home=home).database)
 
 
 @application.command("demo")
 def demo_command(
     examples: Annotated[Path, typer.Option(help="Directory of the demo's data.")] = Path("examples"),
     keep: Annotated[bool, typer.Option(help="Leave the service running afterwards.")] = False,
+    port: Port = None,
+    host: Host = None,
+    home: Home = None,
 ) -> None:
     """Upload, train, publish, and judge held-out claims with base and adapter, side by side."""
-    demo.demo(read_settings(), examples, keep=keep)
+    demo.demo(_settings(port=port, host=host, home=home), examples, keep=keep)
 
 
 @application.command("rerun")
-def rerun_command(job: str) -> None:
+def rerun_command(job: str, port: Port = None, host: Host = None) -> None:
     """Submit a job of the running service once more, with everything pinned: the same adapter on the same machine."""
-    with client_of(read_settings()) as client:
+    with client_of(_settings(port=port, host=host)) as client:
         again, manifest = rerun(client, job)
     typer.echo(f"{again['id']}  {again['name']}  queued")
     if manifest and (where := manifest["environment"]):
@@ -115,16 +131,16 @@ def rerun_command(job: str) -> None:
 
 
 @models_application.command("fetch")
-def models_fetch(name: str) -> None:
+def models_fetch(name: str, home: Home = None) -> None:
     """Get a model of the catalogue (smollm2-135m) and list it."""
-    described = models.fetch(_services(), name)
+    described = models.fetch(_services(home), name)
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
 
 
 @models_application.command("add")
-def models_add(name: str, source: str) -> None:
+def models_add(name: str, source: str, home: Home = None) -> None:
     """List a model: SOURCE is a directory, or ORG/NAME@REVISION of the Hugging Face hub."""
-    described = models.add(_services(), name, source)
+    described = models.add(_services(home), name, source)
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
 
 
@@ -135,29 +151,30 @@ def models_export(
     quantization: Annotated[
         Literal["nf4", "fp4", "int8", "none"], typer.Option(help="What adapters over it were trained on.")
     ] = "nf4",
+    home: Home = None,
 ) -> None:
     """Write a listed model as it is served, as plain weights that vLLM reads; the last word is its directory."""
-    exported = models.export(_services(), name, SERVED_AS[quantization], to)
+    exported = models.export(_services(home), name, SERVED_AS[quantization], to)
     typer.echo(f"{exported.name}  {quantization}  {exported.path}")
 
 
 @models_application.command("list")
-def models_list() -> None:
+def models_list(home: Home = None) -> None:
     """The models that jobs may name."""
-    for view in _services().base_models.all():
+    for view in _services(home).base_models.all():
         mark = "*" if view.default else " "
         typer.echo(f"{mark} {view.name}  {view.parameters:,} parameters  context {view.context_length}")
 
 
 @corpora_application.command("fetch")
-def corpora_fetch(name: str) -> None:
+def corpora_fetch(name: str, home: Home = None) -> None:
     """Get a corpus of the catalogue (wiki-leads: 10,033 leads of Wikipedia articles, CC BY-SA)."""
-    corpus = corpora.fetch(_services(), name)
+    corpus = corpora.fetch(_services(home), name)
     typer.echo(corpora.told(corpus))
 
 
 @corpora_application.command("add")
-def corpora_add(file: Path, name: Annotated[str | None, typer.Option()] = None) -> None:
+def corpora_add(file: Path, name: Annotated[str | None, typer.Option()] = None, home: Home = None) -> None:
     """Import pages from a JSONL file: {title, text} or {title, sentences} a line."""
-    corpus, _new = _services().corpora.create(file, file.name, name)
+    corpus, _new = _services(home).corpora.create(file, file.name, name)
     typer.echo(corpora.told(corpus))

@@ -22,7 +22,7 @@ from app.cli.ports import free_port
 from app.cli.processes import Part, Processes
 from app.composition import compose
 from app.db.migrating import migrate
-from app.settings import LOOPBACK, Settings
+from app.settings import Settings
 
 COLOURS = {"broker": 35, "api": 32, "trainer": 33, "runner": 36, "inference": 34, "up": 1}
 TEND_SECONDS = 0.2
@@ -94,18 +94,13 @@ def _tend(settings: Settings, processes: Processes, over: threading.Event) -> No
             asked_at = time.monotonic()
             announced = _ready(settings)
             if announced:
-                _say("up", f"ready: http://{_address(settings)}/docs  (Ctrl-C stops everything)")
+                _say("up", f"ready: {settings.api_url}/docs  (Ctrl-C stops everything)")
 
 
 def _ready(settings: Settings) -> bool:
     with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"http://{_address(settings)}/health/ready", timeout=2, trust_env=False).is_success
+        return httpx.get(f"{settings.api_url}/health/ready", timeout=2, trust_env=False).is_success
     return False
-
-
-def _address(settings: Settings) -> str:
-    host = settings.host if settings.host in LOOPBACK else "127.0.0.1"
-    return f"{host}:{settings.port}"
 
 
 def _environment(settings: Settings) -> dict[str, str]:
@@ -119,14 +114,16 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _check_port(settings: Settings) -> None:
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            variable = "VERITUNE_PORT" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "VERITUNE_HOST"
+            setting = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
             raise CommandError(
-                f"port {settings.port} on {settings.host} cannot be used ({error.strerror}); set {variable}"
+                f"port {settings.port} on {settings.host} cannot be used ({error.strerror}); "
+                f"choose another {setting} with --{setting} or VERITUNE_{setting.upper()}"
             ) from None
 
 
@@ -138,7 +135,8 @@ def _only_one(settings: Settings) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CommandError(
-                f"veritune is up already with {settings.home_path}; stop it, or set VERITUNE_HOME"
+                f"veritune is up already with {settings.home_path}; stop it, "
+                "or choose another directory with --home or VERITUNE_HOME"
             ) from None
         lock.write(str(os.getpid()))
         lock.flush()

@@ -69,14 +69,50 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         refused = run(tmp_path, "up", VERITUNE_PORT=str(port))
     assert refused.returncode == 1
     assert str(port) in refused.stderr
-    assert "VERITUNE_PORT" in refused.stderr
+    assert "--port or VERITUNE_PORT" in refused.stderr
 
 
 def test_a_host_that_cannot_be_is_named(tmp_path: Path) -> None:
     refused = run(tmp_path, "up", VERITUNE_HOST="nowhere.invalid", VERITUNE_API_KEY="a key")
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "nowhere.invalid" in refused.stderr
-    assert "set VERITUNE_HOST" in refused.stderr
+    assert "--host or VERITUNE_HOST" in refused.stderr
+
+
+def test_options_go_before_the_environment(tmp_path: Path) -> None:
+    """As on every server. What is refused shows which of them counted."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        options = ("--port", port, "--host", "localhost", "--home", str(tmp_path / "chosen"))
+        refused = run(tmp_path / "other", "up", *options, VERITUNE_PORT="1", VERITUNE_HOST="127.0.0.1")
+    assert f"port {port} on localhost cannot be used" in refused.stderr
+    assert (tmp_path / "chosen" / "up.lock").exists()
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_port_that_is_none_and_a_host_without_a_key_are_refused(tmp_path: Path) -> None:
+    assert "--port" in run(tmp_path, "up", "--port", "70000").stderr
+    assert "VERITUNE_API_KEY" in run(tmp_path, "up", "--host", "0.0.0.0").stderr
+
+
+def test_the_port_of_an_address_of_version_6_is_looked_at(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert (
+            f"port {port} on ::1 cannot be used (Address already in use)"
+            in run(tmp_path, "up", "--port", port, "--host", "::1").stderr
+        )
+
+
+def test_the_home_of_a_command_is_an_option_too(tmp_path: Path) -> None:
+    done = run(tmp_path / "other", "models", "list", "--home", str(tmp_path / "chosen"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "chosen" / "veritune.db").exists()
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
