@@ -11,20 +11,20 @@ from app.domain.adapters import Adapter
 
 router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=StrictRoute)
 
-Named = Annotated[str, named("adapter")]
+AdapterReference = Annotated[str, named("adapter")]
 After = Annotated[Annotated[str, IdOf("adp", "an adapter")] | None, AFTER]
 _ZIP = {"application/zip": {"schema": {"type": "string", "format": "binary"}}}
 
 
 @router.get("", summary="List adapters")
-def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Adapter]:
+def list_adapters(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Adapter]:
     """Newest first."""
     data, more = services.adapters.page(after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.get("/{adapter}", summary="An adapter and its manifest", responses=problems(404))
-def read(services: ServicesDep, adapter: Named) -> Adapter:
+def get_adapter(services: ServicesDep, adapter: AdapterReference) -> Adapter:
     """What it is, and everything needed to make it again. `aliases` holds `default` when it is the promoted one."""
     return services.adapters.get(adapter)
 
@@ -35,7 +35,7 @@ def read(services: ServicesDep, adapter: Named) -> Adapter:
     response_class=StreamingResponse,
     responses={200: {"content": _ZIP, "description": "The archive"}, **problems(404)},
 )
-def download(services: ServicesDep, adapter: Named) -> StreamingResponse:
+def download_adapter(services: ServicesDep, adapter: AdapterReference) -> StreamingResponse:
     """A zip of a PEFT directory: safetensors, adapter_config.json, manifest.json and the model card."""
     name, content = services.adapters.archive(adapter)
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
@@ -43,12 +43,12 @@ def download(services: ServicesDep, adapter: Named) -> StreamingResponse:
 
 
 @router.post("/{adapter}/promote", summary="Make this the default adapter", responses=problems(404))
-def promote(services: ServicesDep, adapter: Named) -> Adapter:
+def promote_adapter(services: ServicesDep, adapter: AdapterReference) -> Adapter:
     """Predictions that name no adapter use it from now on."""
     return services.adapters.promote(adapter)
 
 
 @router.delete("/{adapter}", status_code=204, summary="Delete an adapter", responses=problems(404))
-def delete(services: ServicesDep, adapter: Named) -> None:
+def delete_adapter(services: ServicesDep, adapter: AdapterReference) -> None:
     """Unpublish it. The job that made it stays, and claims that are being judged with it are judged to their end."""
     services.adapters.delete(adapter)

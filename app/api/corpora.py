@@ -11,7 +11,7 @@ from app.services.corpora import Corpus
 
 router = APIRouter(prefix="/corpora", tags=["corpora"], route_class=StrictRoute)
 
-Named = Annotated[str, named("corpus")]
+CorpusReference = Annotated[str, named("corpus")]
 After = Annotated[Annotated[str, IdOf("corp", "a corpus")] | None, AFTER]
 Words = Annotated[
     str,
@@ -26,7 +26,7 @@ Words = Annotated[
     responses={200: {"model": Corpus, "description": "These pages were here already"}, **problems(409)},
     dependencies=[form_of("file", "name")],
 )
-def upload(
+def upload_corpus(
     services: ServicesDep,
     response: Response,
     file: Annotated[UploadFile, File(description="JSONL: {title, text} or {title, sentences} a line.")],
@@ -40,22 +40,22 @@ def upload(
 
 
 @router.get("", summary="List corpora")
-def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Corpus]:
+def list_corpora(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Corpus]:
     """Newest first."""
     data, more = services.corpora.page(after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.get("/{corpus}", summary="A corpus and the account of its upload", responses=problems(404))
-def read(services: ServicesDep, corpus: Named) -> Corpus:
+def get_corpus(services: ServicesDep, corpus: CorpusReference) -> Corpus:
     """`digest` names the snapshot; predictions quote it with every Observation."""
     return services.corpora.get(corpus)
 
 
 @router.get("/{corpus}/search", summary="Search a corpus by free text", responses=problems(404))
-def search(
+def search_corpus(
     services: ServicesDep,
-    corpus: Named,
+    corpus: CorpusReference,
     q: Words,
     limit: Annotated[int, Query(ge=1, le=50, description="Most pages to give.")] = 10,
 ) -> Page[Hit]:
@@ -64,12 +64,12 @@ def search(
 
 
 @router.post("/{corpus}/promote", summary="Make this the default corpus", responses=problems(404))
-def promote(services: ServicesDep, corpus: Named) -> Corpus:
+def promote_corpus(services: ServicesDep, corpus: CorpusReference) -> Corpus:
     """Predictions that name no corpus search this one from now on."""
     return services.corpora.promote(corpus)
 
 
 @router.delete("/{corpus}", status_code=204, summary="Delete a corpus", responses=problems(404))
-def delete(services: ServicesDep, corpus: Named) -> None:
+def delete_corpus(services: ServicesDep, corpus: CorpusReference) -> None:
     """Predictions that were made with it keep the text that they quote."""
     services.corpora.delete(corpus)

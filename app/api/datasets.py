@@ -11,7 +11,7 @@ from app.services.datasets import Dataset
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=StrictRoute)
 
-Named = Annotated[str, named("dataset")]
+DatasetReference = Annotated[str, named("dataset")]
 After = Annotated[Annotated[str, IdOf("ds", "a dataset")] | None, AFTER]
 Column = Annotated[str | None, Form(max_length=200, description="The file's own name for this column.")]
 
@@ -23,7 +23,7 @@ Column = Annotated[str | None, Form(max_length=200, description="The file's own 
     responses={200: {"model": Dataset, "description": "This content was here already"}, **problems(409)},
     dependencies=[form_of("file", "name", "claim_column", "trajectories_column", "label_column", "split_column")],
 )
-def upload(
+def upload_dataset(
     services: ServicesDep,
     response: Response,
     file: Annotated[
@@ -54,22 +54,22 @@ def upload(
 
 
 @router.get("", summary="List datasets")
-def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Dataset]:
+def list_datasets(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Dataset]:
     """Newest first."""
     data, more = services.datasets.page(after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.get("/{dataset}", summary="A dataset and the account of its upload", responses=problems(404))
-def read(services: ServicesDep, dataset: Named) -> Dataset:
+def get_dataset(services: ServicesDep, dataset: DatasetReference) -> Dataset:
     """Counts, label balance, lengths, and every finding with its line (the first two hundred; counts are exact)."""
     return services.datasets.get(dataset)
 
 
 @router.get("/{dataset}/preview", summary="Rows of a dataset, as they were understood", responses=problems(404))
-def preview(
+def preview_dataset(
     services: ServicesDep,
-    dataset: Named,
+    dataset: DatasetReference,
     after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Row number of the last row seen.")] = 0,
     limit: Annotated[int, Query(ge=1, le=100, description="Most rows to give.")] = 5,
 ) -> Page[Trajectory]:
@@ -79,6 +79,6 @@ def preview(
 
 
 @router.delete("/{dataset}", status_code=204, summary="Delete a dataset", responses=problems(404, 409))
-def delete(services: ServicesDep, dataset: Named) -> None:
+def delete_dataset(services: ServicesDep, dataset: DatasetReference) -> None:
     """Refused (409) while a job that is not finished uses it."""
     services.datasets.delete(dataset)

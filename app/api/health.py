@@ -27,13 +27,13 @@ class Ready(BaseModel):
 
 
 @router.get("/health/live", summary="The API process answers")
-def live() -> Live:
+def get_liveness() -> Live:
     """For a liveness probe: it says nothing of the other parts."""
     return Live()
 
 
 @router.get("/health/ready", summary="API, a trainer, inference and a base model are usable", responses=problems(503))
-def ready(services: ServicesDep) -> Ready:
+def get_readiness(services: ServicesDep) -> Ready:
     """503 until everything that a job and a prediction need is there; `errors` names what is not.
 
     Suspended inference counts as available: it resumes by itself, and everything else works.
@@ -67,6 +67,6 @@ def _inference(services: Services) -> tuple[str, str] | None:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "In the text format"}},
 )
-def metrics() -> Response:
+def get_metrics() -> Response:
     """Of this process, for a scraper."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

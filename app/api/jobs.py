@@ -37,9 +37,9 @@ Spec = Annotated[
     Body(openapi_examples={name: {"value": value} for name, value in spec_examples().items()}),
     WithJsonSchema({"$ref": "#/components/schemas/TrainSpec"}),
 ]
-Named = Annotated[str, named("job")]
+JobReference = Annotated[str, named("job")]
 After = Annotated[Annotated[str, IdOf("job", "a job")] | None, AFTER]
-Waiting = Annotated[str, named("job", example="demo-later")]
+WaitingJobReference = Annotated[str, named("job", example="demo-later")]
 Many = Annotated[int, Query(ge=1, le=1_000, description="Items on a page.")]
 LastEventId = Annotated[
     int | None,
@@ -97,7 +97,7 @@ KEEP_ALIVE = ": still here\n\n"
     summary="What a job would take",
     responses={200: {"content": {"application/json": {"example": plan_example()}}}, **problems(404)},
 )
-def plan(services: ServicesDep, spec: Spec, device: On = None, rows: Rows = "first") -> Plan:
+def plan_job(services: ServicesDep, spec: Spec, device: On = None, rows: Rows = "first") -> Plan:
     """Rows, tokens, what the policy does to over-length rows, updates, memory by part, time. Nothing is queued.
 
     `fits` says whether the memory suffices; where it does not, `remedies` are changes of the config with which it does.
@@ -106,7 +106,7 @@ def plan(services: ServicesDep, spec: Spec, device: On = None, rows: Rows = "fir
 
 
 @router.post("", status_code=201, summary="Submit a job", response_model=Job, responses=problems(404, 409))
-def submit(services: ServicesDep, spec: Spec, body: RawBody, key: IdempotencyKey = None) -> Response:
+def submit_job(services: ServicesDep, spec: Spec, body: RawBody, key: IdempotencyKey = None) -> Response:
     """Queue a training job from a declarative config; only `dataset` is required.
 
     Unknown keys are refused with a did-you-mean; what this version does not run yet is refused with
@@ -121,7 +121,7 @@ def submit(services: ServicesDep, spec: Spec, body: RawBody, key: IdempotencyKey
 
 
 @router.get("", summary="List jobs")
-def listing(
+def list_jobs(
     services: ServicesDep,
     after: After = None,
     limit: Limit = 20,
@@ -133,31 +133,31 @@ def listing(
 
 
 @router.get("/{job}", summary="A job, its progress and its end", responses=problems(404))
-async def read(services: ServicesDep, job: Named) -> Job:
+async def get_job(services: ServicesDep, job: JobReference) -> Job:
     """Poll this. `queue_position` is set while it waits, `progress` while it runs, `error` when it failed."""
     return await services.polls.get(job)
 
 
 @router.delete("/{job}", status_code=204, summary="Delete a job that has ended", responses=problems(404, 409))
-def delete(services: ServicesDep, job: Named) -> None:
+def delete_job(services: ServicesDep, job: JobReference) -> None:
     """Delete it with its events, metrics, checkpoints and artifacts; its name is free again. Its adapter stays."""
     services.jobs.delete(job)
 
 
 @router.post("/{job}/pause", summary="Pause a job behind a checkpoint", responses=problems(404, 409))
-def pause(services: ServicesDep, job: Waiting) -> Job:
+def pause_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     """At once when it waits; when it runs, it writes a checkpoint first and leaves the device."""
     return services.jobs.wish(job, Wish.PAUSE)
 
 
 @router.post("/{job}/resume", summary="Resume a paused job", responses=problems(404, 409))
-def resume(services: ServicesDep, job: Waiting) -> Job:
+def resume_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     """It goes on from its newest checkpoint."""
     return services.jobs.wish(job, Wish.RESUME)
 
 
 @router.post("/{job}/cancel", summary="Cancel a job", responses=problems(404, 409))
-def cancel(services: ServicesDep, job: Waiting) -> Job:
+def cancel_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     """At once when it waits; within seconds when it runs. A finished job cannot be cancelled (409)."""
     return services.jobs.wish(job, Wish.CANCEL)
 
@@ -172,10 +172,10 @@ def cancel(services: ServicesDep, job: Waiting) -> Job:
         **problems(404),
     },
 )
-async def events(
+async def list_job_events(
     request: Request,
     services: ServicesDep,
-    job: Named,
+    job: JobReference,
     after: Seq = 0,
     limit: Many = 100,
     last_event_id: LastEventId = None,
@@ -186,13 +186,13 @@ async def events(
         page = Page[Event](data=found, has_more=more)
         return JSONResponse(page.model_dump(mode="json"))
     start = after if last_event_id is None else last_event_id
-    if await run_in_threadpool(_all_told, services, job, start):
+    if await run_in_threadpool(_nothing_follows, services, job, start):
         return Response(status_code=204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_stream(services, job, start), media_type="text/event-stream", headers=headers)
 
 
-def _all_told(services: Services, job: str, after: int) -> bool:
+def _nothing_follows(services: Services, job: str, after: int) -> bool:
     """Whether the job is over and has no event behind `after`."""
     return services.jobs.get(job).status in TERMINAL and not services.jobs.events(job, after, 1)[0]
 
@@ -206,14 +206,14 @@ async def _stream(services: Services, job: str, after: int) -> AsyncIterator[str
 
 
 @router.get("/{job}/metrics", summary="A job's metrics, one row an update", responses=problems(404))
-def metrics(services: ServicesDep, job: Named, after: Seq = 0, limit: Many = 1_000) -> Page[Metric]:
+def list_job_metrics(services: ServicesDep, job: JobReference, after: Seq = 0, limit: Many = 1_000) -> Page[Metric]:
     """Loss, learning rate, gradient norm, tokens and pace, oldest first. Skipped updates say so."""
     data, more = services.jobs.metrics(job, after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.get("/{job}/checkpoints", summary="A job's resumable states", responses=problems(404))
-def checkpoints(services: ServicesDep, job: Named) -> Page[Checkpoint]:
+def list_checkpoints(services: ServicesDep, job: JobReference) -> Page[Checkpoint]:
     """Newest first. A paused or interrupted job goes on from the first of them; `best` has the lowest validation loss.
 
     The last two and the best are kept, and go some time after the job has ended.
@@ -228,8 +228,8 @@ def checkpoints(services: ServicesDep, job: Named) -> Page[Checkpoint]:
     response_model=Adapter,
     responses=problems(404, 409),
 )
-def publish(
-    services: ServicesDep, job: Named, update: Update, asked: Publish, body: RawBody, key: IdempotencyKey = None
+def publish_checkpoint(
+    services: ServicesDep, job: JobReference, update: Update, asked: Publish, body: RawBody, key: IdempotencyKey = None
 ) -> Response:
     """The weights of that update become an adapter of their own, while the job runs or after it."""
 
@@ -242,7 +242,7 @@ def publish(
 
 
 @router.get("/{job}/artifacts", summary="Files that a job left", responses=problems(404))
-def artifacts(services: ServicesDep, job: Named) -> Page[Artifact]:
+def list_artifacts(services: ServicesDep, job: JobReference) -> Page[Artifact]:
     """By name: `rows.jsonl`, the loss that was last seen of each row; `events.out.tfevents`, for TensorBoard.
 
     They come when an attempt ends, well or not, and are replaced when the next one does.
@@ -256,7 +256,7 @@ def artifacts(services: ServicesDep, job: Named) -> Page[Artifact]:
     response_class=StreamingResponse,
     responses={200: {"content": _BYTES, "description": "The file"}, **problems(404)},
 )
-def artifact(services: ServicesDep, job: Named, name: ArtifactName) -> StreamingResponse:
+def download_artifact(services: ServicesDep, job: JobReference, name: ArtifactName) -> StreamingResponse:
     """`rows.jsonl`: JSON lines of {line, part, tokens, labelled_tokens, loss, update}, for each row that was kept."""
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return StreamingResponse(

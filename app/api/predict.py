@@ -121,7 +121,7 @@ def _error_event(document: dict[str, Any]) -> str:
 @router.post(
     "/predict/batch", summary="Judge many claims", response_model=BatchAnswer, responses=problems(404, 409, 429, 503)
 )
-def batch(
+def predict_batch(
     services: ServicesDep,
     ask: Annotated[BatchRequest, Body(openapi_examples=_ASK_MANY)],
     body: RawBody,
@@ -135,7 +135,7 @@ def batch(
 
     def work() -> tuple[int, dict[str, Any]]:
         answers = services.predictions.batch(ask.requests, gone if key is None else stays)
-        return 200, BatchAnswer(data=[_told(answer) for answer in answers]).model_dump(mode="json")
+        return 200, BatchAnswer(data=[_batch_entry(answer) for answer in answers]).model_dump(mode="json")
 
     status, answer = services.idempotency.once("POST /predict/batch", key, body, work, _final)
     return JSONResponse(answer, status)
@@ -153,21 +153,21 @@ def _final(answer: dict[str, Any]) -> bool:
     return not any(one.get("status") in PASSING for one in answer["data"])
 
 
-def _told(answer: Prediction | VerituneError) -> Prediction | ProblemDocument:
+def _batch_entry(answer: Prediction | VerituneError) -> Prediction | ProblemDocument:
     if isinstance(answer, Prediction):
         return answer
     return ProblemDocument.model_validate(document_of(answer, "/predict/batch"))
 
 
 @router.get("/predictions", summary="List stored predictions")
-def listing(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Prediction]:
+def list_predictions(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Prediction]:
     """Newest first."""
     data, more = services.stored_predictions.page(after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.get("/predictions/{prediction}", summary="A stored prediction", responses=problems(404))
-def read(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> Prediction:
+def get_prediction(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> Prediction:
     """Stored when asked with `store: true`, and named when asked with a `name` besides."""
     return services.stored_predictions.get(prediction)
 
@@ -175,6 +175,6 @@ def read(services: ServicesDep, prediction: Annotated[str, named("prediction")])
 @router.delete(
     "/predictions/{prediction}", status_code=204, summary="Delete a stored prediction", responses=problems(404)
 )
-def delete(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> None:
+def delete_prediction(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> None:
     """Forget it; its name is free again."""
     services.stored_predictions.delete(prediction)

@@ -19,8 +19,8 @@ _PROBES = "/health/"
 
 
 def operation_id(route: APIRoute) -> str:
-    """`jobs_submit`: the tag and the function's name, which generated clients call their methods by."""
-    return "_".join([*map(str, route.tags), route.name])
+    """The route function's name, as in `list_jobs`: generated clients call their methods by it."""
+    return str(route.name)
 
 
 class DocumentedApp(FastAPI):

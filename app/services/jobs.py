@@ -89,12 +89,12 @@ class Jobs:
                 raise NotFoundError("the dataset was deleted while the job was submitted", code="unknown_dataset")
 
     def get(self, reference: str) -> Job:
-        found = self.several([reference]).get(reference)
+        found = self.get_jobs([reference]).get(reference)
         if found is None:
             raise unknown_job(reference)
         return found
 
-    def several(self, references: Sequence[str]) -> dict[str, Job]:
+    def get_jobs(self, references: Sequence[str]) -> dict[str, Job]:
         """Reference → its job, for those that name one. An id goes before a name that is spelled like it."""
         with self._database.read() as unit:
             jobs = [_view(row) for row in unit.jobs.shown(references)]

@@ -47,7 +47,7 @@ class JobPolls:
     def _found(self, references: list[str]) -> dict[str, Job | Exception]:
         """Each reference's job, or why it has none."""
         try:
-            jobs = self._jobs.several(references)
+            jobs = self._jobs.get_jobs(references)
         except Exception as error:
             return dict.fromkeys(references, error)
         return {reference: jobs.get(reference) or unknown_job(reference) for reference in references}

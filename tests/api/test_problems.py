@@ -309,7 +309,7 @@ def test_an_error_of_our_own_tells_nothing(
     def broken(*_: object) -> None:
         raise RuntimeError("a secret of the inside")
 
-    monkeypatch.setattr(type(served.jobs), "several", broken)
+    monkeypatch.setattr(type(served.jobs), "get_jobs", broken)
     response = client.get("/jobs/x")
     problem(response, 500, "internal_error")
     assert "secret" not in response.text
