@@ -69,7 +69,7 @@ AFTER = Query(description="Id (not name) of the last item of the page before. It
 """The cursor of a list that is paged by id: `Annotated[Annotated[str, IdOf(…)] | None, AFTER]`."""
 
 Limit = Annotated[int, Query(ge=1, le=100, description="Items on a page.")]
-Seq = Annotated[int, Query(ge=0, le=2**31 - 1, description="Number of the last one seen.")]
+Seq = Annotated[int, Query(ge=0, le=2**31 - 1, description="Number of the last one earlier.")]
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -121,7 +121,7 @@ _WORDS = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses for the errors that a route may give beside those that every route may."""
+    """OpenAPI responses for the errors of one route. `app.api.schema` adds those of every route."""
     return {status: problem_response(_WORDS[status]) for status in statuses}
 
 
@@ -139,23 +139,25 @@ def form_of(*known: str) -> Any:
     """A dependency that refuses form fields which are unknown, sent twice, or hold what no text here may hold."""
 
     async def check(request: Request) -> None:
-        seen: set[str] = set()
+        earlier: set[str] = set()
         for name, value in (await request.form()).multi_items():
-            found = _wrong_field(name, value, known, seen)
+            found = _wrong_field(name, value, known, earlier)
             if found is not None:
                 raise InvalidError(f"{found.loc[0]}: {found.message}", code="bad_form", problems=(found,))
-            seen.add(name)
+            earlier.add(name)
 
     return Depends(check)
 
 
-def _wrong_field(name: str, value: "str | StarletteUpload", known: tuple[str, ...], seen: set[str]) -> Problem | None:
+def _wrong_field(
+    name: str, value: "str | StarletteUpload", known: tuple[str, ...], earlier: set[str]
+) -> Problem | None:
     text = value if isinstance(value, str) else value.filename or ""
     if bad := forbidden_character(name) or forbidden_character(text):
         return Problem((name,), f"the field holds {bad}", "remove it and send again")
     if name not in known:
         return Problem((name,), "there is no such field", did_you_mean(name, known))
-    if name in seen:
+    if name in earlier:
         return Problem((name,), "the field stands more than once", "send it once")
     if name == FILE and isinstance(value, str):
         return Problem((name,), "the field holds text where a file is expected", "with curl: -F file=@PATH")

@@ -167,13 +167,13 @@ def _bounded(receive: Receive, length: int | None, limit: int) -> Receive:
     refusal = HTTPException(413, f"the body is larger than {limit:,} bytes, which is this deployment's limit")
     if length is not None and length > limit:
         raise refusal
-    seen = 0
+    received = 0
 
     async def counted() -> Message:
-        nonlocal seen
+        nonlocal received
         part = await receive()
-        seen += len(part.get("body", b""))
-        if seen > limit:
+        received += len(part.get("body", b""))
+        if received > limit:
             raise refusal
         return part
 

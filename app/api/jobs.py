@@ -144,7 +144,7 @@ def delete_job(services: ServicesDep, job: JobReference) -> None:
     services.jobs.delete(job)
 
 
-@router.post("/{job}/pause", summary="Pause a job behind a checkpoint", responses=problems(404, 409))
+@router.post("/{job}/pause", summary="Pause a job after a checkpoint", responses=problems(404, 409))
 def pause_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     """At once when it waits; when it runs, it writes a checkpoint first and leaves the device."""
     return services.jobs.wish(job, Wish.PAUSE)
@@ -168,7 +168,7 @@ def cancel_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     response_model=Page[Event],
     responses={
         200: {"content": _EVENTS, "description": "Events, oldest first"},
-        204: {"description": "Stream only: the job is over and every event has been seen; do not come back"},
+        204: {"description": "Stream only: the job has ended and every event was sent before; do not reconnect"},
         **problems(404),
     },
 )
@@ -180,7 +180,7 @@ async def list_job_events(
     limit: Many = 100,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """With `Accept: text/event-stream` the events come as they happen, from behind `Last-Event-ID` on."""
+    """With `Accept: text/event-stream` the events come as they happen, from the one after `Last-Event-ID` on."""
     if "text/event-stream" not in request.headers.get("accept", ""):
         found, more = await run_in_threadpool(services.jobs.events, job, after, limit)
         page = Page[Event](data=found, has_more=more)
@@ -193,7 +193,7 @@ async def list_job_events(
 
 
 def _nothing_follows(services: Services, job: str, after: int) -> bool:
-    """Whether the job is over and has no event behind `after`."""
+    """Whether the job has ended and has no event after number `after`."""
     return services.jobs.get(job).status in TERMINAL and not services.jobs.events(job, after, 1)[0]
 
 

@@ -50,12 +50,12 @@ _ASK_MANY = {
         }
     }
 }
-_TOLD = {
+_EVENT_DATA = {
     "description": "{event, step, thought}, {event, step, action}, {event, step, observation}, {event, prediction} "
     "last; or in its place an error, which is a ProblemDocument",
     "type": "object",
 }
-_STREAM = event_stream(_TOLD, {"enum": ["thought", "action", "observation", "prediction", "error"]})
+_STREAM = event_stream(_EVENT_DATA, {"enum": ["thought", "action", "observation", "prediction", "error"]})
 
 
 class BatchRequest(BaseModel):
@@ -84,7 +84,7 @@ def predict(
     services: ServicesDep,
     ask: Annotated[PredictRequest, Body(openapi_examples=_ASK)],
     body: RawBody,
-    gone: ClientGone,
+    is_cancelled: ClientGone,
     key: IdempotencyKey = None,
 ) -> Response:
     """Verdict, its probability, the steps taken and the sentences read.
@@ -93,20 +93,20 @@ def predict(
     `stream: true` the steps come as server-sent events, the prediction last.
     """
     if ask.stream:
-        told = services.predictions.events(ask, gone)
-        first = next(told)  # raises here, before any header is sent, when the request cannot be served
-        return StreamingResponse(_stream(chain([first], told)), media_type="text/event-stream")
+        events = services.predictions.events(ask, is_cancelled)
+        first = next(events)  # raises here, before any header is sent, when the request cannot be served
+        return StreamingResponse(_stream(chain([first], events)), media_type="text/event-stream")
 
     def work() -> tuple[int, dict[str, Any]]:
-        return 200, services.predictions.predict(ask, gone if key is None else stays).model_dump(mode="json")
+        return 200, services.predictions.predict(ask, is_cancelled if key is None else stays).model_dump(mode="json")
 
     status, answer = services.idempotency.once("POST /predict", key, body, work)
     return JSONResponse(answer, status)
 
 
-def _stream(told: Iterator[PredictionEvent]) -> Iterator[str]:
+def _stream(events: Iterator[PredictionEvent]) -> Iterator[str]:
     try:
-        for event in told:
+        for event in events:
             yield f"event: {event.event}\ndata: {event.model_dump_json()}\n\n"
     except VerituneError as error:
         yield _error_event(document_of(error, "/predict"))
@@ -125,7 +125,7 @@ def predict_batch(
     services: ServicesDep,
     ask: Annotated[BatchRequest, Body(openapi_examples=_ASK_MANY)],
     body: RawBody,
-    gone: ClientGone,
+    is_cancelled: ClientGone,
     key: IdempotencyKey = None,
 ) -> Response:
     """Several run at a time. One that cannot be judged leaves a problem in its place."""
@@ -134,7 +134,7 @@ def predict_batch(
     _refuse_repeated_names([request.name for request in ask.requests])
 
     def work() -> tuple[int, dict[str, Any]]:
-        answers = services.predictions.batch(ask.requests, gone if key is None else stays)
+        answers = services.predictions.batch(ask.requests, is_cancelled if key is None else stays)
         return 200, BatchAnswer(data=[_batch_entry(answer) for answer in answers]).model_dump(mode="json")
 
     status, answer = services.idempotency.once("POST /predict/batch", key, body, work, _final)

@@ -1,4 +1,4 @@
-"""A client of the running service, for commands that ask it like anybody else."""
+"""An HTTP client of the running service, for commands."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -27,12 +27,12 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (CommandError, VerituneError) as error:
-            told = str(error)
+            message = str(error)
         except OSError as error:
             if error.filename is None:
                 raise
-            told = f"{error.filename}: {error.strerror}"
-        typer.secho(f"veritune: {told}", err=True, fg=typer.colors.RED)
+            message = f"{error.filename}: {error.strerror}"
+        typer.secho(f"veritune: {message}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1)
 
 
@@ -170,11 +170,11 @@ def models_list(home: Home = None) -> None:
 def corpora_fetch(name: str, home: Home = None) -> None:
     """Get a corpus of the catalogue (wiki-leads: 10,033 leads of Wikipedia articles, CC BY-SA)."""
     corpus = corpora.fetch(_services(home), name)
-    typer.echo(corpora.told(corpus))
+    typer.echo(corpora.describe(corpus))
 
 
 @corpora_application.command("add")
 def corpora_add(file: Path, name: Annotated[str | None, typer.Option()] = None, home: Home = None) -> None:
     """Import pages from a JSONL file: {title, text} or {title, sentences} a line."""
     corpus, _new = _services(home).corpora.create(file, file.name, name)
-    typer.echo(corpora.told(corpus))
+    typer.echo(corpora.describe(corpus))

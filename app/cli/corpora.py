@@ -49,7 +49,7 @@ def fetch(services: Services, name: str) -> Corpus:
         return services.corpora.create(pages, f"{name}.jsonl", None if _listed(services, name) else name)[0]
 
 
-def told(corpus: Corpus) -> str:
+def describe(corpus: Corpus) -> str:
     """A corpus in one line, with how many lines of its file were refused."""
     default = "  (default)" if corpus.default else ""
     report = corpus.report

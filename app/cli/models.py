@@ -30,18 +30,18 @@ def export(services: Services, name: str, held: Quantization | None, to: Path) -
     described = services.base_models.describe(services.base_models.get(name))
     arguments = ["export", described.source.model_dump_json(), "--name", described.name, "--digest", described.digest]
     arguments += ["--quantization", held.model_dump_json() if held else "null", "--to", str(to)]
-    exported = ExportedBase.model_validate_json(_told(services, arguments))
+    exported = ExportedBase.model_validate_json(_result_line(services, arguments))
     services.adapters.put_on_disk(exported.digest)
     return exported
 
 
 def _register(services: Services, arguments: list[str]) -> BaseModelDescription:
-    described = BaseModelDescription.model_validate_json(_told(services, arguments))
+    described = BaseModelDescription.model_validate_json(_result_line(services, arguments))
     services.base_models.register(described)
     return described
 
 
-def _told(services: Services, arguments: list[str]) -> str:
+def _result_line(services: Services, arguments: list[str]) -> str:
     """The line that `python -m worker.models` answers with. Raises CommandError, with what it says went wrong."""
     command = [sys.executable, "-m", "worker.models", *arguments]
     command += ["--cache", str(services.settings.cache_path)]
@@ -49,9 +49,9 @@ def _told(services: Services, arguments: list[str]) -> str:
     line = (done.stdout.strip().splitlines() or ["{}"])[-1]
     if done.returncode != 0:
         error = json.loads(line).get("error") if line.startswith("{") else None
-        told = error or {
+        failure = error or {
             "message": f"python -m worker.models ended with status {done.returncode}",
             "hint": None,
         }
-        raise CommandError(f"{told['message']}; {told['hint']}" if told["hint"] else told["message"])
+        raise CommandError(f"{failure['message']}; {failure['hint']}" if failure["hint"] else failure["message"])
     return line

@@ -1,4 +1,4 @@
-"""A port of this machine that nobody listens on."""
+"""A free TCP port of this machine."""
 
 import socket
 

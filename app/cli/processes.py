@@ -1,4 +1,4 @@
-"""Keeping a set of processes alive: start, prefix their lines, restart with back-off, stop every one of them."""
+"""A set of processes that is kept running: started, restarted with back-off, stopped. Each line carries its name."""
 
 import contextlib
 import os
@@ -17,11 +17,11 @@ STEADY_SECONDS = 30.0
 """A process that ran this long and then ended is restarted at once: its back-off begins anew."""
 
 Say = Callable[[str, str], None]
-"""(who, line)"""
+"""(name of the process, line)"""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ProcessSpec:
     """A process to be kept. `grace`: seconds it gets between SIGTERM and SIGKILL."""
 
     name: str
@@ -31,8 +31,8 @@ class Part:
 
 
 @dataclass(slots=True)
-class _Kept:
-    part: Part
+class _KeptProcess:
+    spec: ProcessSpec
     process: "subprocess.Popen[bytes]"
     started: float
     pause: float = FIRST_PAUSE
@@ -45,66 +45,66 @@ class Processes:
 
     def __init__(self, say: Say) -> None:
         self._say = say
-        self._kept: list[_Kept] = []
+        self._kept: list[_KeptProcess] = []
 
-    def start(self, part: Part) -> None:
-        self._kept.append(self._spawn(part))
+    def start(self, spec: ProcessSpec) -> None:
+        self._kept.append(self._spawn(spec))
 
     def pid(self, name: str) -> int:
-        """The present process of a part. Raises StopIteration for a name that was never started."""
-        return next(kept.process.pid for kept in self._kept if kept.part.name == name)
+        """The id of the running process with this name. Raises StopIteration for a name that was never started."""
+        return next(kept.process.pid for kept in self._kept if kept.spec.name == name)
 
     def running(self, name: str) -> bool:
-        return any(kept.part.name == name and kept.process.poll() is None for kept in self._kept)
+        return any(kept.spec.name == name and kept.process.poll() is None for kept in self._kept)
 
-    def tend(self) -> None:
+    def restart_ended(self) -> None:
         """Restart what has ended, once its back-off is over."""
         now = time.monotonic()
         for place, kept in enumerate(self._kept):
             if kept.process.poll() is None:
                 continue
             if kept.restart_at is None:
-                self._note_end(kept, now)
+                self._schedule_restart(kept, now)
             elif now >= kept.restart_at:
-                fresh = self._spawn(kept.part)
+                fresh = self._spawn(kept.spec)
                 fresh.pause = min(kept.pause * 2, LONGEST_PAUSE)
                 self._kept[place] = fresh
 
     def stop(self) -> None:
-        """SIGTERM to all but the first (which the others need), then to it; SIGKILL whoever stays."""
+        """SIGTERM to all but the first (which the others need), then to it; SIGKILL what still runs."""
         for group in (self._kept[1:], self._kept[:1]):
             for kept in group:
                 _signal(kept.process, signal.SIGTERM)
             until = time.monotonic()
             for kept in group:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    kept.process.wait(max(0.1, until + kept.part.grace - time.monotonic()))
+                    kept.process.wait(max(0.1, until + kept.spec.grace - time.monotonic()))
                 _signal(kept.process, signal.SIGKILL)
                 kept.process.wait()
                 for reader in kept.readers:
                     reader.join(1.0)
 
-    def _note_end(self, kept: _Kept, now: float) -> None:
-        _signal(kept.process, signal.SIGKILL)  # whatever it left behind in its group
+    def _schedule_restart(self, kept: _KeptProcess, now: float) -> None:
+        _signal(kept.process, signal.SIGKILL)  # what is left of its process group
         if now - kept.started > STEADY_SECONDS:
             kept.pause = FIRST_PAUSE
         kept.restart_at = now + kept.pause
         status = kept.process.returncode
         ending = f"signal {-status}" if status < 0 else f"exit status {status}"
-        self._say(kept.part.name, f"ended ({ending}); starting again in {kept.pause:g} s")
+        self._say(kept.spec.name, f"ended ({ending}); starting again in {kept.pause:g} s")
 
-    def _spawn(self, part: Part) -> _Kept:
+    def _spawn(self, spec: ProcessSpec) -> _KeptProcess:
         process = subprocess.Popen(
-            [*_dies_with_us(), *part.command],
-            env=os.environ | part.environment,
+            [*_die_with_parent(), *spec.command],
+            env=os.environ | spec.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        kept = _Kept(part, process, time.monotonic())
+        kept = _KeptProcess(spec, process, time.monotonic())
         assert process.stdout is not None
-        reader = threading.Thread(target=self._forward, args=(part.name, process.stdout), daemon=True)
+        reader = threading.Thread(target=self._forward, args=(spec.name, process.stdout), daemon=True)
         reader.start()
         kept.readers.append(reader)
         return kept
@@ -115,7 +115,7 @@ class Processes:
                 self._say(name, line.decode(errors="replace").rstrip("\n"))
 
 
-def _dies_with_us() -> list[str]:
+def _die_with_parent() -> list[str]:
     """Where the system has it, a child gets SIGTERM when this process is killed outright."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []

@@ -19,13 +19,13 @@ from app.cli.broker import broker_answers, broker_command
 from app.cli.errors import CommandError
 from app.cli.models import fetch_default
 from app.cli.ports import free_port
-from app.cli.processes import Part, Processes
+from app.cli.processes import Processes, ProcessSpec
 from app.composition import compose
 from app.db.migrating import migrate
 from app.settings import Settings
 
 COLOURS = {"broker": 35, "api": 32, "trainer": 33, "runner": 36, "inference": 34, "up": 1}
-TEND_SECONDS = 0.2
+CHECK_SECONDS = 0.2
 BROKER_SECONDS = 15.0
 
 
@@ -36,13 +36,13 @@ def up(settings: Settings) -> None:
         signal.signal(number, lambda *_: over.set())
     settings.run_path.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings.home_path.mkdir(parents=True, exist_ok=True)
-    with _only_one(settings):
-        _check_port(settings)
+    with _lock_home(settings):
+        _check_port_is_free(settings)
         environment = _environment(settings)
         processes = Processes(_say)
         try:
             _start(settings, environment, processes, over)
-            _tend(settings, processes, over)
+            _keep_running(settings, processes, over)
         finally:
             _say("up", "stopping")
             processes.stop()
@@ -52,7 +52,7 @@ def up(settings: Settings) -> None:
 def _start(settings: Settings, environment: dict[str, str], processes: Processes, over: threading.Event) -> None:
     if settings.redis_url is None:
         socket_path = settings.run_path / "redis.sock"
-        processes.start(Part("broker", broker_command(socket_path), {}))
+        processes.start(ProcessSpec("broker", broker_command(socket_path), {}))
         until = time.monotonic() + BROKER_SECONDS
         while not broker_answers(socket_path):
             if not processes.running("broker") or time.monotonic() > until:
@@ -68,28 +68,28 @@ def _start(settings: Settings, environment: dict[str, str], processes: Processes
         services.close()
     if over.is_set():
         return
-    for part in _parts(settings, environment):
-        processes.start(part)
+    for spec in _process_specs(settings, environment):
+        processes.start(spec)
 
 
-def _parts(settings: Settings, environment: dict[str, str]) -> list[Part]:
+def _process_specs(settings: Settings, environment: dict[str, str]) -> list[ProcessSpec]:
     python = sys.executable
     gpu = environment | {"VERITUNE_WORKER_QUEUES": "gpu"}
     cpu = environment | {"VERITUNE_WORKER_QUEUES": "cpu"}
-    inference = Part("inference", [python, "-m", "worker.inference"], environment, grace=10.0)
+    inference = ProcessSpec("inference", [python, "-m", "worker.inference"], environment, grace=10.0)
     return [
-        Part("trainer", [python, "-m", "worker"], gpu, grace=60.0),
-        Part("runner", [python, "-m", "worker"], cpu, grace=20.0),
+        ProcessSpec("trainer", [python, "-m", "worker"], gpu, grace=60.0),
+        ProcessSpec("runner", [python, "-m", "worker"], cpu, grace=20.0),
         *([inference] if settings.inference_url is None else []),
-        Part("api", [python, "-m", "app.cli", "api"], environment, grace=10.0),
+        ProcessSpec("api", [python, "-m", "app.cli", "api"], environment, grace=10.0),
     ]
 
 
-def _tend(settings: Settings, processes: Processes, over: threading.Event) -> None:
+def _keep_running(settings: Settings, processes: Processes, over: threading.Event) -> None:
     announced = False
     asked_at = 0.0
-    while not over.wait(TEND_SECONDS):
-        processes.tend()
+    while not over.wait(CHECK_SECONDS):
+        processes.restart_ended()
         if not announced and time.monotonic() - asked_at > 0.5:
             asked_at = time.monotonic()
             announced = _ready(settings)
@@ -104,7 +104,7 @@ def _ready(settings: Settings) -> bool:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """What the parts are told beyond this process's own environment: one home, one secret, one inference port."""
+    """Variables that every process gets beside this one's own: one home, one secret, one inference port."""
     environment = {"VERITUNE_HOME": str(settings.home_path), "PYTHONUNBUFFERED": "1"}
     if settings.inference_secret is None:
         environment["VERITUNE_INFERENCE_SECRET"] = secrets.token_urlsafe(32)
@@ -113,7 +113,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def _check_port(settings: Settings) -> None:
+def _check_port_is_free(settings: Settings) -> None:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -128,7 +128,7 @@ def _check_port(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(settings: Settings) -> Iterator[None]:
+def _lock_home(settings: Settings) -> Iterator[None]:
     """One deployment a home directory."""
     with (settings.home_path / "up.lock").open("w") as lock:
         try:

@@ -1,4 +1,4 @@
-"""Keeping processes: restart with back-off, prefixed lines, and nobody left behind."""
+"""Keeping processes running: restart with back-off, prefixed lines, and no process left running at the end."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from app.cli.processes import FIRST_PAUSE, Part, Processes
+from app.cli.processes import FIRST_PAUSE, Processes, ProcessSpec
 from tests.waiting import until
 
 SLEEPER = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
@@ -36,19 +36,19 @@ def processes(said: list[tuple[str, str]]) -> Iterator[Processes]:
 
 
 def test_lines_carry_the_name_of_who_said_them(processes: Processes, said: list[tuple[str, str]]) -> None:
-    processes.start(Part("one", SLEEPER, {}))
+    processes.start(ProcessSpec("one", SLEEPER, {}))
     until(lambda: ("one", "here") in said)
 
 
 def test_a_killed_process_comes_back_after_its_pause(processes: Processes, said: list[tuple[str, str]]) -> None:
-    processes.start(Part("one", SLEEPER, {}))
+    processes.start(ProcessSpec("one", SLEEPER, {}))
     until(lambda: ("one", "here") in said)
     first = processes.pid("one")
     killed_at = time.monotonic()
     os.kill(first, signal.SIGKILL)
 
     def tended() -> bool:
-        processes.tend()
+        processes.restart_ended()
         return processes.running("one") and processes.pid("one") != first
 
     until(tended)
@@ -59,10 +59,10 @@ def test_a_killed_process_comes_back_after_its_pause(processes: Processes, said:
 def test_a_process_that_keeps_ending_is_restarted_ever_more_slowly(
     processes: Processes, said: list[tuple[str, str]]
 ) -> None:
-    processes.start(Part("one", [sys.executable, "-c", "raise SystemExit(3)"], {}))
+    processes.start(ProcessSpec("one", [sys.executable, "-c", "raise SystemExit(3)"], {}))
 
     def ended(times: int) -> bool:
-        processes.tend()
+        processes.restart_ended()
         return sum("exit status 3" in line for _who, line in said) >= times
 
     until(lambda: ended(3))
@@ -72,7 +72,7 @@ def test_a_process_that_keeps_ending_is_restarted_ever_more_slowly(
 
 def test_stop_ends_a_stubborn_process_and_its_children(said: list[tuple[str, str]]) -> None:
     kept = Processes(lambda who, line: said.append((who, line)))
-    kept.start(Part("one", STUBBORN, {}, grace=0.5))
+    kept.start(ProcessSpec("one", STUBBORN, {}, grace=0.5))
     until(lambda: ("one", "here") in said)
     leader = psutil.Process(kept.pid("one"))
     family = [leader, *leader.children(recursive=True)]

@@ -22,7 +22,7 @@ import redis
 
 from app.cli.broker import server_program
 from app.cli.ports import free_port
-from app.cli.processes import Part, Processes
+from app.cli.processes import Processes, ProcessSpec
 from tests.conftest import ROOT, corpus_jsonl, dataset_jsonl
 from tests.deployment.compose import SECRETS, Service, read_services
 from tests.postgres import PostgresServer, postgres_server
@@ -123,7 +123,7 @@ def _start(deployment: Deployment, processes: Processes) -> None:
     listening = ["--bind", "127.0.0.1", "--port", str(deployment.ports["redis"])]
     broker = [*deployment.command("redis"), *listening]
     broker[0] = str(deployment.home / "bin" / broker[0])
-    processes.start(Part("redis", broker, deployment.environment("redis")))
+    processes.start(ProcessSpec("redis", broker, deployment.environment("redis")))
     for name in ("redis", "postgres"):
         deployment.wait_until_healthy(name)
     migrated = deployment.run("migrate", deployment.command("migrate"))
@@ -134,7 +134,7 @@ def _start(deployment: Deployment, processes: Processes) -> None:
     for name in ("api", "trainer", "runner", "inference"):
         command = deployment.command(name)
         command[0] = str(PROGRAMS / command[0])
-        processes.start(Part(name, command, deployment.environment(name)))
+        processes.start(ProcessSpec(name, command, deployment.environment(name)))
     for name in ("api", "trainer", "runner", "inference"):
         deployment.wait_until_healthy(name)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 
 from app.cli.ports import free_port
-from app.cli.processes import Part, Processes
+from app.cli.processes import Processes, ProcessSpec
 from tests.conftest import ROOT
 from worker.environment import TENSORS
 
@@ -48,7 +48,7 @@ def vllm_server(base: Path, adapters: Path, dtype: str, secret: str) -> Iterator
     command += ["--dtype", dtype, "--host", "127.0.0.1", "--port", str(port)]
     lines: list[str] = []
     processes = Processes(lambda _who, line: lines.append(line))
-    started = Part("vllm", ["env", "-C", str(base.parent), *command], _environment(adapters, secret), grace=30.0)
+    started = ProcessSpec("vllm", ["env", "-C", str(base.parent), *command], _environment(adapters, secret), grace=30.0)
     try:
         processes.start(started)
         until_ready("vllm", f"http://127.0.0.1:{port}", processes, lines)

@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.cli.ports import free_port
-from app.cli.processes import Part, Processes
+from app.cli.processes import Processes, ProcessSpec
 from app.composition import compose
 from app.domain.predictions import Prediction, PredictRequest
 from app.settings import Settings
@@ -47,7 +47,7 @@ def embedded(home: Path, deployment: Deployment) -> Iterator[str]:
     lines: list[str] = []
     processes = Processes(lambda _who, line: lines.append(line))
     try:
-        processes.start(Part("inference", [sys.executable, "-m", "worker.inference"], own))
+        processes.start(ProcessSpec("inference", [sys.executable, "-m", "worker.inference"], own))
         until_ready("inference", f"http://127.0.0.1:{port}", processes, lines)
         yield f"http://127.0.0.1:{port}"
     finally:
