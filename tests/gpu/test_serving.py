@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.inference.conftest import NF4, Server, serving
-from tests.inference.test_forwards import FAMILY, PROMPTS, adapter, logits_by, save, served
+from tests.inference.test_llama_forward import FAMILY, PROMPTS, adapter, logits_by, save, served
 from tests.tiny import make_tiny_adapter, make_tiny_model
 from worker.inference.ipc import EngineSettings
 from worker.inference.model.loaded_models import LoadedModels

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.inference.test_words import PROMPTS, order_of, word
+from tests.inference.test_mixed_adapters import PROMPTS, order_of, word
 from tests.tiny import make_tiny_model
 from worker.inference.engine.scheduler import Scheduler
 from worker.inference.ipc import EngineOutput, EngineSettings, Finished, Generate

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.inference.test_company import to_the_bit
+from tests.inference.test_batch_invariance import to_the_bit
 from worker.inference.model.attention import attend
 
 HEADS, WIDTH, POSITIONS = 3, 64, 96

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
-from tests.inference.test_life import stopped
+from tests.inference.test_engine_client import stopped
 from tests.waiting import until
 from worker.inference.server.completion_service import ServerSettings
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.inference.conftest import Shelf
-from tests.inference.test_scheduling import Desk
+from tests.inference.test_scheduler import Desk
 from tests.waiting import until
 from worker.inference.ipc import EngineSettings, Failed
 from worker.inference.model.adapters import AdaptedBase

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.inference.conftest import NF4, PROMPT, Shelf
-from tests.inference.test_forwards import adapter
+from tests.inference.test_llama_forward import adapter
 from worker.inference.cache.kv_cache import KVCache
 from worker.inference.engine.offline import prefill
 from worker.inference.errors import ModelError, OutOfMemory

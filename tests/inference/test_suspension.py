@@ -10,7 +10,7 @@ import pytest
 from app.domain.errors import UnavailableError
 from app.domain.ledger import Unavailable
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
-from tests.inference.test_life import alive, ask_in_background, stopped
+from tests.inference.test_engine_client import alive, ask_in_background, stopped
 from tests.waiting import until
 from worker.inference.server.completion_service import ServerSettings
 from worker.inference.server.device_reservation import DEFAULT_RETRY_AFTER, LAPSED, SUSPEND_AFTER, FixedReservation

@@ -12,7 +12,7 @@ from app.composition import Services
 from app.domain.ledger import Unavailable
 from tests.api.conftest import lease, make_adapter
 from tests.inference.conftest import ENGINE, Server, Shelf, serving
-from tests.inference.test_scheduling import Desk
+from tests.inference.test_scheduler import Desk
 from tests.waiting import until
 from worker.inference.model.memory_use import PROCESS_BYTES, base_bytes
 from worker.inference.server.completion_service import ServerSettings

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.inference.tape import Tape
-from tests.inference.test_forwards import FAMILY, SETTINGS, SHAPE, assert_same, many, save, served
+from tests.inference.graph_tape import Tape
+from tests.inference.test_llama_forward import FAMILY, SETTINGS, SHAPE, assert_same, many, save, served
 from worker.inference.cache.cuda_graphs import MAX_GRAPHS, CapturableStep, CudaGraphCache, Run
 from worker.inference.cache.kv_cache import CAPACITY_BLOCK, KVCache
 from worker.inference.engine.offline import decode, prefill
