@@ -1,6 +1,6 @@
-"""AdaLoRA's budget: which ranks are kept, update by update. The rule is PEFT's; this hands it what it looks at.
+"""AdaLoRA's rank allocation (Zhang et al., 2023). PEFT's RankAllocator decides; this gives it weights and gradients.
 
-Its state is part of a checkpoint, so that a resumed run keeps the ranks that an uninterrupted one keeps.
+Its state is part of a checkpoint, so a resumed run keeps the same ranks as an uninterrupted one.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Attention of packed rows over grouped heads, with its backward pass, and rotary positions. It knows no layers.
+"""Grouped-query attention (Ainslie et al., 2023) over packed rows, with its backward, and RoPE (Su et al., 2021).
 
-Heads are [kv heads, group, tokens, width]: the queries of a group share one key-value head, so that a group is one
-product and no key is copied. Keys and values have no group dimension. Each row attends to itself alone.
+Queries are [num_kv_heads, group, num_tokens, head_dim], keys and values [num_kv_heads, num_tokens, head_dim]. A group
+of queries shares one key-value head, so a group is one product and no key is copied. Each row attends to itself alone.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch.nn import functional
 from worker.training.packing import PackedRow, visible
 
 PLAIN_UP_TO = 1_024
-"""Longest row whose scores a CPU holds whole: its fused kernel is two to four times slower at 160 tokens. Longer ones,
-and GPUs, take the fused kernel, whose memory does not grow with the square of the length."""
+"""On a CPU, rows up to this length compute their scores in blocks: the fused kernel is two to four times slower at 160
+tokens. Longer rows, and GPUs, take the fused kernel, whose memory does not grow with the square of the length."""
 
 BLOCK = 128
 """Queries, more or less, whose scores exist at once. Keys behind them are left out of the products: a third of the
@@ -23,13 +23,13 @@ work at 350 tokens."""
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of each token's position, [tokens, width / 2]."""
+    """RoPE's cosines and sines of each token's position, [num_tokens, head_dim / 2]."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     def transposed(self) -> "Rope":
-        """What turns a gradient back."""
+        """The inverse rotation, for gradients."""
         return Rope(self.cos, -self.sin)
 
 
@@ -60,30 +60,30 @@ def _span(row: PackedRow, group: int, device: torch.device) -> Span:
     size = row.length + row.branch
     if device.type != "cpu" or size > PLAIN_UP_TO:
         return Span(row.tokens, (), visible(row, device) if row.branch else None)
-    seen = visible(row, device)
+    mask = visible(row, device)
     long = math.ceil(size / max(1, round(size / BLOCK)))
     starts = range(0, size, long)
-    return Span(row.tokens, tuple(_block(row, seen, at, min(at + long, size), group) for at in starts), None)
+    return Span(row.tokens, tuple(_block(row, mask, at, min(at + long, size), group) for at in starts), None)
 
 
-def _block(row: PackedRow, seen: torch.Tensor, start: int, stop: int, group: int) -> Block:
+def _block(row: PackedRow, mask: torch.Tensor, start: int, stop: int, group: int) -> Block:
     first = min(start, row.at) if stop > row.length else start  # what a branch left is hidden from it
-    hidden = ~seen[start:stop, first:stop].repeat(group, 1)
+    hidden = ~mask[start:stop, first:stop].repeat(group, 1)
     return Block(start, stop, first, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf))
 
 
 def to_heads(flat: torch.Tensor, kv_heads: int, width: int) -> torch.Tensor:
-    """[tokens, heads × width] → heads, as a view."""
+    """[num_tokens, num_heads × head_dim] → [num_kv_heads, group, num_tokens, head_dim], as a view."""
     return flat.view(flat.shape[0], kv_heads, -1, width).permute(1, 2, 0, 3)
 
 
 def to_tokens(heads: torch.Tensor) -> torch.Tensor:
-    """Heads → [tokens, heads × width]."""
+    """[num_kv_heads, group, num_tokens, head_dim] → [num_tokens, num_heads × head_dim]."""
     return heads.permute(2, 0, 1, 3).reshape(heads.shape[2], -1)
 
 
 def rotate(heads: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Each pair (i, i + width / 2) turned by its token's angle."""
+    """RoPE: rotate each pair (i, i + head_dim / 2) by its token's angle."""
     turned = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     (first, second), (left, right) = heads.chunk(2, -1), turned.chunk(2, -1)
     torch.mul(first, rope.cos, out=left).addcmul_(second, rope.sin, value=-1)
@@ -92,19 +92,19 @@ def rotate(heads: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Span], scaling: float) -> torch.Tensor:
-    """Each query's mean of the values that it sees, by softmax of `scaling` × q·k."""
-    seen = torch.empty_like(q)
+    """softmax(`scaling` × q·k) · v for each row, [num_kv_heads, group, num_tokens, head_dim]."""
+    attn_out = torch.empty_like(q)
     for span in spans:
         at = span.tokens
         kernel = _plain if span.blocks else _fused
-        seen[:, :, at] = kernel(q[:, :, at], k[:, at], v[:, at], span, scaling)
-    return seen
+        attn_out[:, :, at] = kernel(q[:, :, at], k[:, at], v[:, at], span, scaling)
+    return attn_out
 
 
 def attend_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Span], scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v. Probabilities are computed again: cheaper than keeping them for every layer."""
+    """Gradients of q, k and v. Probabilities are recomputed: that is cheaper than saving them for every layer."""
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for span in spans:
         at = span.tokens
@@ -118,12 +118,12 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scaling: float) -> torch.Tensor:
-    seen = torch.empty_like(q)
+    attn_out = torch.empty_like(q)
     for block in span.blocks:
         queries = q[:, :, block.start : block.stop]
         probabilities = _probabilities(queries.flatten(1, 2), k, block, scaling).to(v.dtype)
-        seen[:, :, block.start : block.stop] = torch.bmm(probabilities, v[:, : block.stop]).view(queries.shape)
-    return seen
+        attn_out[:, :, block.start : block.stop] = torch.bmm(probabilities, v[:, : block.stop]).view(queries.shape)
+    return attn_out
 
 
 def _plain_backward(
@@ -150,8 +150,8 @@ def _fused_backward(
 ) -> Gradients:
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        seen = _fused(leaves[0], leaves[1], leaves[2], span, scaling)
-        d_q, d_k, d_v = torch.autograd.grad(seen, leaves, grad)
+        attn_out = _fused(leaves[0], leaves[1], leaves[2], span, scaling)
+        d_q, d_k, d_v = torch.autograd.grad(attn_out, leaves, grad)
     return d_q, d_k, d_v
 
 
@@ -163,7 +163,7 @@ def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scalin
 
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, block: Block, scaling: float) -> torch.Tensor:
-    """[kv heads, group × queries, keys] in float32: rounded scores would shift every probability."""
+    """[num_kv_heads, group × num_queries, num_keys] in float32: rounded scores would shift every probability."""
     scores = torch.bmm(q.float() * scaling, k[:, : block.stop].float().transpose(1, 2))
     scores[:, :, block.masked_from :].add_(block.mask)
     return scores.softmax(-1)

@@ -1,8 +1,10 @@
-"""Llama-family decoder layers, each one autograd node: forward and backward by hand, for frozen weights and LoRA.
+"""The Llama family's forward and backward pass in training, for frozen weights with LoRA. Each decoder layer is one
+autograd node.
 
-Stock layers spend half of an update outside matrix products: a graph node for every small operation, casts around
-LoRA, a down-projection for each linear layer where layers of one input can share it. Here a layer keeps what its
-backward pass cannot cheaply compute again, and nothing else. It knows no data, no loss and no optimizer.
+Transformers' layers spend half of an update outside matrix products: a graph node for every small operation, casts
+around LoRA, a down-projection for each linear layer. Here layers of one input share a down-projection, and a layer
+saves only what its backward pass cannot cheaply compute again. Norms are RMSNorm (Zhang and Sennrich, 2019), the MLP
+is SwiGLU (Shazeer, 2020), positions are RoPE (Su et al., 2021).
 """
 
 from typing import Any, NamedTuple
@@ -29,8 +31,8 @@ from worker.training.fused_lora import FusedLoraLinear
 from worker.training.packing import PackedRow
 
 MULTIPLE = 32
-"""What a micro-batch's tokens are rounded up to. Each new shape is paid for with kernels that are made for it, and with
-memory: blocks of ever new sizes fit into no hole that others left."""
+"""A micro-batch's number of tokens is rounded up to a multiple of this. Each new shape costs kernels that are compiled
+for it, and memory: the allocator cannot reuse blocks of ever new sizes."""
 
 
 class SavedActivations(NamedTuple):
@@ -62,14 +64,14 @@ class SavedActivations(NamedTuple):
 
 
 class BatchLayout(NamedTuple):
-    """Where a batch's tokens stand, and what each row may see."""
+    """The RoPE tables of a batch's tokens, and the spans that attend to themselves alone."""
 
     rope: Rope
     spans: list[Span]
 
 
 class LlamaLayer:
-    """One decoder layer over the weights of transformers' own."""
+    """One decoder layer over the weights of a transformers layer."""
 
     def __init__(self, module: Any) -> None:
         attention, mlp = module.self_attn, module.mlp
@@ -85,7 +87,7 @@ class LlamaLayer:
         self.drops_features = any(linear.dropout for linear in self._linears)
 
     def forward(self, x: torch.Tensor, layout: BatchLayout, seed: int | None) -> tuple[torch.Tensor, SavedActivations]:
-        """x: [tokens, width]. `seed` names the features that dropout leaves out; None leaves out none."""
+        """x: [num_tokens, hidden_size]. `seed` draws the dropout masks; None means no dropout."""
         masks = self._dropout_masks(x, seed)
         inverse_rms_in = _inverse_rms(x, self._norm_in)
         flat, down_qkv = self._qkv.forward(_rms_norm(x, inverse_rms_in, self._norm_in), masks[0])
@@ -104,7 +106,7 @@ class LlamaLayer:
         return out.add_(middle), SavedActivations(*attention_side, *mlp_side, *masks)
 
     def _dropout_masks(self, x: torch.Tensor, seed: int | None) -> list[torch.Tensor]:
-        """What dropout leaves, for each linear: the same for the same seed."""
+        """One dropout mask for each input, equal for equal seeds, so that a recomputed forward repeats it."""
         if seed is None:
             return [x.new_empty(0, dtype=torch.bool)] * len(self._linears)
         generator = torch.Generator(x.device).manual_seed(seed)
@@ -175,7 +177,7 @@ class _LlamaLayerFunction(torch.autograd.Function):
 
 
 class LlamaTrainingForward:
-    """A batch → its hidden states [tokens, width], as transformers' model with LoRA gives them."""
+    """A batch → its hidden states [num_tokens, hidden_size], as transformers' model with LoRA gives them."""
 
     def __init__(self, model: Any, *, recompute: bool) -> None:
         """`model`: the bare model with embedding, layers and norm; its adapters are in place."""
@@ -199,7 +201,7 @@ class LlamaTrainingForward:
 
 
 def _padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[PackedRow, ...]]:
-    """(ids, positions, rows) of `batch` and of a row behind it that nobody reads, up to a multiple of `MULTIPLE`."""
+    """(ids, positions, rows) of `batch`, padded with one more row to a multiple of `MULTIPLE` tokens."""
     missing = -batch.tokens % MULTIPLE
     if not missing:
         return batch.ids, batch.positions, batch.rows
@@ -208,7 +210,7 @@ def _padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[PackedRow, 
 
 
 def build_training_forward(adapted: nn.Module, model: Any, *, recompute: bool) -> LlamaTrainingForward | None:
-    """The backbone of `model` in this form, or None where its architecture or its adapter needs another."""
+    """The forward of `model`, or None where its architecture or its adapter needs transformers' own."""
     return LlamaTrainingForward(model, recompute=recompute) if _is_supported(adapted, model) else None
 
 
@@ -227,7 +229,7 @@ def _projections(model: nn.Module) -> list[nn.Module]:
     return [module.get_base_layer() if hasattr(module, "lora_A") else module for module in found]
 
 
-# Root-mean-square norms, in float32 inside as transformers has them.
+# RMSNorm, in float32 inside like transformers'.
 
 
 def _inverse_rms(x: torch.Tensor, norm: Any) -> torch.Tensor:

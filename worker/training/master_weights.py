@@ -1,4 +1,4 @@
-"""Master weights: what is learned, in float32, beside the copy that computes. It knows no model.
+"""Float32 master weights of mixed-precision training (Micikevicius et al., 2018), beside the copy that computes.
 
 All trainable parameters lie in one flat buffer for each purpose, so that the cast to the compute copy, the sum
 of gradients, their norm and the optimizer's update are one operation each and not one for every layer.

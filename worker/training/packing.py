@@ -1,7 +1,4 @@
-"""How rows lie in a batch, one behind the other without padding, and which token may look at which.
-
-Pure: it knows no model and no data.
-"""
+"""Sequence packing without padding (as transformers' DataCollatorWithFlattening) and its attention masks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,12 +21,12 @@ class PackedRow(NamedTuple):
 
 
 def positions(row: PackedRow) -> list[int]:
-    """Each token's place in the text that it belongs to."""
+    """Each token's position id: a branch goes on where it left its trajectory."""
     return [*range(row.length), *range(row.at, row.at + row.branch)]
 
 
 def visible(row: PackedRow, device: torch.device) -> torch.Tensor:
-    """[tokens, tokens]: whether the query of the first index may look at the key of the second."""
+    """Boolean [num_queries, num_keys]: True where a query attends to a key."""
     size = row.length + row.branch
     mask = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     mask[row.length :, row.at : row.length] = False
@@ -37,7 +34,7 @@ def visible(row: PackedRow, device: torch.device) -> torch.Tensor:
 
 
 def visible_in_batch(rows: Sequence[PackedRow], device: torch.device, window: int | None = None) -> torch.Tensor:
-    """The same for a whole batch: no row looks at another, and no token further back than `window` places."""
+    """The same for a whole batch: no row attends to another, and no token to one `window` or more positions back."""
     mask = torch.zeros(rows[-1].tokens.stop, rows[-1].tokens.stop, dtype=torch.bool, device=device)
     for row in rows:
         mask[row.tokens, row.tokens] = visible(row, device)
