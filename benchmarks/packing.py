@@ -9,10 +9,10 @@ from statistics import median
 from typing import Literal
 
 from app.domain.attempts import EncodedRow
+from app.domain.memory import TOKEN_MULTIPLE
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 from worker.training.batches import batches_of_update, micro_batches, read_rows, rows_of_update
-from worker.training.llama_forward import MULTIPLE
 
 SIZES = (64, 500, 2_000, 8_000)
 UPDATES_TIMED = 12
@@ -40,7 +40,7 @@ def _filling(lengths: list[int], schedule: Schedule, spec: TrainSpec, epochs: in
         sizes = [sum(chosen[index] for index in group) for group in packed]
         groups += len(packed)
         room += len(packed) * max(sizes)
-        rounded += sum(-(-size // MULTIPLE) * MULTIPLE for size in sizes)
+        rounded += sum(-(-size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE for size in sizes)
         fewest += math.ceil(sum(chosen) / budget)
     return {
         "rows": len(lengths),

@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from app.domain import memory
 from app.domain.attempts import TrainOrder
 from worker.precision import precision_here
 from worker.training import model as training_model
@@ -122,7 +123,7 @@ def loading(order: TrainOrder) -> dict[str, float]:
 def main(order: TrainOrder, packed: bool) -> None:
     torch.set_num_threads(int(os.environ.get("VERITUNE_THREADS", "2")))
     if packed:
-        training_model.DENSE_LIMIT = 0
+        memory.DENSE_LIMIT = 0
     print(json.dumps({"loading": loading(order), **profiled(order)}), flush=True)
 
 

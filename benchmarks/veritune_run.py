@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from app.domain import memory
 from benchmarks.contender import Run, adapter_digest, environment, run
 from benchmarks.encoded import Work
 from worker.environment import TENSORS
@@ -56,9 +57,8 @@ def median_pace(updates: list[dict[str, Any]]) -> float:
 
 def _packed() -> int:
     from worker.training import __main__ as child
-    from worker.training import model
 
-    model.DENSE_LIMIT = 0
+    memory.DENSE_LIMIT = 0
     return child.main()
 
 

@@ -25,20 +25,24 @@ from app.domain.tuning_methods import LoraAdapter, Quantization
 MASTER = 4
 """Bytes of a float32: masters, their summed gradients, and each of AdamW's two moments."""
 
-LOGITS_AT_ONCE = 512
-"""Labelled positions whose logits exist together: the chunk of `worker.training.loss`."""
+LOSS_CHUNK = 512
+"""The loss computes the logits of this many labelled positions at a time."""
 
 DENSE_LIMIT = 2**30
-"""On a CPU, a base of at most this many bytes on disk is kept dequantised after it was quantised."""
+"""A CPU keeps a quantised base dequantised, if its weights have at most this many bytes on disk."""
 
-SCORES_UP_TO = 1_024
-"""Longest row whose attention scores a CPU holds: `attention.PLAIN_UP_TO`."""
+PLAIN_ATTENTION_UP_TO = 1_024
+"""A CPU computes attention by plain products for rows of at most this many tokens: its fused kernel is two to four
+times slower at 160 tokens. Longer rows, and GPUs, take the fused kernel, whose memory does not grow with the square of
+the length."""
 
-SCORES_OF_A_BLOCK = 128
-"""Queries, more or less, whose scores it holds at once: `attention.BLOCK`."""
+QUERY_BLOCK = 128
+"""Plain attention computes the scores of about this many queries at a time. It skips the keys behind them: a third of
+the work at 350 tokens."""
 
-MULTIPLE = 32
-"""A micro-batch's tokens are rounded up to a multiple of this: `llama_forward.MULTIPLE`."""
+TOKEN_MULTIPLE = 32
+"""Our Llama forward pads a micro-batch to a multiple of this many tokens. Each new shape costs kernels that are
+compiled for it, and memory: blocks of ever new sizes fit into no hole that others left."""
 
 CONTEXT = {"cpu": 1_500 << 20, "gpu": 1_100 << 20}
 """What a process takes beside its tensors: on a CPU the libraries, what loading left in the heap and kernels made for
@@ -95,7 +99,7 @@ def memory_of(
 ) -> Memory:
     """What training by `spec` takes at its peak. `stored`: bytes of the base's weights on disk."""
     if uses_llama_forward(sizes, spec):
-        load = replace(load, tokens=load.tokens + -load.tokens % MULTIPLE)
+        load = replace(load, tokens=load.tokens + -load.tokens % TOKEN_MULTIPLE)
     trained = trainable_parameters(sizes, spec)
     compute = machine.compute
     whole = spec.adapter is None
@@ -187,15 +191,15 @@ def _scores(sizes: Architecture, load: Load, machine: Machine) -> int:
     fused = load.longest * machine.compute * 5 * sizes.queries
     if machine.kind == "gpu":
         return fused
-    row = min(load.longest, SCORES_UP_TO)
+    row = min(load.longest, PLAIN_ATTENTION_UP_TO)
     rounded = machine.compute if machine.compute < 4 else 0
     sums = row * 4 * 2 * (sizes.queries + sizes.keys)  # the row's gradients, in float32, and its queries once more
-    return max(fused, sizes.heads * _block(row) * row * (12 + rounded) + sums)
+    return max(fused, sizes.heads * query_block(row) * row * (12 + rounded) + sums)
 
 
-def _block(row: int) -> int:
-    """Queries of a row whose scores a CPU holds at once."""
-    return math.ceil(row / max(1, round(row / SCORES_OF_A_BLOCK)))
+def query_block(row: int) -> int:
+    """How many queries of a row of `row` tokens are one block: equal blocks of about QUERY_BLOCK."""
+    return math.ceil(row / max(1, round(row / QUERY_BLOCK)))
 
 
 def _places(sizes: Architecture, load: Load, machine: Machine) -> int:
@@ -207,11 +211,11 @@ def _places(sizes: Architecture, load: Load, machine: Machine) -> int:
     angles = load.tokens * (2 * sizes.head_dim * machine.compute + 4 * 8)
     if machine.kind == "gpu":
         return angles + load.tokens * load.longest
-    row = min(load.longest, SCORES_UP_TO)
-    return angles + (load.tokens + row) * _block(row) * 4 * (sizes.heads // sizes.kv_heads)
+    row = min(load.longest, PLAIN_ATTENTION_UP_TO)
+    return angles + (load.tokens + row) * query_block(row) * 4 * (sizes.heads // sizes.kv_heads)
 
 
 def _logits(sizes: Architecture, load: Load, compute: int) -> int:
     """A chunk's logits, in float32 too, with log-probabilities and the gradients of both; and what goes back from them
     to the hidden states, for the chunk and for all positions."""
-    return min(LOGITS_AT_ONCE, load.labelled) * (sizes.vocabulary * (12 + compute) + 2 * sizes.hidden * compute)
+    return min(LOSS_CHUNK, load.labelled) * (sizes.vocabulary * (12 + compute) + 2 * sizes.hidden * compute)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from app.domain import memory
+from app.domain.memory import TOKEN_MULTIPLE
 from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
 from tests.training.conftest import apart, make_rows
@@ -15,7 +17,7 @@ from worker.precision import FP32
 from worker.training import attention, llama_forward
 from worker.training.batches import Batch, collate
 from worker.training.fused_lora import FusedLoraLinear
-from worker.training.llama_forward import MULTIPLE, LlamaTrainingForward
+from worker.training.llama_forward import LlamaTrainingForward
 from worker.training.model import TrainableModel, load_trainable_model
 
 ROWS = make_rows(8)
@@ -98,15 +100,15 @@ def test_states_and_gradients_are_those_of_stock_peft(tmp_path: Path, architectu
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("shift", [0, 1, MULTIPLE - 1])
+@pytest.mark.parametrize("shift", [0, 1, TOKEN_MULTIPLE - 1])
 def test_what_rounds_a_batch_up_changes_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
     """The batch is rounded up by no token, by one, and by all but one."""
     trainable = loaded(tiny_base)
     tokens = collate(ROWS).tokens
-    monkeypatch.setattr(llama_forward, "MULTIPLE", 1)
+    monkeypatch.setattr(llama_forward, "TOKEN_MULTIPLE", 1)
     plain = run(trainable, trainable.hidden)
     assert plain[0].shape[0] == tokens
-    monkeypatch.setattr(llama_forward, "MULTIPLE", tokens + shift)
+    monkeypatch.setattr(llama_forward, "TOKEN_MULTIPLE", tokens + shift)
     for mine, theirs in zip(run(trainable, trainable.hidden), plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
@@ -118,8 +120,8 @@ def test_layers_see_few_different_numbers_of_tokens(tiny_base: Path) -> None:
     for rows in range(1, len(ROWS) + 1):
         batch = collate(ROWS[:rows])
         assert trainable.hidden(batch).shape[0] == batch.tokens
-        assert 0 <= seen[-1] - batch.tokens < MULTIPLE
-    assert {tokens % MULTIPLE for tokens in seen} == {0}
+        assert 0 <= seen[-1] - batch.tokens < TOKEN_MULTIPLE
+    assert {tokens % TOKEN_MULTIPLE for tokens in seen} == {0}
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "o_proj", "gate_proj"]])
@@ -134,7 +136,7 @@ def test_layers_without_an_adapter_are_passed_through(tiny_base: Path, modules: 
 def test_scores_block_by_block_give_the_same(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     trainable = loaded(tiny_base)
     assert any(row.branch for row in ROWS)
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(memory, "QUERY_BLOCK", block)
     for mine, theirs in zip(run(trainable, trainable.hidden), run(trainable, one_by_one(trainable)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
@@ -142,7 +144,7 @@ def test_scores_block_by_block_give_the_same(tiny_base: Path, monkeypatch: pytes
 def test_the_fused_kernel_gives_the_same(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainable = loaded(tiny_base)
     plain = run(trainable, trainable.hidden)
-    monkeypatch.setattr(attention, "PLAIN_UP_TO", 0)
+    monkeypatch.setattr(attention, "PLAIN_ATTENTION_UP_TO", 0)
     for mine, theirs in zip(run(trainable, trainable.hidden), plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 

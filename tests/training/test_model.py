@@ -8,11 +8,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 
+from app.domain import memory
 from app.domain.attempts import EncodedRow
 from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
 from worker.precision import BF16, FP32, Precision
-from worker.training import model as room
 from worker.training.batches import collate
 from worker.training.errors import TrainingError
 from worker.training.master_weights import MasterWeights
@@ -45,7 +45,7 @@ def test_a_base_too_large_to_keep_dequantised_computes_the_same(
 ) -> None:
     batch = collate([EncodedRow(line=1, ids=tuple(range(40)), trained=())])
     kept = load(tiny_base).hidden(batch)
-    monkeypatch.setattr(room, "DENSE_LIMIT", 0)
+    monkeypatch.setattr(memory, "DENSE_LIMIT", 0)
     packed = load(tiny_base)
     assert any(type(module).__name__ == "Linear4bit" for module in packed.method.module.modules())
     torch.testing.assert_close(packed.hidden(batch), kept, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig
 
-from app.domain import memory
 from app.domain.architectures import KNOWN, Architecture
 from app.domain.memory import CONTEXT, GPU16, Load, Machine, memory_of
 from app.domain.specs import TrainSpec
@@ -18,7 +17,7 @@ from app.domain.trainables import trainable_parameters
 from benchmarks.live import LiveBytes
 from benchmarks.shape_only import Seen, rows_of, run_update
 from worker.precision import FP32
-from worker.training import attention, llama_forward, loss, model
+from worker.training import loss, model
 from worker.training.master_weights import MasterWeights
 
 SEVEN = KNOWN["Llama-2-7B"]
@@ -70,14 +69,6 @@ def test_a_token_of_a_7b_model_keeps_at_most_seven_and_a_half_megabytes() -> Non
     batch = rows_of(512, 256, 0.33)
     seen = run_update(SEVEN, ADAPTERS["lora"][1](), batch, recompute=False, packed=True, stock=False)
     assert seen.kept / batch.tokens < 7.5e6
-
-
-def test_the_model_reckons_with_the_trainers_own_bounds() -> None:
-    assert memory.LOGITS_AT_ONCE == loss.CHUNK
-    assert memory.SCORES_UP_TO == attention.PLAIN_UP_TO
-    assert memory.MULTIPLE == llama_forward.MULTIPLE
-    assert memory.SCORES_OF_A_BLOCK == attention.BLOCK
-    assert memory.DENSE_LIMIT == model.DENSE_LIMIT
 
 
 @pytest.mark.parametrize("drawn", range(24))

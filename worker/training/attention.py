@@ -4,22 +4,14 @@ Queries are [num_kv_heads, group, num_tokens, head_dim], keys and values [num_kv
 of queries shares one key-value head, so a group is one product and no key is copied. Each row attends to itself alone.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
+from app.domain.memory import PLAIN_ATTENTION_UP_TO, query_block
 from worker.training.packing import PackedRow, visible
-
-PLAIN_UP_TO = 1_024
-"""On a CPU, rows up to this length compute their scores in blocks: the fused kernel is two to four times slower at 160
-tokens. Longer rows, and GPUs, take the fused kernel, whose memory does not grow with the square of the length."""
-
-BLOCK = 128
-"""Queries, more or less, whose scores exist at once. Keys behind them are left out of the products: a third of the
-work at 350 tokens."""
 
 
 class Rope(NamedTuple):
@@ -58,10 +50,10 @@ def spans_of(rows: Sequence[PackedRow], group: int, device: torch.device) -> lis
 
 def _span(row: PackedRow, group: int, device: torch.device) -> Span:
     size = row.length + row.branch
-    if device.type != "cpu" or size > PLAIN_UP_TO:
+    if device.type != "cpu" or size > PLAIN_ATTENTION_UP_TO:
         return Span(row.tokens, (), visible(row, device) if row.branch else None)
     mask = visible(row, device)
-    long = math.ceil(size / max(1, round(size / BLOCK)))
+    long = query_block(size)
     starts = range(0, size, long)
     return Span(row.tokens, tuple(_block(row, mask, at, min(at + long, size), group) for at in starts), None)
 

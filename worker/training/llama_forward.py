@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional
 
+from app.domain.memory import TOKEN_MULTIPLE
 from worker.architecture import is_llama
 from worker.training.attention import (
     Rope,
@@ -29,10 +30,6 @@ from worker.training.attention import (
 from worker.training.batches import Batch
 from worker.training.fused_lora import FusedLoraLinear
 from worker.training.packing import PackedRow
-
-MULTIPLE = 32
-"""A micro-batch's number of tokens is rounded up to a multiple of this. Each new shape costs kernels that are compiled
-for it, and memory: the allocator cannot reuse blocks of ever new sizes."""
 
 
 class SavedActivations(NamedTuple):
@@ -201,8 +198,8 @@ class LlamaTrainingForward:
 
 
 def _padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[PackedRow, ...]]:
-    """(ids, positions, rows) of `batch`, padded with one more row to a multiple of `MULTIPLE` tokens."""
-    missing = -batch.tokens % MULTIPLE
+    """(ids, positions, rows) of `batch`, padded by a row that nothing reads to a multiple of `TOKEN_MULTIPLE`."""
+    missing = -batch.tokens % TOKEN_MULTIPLE
     if not missing:
         return batch.ids, batch.positions, batch.rows
     ids, positions = (functional.pad(numbers, (0, missing)) for numbers in (batch.ids, batch.positions))

@@ -9,10 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import cross_entropy
 
+from app.domain.memory import LOSS_CHUNK
 from worker.training.batches import Batch
-
-CHUNK = 512
-"""Labelled positions whose logits exist at once: 100 MB in float32 over a vocabulary of 49,152."""
 
 
 def backward_loss(
@@ -20,7 +18,7 @@ def backward_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
     batch: Batch,
     weight: float | torch.Tensor,
-    chunk: int = CHUNK,
+    chunk: int = LOSS_CHUNK,
 ) -> torch.Tensor:
     """Backpropagate `weight` × the summed loss through `head` and `hidden`; return each row's sum, unweighted: [rows].
 
@@ -42,7 +40,7 @@ def backward_loss(
 
 
 def measure_loss(
-    hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], batch: Batch, chunk: int = CHUNK
+    hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], batch: Batch, chunk: int = LOSS_CHUNK
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(each row's summed loss [rows]; how many labelled tokens have the highest logit), without any gradient."""
     by_row = torch.zeros(len(batch.rows), dtype=torch.float32, device=hidden.device)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from app.domain import memory
 from app.domain.attempts import EncodedRow
 from app.domain.specs import TrainSpec
 from app.domain.tuning_methods import Quantization
@@ -22,9 +23,6 @@ from worker.training.errors import TrainingError
 from worker.training.llama_forward import build_training_forward
 from worker.training.packing import visible_in_batch
 from worker.training.tuning_methods import TuningMethod, apply_tuning_method, fill
-
-DENSE_LIMIT = 2**30
-"""On a CPU, a base of at most this many bytes on disk is kept dequantised after it was quantised."""
 
 ALIKE = 0.25
 """How far the fast form's hidden states may be from transformers', as a share of their norm: rounding to sixteen bits
@@ -95,7 +93,7 @@ def check_finite(base: Path) -> None:
 def _load_base(
     base: Path, quantization: Quantization | None, precision: Precision, device: torch.device
 ) -> PreTrainedModel:
-    dense = device.type == "cpu" and quantization is not None and _bytes(base) <= DENSE_LIMIT
+    dense = device.type == "cpu" and quantization is not None and _bytes(base) <= memory.DENSE_LIMIT
     config = quantization and bitsandbytes_config(
         quantization.bits, quantization.quant_type, double_quant=quantization.double_quant, compute=precision.compute
     )
