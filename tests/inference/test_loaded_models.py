@@ -314,7 +314,7 @@ def test_places_keep_within_the_budget(shelf: Shelf) -> None:
     held.reserve_slots(known[0], known[1:2], known[1:2])  # what is idle goes for it
     held.forward(known[:2])
     assert 2 <= held.num_adapters < 4
-    assert not any(held._missing(MemoryUse(1)))
+    assert not any(held._evictor.missing(MemoryUse(1)))
 
 
 @pytest.mark.usefixtures("beside_a_gpu")
@@ -348,7 +348,7 @@ def test_what_does_not_fit_evicts_nothing(shelf: Shelf, loaded: bool) -> None:
         for model in [*in_use, *idle, *([third] if loaded else [])]:
             held.load(model, [])
         held.reserve_slots(in_use[0], in_use[1:], in_use)
-        held._budget = held.memory.minus(MemoryUse(cut))
+        held._evictor.budget = held.memory.minus(MemoryUse(cut))
         for attempt in (held.load, partial(held.reserve_slots, running=in_use)):
             before = held.num_bases, held.num_adapters
             try:
@@ -374,7 +374,7 @@ def test_places_that_would_have_to_be_made_anew_are_no_room(shelf: Shelf) -> Non
     needed: list[int] = []
     held._bases["base"].reserve_slots(["one", None], lambda growth: needed.append(growth().device))
     held._bases["base"].reserve_slots([None], lambda _: None)
-    held._budget = held.memory.plus(MemoryUse(needed[0] - slots // 2))
+    held._evictor.budget = held.memory.plus(MemoryUse(needed[0] - slots // 2))
     assert min(needed[0], slots) > 0
     with pytest.raises(OutOfMemory):
         held.reserve_slots(one, [base], [base])

@@ -350,7 +350,7 @@ def test_adapters_for_whose_places_there_is_no_memory_wait_for_others_to_leave(
     while desk.scheduler.has_work:
         desk.scheduler.step()
         running.append(desk.scheduler.stats.running)
-        assert not any(desk.models._missing(MemoryUse(1)))
+        assert not any(desk.models._evictor.missing(MemoryUse(1)))
         assert not desk.scheduler._deferred
 
     assert 2 <= max(running) < 8

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 SHARE_FOR_OTHER_MODELS = 4
-"""One in so many places of the queue is left to other models than the one that is crowded."""
+"""A crowd at one model leaves one in so many of the queue to other models."""
 
 LOOKUP_RETRY_AFTER = 5
 """Seconds after which to retry if a model could not be looked up."""
