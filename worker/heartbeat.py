@@ -4,7 +4,7 @@ import threading
 
 import structlog
 
-from app.domain.errors import LeaseLostError, VerituneError
+from app.domain.errors import LeaseLostError, StorageError
 from app.domain.jobs import JobStatus, Lease
 from app.domain.ledger import OwnedReservation
 from app.services.attempts import Attempts
@@ -14,6 +14,8 @@ log = structlog.get_logger(__name__)
 
 class Heartbeat:
     """`status`: the job's, as of the last beat. `lost` is set once another attempt may have the job.
+
+    `full`: the fault of a database whose disk is full. No retry helps until the attempt frees its room.
 
     If the database does not answer, the heartbeat retries until the lease has expired by this host's clock. Only then
     is the lease lost.
@@ -26,6 +28,7 @@ class Heartbeat:
         self._beating = threading.Lock()
         self._over = threading.Event()
         self.lost = threading.Event()
+        self.full: StorageError | None = None
         self.status = JobStatus.RUNNING
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{lease.job_id}", daemon=True)
 
@@ -49,13 +52,14 @@ class Heartbeat:
             try:
                 with self._beating:
                     self.status = self._attempts.renew(self._lease, self._reservation)
-                missed = 0.0
+                missed, self.full = 0.0, None
             except LeaseLostError:
                 self.lost.set()
                 return
-            except VerituneError as error:
+            except Exception as error:  # this thread must not end while the attempt runs
+                self.full = error if isinstance(error, StorageError) else None
                 missed += period
-                log.warning("heartbeat_missed", job=self._lease.job_id, reason=error.code)
+                log.warning("heartbeat_missed", job=self._lease.job_id, reason=str(error))
                 if missed > self._attempts.lease_seconds:
                     self.lost.set()
                     return

@@ -1,29 +1,26 @@
-"""What is known of a running child, and when it should be done."""
+"""Progress of a running child: metrics that wait to be written, its pace, and when it should end."""
 
 import time
 from dataclasses import dataclass, field
 
-from app.domain.adapters import Environment
 from app.domain.attempts import Failed, Finished, Metrics
-from worker.child import Child
 from worker.device_reservation import TrainingReservation
 
 PACE_UPDATES = 20
 PLANNED_UPDATES = 5
-"""How many seen updates the plan's pace weighs as much as: the first ones take longer, and their number is small."""
+"""The plan's pace weighs as much as so many measured updates: the first updates are slow and few."""
 
 ENDING = 2.0
-"""Seconds from the last update to the end of the child: writing a checkpoint and the adapter."""
+"""Seconds from the last update to the end of the child, which writes a checkpoint and the adapter then."""
 
 
 @dataclass
 class Watch:
-    """One child's life as its supervisor sees it."""
+    """One child. `asked`: the command that it got. `kill_at`: when to kill it. `status`: its exit status."""
 
-    child: Child
     reservation: TrainingReservation
     planned: float | None
-    """Seconds of an update by the plan, where it knows a pace."""
+    """Seconds per update by the plan, if known."""
 
     batch: list[Metrics] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
@@ -32,21 +29,20 @@ class Watch:
     asked: str | None = None
     kill_at: float | None = None
     last: Finished | Failed | None = None
-    environment: Environment | None = None
     status: int = 0
 
-    def heard(self, metrics: Metrics) -> None:
-        """An update is done."""
+    def add(self, metrics: Metrics) -> None:
+        """Take in one update's metrics."""
         self.batch.append(metrics)
         self.recent = [*self.recent[1 - PACE_UPDATES :], metrics.seconds]
         self.first = self.first or (metrics.update, time.monotonic())
 
     def eta(self, last: Metrics) -> float:
-        """Seconds of training that are left, by the recent updates' pace."""
+        """Seconds of training left, by the pace of recent updates."""
         return round(sum(self.recent) / len(self.recent) * (last.total_updates - last.update), 1)
 
     def ends_in(self, last: Metrics) -> float:
-        """Seconds until the child should be gone, by the clock on the wall: evaluations and checkpoints count."""
+        """Seconds until the child should end, by wall-clock time: with evaluations and checkpoints."""
         update, at = self.first or (last.update, time.monotonic())
         spent, done = time.monotonic() - at, last.update - update
         if self.planned is not None:

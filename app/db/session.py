@@ -4,6 +4,7 @@ No unit is held across generation, upload or streaming. On SQLite a writing tran
 because a read that turns into a write mid-way fails with SQLITE_BUSY no matter how long it would wait.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from app.db.repositories.adapters import Adapters
@@ -23,7 +25,8 @@ from app.db.repositories.predictions import Predictions
 from app.db.repositories.reservations import Reservations
 from app.db.repositories.resources import Aliases, BaseModels, Corpora, Datasets, Devices, Encodings
 from app.db.repositories.rows import WRITES
-from app.domain.errors import InvalidError, UnavailableError
+from app.disk import disk_error
+from app.domain.errors import InvalidError, StorageError, UnavailableError
 
 POOL = 48
 """Connections; at least as many as the threads that serve requests, so that no thread waits for another's."""
@@ -111,7 +114,9 @@ class Database:
         with Session(engine, expire_on_commit=False) as session:
             try:
                 yield session
-            except OperationalError as error:
+            except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+                if _is_full(error):
+                    raise self._full() from error
                 raise UnavailableError(
                     "the database does not answer; try again", code="database_away", retry_after=2
                 ) from error
@@ -120,8 +125,20 @@ class Database:
                     "a text or a number here is one that the database cannot hold", code="bad_value"
                 ) from error
 
+    def _full(self) -> StorageError:
+        what = "the database cannot be written"
+        if self.engine.url.get_backend_name() == "sqlite" and self.engine.url.database:
+            return disk_error(what, Path(self.engine.url.database).parent, "its disk is full", errno.ENOSPC)
+        return StorageError(f"{what}: its server's disk is full; free some space there", code="disk")
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _is_full(error: Exception) -> bool:
+    """SQLite says so in words, Postgres by SQLSTATE 53100."""
+    cause = getattr(error, "orig", None)
+    return "disk is full" in str(cause) or getattr(cause, "sqlstate", None) == "53100"
 
 
 def _engine(url: str) -> Engine:

@@ -8,6 +8,7 @@ VerituneError
 ├── ConflictError       the request is fine, the present state forbids it
 ├── BusyError           try again after `retry_after` seconds: a bounded queue is full
 ├── UnavailableError    try again after `retry_after` seconds: a part is away
+│   └── StorageError    the blob store or a disk failed; code `disk`: it is full or refuses, so somebody must act first
 ├── CutOffError         whoever asked has gone: nobody waits for the answer
 └── LeaseLostError      internal: an attempt that no longer owns its job tried to write
 """
@@ -72,6 +73,10 @@ class BusyError(VerituneError):
 
 class UnavailableError(VerituneError):
     default_code = "unavailable"
+
+
+class StorageError(UnavailableError):
+    default_code = "storage_away"
 
 
 class CutOffError(VerituneError):

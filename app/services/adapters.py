@@ -12,13 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from app.db import Database, Unit
 from app.db.tables import AdapterRow
 from app.domain.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, Manifest, adapter_digest, model_card
-from app.domain.errors import NotFoundError
+from app.domain.errors import NotFoundError, VerituneError
 from app.domain.identity import new_id
 from app.domain.jobs import JobStatus, Lease
 from app.services.naming import free_name
+from app.services.staged_blobs import discard_unreferenced, staged
 from app.storage import Blobs, stale, sweep
 
 RESOURCE = "adapter"
@@ -27,6 +30,7 @@ DELETED = ".deleted-"
 """Begins the name of an empty file that says since when the adapter of a directory beside it is deleted."""
 
 S = JobStatus
+log = structlog.get_logger(__name__)
 
 
 class Adapters:
@@ -52,13 +56,22 @@ class Adapters:
         Its name is `name`, or one made from it where another adapter has that. Returns the adapter's id; None when the
         user asked to cancel before the transaction began (the job is cancelled then, and nothing is published).
         """
+        with staged(self._database, self._blobs) as blobs:
+            row = self._store(self._free_name(name), directory, manifest, blobs)
+            published = self._commit(lease, row, name)
+        if published is None:
+            discard_unreferenced(self._database, self._blobs, blobs.created)
+        else:
+            self._warm_cache(row.digest)
+        return published
+
+    def _store(self, named: str, directory: Path, manifest: Manifest, blobs: Blobs) -> AdapterRow:
         weights, config = WEIGHTS[manifest.kind], CONFIG[manifest.kind]
-        named = self._free_name(name)
-        stored = {path.name: self._blobs.put_file(path) for path in sorted(directory.iterdir())}
+        stored = {path.name: blobs.put_file(path) for path in sorted(directory.iterdir())}
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
-        stored[MANIFEST] = self._blobs.put_bytes(document.encode())
-        stored[CARD] = self._blobs.put_bytes(model_card(named, manifest).encode())
-        row = AdapterRow(
+        stored[MANIFEST] = blobs.put_bytes(document.encode())
+        stored[CARD] = blobs.put_bytes(model_card(named, manifest).encode())
+        return AdapterRow(
             id=new_id("adp"),
             name=named,
             digest=adapter_digest(stored[weights].digest, (directory / config).read_bytes()),
@@ -70,12 +83,13 @@ class Adapters:
             bytes=sum(blob.size for blob in stored.values()),
             created_at=datetime.now(UTC),
         )
-        published = self._commit(lease, row, name)
-        if published is None:
-            self._drop({weights, MANIFEST, CARD}, row)  # the other files may be on their way into another adapter
-        else:
-            self.on_disk(row.digest)
-        return published
+
+    def _warm_cache(self, digest: str) -> None:
+        """The first prediction need not wait for the files. It brings them itself if this fails."""
+        try:
+            self.on_disk(digest)
+        except (VerituneError, OSError) as error:
+            log.warning("adapter_not_cached", digest=digest, reason=str(error))
 
     def _free_name(self, name: str) -> str:
         with self._database.read() as unit:
@@ -142,15 +156,8 @@ class Adapters:
             shared = unit.adapters.by_digest(row.digest) is not None
         if not shared and (self._directory / row.digest).exists():
             (self._directory / f"{DELETED}{row.digest}").touch()
-        self._drop(set(row.files), row)
+        discard_unreferenced(self._database, self._blobs, set(row.files.values()))
         self.sweep()
-
-    def _drop(self, files: set[str], row: AdapterRow) -> None:
-        """Delete files of an adapter that is not published, as far as nothing that is kept shares them."""
-        with self._database.read() as unit:
-            unreferenced = unit.blob_references.unreferenced({row.files[name] for name in files})
-        for digest in unreferenced:
-            self._blobs.delete(digest)
 
     def archive(self, reference: str) -> tuple[str, Iterator[bytes]]:
         """(file name, zip stream) of the adapter's directory, file by file in constant memory."""

@@ -9,7 +9,8 @@ from app.db.tables import ArtifactRow, JobRow
 from app.domain.errors import NotFoundError
 from app.domain.jobs import Artifact, Lease
 from app.services.jobs import unknown_job
-from app.storage import Blobs
+from app.services.staged_blobs import staged
+from app.storage import Blob, Blobs
 
 
 class Artifacts:
@@ -19,17 +20,20 @@ class Artifacts:
 
     def put(self, lease: Lease, path: Path) -> None:
         """Store a file under its own name. What an earlier attempt left under that name is replaced."""
-        blob = self._blobs.put_file(path)
+        with staged(self._database, self._blobs) as blobs:
+            lost = self._commit(lease, path.name, blobs.put_file(path))
+        self._blobs.discard(lost)
+
+    def _commit(self, lease: Lease, name: str, blob: Blob) -> set[str]:
+        """Write the artifact's row. Returns the blobs to which nothing refers any more."""
         row = ArtifactRow(
-            job_id=lease.job_id, name=path.name, digest=blob.digest, bytes=blob.size, created_at=datetime.now(UTC)
+            job_id=lease.job_id, name=name, digest=blob.digest, bytes=blob.size, created_at=datetime.now(UTC)
         )
         with self._database.write() as unit:
             unit.jobs.write(lease, owner=lease.owner)
-            before = {old.digest for old in unit.artifacts.of(lease.job_id) if old.name == path.name}
+            before = {old.digest for old in unit.artifacts.of(lease.job_id) if old.name == name}
             unit.artifacts.put(row)
-            lost = unit.blob_references.unreferenced(before)
-        for digest in lost:
-            self._blobs.delete(digest)
+            return unit.blob_references.unreferenced(before)
 
     def of(self, reference: str) -> list[Artifact]:
         """A job's artifacts, by name."""

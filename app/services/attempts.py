@@ -11,13 +11,15 @@ from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
 from app.domain.adapters import Manifest
 from app.domain.attempts import Checkpointed, Evaluated, Metrics
+from app.domain.errors import NotFoundError
 from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobStatus, Lease, Progress
 from app.domain.ledger import OwnedReservation
 from app.domain.specs import TrainSpec
 from app.domain.splits import Part
 from app.services.jobs import best_of
 from app.services.plans import Plans, Prepared
-from app.storage import Blobs
+from app.services.staged_blobs import staged
+from app.storage import Blob, Blobs
 
 CHECKPOINTS_KEPT = 2
 S = JobStatus
@@ -145,7 +147,15 @@ class Attempts:
 
         `manifest`: what an adapter of these weights would say of itself.
         """
-        files = {path.name: self._blobs.put_file(path) for path in sorted(written.path.iterdir())}
+        with staged(self._database, self._blobs) as blobs:
+            files = {path.name: blobs.put_file(path) for path in sorted(written.path.iterdir())}
+            lost = self._commit_checkpoint(lease, written, files, manifest)
+        self._blobs.discard(lost)
+
+    def _commit_checkpoint(
+        self, lease: Lease, written: Checkpointed, files: dict[str, Blob], manifest: Manifest | None
+    ) -> set[str]:
+        """Write the checkpoint's row and drop older ones. Returns the blobs to which nothing refers any more."""
         row = CheckpointRow(
             job_id=lease.job_id,
             update=written.update,
@@ -166,12 +176,10 @@ class Attempts:
             for old in stale:
                 unit.jobs.drop_checkpoint(old)
             unit.session.flush()
-            lost = unit.blob_references.unreferenced({blob for old in stale for blob in old.files.values()})
-        for digest in lost:
-            self._blobs.delete(digest)
+            return unit.blob_references.unreferenced({blob for old in stale for blob in old.files.values()})
 
     def restore(self, lease: Lease, directory: Path) -> Path | None:
-        """Copy the newest checkpoint under `directory`; None when there is none. A damaged one is passed over."""
+        """Copy the newest checkpoint under `directory`; None if there is none. A lost or damaged one is passed over."""
         with self._database.read() as unit:
             rows = unit.jobs.checkpoints(lease.job_id)
         for row in rows:
@@ -179,9 +187,9 @@ class Attempts:
             try:
                 for name, digest in row.files.items():
                     self._blobs.fetch(digest, target / name)
-            except Exception as error:  # any damage of the store must not stop an older checkpoint from serving
+            except NotFoundError as error:  # an older checkpoint will do; a full disk would take that one, too
                 shutil.rmtree(target, ignore_errors=True)
-                told = {"update": row.update, "reason": type(error).__name__}
+                told = {"update": row.update, "reason": error.code}
                 self.tell(lease, "checkpoint_damaged", "a checkpoint could not be read", "warning", told)
                 continue
             return target
@@ -196,21 +204,23 @@ class Attempts:
             elif unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
                 unit.jobs.tell(lease.job_id, "cancelled", "cancelled", "info", {})
 
-    def release(self, lease: Lease, reason: str, *, strike: bool) -> None:
-        """Let go of a job: back to the queue, or where the user's wish leads.
+    def release(self, lease: Lease, reason: str, *, strike: bool, error: JobError = WORKER_LOST) -> None:
+        """Put a job back into the queue, or where the user's wish leads.
 
-        `strike`: the attempt was lost, not given up on purpose; too many without a checkpoint fail the job.
+        `strike`: the attempt was lost, not ended on purpose. Too many strikes without a checkpoint fail the job, with
+        `error`.
         """
         with self._database.write() as unit:
             status = unit.jobs.renew(lease, self.lease_seconds)
             row = unit.jobs.find(lease.job_id)
             strikes = (row.strikes if row else 0) + int(strike)
             if strikes >= MAX_ATTEMPTS:
-                following, told = S.FAILED, _SETTLED[S.FAILED]
+                message = f"{_SETTLED[S.FAILED][1]}: {reason}"
+                following, told = S.FAILED, ("failed", message, "error")
             else:
                 following, told = _RELEASED.get(status, (S.QUEUED, ("requeued", reason, "warning")))
-            error = WORKER_LOST.model_dump(mode="json") if following is S.FAILED else None
-            unit.jobs.end(lease, (status,), following, strikes=strikes, error=error)
+            document = error.model_dump(mode="json") if following is S.FAILED else None
+            unit.jobs.end(lease, (status,), following, strikes=strikes, error=document)
             unit.jobs.tell(lease.job_id, *told, {"reason": reason, "strikes": strikes})
 
 

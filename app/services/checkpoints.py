@@ -24,6 +24,7 @@ from app.domain.jobs import TERMINAL
 from app.services.adapters import Adapters
 from app.services.jobs import unknown_job
 from app.services.naming import check_name
+from app.services.staged_blobs import staged
 from app.storage import Blobs
 
 
@@ -48,28 +49,33 @@ class Checkpoints:
                 f"the checkpoint of update {update} was written by a version that could not publish one",
                 code="not_publishable",
             )
-        row = self._row(checkpoint, Manifest.model_validate(checkpoint.manifest), named)
-        try:
-            with self._database.write() as unit:
-                _found(unit, job.id, update)  # its files are there as long as its row, or the adapter's
-                _refuse_taken(unit, named)
-                unit.adapters.add(row)
-                told = {"adapter_id": row.id, "digest": row.digest, "update": update}
-                message = f"the checkpoint of update {update} was published as {row.id}"
-                unit.jobs.tell(job.id, "checkpoint_published", message, "info", told)
-        except IntegrityError:  # taken at the same instant
-            raise _taken("an adapter", named) from None
+        manifest = Manifest.model_validate(checkpoint.manifest)
+        with staged(self._database, self._blobs) as blobs:
+            row = self._row(checkpoint, manifest, named, blobs)
+            self._commit(row, job.id, update)
         self._adapters.on_disk(row.digest)
         return self._adapters.get(row.id)
 
-    def _row(self, checkpoint: CheckpointRow, manifest: Manifest, name: str) -> AdapterRow:
+    def _commit(self, row: AdapterRow, job_id: str, update: int) -> None:
+        try:
+            with self._database.write() as unit:
+                _found(unit, job_id, update)  # its files are there as long as its row, or the adapter's
+                _refuse_taken(unit, row.name)
+                unit.adapters.add(row)
+                told = {"adapter_id": row.id, "digest": row.digest, "update": update}
+                message = f"the checkpoint of update {update} was published as {row.id}"
+                unit.jobs.tell(job_id, "checkpoint_published", message, "info", told)
+        except IntegrityError:  # taken at the same instant
+            raise _taken("an adapter", row.name) from None
+
+    def _row(self, checkpoint: CheckpointRow, manifest: Manifest, name: str, blobs: Blobs) -> AdapterRow:
         weights, config = WEIGHTS[manifest.kind], CONFIG[manifest.kind]
         belonging = (weights, config, *BESIDES[manifest.kind])
         files = {file: checkpoint.files[file] for file in belonging if file in checkpoint.files}
         size = sum(self._blobs.size(digest) for digest in files.values())
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
         for file, text in ((MANIFEST, document), (CARD, model_card(name, manifest))):
-            blob = self._blobs.put_bytes(text.encode())
+            blob = blobs.put_bytes(text.encode())
             files[file], size = blob.digest, size + blob.size
         return AdapterRow(
             id=new_id("adp"),
@@ -93,8 +99,7 @@ class Checkpoints:
         with self._database.write() as unit:
             gone = unit.jobs.drop_checkpoints_of_ended(before)
             lost = unit.blob_references.unreferenced({blob for files in gone for blob in files.values()})
-        for digest in lost:
-            self._blobs.delete(digest)
+        self._blobs.discard(lost)
         return len(gone)
 
 

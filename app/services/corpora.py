@@ -26,6 +26,7 @@ from app.knowledge import (
     build_corpus,
 )
 from app.services.naming import check_name, choose_name, shown_filename, taken_by_another
+from app.services.staged_blobs import staged
 from app.storage import Blobs, sweep
 from app.storage.blobs import hash_file
 
@@ -79,8 +80,9 @@ class Corpora:
                 if same := self._same(unit, digest, name):
                     return same, False
                 _choose(unit, name, filename, digest)  # refused before the pages are stored
-            self._blobs.put_file(built)
-        return self._add(report, digest, size, filename, name)
+            with staged(self._database, self._blobs) as blobs:
+                blobs.put_file(built)
+                return self._add(report, digest, size, filename, name)
 
     def _add(
         self, report: CorpusReport, digest: str, size: int, filename: str, name: str | None
@@ -141,7 +143,7 @@ class Corpora:
         with self._lock:
             self._open.pop(row.digest, None)
         (self._directory / f"{row.digest}.sqlite").unlink(missing_ok=True)
-        self._blobs.delete(row.digest)
+        self._blobs.discard((row.digest,))
 
     def find(self, reference: str, query: str, limit: int) -> tuple[Hit, ...]:
         """Pages by free text, best first."""

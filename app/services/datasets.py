@@ -16,6 +16,7 @@ from app.domain.identity import new_id
 from app.domain.trajectories import Trajectory
 from app.ingest import ingest
 from app.services.naming import check_name, choose_name, shown_filename, taken_by_another
+from app.services.staged_blobs import staged
 from app.storage import Blobs, sweep
 
 
@@ -66,8 +67,9 @@ class Datasets:
                 if same := _same(unit, read.digest, name):
                     return same, False
                 _choose(unit, name, filename, read.digest)  # refused before the content is stored
-            size = self._blobs.put_file(read.canonical).size
-        return self._add(read.report, read.digest, size, filename, name)
+            with staged(self._database, self._blobs) as blobs:
+                size = blobs.put_file(read.canonical).size
+                return self._add(read.report, read.digest, size, filename, name)
 
     def _add(
         self, report: DatasetReport, digest: str, size: int, filename: str, name: str | None
@@ -133,8 +135,7 @@ class Datasets:
                 )
             unit.datasets.remove(row)
             encoded = unit.encodings.remove(row.digest)
-        for blob in (row.digest, *encoded):
-            self._blobs.delete(blob)
+        self._blobs.discard((row.digest, *encoded))
 
 
 def _same(unit: Unit, digest: str, name: str | None) -> Dataset | None:

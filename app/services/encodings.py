@@ -106,8 +106,7 @@ class Encodings:
             if unit.encodings.get(key) is not None:
                 return
             unreferenced = unit.encodings.unreferenced({blob})
-        for digest in unreferenced:
-            self._blobs.delete(digest)
+        self._blobs.discard(unreferenced)
         raise _deleted()
 
     def _lines(self, dataset: DatasetRow) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.errors import NotFoundError
+from app.domain.errors import NotFoundError, StorageError
 from app.storage import Blobs, open_blobs
 from tests.conftest import ROOT
 
@@ -66,3 +66,26 @@ def test_a_damaged_blob_is_not_handed_out(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="damaged"):
         blobs.fetch(digest, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_a_directory_that_fails_says_what_where_and_how_much_is_free(tmp_path: Path) -> None:
+    blobs = open_blobs(f"file://{tmp_path / 'blobs'}")
+    (tmp_path / "blobs" / "sha256").touch()  # a file where a directory must be
+    for call in (lambda: blobs.put_bytes(b"x"), lambda: blobs.exists("0" * 64), lambda: blobs.get_bytes("0" * 64)):
+        with pytest.raises(StorageError, match=rf"Not a directory; .* MB are free at {tmp_path}/blobs") as raised:
+            call()
+        assert raised.value.code == "disk"
+
+
+def test_a_blob_that_was_deleted_before_its_row_was_committed_is_stored_again(blobs: Blobs, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    digests = {blobs.put_file(source).digest, blobs.put_bytes(b"y").digest}
+    staged = blobs.staged()
+    staged.put_file(source)
+    staged.put_bytes(b"y")
+    staged.put_bytes(b"z")
+    assert len(staged.created) == 1
+    blobs.discard(digests)
+    staged.put_missing()
+    assert all(blobs.exists(digest) for digest in digests)

@@ -19,7 +19,7 @@ from tests.conftest import dataset_jsonl
 from tests.waiting import until
 from tests.worker.test_supervisor import LONG, TRAINER, _start_owner, children, updates
 from worker import device_reservation
-from worker.child import SPARE_BYTES, Child
+from worker.child import SPARE_BYTES
 from worker.device import describe_device
 from worker.device_reservation import TrainingReservation
 from worker.supervisor import Supervisor
@@ -265,12 +265,12 @@ def test_the_end_is_told_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatc
     """Updates take one second by their own account, and two with all that comes between them."""
     clock = [1_000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    watch = Watch(Child.__new__(Child), TrainingReservation.__new__(TrainingReservation), planned)
-    watch.heard(metrics(1, 1.0))
+    watch = Watch(TrainingReservation.__new__(TrainingReservation), planned)
+    watch.add(metrics(1, 1.0))
     first = 1.0 if planned is None else planned
     assert watch.ends_in(metrics(1, 1.0)) == pytest.approx(99 * first + ENDING)
     for update in range(2, 11):
         clock[0] += 2.0
-        watch.heard(metrics(update, 1.0))
+        watch.add(metrics(update, 1.0))
     assert watch.eta(metrics(10, 1.0)) == 90.0
     assert watch.ends_in(metrics(10, 1.0)) == pytest.approx(90 * 2.0 + ENDING)

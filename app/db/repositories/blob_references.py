@@ -1,9 +1,18 @@
-"""References to blobs. Checkpoints, adapters and artifacts with equal files refer to one blob."""
+"""References to blobs. Rows with equal files refer to one blob: a whole model has its base's tokenizer."""
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.db.tables import AdapterRow, ArtifactRow, CheckpointRow
+from app.db.tables import AdapterRow, ArtifactRow, BaseModelRow, CheckpointRow, CorpusRow, DatasetRow, EncodingRow
+
+ONE_BLOB = (
+    ArtifactRow.digest,
+    BaseModelRow.config,
+    BaseModelRow.tokenizer,
+    CorpusRow.digest,
+    DatasetRow.digest,
+    EncodingRow.blob,
+)
 
 
 class BlobReferences:
@@ -11,9 +20,11 @@ class BlobReferences:
         self._session = session
 
     def unreferenced(self, blobs: set[str]) -> set[str]:
-        """Those of `blobs` to which no checkpoint, no adapter and no artifact refers."""
-        left = blobs - set(self._session.scalars(select(ArtifactRow.digest).where(ArtifactRow.digest.in_(blobs))))
-        for column in (CheckpointRow.files, AdapterRow.files):
-            for files in self._session.scalars(select(column)):
+        """Those of `blobs` to which no row refers."""
+        left = set(blobs)
+        for column in ONE_BLOB:
+            left -= set(self._session.scalars(select(column).where(column.in_(blobs))))
+        for several in (CheckpointRow.files, AdapterRow.files):
+            for files in self._session.scalars(select(several)):
                 left -= set(files.values())
         return left
