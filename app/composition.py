@@ -18,10 +18,10 @@ from app.services.devices import Devices
 from app.services.encodings import Encodings
 from app.services.events import EventFeed
 from app.services.idempotency import Idempotency
+from app.services.job_snapshot import JobSnapshots
 from app.services.jobs import Jobs
 from app.services.ledger import Ledger
 from app.services.plans import Plans
-from app.services.polls import JobPolls
 from app.services.predictions import Predictions
 from app.services.stored_predictions import StoredPredictions
 from app.settings import Settings
@@ -87,8 +87,8 @@ class Services:
         return Jobs(self.database, self.blobs, self.plans, self.doorbell)
 
     @cached_property
-    def polls(self) -> JobPolls:
-        return JobPolls(self.jobs)
+    def job_snapshots(self) -> JobSnapshots:
+        return JobSnapshots(self.jobs)
 
     @cached_property
     def attempts(self) -> Attempts:

@@ -19,7 +19,7 @@ _ZIP = {"application/zip": {"schema": {"type": "string", "format": "binary"}}}
 @router.get("", summary="List adapters")
 def list_adapters(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Adapter]:
     """Newest first."""
-    data, more = services.adapters.page(after, limit)
+    data, more = services.adapters.list_adapters(after, limit)
     return Page(data=data, has_more=more)
 
 

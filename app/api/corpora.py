@@ -42,7 +42,7 @@ def upload_corpus(
 @router.get("", summary="List corpora")
 def list_corpora(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Corpus]:
     """Newest first."""
-    data, more = services.corpora.page(after, limit)
+    data, more = services.corpora.list_corpora(after, limit)
     return Page(data=data, has_more=more)
 
 

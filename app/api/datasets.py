@@ -56,7 +56,7 @@ def upload_dataset(
 @router.get("", summary="List datasets")
 def list_datasets(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Dataset]:
     """Newest first."""
-    data, more = services.datasets.page(after, limit)
+    data, more = services.datasets.list_datasets(after, limit)
     return Page(data=data, has_more=more)
 
 

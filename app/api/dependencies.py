@@ -22,7 +22,7 @@ from app.domain.claims import forbidden_character
 from app.domain.errors import InvalidError, Problem
 from app.domain.identity import id_pattern
 from app.domain.spelling import did_you_mean
-from app.services.writing import Gone
+from app.services.prompt_session import IsCancelled
 
 Item = TypeVar("Item")
 FILE = "file"
@@ -47,24 +47,24 @@ async def raw_body(request: Request) -> bytes:
     return await request.body()
 
 
-async def client_gone(request: Request) -> AsyncIterator[Gone]:
-    """Tells whether the client has hung up, for as long as its request is worked on. The body has been read by then."""
-    gone = asyncio.Event()
+async def watch_disconnect(request: Request) -> AsyncIterator[IsCancelled]:
+    """Whether the client has disconnected, while its request runs. The body has been read by then."""
+    disconnected = asyncio.Event()
 
     async def watch() -> None:
         await wait_for_disconnect(request.receive)
-        gone.set()
+        disconnected.set()
 
     watching = asyncio.create_task(watch())
     try:
-        yield gone.is_set
+        yield disconnected.is_set
     finally:
         watching.cancel()
 
 
 ServicesDep = Annotated[Services, Depends(services)]
 RawBody = Annotated[bytes, Depends(raw_body)]
-ClientGone = Annotated[Gone, Depends(client_gone)]
+CancelledByDisconnect = Annotated[IsCancelled, Depends(watch_disconnect)]
 AFTER = Query(description="Id (not name) of the last item of the page before. It need not exist any more.")
 """The cursor of a list that is paged by id: `Annotated[Annotated[str, IdOf(…)] | None, AFTER]`."""
 

@@ -40,7 +40,9 @@ def get_readiness(services: ServicesDep) -> Ready:
     """
     trainer = services.devices.trainer()
     parts = {
-        "base_model": None if services.base_models.all() else ("is not there", "run: veritune models fetch"),
+        "base_model": None
+        if services.base_models.list_base_models()
+        else ("is not there", "run: veritune models fetch"),
         "trainer": None if trainer and trainer.online else ("is not there", "start one: python -m worker"),
         "inference": _inference(services),
     }

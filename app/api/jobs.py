@@ -116,7 +116,7 @@ def submit_job(services: ServicesDep, spec: Spec, body: RawBody, key: Idempotenc
     def work() -> tuple[int, dict[str, Any]]:
         return 201, services.jobs.submit(spec).model_dump(mode="json")
 
-    status, answer = services.idempotency.once("POST /jobs", key, body, work)
+    status, answer = services.idempotency.run_once("POST /jobs", key, body, work)
     return JSONResponse(answer, status, {"Location": f"/jobs/{answer['id']}"})
 
 
@@ -128,14 +128,14 @@ def list_jobs(
     status: Annotated[JobStatus | None, Query(description="Only jobs of this status.")] = None,
 ) -> Page[Job]:
     """Newest first."""
-    data, more = services.jobs.page(after, limit, status)
+    data, more = services.jobs.list_jobs(after, limit, status)
     return Page(data=data, has_more=more)
 
 
 @router.get("/{job}", summary="A job, its progress and its end", responses=problems(404))
 async def get_job(services: ServicesDep, job: JobReference) -> Job:
     """Poll this. `queue_position` is set while it waits, `progress` while it runs, `error` when it failed."""
-    return await services.polls.get(job)
+    return await services.job_snapshots.get(job)
 
 
 @router.delete("/{job}", status_code=204, summary="Delete a job that has ended", responses=problems(404, 409))
@@ -237,7 +237,7 @@ def publish_checkpoint(
         return 201, services.checkpoints.publish(job, update, asked.name).model_dump(mode="json")
 
     same = f"{job}\n{update}\n".encode() + body
-    status, answer = services.idempotency.once("POST /jobs/checkpoints/publish", key, same, work)
+    status, answer = services.idempotency.run_once("POST /jobs/checkpoints/publish", key, same, work)
     return JSONResponse(answer, status, {"Location": f"/adapters/{answer['id']}"})
 
 
@@ -247,7 +247,7 @@ def list_artifacts(services: ServicesDep, job: JobReference) -> Page[Artifact]:
 
     They come when an attempt ends, well or not, and are replaced when the next one does.
     """
-    return Page(data=services.artifacts.of(job), has_more=False)
+    return Page(data=services.artifacts.list_artifacts(job), has_more=False)
 
 
 @router.get(

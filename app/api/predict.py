@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.dependencies import (
     AFTER,
-    ClientGone,
+    CancelledByDisconnect,
     IdempotencyKey,
     IdOf,
     Limit,
@@ -26,7 +26,7 @@ from app.api.errors import ProblemDocument, document_of, unexpected
 from app.api.routing import StrictRoute
 from app.domain.errors import InvalidError, Problem, VerituneError
 from app.domain.predictions import Prediction, PredictionEvent, PredictRequest
-from app.services.writing import stays
+from app.services.prompt_session import never_cancelled
 
 router = APIRouter(tags=["predictions"], route_class=StrictRoute)
 
@@ -84,7 +84,7 @@ def predict(
     services: ServicesDep,
     ask: Annotated[PredictRequest, Body(openapi_examples=_ASK)],
     body: RawBody,
-    is_cancelled: ClientGone,
+    is_cancelled: CancelledByDisconnect,
     key: IdempotencyKey = None,
 ) -> Response:
     """Verdict, its probability, the steps taken and the sentences read.
@@ -93,14 +93,16 @@ def predict(
     `stream: true` the steps come as server-sent events, the prediction last.
     """
     if ask.stream:
-        events = services.predictions.events(ask, is_cancelled)
+        events = services.predictions.stream(ask, is_cancelled)
         first = next(events)  # raises here, before any header is sent, when the request cannot be served
         return StreamingResponse(_stream(chain([first], events)), media_type="text/event-stream")
 
     def work() -> tuple[int, dict[str, Any]]:
-        return 200, services.predictions.predict(ask, is_cancelled if key is None else stays).model_dump(mode="json")
+        return 200, services.predictions.predict(ask, is_cancelled if key is None else never_cancelled).model_dump(
+            mode="json"
+        )
 
-    status, answer = services.idempotency.once("POST /predict", key, body, work)
+    status, answer = services.idempotency.run_once("POST /predict", key, body, work)
     return JSONResponse(answer, status)
 
 
@@ -125,7 +127,7 @@ def predict_batch(
     services: ServicesDep,
     ask: Annotated[BatchRequest, Body(openapi_examples=_ASK_MANY)],
     body: RawBody,
-    is_cancelled: ClientGone,
+    is_cancelled: CancelledByDisconnect,
     key: IdempotencyKey = None,
 ) -> Response:
     """Several run at a time. One that cannot be judged leaves a problem in its place."""
@@ -134,10 +136,10 @@ def predict_batch(
     _refuse_repeated_names([request.name for request in ask.requests])
 
     def work() -> tuple[int, dict[str, Any]]:
-        answers = services.predictions.batch(ask.requests, is_cancelled if key is None else stays)
+        answers = services.predictions.predict_batch(ask.requests, is_cancelled if key is None else never_cancelled)
         return 200, BatchAnswer(data=[_batch_entry(answer) for answer in answers]).model_dump(mode="json")
 
-    status, answer = services.idempotency.once("POST /predict/batch", key, body, work, _final)
+    status, answer = services.idempotency.run_once("POST /predict/batch", key, body, work, _final)
     return JSONResponse(answer, status)
 
 
@@ -162,7 +164,7 @@ def _batch_entry(answer: Prediction | VerituneError) -> Prediction | ProblemDocu
 @router.get("/predictions", summary="List stored predictions")
 def list_predictions(services: ServicesDep, after: After = None, limit: Limit = 20) -> Page[Prediction]:
     """Newest first."""
-    data, more = services.stored_predictions.page(after, limit)
+    data, more = services.stored_predictions.list_predictions(after, limit)
     return Page(data=data, has_more=more)
 
 

@@ -161,7 +161,7 @@ def models_export(
 @models_application.command("list")
 def models_list(home: Home = None) -> None:
     """The models that jobs may name."""
-    for view in _services(home).base_models.all():
+    for view in _services(home).base_models.list_base_models():
         mark = "*" if view.default else " "
         typer.echo(f"{mark} {view.name}  {view.parameters:,} parameters  context {view.context_length}")
 

@@ -58,7 +58,7 @@ def describe(corpus: Corpus) -> str:
 
 
 def _listed(services: Services, name: str) -> bool:
-    page, _more = services.corpora.page(None, 100)
+    page, _more = services.corpora.list_corpora(None, 100)
     return any(corpus.name == name for corpus in page)
 
 

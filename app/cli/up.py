@@ -61,7 +61,7 @@ def _start(settings: Settings, environment: dict[str, str], processes: Processes
     migrate(settings.database)
     services = compose(settings)
     try:
-        if not services.base_models.all():
+        if not services.base_models.list_base_models():
             _say("up", f"no base model yet; fetching {settings.default_base_model}")
             fetch_default(services)
     finally:

@@ -107,14 +107,14 @@ class Adapters:
                 unit.jobs.tell(lease.job_id, "name_taken", message, "warning", {"name": row.name})
             told = {"adapter_id": row.id, "digest": row.digest}
             unit.jobs.tell(lease.job_id, "succeeded", f"published as {row.id}", "info", told)
-            if unit.aliases.target(RESOURCE, DEFAULT) is None:
+            if unit.aliases.find_target(RESOURCE, DEFAULT) is None:
                 unit.aliases.point(RESOURCE, DEFAULT, row.id)
         return row.id
 
     def get(self, reference: str) -> Adapter:
         with self._database.read() as unit:
             row = _found(unit, reference)
-            return _view(row, unit.aliases.of(RESOURCE))
+            return _view(row, unit.aliases.names_by_target(RESOURCE))
 
     def config(self, reference: str) -> dict[str, Any]:
         """Its adapter_config.json, or a whole model's config.json."""
@@ -127,14 +127,14 @@ class Adapters:
     def default(self) -> Adapter | None:
         """The promoted adapter, if any."""
         with self._database.read() as unit:
-            target = unit.aliases.target(RESOURCE, DEFAULT)
+            target = unit.aliases.find_target(RESOURCE, DEFAULT)
             row = unit.adapters.find(target) if target else None
-            return _view(row, unit.aliases.of(RESOURCE)) if row else None
+            return _view(row, unit.aliases.names_by_target(RESOURCE)) if row else None
 
-    def page(self, after: str | None, limit: int) -> tuple[list[Adapter], bool]:
+    def list_adapters(self, after: str | None, limit: int) -> tuple[list[Adapter], bool]:
         with self._database.read() as unit:
-            rows, more = unit.adapters.page(after, limit)
-            aliases = unit.aliases.of(RESOURCE)
+            rows, more = unit.adapters.list_adapters(after, limit)
+            aliases = unit.aliases.names_by_target(RESOURCE)
         return [_view(row, aliases) for row in rows], more
 
     def promote(self, reference: str) -> Adapter:
@@ -205,7 +205,7 @@ class Adapters:
         """Bring the adapters over one served base to this host's disk, for a server that only looks there."""
         self._directory.mkdir(parents=True, exist_ok=True)
         with self._database.read() as unit:
-            rows = unit.adapters.all()
+            rows = unit.adapters.list_all_adapters()
         for row in rows:
             manifest = Manifest.model_validate(row.manifest)
             if manifest.served_base == served_base and manifest.kind == "peft" and "vllm" in manifest.servable_by:

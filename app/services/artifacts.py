@@ -31,21 +31,21 @@ class Artifacts:
         )
         with self._database.write() as unit:
             unit.jobs.write(lease, owner=lease.owner)
-            before = {old.digest for old in unit.artifacts.of(lease.job_id) if old.name == name}
+            before = {old.digest for old in unit.artifacts.list_artifacts(lease.job_id) if old.name == name}
             unit.artifacts.put(row)
             return unit.blob_references.unreferenced(before)
 
-    def of(self, reference: str) -> list[Artifact]:
+    def list_artifacts(self, reference: str) -> list[Artifact]:
         """A job's artifacts, by name."""
         with self._database.read() as unit:
-            rows = unit.artifacts.of(_found(unit, reference).id)
+            rows = unit.artifacts.list_artifacts(_found(unit, reference).id)
         return [Artifact(name=row.name, bytes=row.bytes, digest=row.digest, created_at=row.created_at) for row in rows]
 
     def stream(self, reference: str, name: str) -> Iterator[bytes]:
         """The bytes of one. NotFoundError before the first of them."""
         with self._database.read() as unit:
             job = _found(unit, reference)
-            rows = unit.artifacts.of(job.id)
+            rows = unit.artifacts.list_artifacts(job.id)
         found = next((row for row in rows if row.name == name), None)
         if found is None:
             there = ", ".join(row.name for row in rows) or "none yet"

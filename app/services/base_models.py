@@ -61,16 +61,16 @@ class BaseModels:
         with self._database.write() as unit:
             unit.base_models.put(row)
 
-    def all(self) -> list[BaseModelView]:
+    def list_base_models(self) -> list[BaseModelView]:
         with self._database.read() as unit:
-            return [self._view(row) for row in unit.base_models.all()]
+            return [self._view(row) for row in unit.base_models.list_base_models()]
 
     def get(self, name: str | None) -> BaseModelRow:
         """The row of `name`, or of the deployment's default."""
         wanted = name or self._default
         with self._database.read() as unit:
             row = unit.base_models.get(wanted)
-            known = [other.name for other in unit.base_models.all()]
+            known = [other.name for other in unit.base_models.list_base_models()]
         if row is not None:
             return row
         hint = f"this deployment lists: {', '.join(known)}" if known else "run: veritune models fetch"

@@ -101,7 +101,7 @@ class Corpora:
                     created_at=datetime.now(UTC),
                 )
                 unit.corpora.add(row)
-                if unit.aliases.target(RESOURCE, DEFAULT) is None:
+                if unit.aliases.find_target(RESOURCE, DEFAULT) is None:
                     unit.aliases.point(RESOURCE, DEFAULT, row.id)
         except IntegrityError:  # the same pages, or the same name, came in twice at once
             with self._database.read() as unit:
@@ -124,9 +124,9 @@ class Corpora:
         with self._database.read() as unit:
             return self._view(unit, _found(unit, reference))
 
-    def page(self, after: str | None, limit: int) -> tuple[list[Corpus], bool]:
+    def list_corpora(self, after: str | None, limit: int) -> tuple[list[Corpus], bool]:
         with self._database.read() as unit:
-            rows, more = unit.corpora.page(after, limit)
+            rows, more = unit.corpora.list_corpora(after, limit)
             return [self._view(unit, row) for row in rows], more
 
     def promote(self, reference: str) -> Corpus:
@@ -152,9 +152,9 @@ class Corpora:
     def open(self, reference: str | None) -> tuple[str, KnowledgeSource]:
         """(id, the source) of a corpus, or of the default one when none is named."""
         with self._database.read() as unit:
-            wanted = reference or unit.aliases.target(RESOURCE, DEFAULT)
+            wanted = reference or unit.aliases.find_target(RESOURCE, DEFAULT)
             if wanted is None:
-                raise _none_named(there=[row.name for row in unit.corpora.page(None, NAMED_AT_MOST)[0]])
+                raise _none_named(there=[row.name for row in unit.corpora.list_corpora(None, NAMED_AT_MOST)[0]])
             row = _found(unit, wanted)
         return row.id, self._file(row)
 
@@ -177,7 +177,7 @@ class Corpora:
             "digest": row.digest,
             "pages": row.pages,
             "bytes": row.bytes,
-            "default": unit.aliases.target(RESOURCE, DEFAULT) == row.id,
+            "default": unit.aliases.find_target(RESOURCE, DEFAULT) == row.id,
             "report": row.report,
             "created_at": row.created_at,
         }

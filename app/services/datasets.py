@@ -101,9 +101,9 @@ class Datasets:
         with self._database.read() as unit:
             return _view(_found(unit, reference))
 
-    def page(self, after: str | None, limit: int) -> tuple[list[Dataset], bool]:
+    def list_datasets(self, after: str | None, limit: int) -> tuple[list[Dataset], bool]:
         with self._database.read() as unit:
-            rows, more = unit.datasets.page(after, limit)
+            rows, more = unit.datasets.list_datasets(after, limit)
         return [_view(row) for row in rows], more
 
     def preview(self, reference: str, after: int, limit: int) -> tuple[list[Trajectory], bool]:
@@ -127,7 +127,7 @@ class Datasets:
         """Forget a dataset. A conflict while a job that is not finished uses it."""
         with self._database.write() as unit:
             row = _found(unit, reference)
-            users = unit.datasets.users(row.id)
+            users = unit.datasets.list_unfinished_job_ids(row.id)
             if users:
                 raise ConflictError(
                     f"{row.name} is used by {', '.join(users[:5])}; wait for them, or cancel them first",

@@ -19,7 +19,7 @@ class Devices:
     def report(self, name: str, description: DeviceDescription) -> None:
         """Say that this host is here. Measured paces of earlier reports are kept."""
         with self._database.write() as unit:
-            known = {row.name: row.description for row in unit.devices.all()}
+            known = {row.name: row.description for row in unit.devices.list_devices()}
             paces = known.get(name, {}).get("tokens_per_second", {}) | description.tokens_per_second
             merged = description.model_copy(update={"tokens_per_second": paces})
             unit.devices.put(name, merged.model_dump(mode="json"))
@@ -27,29 +27,29 @@ class Devices:
     def measured(self, name: str, served_base: str, tokens_per_second: float) -> None:
         """Remember a job's pace over a served base, if this host has reported itself."""
         with self._database.write() as unit:
-            known = {row.name: row.description for row in unit.devices.all()}
+            known = {row.name: row.description for row in unit.devices.list_devices()}
             if name in known:
                 described = DeviceDescription.model_validate(known[name])
                 paces = described.tokens_per_second | {served_base: round(tokens_per_second, 1)}
                 unit.devices.put(name, known[name] | {"tokens_per_second": paces})
 
     def find(self, name: str) -> Device | None:
-        return next((device for device in self.all() if device.name == name), None)
+        return next((device for device in self.list_devices() if device.name == name), None)
 
     def named(self, name: str) -> NamedDevice:
         """The device of that name, or the card of that kind. Raises InvalidError for what is neither."""
         found = self.find(name) or CARDS.get(name)
         if found is None:
-            known = [*(device.name for device in self.all()), *CARDS]
+            known = [*(device.name for device in self.list_devices()), *CARDS]
             hint = did_you_mean(name, known) or ""
             problem = Problem(("query", "device"), f"no worker reported {name!r}, and no card is called so", hint)
             raise InvalidError(f"the device {name!r} is not known; {hint}", code="unknown_device", problems=(problem,))
         return found
 
-    def all(self) -> list[Device]:
+    def list_devices(self) -> list[Device]:
         now = datetime.now(UTC)
         with self._database.read() as unit:
-            rows = unit.devices.all()
+            rows = unit.devices.list_devices()
         return [
             Device(name=row.name, last_seen=row.last_seen, online=now - row.last_seen < ONLINE, **row.description)
             for row in rows
@@ -57,16 +57,18 @@ class Devices:
 
     def served_on(self, host: str) -> set[str]:
         """The queues that the online workers of a host serve."""
-        return {queue for device in self.all() if device.host == host and device.online for queue in device.queues}
+        return {
+            queue for device in self.list_devices() if device.host == host and device.online for queue in device.queues
+        }
 
-    def shown(self) -> list[Device]:
+    def list_devices_with_reservations(self) -> list[Device]:
         """All of them, with what is reserved of each."""
         reserved = self._ledger.by_host()
         return [
             device.model_copy(update={"reservations": reserved.get(device.host, ())})
             if "gpu" in device.queues
             else device
-            for device in self.all()
+            for device in self.list_devices()
         ]
 
     def room(self, name: str) -> int | None:
@@ -79,5 +81,5 @@ class Devices:
 
     def trainer(self) -> Device | None:
         """The device a training job would run on: an online one that serves the gpu queue."""
-        fitting = [device for device in self.all() if "gpu" in device.queues]
+        fitting = [device for device in self.list_devices() if "gpu" in device.queues]
         return next((device for device in fitting if device.online), fitting[0] if fitting else None)

@@ -69,7 +69,7 @@ class Encodings:
         self._database = database
         self._blobs = blobs
 
-    def of(
+    def get_or_encode(
         self,
         dataset: DatasetRow,
         spec: TrainSpec,

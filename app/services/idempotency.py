@@ -27,7 +27,7 @@ class Idempotency:
         self._database = database
         self._patience = patience
 
-    def once(
+    def run_once(
         self,
         route: str,
         key: str | None,

@@ -97,12 +97,12 @@ class Jobs:
     def get_jobs(self, references: Sequence[str]) -> dict[str, Job]:
         """Reference → its job, for those that name one. An id goes before a name that is spelled like it."""
         with self._database.read() as unit:
-            jobs = [_view(row) for row in unit.jobs.shown(references)]
+            jobs = [_view(row) for row in unit.jobs.get_jobs(references)]
         return {job.name: job for job in jobs} | {job.id: job for job in jobs}
 
-    def page(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[Job], bool]:
+    def list_jobs(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[Job], bool]:
         with self._database.read() as unit:
-            rows, more = unit.jobs.page(after, limit, status)
+            rows, more = unit.jobs.list_jobs(after, limit, status)
         return [_view(row) for row in rows], more
 
     def wish(self, reference: str, wish: Wish) -> Job:

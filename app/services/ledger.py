@@ -121,6 +121,6 @@ class Ledger:
 
 def _room(unit: Unit, host: str, wanted: int) -> int | None:
     """The most bytes that jobs may use beside `wanted`, by what this host's workers report of the device."""
-    devices = (NamedDevice.model_validate({"name": row.name, **row.description}) for row in unit.devices.all())
+    devices = (NamedDevice.model_validate({"name": row.name, **row.description}) for row in unit.devices.list_devices())
     known = [device.bytes for device in devices if device.host == host and "gpu" in device.queues]
     return min(known) - wanted if known else None

@@ -123,7 +123,7 @@ class Plans:
         check_targets(spec, sizes)
         spec, start = pin_initial_adapter(spec, base, sizes, self._adapters)
         limit = self._limit(spec, base)
-        rows, summary = self._encodings.of(
+        rows, summary = self._encodings.get_or_encode(
             dataset, spec, base.tokenizer, limit, lambda: self._base_models.encoder(base, spec.format())
         )
         refuse_overlength(summary, limit)

@@ -33,10 +33,10 @@ from app.knowledge.base import KnowledgeExplorer
 from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.corpora import Corpora
-from app.services.reasoning import ReactLoop, Trace, written
+from app.services.prompt_session import IsCancelled, PromptSession, never_cancelled
+from app.services.react_loop import ReactLoop, Trace, render_trajectory
 from app.services.slots import Slots
 from app.services.stored_predictions import StoredPredictions
-from app.services.writing import Gone, Pen, stays
 
 BATCH_THREADS = 16
 SAMPLING_TEMPERATURE = 0.7
@@ -44,10 +44,10 @@ UNGROUNDED_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Answerer:
+class PredictionModel:
     """Who answers: the digest that inference knows, and how that model was trained to be asked."""
 
-    model: str
+    digest: str
     adapter: str | None
     base: BaseModelRow
     form: ReactFormat
@@ -60,7 +60,7 @@ class Run:
     """One finished trajectory."""
 
     trace: Trace
-    pen: Pen
+    session: PromptSession
 
 
 class Predictions:
@@ -82,24 +82,28 @@ class Predictions:
         self._slots = Slots(slots)
         self._cap = max_sequence_length
 
-    def predict(self, request: PredictRequest, gone: Gone = stays) -> Prediction:
+    def predict(self, request: PredictRequest, is_cancelled: IsCancelled = never_cancelled) -> Prediction:
         """Judge one claim. CutOffError, between two calls of the model, once whoever asked is gone."""
-        answerer = self._answerer(request)
-        with self._slots.slot({answerer.model}):
-            return self._drain(request, answerer, gone)
+        model = self._resolve_model(request)
+        with self._slots.slot({model.digest}):
+            return self._drain(request, model, is_cancelled)
 
-    def events(self, request: PredictRequest, gone: Gone = stays) -> Generating[PredictionEvent]:
+    def stream(
+        self, request: PredictRequest, is_cancelled: IsCancelled = never_cancelled
+    ) -> Generating[PredictionEvent]:
         """Judge one claim and tell of it on the way; the first event comes after all checks have passed."""
-        answerer = self._answerer(request)
-        with self._slots.slot({answerer.model}):
-            yield from self._run(request, answerer, gone)
+        model = self._resolve_model(request)
+        with self._slots.slot({model.digest}):
+            yield from self._run(request, model, is_cancelled)
 
-    def batch(self, requests: Sequence[PredictRequest], gone: Gone = stays) -> list[Prediction | VerituneError]:
+    def predict_batch(
+        self, requests: Sequence[PredictRequest], is_cancelled: IsCancelled = never_cancelled
+    ) -> list[Prediction | VerituneError]:
         """Judge many claims, several at a time; one that fails leaves its error in its place."""
 
         def one(request: PredictRequest) -> Prediction | VerituneError:
             try:
-                return self._drain(request, self._answerer(request), gone)
+                return self._drain(request, self._resolve_model(request), is_cancelled)
             except CutOffError:  # of all of them
                 raise
             except VerituneError as error:
@@ -118,37 +122,39 @@ class Predictions:
         found = set()
         for one in asked.values():
             with suppress(VerituneError):  # told in the request's place
-                found.add(self._answerer(one).model)
+                found.add(self._resolve_model(one).digest)
         return found
 
-    def _drain(self, request: PredictRequest, answerer: Answerer, gone: Gone) -> Prediction:
-        for event in self._run(request, answerer, gone):
+    def _drain(self, request: PredictRequest, model: PredictionModel, is_cancelled: IsCancelled) -> Prediction:
+        for event in self._run(request, model, is_cancelled):
             if isinstance(event, Predicted):
                 return event.prediction
         raise AssertionError("the loop ends with a prediction")
 
-    def _run(self, request: PredictRequest, answerer: Answerer, gone: Gone) -> Iterator[PredictionEvent]:
+    def _run(
+        self, request: PredictRequest, model: PredictionModel, is_cancelled: IsCancelled
+    ) -> Iterator[PredictionEvent]:
         started = time.monotonic()
         self._stored.refuse_taken(request.name)
         runs: list[Run] = []
         if request.mode == "ungrounded":
-            runs.append(self._alone(request, self._pen(answerer, None, gone), answerer.limit))
+            runs.append(self._run_ungrounded(request, self._start_session(model, None, is_cancelled), model.limit))
             corpus = None
         else:
             corpus, source = self._corpora.open(request.corpus)
             for sample in range(request.samples):
-                pen = self._pen(answerer, sample if request.samples > 1 else None, gone)
-                loop = ReactLoop(pen, KnowledgeExplorer(source), request.claim, request.max_steps, answerer.limit)
+                session = self._start_session(model, sample if request.samples > 1 else None, is_cancelled)
+                loop = ReactLoop(session, KnowledgeExplorer(source), request.claim, request.max_steps, model.limit)
                 for event in loop.run():
                     if sample == 0:
                         yield event
-                runs.append(Run(loop.trace, pen))
-        prediction = _assemble(request, answerer, runs, corpus, time.monotonic() - started)
+                runs.append(Run(loop.trace, session))
+        prediction = _build_prediction(request, model, runs, corpus, time.monotonic() - started)
         if request.store:
             self._stored.add(prediction)
         yield Predicted(prediction=prediction)
 
-    def _answerer(self, request: PredictRequest) -> Answerer:
+    def _resolve_model(self, request: PredictRequest) -> PredictionModel:
         adapter: Adapter | None
         if request.adapter is not None:
             adapter = self._adapters.get(request.adapter)
@@ -160,7 +166,7 @@ class Predictions:
             base = self._base_models.get(request.base_model)
             digest = self._base_models.served_digest(base, Quantization())
             context = self._base_models.describe(base).context_length
-            return Answerer(digest, None, base, ReactFormat(), min(self._cap, context), Generation())
+            return PredictionModel(digest, None, base, ReactFormat(), min(self._cap, context), Generation())
         base = self._base_models.by_digest(adapter.manifest.base.digest)
         if request.base_model not in (None, base.name):
             raise ConflictError(
@@ -170,45 +176,45 @@ class Predictions:
         generation = Generation.model_validate(adapter.manifest.spec["generation"])
         form = ReactFormat.model_validate(adapter.manifest.format)
         limit = adapter.manifest.max_sequence_length
-        return Answerer(adapter.digest, adapter.id, base, form, limit, generation)
+        return PredictionModel(adapter.digest, adapter.id, base, form, limit, generation)
 
-    def _pen(self, answerer: Answerer, sample: int | None, gone: Gone) -> Pen:
-        generation = answerer.generation
+    def _start_session(self, model: PredictionModel, sample: int | None, is_cancelled: IsCancelled) -> PromptSession:
+        generation = model.generation
         warm = generation.temperature or (0.0 if sample is None else SAMPLING_TEMPERATURE)
-        room = max(16, answerer.limit // 4)
-        return Pen(
+        room = max(16, model.limit // 4)
+        return PromptSession(
             generator=self._generator,
-            encoder=self._base_models.encoder(answerer.base, answerer.form),
-            model=answerer.model,
+            encoder=self._base_models.encoder(model.base, model.form),
+            model=model.digest,
             temperature=warm,
             top_p=generation.top_p,
             max_thought_tokens=min(generation.max_new_tokens, room),
             seed=sample,
-            gone=gone,
+            is_cancelled=is_cancelled,
         )
 
-    def _alone(self, request: PredictRequest, pen: Pen, limit: int) -> Run:
+    def _run_ungrounded(self, request: PredictRequest, session: PromptSession, limit: int) -> Run:
         """Ungrounded: the model writes the whole trajectory, Observations included, within `limit` tokens."""
-        pen.begin(pen.encoder.form.head(request.claim))
-        opening = list(pen.ids)
-        pen.append([header("Thought", 1)])
-        room = limit - len(pen.ids) - 1
-        text = pen.everything(max(1, min(UNGROUNDED_TOKENS, room)))
-        trace = Trace(steps=_steps(f"Thought 1:{text}"))
-        pen.ids = opening
-        trace.probabilities = pen.verdict_probabilities(1)
+        session.start(session.encoder.form.head(request.claim))
+        opening = list(session.ids)
+        session.append([header("Thought", 1)])
+        room = limit - len(session.ids) - 1
+        text = session.generate_trajectory(max(1, min(UNGROUNDED_TOKENS, room)))
+        trace = Trace(steps=_build_steps(f"Thought 1:{text}"))
+        session.ids = opening
+        trace.probabilities = session.score_verdicts(1)
         finish = trace.steps[-1].action if trace.steps else None
         verdict = read_verdict(finish.argument) if finish and finish.name == "Finish" else None
         trace.forced = verdict is None
         trace.verdict = verdict or max(trace.probabilities, key=lambda v: trace.probabilities[v])
-        return Run(trace, pen)
+        return Run(trace, session)
 
 
-def _steps(text: str) -> list[PredictedStep]:
+def _build_steps(text: str) -> list[PredictedStep]:
     """What a model wrote on its own, as far as its first Finish; nothing about it is believed."""
     steps = []
     for raw in parse(text)[1]:
-        action = _action(raw.action)
+        action = _build_action(raw.action)
         seen = ObservedText(text=" ".join(raw.observation.split()), source="model") if raw.observation else None
         done = action is not None and action.name == "Finish"
         thought = " ".join((raw.thought or "").split())
@@ -218,7 +224,7 @@ def _steps(text: str) -> list[PredictedStep]:
     return steps
 
 
-def _action(text: str | None) -> PredictedAction | None:
+def _build_action(text: str | None) -> PredictedAction | None:
     if text is None:
         return None
     line = text.strip().split("\n", 1)[0]
@@ -229,8 +235,8 @@ def _action(text: str | None) -> PredictedAction | None:
     return PredictedAction(name=action.name, argument=action.argument)
 
 
-def _assemble(
-    request: PredictRequest, answerer: Answerer, runs: list[Run], corpus: str | None, seconds: float
+def _build_prediction(
+    request: PredictRequest, model: PredictionModel, runs: list[Run], corpus: str | None, seconds: float
 ) -> Prediction:
     method: Literal["verdict_branch", "vote"] = "vote" if len(runs) > 1 else "verdict_branch"
     votes = Counter(run.trace.verdict for run in runs)
@@ -238,10 +244,10 @@ def _assemble(
     shown = next(run for run in runs if run.trace.verdict is verdict)
     voted = {v: votes[v] / len(runs) for v in Verdict}
     probabilities = voted if method == "vote" else shown.trace.probabilities
-    meter = shown.pen.meter
+    meter = shown.session.meter
     for other in runs:
         if other is not shown:
-            meter.add(other.pen.meter)
+            meter.add(other.session.meter)
     grounded = request.mode == "grounded"
     return Prediction(
         id=new_id("pred"),
@@ -257,9 +263,9 @@ def _assemble(
         abstained=grounded and verdict is Verdict.NOT_ENOUGH_INFO and not shown.trace.read_a_page,
         steps=tuple(shown.trace.steps),
         evidence=tuple(shown.trace.evidence),
-        text=written(shown.trace),
-        adapter=answerer.adapter,
-        base_model=answerer.base.name,
+        text=render_trajectory(shown.trace),
+        adapter=model.adapter,
+        base_model=model.base.name,
         corpus=corpus,
         usage=meter.usage(),
         timings=Timings(

@@ -25,9 +25,9 @@ class StoredPredictions:
         with self._database.write() as unit:
             unit.predictions.delete(_found(unit, reference))
 
-    def page(self, after: str | None, limit: int) -> tuple[list[Prediction], bool]:
+    def list_predictions(self, after: str | None, limit: int) -> tuple[list[Prediction], bool]:
         with self._database.read() as unit:
-            rows, more = unit.predictions.page(after, limit)
+            rows, more = unit.predictions.list_predictions(after, limit)
         return [_view(row) for row in rows], more
 
     def refuse_taken(self, name: str | None) -> None:

@@ -29,7 +29,7 @@ def events_of(response: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def hold(served: Services, slots: int, by: str | None) -> list[Generator[PredictionEvent]]:
     """Take so many slots with predictions by one adapter that go no further than their first event."""
-    held = [served.predictions.events(PredictRequest(claim=RHINE, adapter=by)) for _ in range(slots)]
+    held = [served.predictions.stream(PredictRequest(claim=RHINE, adapter=by)) for _ in range(slots)]
     assert [next(stream).event for stream in held] == ["thought"] * slots
     return held
 

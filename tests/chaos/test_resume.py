@@ -105,7 +105,7 @@ def kill_at_random(services: Services, job: Job, chance: random.Random, updates:
 
 @pytest.mark.parametrize("base", BASES)
 def test_ten_killed_jobs_publish_what_an_undisturbed_one_does(services: Services, dataset: str, base: str) -> None:
-    if base not in {known.name for known in services.base_models.all()}:
+    if base not in {known.name for known in services.base_models.list_base_models()}:
         fetch(services, base)
     supervisor, chance = Supervisor(services, "worker-1", ("gpu",)), random.Random(11)
     spec, (updates, every) = spec_of(base), BASES[base]

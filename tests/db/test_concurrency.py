@@ -106,8 +106,8 @@ def test_rows_that_many_write_for_the_first_time_end_as_one(database: Database) 
     at_once(write)
 
     with database.read() as unit:
-        assert sum(len(names) for names in unit.aliases.of("adapter").values()) == 5
-        assert len(unit.devices.all()) == 5
+        assert sum(len(names) for names in unit.aliases.names_by_target("adapter").values()) == 5
+        assert len(unit.devices.list_devices()) == 5
         assert unit.encodings.get("4") is not None
 
 
@@ -115,7 +115,7 @@ def test_a_later_write_of_the_same_row_replaces_it(database: Database) -> None:
     for target in ("adp_1", "adp_2"):
         with database.write() as unit:
             unit.aliases.point("adapter", "default", target)
-            assert unit.aliases.target("adapter", "default") == target
+            assert unit.aliases.find_target("adapter", "default") == target
 
 
 def test_a_unit_that_raises_leaves_nothing(database: Database, add_job: Callable[[], str]) -> None:

@@ -35,9 +35,9 @@ def test_the_clock_goes_on_within_a_transaction(database: Database) -> None:
 def test_a_time_comes_back_in_utc_to_the_microsecond(database: Database) -> None:
     with database.write() as unit:
         unit.devices.put("host", {})
-        (device,) = unit.devices.all()
+        (device,) = unit.devices.list_devices()
         unit.session.expire_all()
-        (read,) = unit.devices.all()
+        (read,) = unit.devices.list_devices()
     assert read.last_seen == device.last_seen
     assert read.last_seen.tzinfo is UTC
     assert abs((datetime.now(UTC) - read.last_seen).total_seconds()) < 5
@@ -64,8 +64,8 @@ def test_a_text_that_postgres_cannot_hold_is_bad_input(postgres_url: str) -> Non
 def test_jobs_are_listed_newest_first(database: Database, add_job: Callable[[], str]) -> None:
     jobs = [add_job() for _ in range(5)]
     with database.read() as unit:
-        first, more = unit.jobs.page(None, 3, None)
-        rest, none = unit.jobs.page(first[-1].id, 3, None)
+        first, more = unit.jobs.list_jobs(None, 3, None)
+        rest, none = unit.jobs.list_jobs(first[-1].id, 3, None)
     assert [row.id for row in (*first, *rest)] == sorted(jobs, reverse=True)
     assert (more, none) == (True, False)
 
@@ -78,7 +78,7 @@ def test_jobs_are_shown_by_id_or_name_with_their_place_in_the_queue(
         unit.jobs.move(second, JobStatus.QUEUED, JobStatus.PAUSED)
         unit.session.execute(update(JobRow).where(JobRow.id == third).values(name="third"))
     with database.read() as unit:
-        shown = {row.name: (row.id, row.queue_position) for row in unit.jobs.shown([first, second, "third", "none"])}
+        shown = {row.name: (row.id, row.queue_position) for row in unit.jobs.get_jobs([first, second, "third", "none"])}
     assert shown == {first: (first, 1), second: (second, None), "third": (third, 2)}
 
 

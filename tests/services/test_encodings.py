@@ -66,7 +66,7 @@ def encode(services: Services, encodings: Encodings, dataset: str, encoder: Enco
     tokenizer = services.base_models.get(None).tokenizer
     with services.database.read() as unit:
         row = unit.session.scalars(select(DatasetRow).where(DatasetRow.digest == dataset)).one()
-    return encodings.of(row, spec, tokenizer, 512, lambda: encoder)[0]
+    return encodings.get_or_encode(row, spec, tokenizer, 512, lambda: encoder)[0]
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_dataset_deleted_while_it_is_encoded_leaves_nothing(
     services: Services, dataset: str, encoder: Encoder, before: set[str]
 ) -> None:
     def deletes(text: str) -> Sequence[int]:
-        if "rows" in [row.name for row in services.datasets.page(None, 10)[0]]:
+        if "rows" in [row.name for row in services.datasets.list_datasets(None, 10)[0]]:
             services.datasets.delete("rows")
         return encoder.tokens.encode(text)
 

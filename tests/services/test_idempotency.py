@@ -24,7 +24,7 @@ from app.services.idempotency import Idempotency
 def work():
     os._exit(9)
 
-Idempotency(Database(sys.argv[1])).once({ROUTE!r}, {KEY!r}, {BODY!r}, work)
+Idempotency(Database(sys.argv[1])).run_once({ROUTE!r}, {KEY!r}, {BODY!r}, work)
 """
 
 
@@ -63,11 +63,11 @@ def dead(services: Services) -> None:
 def test_a_key_whose_process_died_is_taken_over_after_a_while(patient: Idempotency, hasty: Idempotency) -> None:
     work = Work()
     with pytest.raises(ConflictError, match="still under way"):
-        patient.once(ROUTE, KEY, BODY, work)
+        patient.run_once(ROUTE, KEY, BODY, work)
     assert work.done == 0
     time.sleep(PATIENCE)
-    assert hasty.once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
-    assert patient.once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
+    assert hasty.run_once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
+    assert patient.run_once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
 
 
 @pytest.mark.usefixtures("dead")
@@ -79,7 +79,7 @@ def test_several_who_find_it_dead_do_it_once(hasty: Idempotency) -> None:
     def ask() -> None:
         ready.wait()
         try:
-            hasty.once(ROUTE, KEY, BODY, work)
+            hasty.run_once(ROUTE, KEY, BODY, work)
         except ConflictError as error:
             refused.append(error.code)
 
@@ -93,15 +93,15 @@ def test_several_who_find_it_dead_do_it_once(hasty: Idempotency) -> None:
 
 def test_a_long_request_that_lives_keeps_its_key(hasty: Idempotency) -> None:
     work = Work(3 * PATIENCE)
-    first = threading.Thread(target=hasty.once, args=(ROUTE, KEY, BODY, work))
+    first = threading.Thread(target=hasty.run_once, args=(ROUTE, KEY, BODY, work))
     first.start()
     while first.is_alive():
         time.sleep(PATIENCE / BEATS)
         if first.is_alive() and work.done:
             with pytest.raises(ConflictError, match="still under way"):
-                hasty.once(ROUTE, KEY, BODY, Work())
+                hasty.run_once(ROUTE, KEY, BODY, Work())
             time.sleep(PATIENCE)
-    assert hasty.once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
+    assert hasty.run_once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
 
 
 def test_one_that_was_taken_for_dead_changes_nothing(services: Services) -> None:
@@ -133,5 +133,5 @@ def test_a_request_that_failed_gives_its_key_back_after_any_number_of_signs(hast
         raise ConflictError("not now")
 
     with pytest.raises(ConflictError, match="not now"):
-        hasty.once(ROUTE, KEY, BODY, fails)
-    assert hasty.once(ROUTE, KEY, BODY, Work()) == (200, {"done": 1})
+        hasty.run_once(ROUTE, KEY, BODY, fails)
+    assert hasty.run_once(ROUTE, KEY, BODY, Work()) == (200, {"done": 1})

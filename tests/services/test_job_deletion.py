@@ -60,9 +60,9 @@ def test_its_adapter_stays_and_serves(services: Services, job: Job, tmp_path: Pa
     held = work(services, tmp_path)
     early = services.checkpoints.publish(job.id, 1, "early")
     adapter = make_adapter(services, held, tmp_path / "adapter", "first")
-    before = {found.id: found for found in services.adapters.page(None, 10)[0]}
+    before = {found.id: found for found in services.adapters.list_adapters(None, 10)[0]}
     services.jobs.delete(job.id)
-    assert {found.id: found for found in services.adapters.page(None, 10)[0]} == before
+    assert {found.id: found for found in services.adapters.list_adapters(None, 10)[0]} == before
     for reference in (early.id, adapter):
         _name, archive = services.adapters.archive(reference)
         assert b"".join(archive)

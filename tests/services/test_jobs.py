@@ -132,7 +132,7 @@ def test_what_is_not_run_yet_is_refused_by_name(services: Services, dataset: str
     with pytest.raises(NotYetSupportedError) as caught:
         services.jobs.submit({"dataset": dataset, "backend": {"processes": 2}})
     assert caught.value.problems[0].loc == ("backend", "processes")
-    assert services.jobs.page(None, 10, None) == ([], False)
+    assert services.jobs.list_jobs(None, 10, None) == ([], False)
 
 
 def test_an_unknown_dataset_and_base_model_are_named(services: Services, dataset: str) -> None:
@@ -199,7 +199,7 @@ def test_a_zombie_changes_no_row(services: Services, hasty: Attempts, job: Job, 
     assert (services.jobs.get(job.id), services.jobs.events(job.id, 0, 100)) == before
     assert services.jobs.metrics(job.id, 0, 10) == ([], False)
     assert services.jobs.checkpoints(job.id) == []
-    assert services.artifacts.of(job.id) == []
+    assert services.artifacts.list_artifacts(job.id) == []
 
 
 def test_too_many_lost_workers_fail_the_job_with_a_hint(services: Services, hasty: Attempts, job: Job) -> None:

@@ -216,7 +216,7 @@ def test_devices_show_who_has_how_much_of_them(services: Services, ledger: Ledge
     services.devices.report(f"{HOST}s/gpu", described)
     ledger.reserve_for_inference(HOST, "front", 4 * GB)
     train(ledger, "a", 5 * GB)
-    runner, trainer, other = services.devices.shown()
+    runner, trainer, other = services.devices.list_devices_with_reservations()
     assert (runner.reservations, other.reservations) == ((), ())
     assert set(trainer.reservations) == {
         Reservation(tenant=Tenant.INFERENCE, bytes=4 * GB),

@@ -105,7 +105,7 @@ def test_a_job_that_is_too_large_is_refused_and_any_remedy_lets_it_in(services: 
     with pytest.raises(InvalidError) as refused:
         services.jobs.submit(spec)
     assert refused.value.code == "does_not_fit"
-    assert services.jobs.page(None, 10, None) == ([], False)
+    assert services.jobs.list_jobs(None, 10, None) == ([], False)
     assert len(refused.value.problems) == len(plan.remedies)
     assert [next(iter(remedy.change)) for remedy in plan.remedies] == ["trainer", "trainer"]
     assert plan.remedies[1].change == {"trainer": {"batch_size": 2, "gradient_accumulation_steps": 4}}
@@ -203,7 +203,7 @@ def test_time_follows_from_the_pace_of_the_last_job_over_this_base(services: Ser
     assert plan.seconds == pytest.approx(2 * plan.tokens_per_epoch / 50, abs=0.1)
     assert services.jobs.plan({"dataset": dataset, "quantization": None}).seconds is None
     services.devices.measured("nowhere", served, 50.0)
-    assert [device.name for device in services.devices.all()] == ["trainer"]
+    assert [device.name for device in services.devices.list_devices()] == ["trainer"]
 
 
 def test_sizes_that_config_json_does_not_tell_are_no_reason_to_refuse(

@@ -17,8 +17,8 @@ from app.domain.trajectories import Action, ActionName, Step, Trajectory
 from app.generation import Generated, GenerationRequest, ScriptedGenerator
 from app.knowledge.base import KnowledgeExplorer
 from app.queue import MemoryDoorbell
-from app.services.reasoning import REPEATED, ReactLoop
-from app.services.writing import Pen
+from app.services.prompt_session import PromptSession
+from app.services.react_loop import REPEATED, ReactLoop
 from tests.conftest import corpus_jsonl
 
 Script = Callable[[str, GenerationRequest], str]
@@ -190,7 +190,7 @@ def test_a_thought_that_invents_an_observation_is_cut(ask: Callable[[Script], Se
 
 
 def test_every_event_of_the_loop_is_told_in_order(ask: Callable[[Script], Services]) -> None:
-    events = list(ask(STRAIGHT).predictions.events(PredictRequest(claim=CLAIM)))
+    events = list(ask(STRAIGHT).predictions.stream(PredictRequest(claim=CLAIM)))
     assert [event.event for event in events] == [
         "thought",
         "action",
@@ -205,12 +205,12 @@ def test_every_event_of_the_loop_is_told_in_order(ask: Callable[[Script], Servic
 def test_of_two_that_want_one_name_the_first_to_end_has_it(ask: Callable[[Script], Services]) -> None:
     served = ask(STRAIGHT)
     request = PredictRequest(claim=CLAIM, store=True, name="first")
-    slower = served.predictions.events(request)
+    slower = served.predictions.stream(request)
     next(slower)
     faster = served.predictions.predict(request)
     with pytest.raises(ConflictError, match="named 'first'"):
         list(slower)
-    assert served.stored_predictions.page(None, 10) == ([faster], False)
+    assert served.stored_predictions.list_predictions(None, 10) == ([faster], False)
 
 
 def test_a_long_observation_is_trimmed_to_whole_sentences(services: Services, tmp_path: Path) -> None:
@@ -240,8 +240,8 @@ def test_nothing_is_asked_for_beyond_the_length_that_the_adapter_was_trained_wit
     _, source = served.corpora.open("long")
     encoder = served.base_models.encoder(served.base_models.get(None), ReactFormat())
     for limit in range(510, 620, 10):
-        pen = Pen(served.generator, encoder, "model", temperature=0, top_p=1, max_thought_tokens=300)
-        list(ReactLoop(pen, KnowledgeExplorer(source), CLAIM, 6, limit).run())
+        session = PromptSession(served.generator, encoder, "model", temperature=0, top_p=1, max_thought_tokens=300)
+        list(ReactLoop(session, KnowledgeExplorer(source), CLAIM, 6, limit).run())
         assert max(len(request.prompt) + request.max_tokens for request in requests_of(served)) <= limit
 
 
@@ -294,7 +294,7 @@ def test_an_unknown_adapter_is_named(services: Services) -> None:
 def test_a_full_house_is_busy_and_a_slot_comes_back(ask: Callable[[Script], Services]) -> None:
     served = ask(STRAIGHT)
     slots = served.settings.prediction_slots * 3 // 4
-    open_streams = [served.predictions.events(PredictRequest(claim=CLAIM)) for _ in range(slots)]
+    open_streams = [served.predictions.stream(PredictRequest(claim=CLAIM)) for _ in range(slots)]
     for stream in open_streams:
         next(stream)
     with pytest.raises(BusyError):

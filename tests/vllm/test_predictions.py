@@ -72,7 +72,7 @@ def judged(home: Path, url: str, requests: list[PredictRequest]) -> list[Predict
     """The predictions of this deployment when the inference server is the one at `url`."""
     settings = Settings(home=home, cache=MODEL_CACHE, inference_url=url, inference_secret=SecretStr(SECRET))
     with closing(compose(settings)) as services:
-        answers = services.predictions.batch(requests)
+        answers = services.predictions.predict_batch(requests)
     failed = [answer for answer in answers if not isinstance(answer, Prediction)]
     assert failed == []
     return [answer for answer in answers if isinstance(answer, Prediction)]

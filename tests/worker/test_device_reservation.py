@@ -44,7 +44,7 @@ class Host:
         return thread
 
     def submit(self, trainer: Mapping[str, object], layers: str = "q_proj") -> Job:
-        dataset = self.services.datasets.page(None, 1)[0][0]
+        dataset = self.services.datasets.list_datasets(None, 1)[0][0]
         adapter = {"type": "lora", "r": 4, "target_modules": [layers]}
         return self.services.jobs.submit({"dataset": dataset.id, "adapter": adapter, "trainer": dict(trainer)})
 

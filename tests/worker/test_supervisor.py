@@ -169,7 +169,7 @@ def test_the_pace_of_a_job_tells_what_the_next_will_take(
     assert job.plan is not None
     assert (job.plan.fits, job.plan.seconds) == (True, None)
     supervisor.work()
-    (device,) = services.devices.all()
+    (device,) = services.devices.list_devices()
     assert list(device.tokens_per_second) == [
         services.base_models.served_digest(services.base_models.get(None), job.spec.quantization)
     ]
@@ -213,7 +213,7 @@ def test_cancel_stops_the_child_within_seconds(
     thread.join(20)
     assert services.jobs.get(job.id).status is JobStatus.CANCELLED
     assert children() == []
-    assert services.adapters.page(None, 10) == ([], False)
+    assert services.adapters.list_adapters(None, 10) == ([], False)
 
 
 def test_pause_writes_a_checkpoint_and_resume_goes_on_from_it(
@@ -231,7 +231,10 @@ def test_pause_writes_a_checkpoint_and_resume_goes_on_from_it(
     thread.join(30)
     paused = services.jobs.get(job.id)
     assert paused.status in (JobStatus.PAUSED, JobStatus.SUCCEEDED)
-    assert [artifact.name for artifact in services.artifacts.of(job.id)] == ["events.out.tfevents", "rows.jsonl"]
+    assert [artifact.name for artifact in services.artifacts.list_artifacts(job.id)] == [
+        "events.out.tfevents",
+        "rows.jsonl",
+    ]
     if paused.status is JobStatus.PAUSED:
         assert services.jobs.checkpoints(job.id)[0].update > 0
         services.jobs.wish(job.id, Wish.RESUME)
@@ -349,13 +352,17 @@ def test_an_owner_stopped_past_its_lease_changes_nothing_and_publishes_nothing(
     time.sleep(1.5)
     heir = Supervisor(compose(hasty), "heir", ("gpu",))
     assert heir.work()
-    before = services.jobs.get(job.id), services.jobs.events(job.id, 0, 1_000), services.adapters.page(None, 10)
+    before = (
+        services.jobs.get(job.id),
+        services.jobs.events(job.id, 0, 1_000),
+        services.adapters.list_adapters(None, 10),
+    )
     assert before[0].status is JobStatus.SUCCEEDED
     for process in group:
         process.resume()
     _pid, status = os.waitpid(owner, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    after = services.jobs.get(job.id), services.jobs.events(job.id, 0, 1_000), services.adapters.page(None, 10)
+    after = services.jobs.get(job.id), services.jobs.events(job.id, 0, 1_000), services.adapters.list_adapters(None, 10)
     assert after == before
     assert len(after[2][0]) == 1
 

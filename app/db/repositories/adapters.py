@@ -3,7 +3,7 @@
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from app.db.repositories.paging import newest
+from app.db.repositories.paging import list_newest_first
 from app.db.repositories.rows import first
 from app.db.tables import AdapterRow
 
@@ -26,10 +26,10 @@ class Adapters:
         wanted = select(AdapterRow).where(AdapterRow.digest == digest).order_by(AdapterRow.id.desc())
         return self._session.scalars(wanted).first()
 
-    def page(self, after: str | None, limit: int) -> tuple[list[AdapterRow], bool]:
-        return newest(self._session, AdapterRow, AdapterRow.id, after, limit)
+    def list_adapters(self, after: str | None, limit: int) -> tuple[list[AdapterRow], bool]:
+        return list_newest_first(self._session, AdapterRow, AdapterRow.id, after, limit)
 
-    def all(self) -> list[AdapterRow]:
+    def list_all_adapters(self) -> list[AdapterRow]:
         return list(self._session.scalars(select(AdapterRow)))
 
     def remove(self, row: AdapterRow) -> None:

@@ -14,7 +14,7 @@ class Artifacts:
     def put(self, row: ArtifactRow) -> None:
         put(self._session, row)
 
-    def of(self, job_id: str) -> list[ArtifactRow]:
+    def list_artifacts(self, job_id: str) -> list[ArtifactRow]:
         """By name."""
         wanted = select(ArtifactRow).where(ArtifactRow.job_id == job_id).order_by(ArtifactRow.name)
         return list(self._session.scalars(wanted))

@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from app.db.base import clock
-from app.db.repositories.paging import behind
+from app.db.repositories.paging import page_after
 from app.db.repositories.rows import first, put
 from app.db.tables import AdapterRow, ArtifactRow, CheckpointRow, EventRow, JobRow, MetricRow
 from app.domain.errors import LeaseLostError
@@ -40,7 +40,7 @@ _JOBS = JobRow.__table__.c
 _WAITING = JobRow.__table__.alias("waiting")
 _AHEAD = select(func.count()).where(_WAITING.c.status == S.QUEUED, _WAITING.c.id <= _JOBS.id)
 
-SHOWN: Select[*tuple[Any, ...]] = select(
+JOB_COLUMNS: Select[*tuple[Any, ...]] = select(
     *(_JOBS[name] for name in ("id", "kind", "name", "status", "attempts", "adapter_id")),
     *(_JOBS[name] for name in ("created_at", "started_at", "finished_at")),
     *(cast(_JOBS[name], Text).label(name) for name in ("spec", "plan", "progress", "error")),
@@ -50,7 +50,7 @@ SHOWN: Select[*tuple[Any, ...]] = select(
 `queue_position` is 1 for the next to run, null when the job does not wait."""
 
 _REFERENCES: BindParameter[str] = bindparam("references", expanding=True)
-_SHOWN_BY_REFERENCE = SHOWN.where(or_(_JOBS.id.in_(_REFERENCES), _JOBS.name.in_(_REFERENCES)))
+_BY_REFERENCE = JOB_COLUMNS.where(or_(_JOBS.id.in_(_REFERENCES), _JOBS.name.in_(_REFERENCES)))
 
 
 class Jobs:
@@ -68,13 +68,15 @@ class Jobs:
         wanted = select(JobRow).where(or_(JobRow.id == reference, JobRow.name == reference))
         return first(self._session, wanted)
 
-    def shown(self, references: Sequence[str]) -> list[Row[*tuple[Any, ...]]]:
-        """The columns of `SHOWN` of the jobs with these ids or names, as many as there are, in any order."""
-        return list(self._session.execute(_SHOWN_BY_REFERENCE, {"references": references}))
+    def get_jobs(self, references: Sequence[str]) -> list[Row[*tuple[Any, ...]]]:
+        """The columns of `JOB_COLUMNS` of the jobs with these ids or names, as many as there are, in any order."""
+        return list(self._session.execute(_BY_REFERENCE, {"references": references}))
 
-    def page(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[Row[*tuple[Any, ...]]], bool]:
-        wanted = SHOWN if status is None else SHOWN.where(_JOBS.status == status)
-        rows = list(self._session.execute(behind(wanted, _JOBS.id, after, limit)))
+    def list_jobs(
+        self, after: str | None, limit: int, status: JobStatus | None
+    ) -> tuple[list[Row[*tuple[Any, ...]]], bool]:
+        wanted = JOB_COLUMNS if status is None else JOB_COLUMNS.where(_JOBS.status == status)
+        rows = list(self._session.execute(page_after(wanted, _JOBS.id, after, limit)))
         return rows[:limit], len(rows) > limit
 
     def move(self, job_id: str, before: JobStatus, after: JobStatus) -> bool:

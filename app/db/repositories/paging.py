@@ -9,15 +9,15 @@ Row = TypeVar("Row")
 Wanted = TypeVar("Wanted", bound=Select[Any])
 
 
-def behind(wanted: Wanted, key: SQLColumnExpression[str], after: str | None, limit: int) -> Wanted:
+def page_after(wanted: Wanted, key: SQLColumnExpression[str], after: str | None, limit: int) -> Wanted:
     """The part of `wanted` behind the cursor `after`: a page and one row more, which tells whether more follow."""
     page = wanted.order_by(key.desc()).limit(limit + 1)
     return page if after is None else page.where(key < after)
 
 
-def newest(
+def list_newest_first(
     session: Session, table: type[Row], key: SQLColumnExpression[str], after: str | None, limit: int
 ) -> tuple[list[Row], bool]:
     """(rows behind the cursor `after`, whether more follow)."""
-    rows = list(session.scalars(behind(select(table), key, after, limit)))
+    rows = list(session.scalars(page_after(select(table), key, after, limit)))
     return rows[:limit], len(rows) > limit

@@ -3,7 +3,7 @@
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from app.db.repositories.paging import newest
+from app.db.repositories.paging import list_newest_first
 from app.db.repositories.rows import first
 from app.db.tables import PredictionRow
 
@@ -24,5 +24,5 @@ class Predictions:
     def delete(self, row: PredictionRow) -> None:
         self._session.delete(row)
 
-    def page(self, after: str | None, limit: int) -> tuple[list[PredictionRow], bool]:
-        return newest(self._session, PredictionRow, PredictionRow.id, after, limit)
+    def list_predictions(self, after: str | None, limit: int) -> tuple[list[PredictionRow], bool]:
+        return list_newest_first(self._session, PredictionRow, PredictionRow.id, after, limit)

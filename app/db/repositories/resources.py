@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
-from app.db.repositories.paging import newest
+from app.db.repositories.paging import list_newest_first
 from app.db.repositories.rows import first, put
 from app.db.tables import AliasRow, BaseModelRow, CorpusRow, DatasetRow, DeviceRow, EncodingRow, JobRow
 from app.domain.jobs import TERMINAL
@@ -28,10 +28,10 @@ class Datasets:
     def by_digest(self, digest: str) -> DatasetRow | None:
         return first(self._session, select(DatasetRow).where(DatasetRow.digest == digest))
 
-    def page(self, after: str | None, limit: int) -> tuple[list[DatasetRow], bool]:
-        return newest(self._session, DatasetRow, DatasetRow.id, after, limit)
+    def list_datasets(self, after: str | None, limit: int) -> tuple[list[DatasetRow], bool]:
+        return list_newest_first(self._session, DatasetRow, DatasetRow.id, after, limit)
 
-    def users(self, dataset_id: str) -> list[str]:
+    def list_unfinished_job_ids(self, dataset_id: str) -> list[str]:
         """Ids of the jobs that still need this dataset."""
         live = JobRow.status.not_in([status.value for status in TERMINAL])
         return list(self._session.scalars(select(JobRow.id).where(JobRow.dataset_id == dataset_id, live)))
@@ -59,8 +59,8 @@ class Corpora:
     def by_digest(self, digest: str) -> CorpusRow | None:
         return self._session.scalars(select(CorpusRow).where(CorpusRow.digest == digest)).first()
 
-    def page(self, after: str | None, limit: int) -> tuple[list[CorpusRow], bool]:
-        return newest(self._session, CorpusRow, CorpusRow.id, after, limit)
+    def list_corpora(self, after: str | None, limit: int) -> tuple[list[CorpusRow], bool]:
+        return list_newest_first(self._session, CorpusRow, CorpusRow.id, after, limit)
 
     def remove(self, row: CorpusRow) -> None:
         self._session.delete(row)
@@ -79,7 +79,7 @@ class BaseModels:
     def by_digest(self, digest: str) -> BaseModelRow | None:
         return self._session.scalars(select(BaseModelRow).where(BaseModelRow.digest == digest)).first()
 
-    def all(self) -> list[BaseModelRow]:
+    def list_base_models(self) -> list[BaseModelRow]:
         return list(self._session.scalars(select(BaseModelRow).order_by(BaseModelRow.name)))
 
 
@@ -90,7 +90,7 @@ class Devices:
     def put(self, name: str, description: dict[str, Any]) -> None:
         put(self._session, DeviceRow(name=name, description=description, last_seen=datetime.now(UTC)))
 
-    def all(self) -> list[DeviceRow]:
+    def list_devices(self) -> list[DeviceRow]:
         return list(self._session.scalars(select(DeviceRow).order_by(DeviceRow.name)))
 
 
@@ -103,11 +103,11 @@ class Aliases:
     def point(self, resource: str, name: str, target: str) -> None:
         put(self._session, AliasRow(resource=resource, name=name, target=target))
 
-    def target(self, resource: str, name: str) -> str | None:
+    def find_target(self, resource: str, name: str) -> str | None:
         row = self._session.get(AliasRow, (resource, name))
         return row.target if row else None
 
-    def of(self, resource: str) -> dict[str, list[str]]:
+    def names_by_target(self, resource: str) -> dict[str, list[str]]:
         """Target id → the names that point at it."""
         found: dict[str, list[str]] = {}
         for row in self._session.scalars(select(AliasRow).where(AliasRow.resource == resource)):

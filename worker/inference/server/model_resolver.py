@@ -65,7 +65,7 @@ class PublishedResolver:
     def models_to_preload(self) -> list[ServedModel]:
         """The default adapter, and the base of the newest job, whose adapter will be asked for."""
         default = self._services.adapters.default()
-        newest, _ = self._services.jobs.page(None, 1, None)
+        newest, _ = self._services.jobs.list_jobs(None, 1, None)
         known = [self._find_adapter(default.digest) if default else None, *map(self._base_of_job, newest)]
         return [model for model in known if model is not None]
 
@@ -92,7 +92,7 @@ class PublishedResolver:
         return served.model_copy(update={"base_digest": canonical_digest([served.base_digest, digest])})
 
     def _find_base(self, digest: str) -> ServedModel:
-        for view in self._services.base_models.all():
+        for view in self._services.base_models.list_base_models():
             row = self._services.base_models.get(view.name)
             for quantization in SERVED_QUANTIZATIONS:
                 if self._services.base_models.served_digest(row, quantization) == digest:

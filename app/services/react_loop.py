@@ -22,7 +22,7 @@ from app.domain.predictions import (
 from app.domain.react import CLOSE, TURN_END, Part, Segment, header
 from app.domain.trajectories import ActionName
 from app.knowledge.base import KnowledgeExplorer
-from app.services.writing import Pen
+from app.services.prompt_session import PromptSession
 
 REPEATED = "This action was already taken. Use what has been observed, or finish."
 TURN_RESERVE = 64
@@ -51,61 +51,67 @@ LoopEvent = ThoughtWritten | ActionChosen | Observed
 class ReactLoop:
     """One grounded run. `limit`: the sequence length in tokens that the adapter was trained with."""
 
-    def __init__(self, pen: Pen, explorer: KnowledgeExplorer, claim: str, max_steps: int, limit: int) -> None:
-        self._pen = pen
+    def __init__(
+        self, session: PromptSession, explorer: KnowledgeExplorer, claim: str, max_steps: int, limit: int
+    ) -> None:
+        self._session = session
         self._explorer = explorer
         self._claim = claim
         self._max_steps = max_steps
         self._limit = limit
-        self._spent: set[tuple[ActionName, str]] = set()
+        self._taken_actions: set[tuple[ActionName, str]] = set()
         self._corrected = False
         self._thought = ""
         self.trace = Trace()
 
     def run(self) -> Iterator[LoopEvent]:
-        self._pen.begin(self._pen.encoder.form.head(self._claim))
+        self._session.start(self._session.encoder.form.head(self._claim))
         for number in range(1, self._max_steps + 1):
-            before = list(self._pen.ids)
+            before = list(self._session.ids)
             yield from self._think(number)
-            kind = self._choose(last=number == self._max_steps)
+            kind = self._choose_action(last=number == self._max_steps)
             if kind is ActionName.FINISH:
                 yield from self._finish(number, before)
                 return
             yield from self._act(number, kind)
 
-    def _cramped(self) -> bool:
+    def _lacks_room(self) -> bool:
         """Whether the context has no room for this turn and another."""
-        room = self._limit - len(self._pen.ids)
-        return room < self._pen.max_thought_tokens + 2 * TURN_RESERVE
+        room = self._limit - len(self._session.ids)
+        return room < self._session.max_thought_tokens + 2 * TURN_RESERVE
 
     def _think(self, number: int) -> Iterator[LoopEvent]:
-        self._pen.append([header("Thought", number)])
-        room = self._limit - len(self._pen.ids) - TURN_RESERVE  # an Observation may have left less than a Thought takes
-        self._thought = self._pen.thought(max(1, room))
-        self._pen.append([TURN_END, header("Action", number)])
+        self._session.append([header("Thought", number)])
+        room = (
+            self._limit - len(self._session.ids) - TURN_RESERVE
+        )  # an Observation may have left less than a Thought takes
+        self._thought = self._session.generate_thought(max(1, room))
+        self._session.append([TURN_END, header("Action", number)])
         yield ThoughtWritten(step=number, thought=self._thought)
 
-    def _choose(self, *, last: bool) -> ActionName:
+    def _choose_action(self, *, last: bool) -> ActionName:
         """The kind of action. Lookup is offered only while a page is open; Finish is forced at an end."""
         offered = {ActionName.SEARCH, ActionName.FINISH}
         if self._explorer.page is not None:
             offered.add(ActionName.LOOKUP)
-        chosen, self.trace.forced = self._pen.action(offered, must_finish=last or self._corrected or self._cramped())
+        chosen, self.trace.forced = self._session.choose_action(
+            offered, must_finish=last or self._corrected or self._lacks_room()
+        )
         return chosen
 
     def _act(self, number: int, kind: ActionName) -> Iterator[LoopEvent]:
-        argument = self._pen.argument()
+        argument = self._session.generate_argument()
         action = PredictedAction(name=kind, argument=argument)
         yield ActionChosen(step=number, action=action)
-        self._pen.append([CLOSE, TURN_END, header("Observation", number)])
+        self._session.append([CLOSE, TURN_END, header("Observation", number)])
         seen = self._observe(kind, argument)
-        self._pen.append([Segment(Part.OBSERVATION, f" {seen.text}", trained=False), TURN_END])
+        self._session.append([Segment(Part.OBSERVATION, f" {seen.text}", trained=False), TURN_END])
         self.trace.steps.append(PredictedStep(thought=self._thought, action=action, observation=seen))
         yield Observed(step=number, observation=seen)
 
     def _observe(self, kind: ActionName, argument: str) -> ObservedText:
         key = (kind, argument.casefold())
-        if key in self._spent:
+        if key in self._taken_actions:
             self._corrected = True
             return ObservedText(text=REPEATED, source="server")
         started = time.monotonic()
@@ -113,13 +119,13 @@ class ReactLoop:
         found = self._explorer.search(argument) if search else self._explorer.lookup(argument)
         self.trace.search_seconds += time.monotonic() - started
         if search or not found.sentences:  # the same Lookup again gives the next result, while there is one
-            self._spent.add(key)
-        return self._shown(found)
+            self._taken_actions.add(key)
+        return self._fit_observation(found)
 
-    def _shown(self, found: Observation) -> ObservedText:
+    def _fit_observation(self, found: Observation) -> ObservedText:
         """The observation as the model sees it: inside its token budget, by the rule that training used."""
-        encoder: Encoder = self._pen.encoder
-        budget = encoder.observation_budget(len(self._pen.ids), self._limit)
+        encoder: Encoder = self._session.encoder
+        budget = encoder.observation_budget(len(self._session.ids), self._limit)
         page = self._explorer.page
         text, ids = found.text, found.sentences
         if page is not None and len(ids) > 1:
@@ -149,16 +155,16 @@ class ReactLoop:
 
     def _finish(self, number: int, before: list[int]) -> Iterator[LoopEvent]:
         """Finish with the model's verdict, and score the three where no Thought had spoken yet."""
-        self.trace.verdict = self._pen.verdict()
+        self.trace.verdict = self._session.choose_verdict()
         action = PredictedAction(name=ActionName.FINISH, argument=self.trace.verdict.value)
         self.trace.steps.append(PredictedStep(thought=self._thought, action=action, observation=None))
         yield ActionChosen(step=number, action=action)
-        written, self._pen.ids = self._pen.ids, before
-        self.trace.probabilities = self._pen.verdict_probabilities(number)
-        self._pen.ids = written
+        written, self._session.ids = self._session.ids, before
+        self.trace.probabilities = self._session.score_verdicts(number)
+        self._session.ids = written
 
 
-def written(trace: Trace) -> str:
+def render_trajectory(trace: Trace) -> str:
     """The trajectory in the user's own notation; what a model wrote into it cannot begin a step."""
     lines = []
     for number, step in enumerate(trace.steps, start=1):

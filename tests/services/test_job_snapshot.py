@@ -14,8 +14,8 @@ from app.composition import Services
 from app.db import Database
 from app.domain.errors import NotFoundError, UnavailableError
 from app.domain.jobs import Job, JobStatus, Wish
+from app.services.job_snapshot import JobSnapshots
 from app.services.jobs import Jobs
-from app.services.polls import JobPolls
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def reads_of(services: Services, each: Any = None) -> Iterator[list[str]]:
 def test_those_who_ask_at_once_are_answered_by_one_read(services: Services, jobs: list[Job]) -> None:
     async def ask() -> list[Job]:
         names = ["first", "second", jobs[0].id] * 20
-        return await asyncio.gather(*(services.polls.get(name) for name in names))
+        return await asyncio.gather(*(services.job_snapshots.get(name) for name in names))
 
     with reads_of(services) as seen:
         answers = asyncio.run(ask())
@@ -63,10 +63,10 @@ def test_an_answer_is_never_older_than_its_question(services: Services, jobs: li
             assert may_answer.wait(20)
 
     async def ask() -> tuple[Job, Job]:
-        before = asyncio.create_task(services.polls.get("first"))
+        before = asyncio.create_task(services.job_snapshots.get("first"))
         assert await asyncio.to_thread(has_read.wait, 20)
         await asyncio.to_thread(services.jobs.wish, "first", Wish.PAUSE)
-        after = asyncio.create_task(services.polls.get("first"))
+        after = asyncio.create_task(services.job_snapshots.get("first"))
         await asyncio.sleep(0)
         may_answer.set()
         return await before, await after
@@ -78,7 +78,7 @@ def test_an_answer_is_never_older_than_its_question(services: Services, jobs: li
 
 def test_an_unknown_job_is_told_to_who_asked_for_it(services: Services, jobs: list[Job]) -> None:
     async def ask() -> list[Job | BaseException]:
-        asked = (services.polls.get(name) for name in ("first", "nowhere"))
+        asked = (services.job_snapshots.get(name) for name in ("first", "nowhere"))
         return await asyncio.gather(*asked, return_exceptions=True)
 
     known, unknown = asyncio.run(ask())
@@ -89,7 +89,7 @@ def test_an_unknown_job_is_told_to_who_asked_for_it(services: Services, jobs: li
 
 def test_one_who_went_away_keeps_nobody_waiting(services: Services, jobs: list[Job]) -> None:
     async def ask() -> Job:
-        gone, stays = (asyncio.create_task(services.polls.get("first")) for _ in range(2))
+        gone, stays = (asyncio.create_task(services.job_snapshots.get("first")) for _ in range(2))
         await asyncio.sleep(0)
         gone.cancel()
         return await asyncio.wait_for(stays, 20)
@@ -100,7 +100,7 @@ def test_one_who_went_away_keeps_nobody_waiting(services: Services, jobs: list[J
 def test_a_database_that_is_away_is_told_to_all_and_each_time(services: Services, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     away = Database(f"sqlite:///{tmp_path / 'folder'}")
-    polls = JobPolls(Jobs(away, services.blobs, services.plans, services.doorbell))
+    polls = JobSnapshots(Jobs(away, services.blobs, services.plans, services.doorbell))
 
     async def ask() -> list[Job | BaseException]:
         answers: list[Job | BaseException] = []

@@ -1,4 +1,4 @@
-"""The model's pen: one growing prompt of token ids, and the few ways in which a model may add to it.
+"""The model's session: one growing prompt of token ids, and the few ways in which a model may add to it.
 
 The server appends every fixed atom; the model is asked for a line, a choice or an argument. Ids that it returns are
 kept as they are; a token that holds a stop and something more is replaced by the ids of what stands before the stop.
@@ -52,17 +52,17 @@ class Meter:
         )
 
 
-Gone = Callable[[], bool]
+IsCancelled = Callable[[], bool]
 """Whether whoever asked has gone."""
 
 
-def stays() -> bool:
+def never_cancelled() -> bool:
     """Whoever asked stays, or comes back for the answer."""
     return False
 
 
 @dataclass(slots=True)
-class Pen:
+class PromptSession:
     """Writes for one model with one format. `ids` is the prompt so far, BOS included.
 
     Once whoever asked is `gone`, the model is asked no more: CutOffError.
@@ -75,55 +75,55 @@ class Pen:
     top_p: float
     max_thought_tokens: int
     seed: int | None = None
-    gone: Gone = stays
+    is_cancelled: IsCancelled = never_cancelled
     ids: list[int] = field(default_factory=list)
     meter: Meter = field(default_factory=Meter)
 
-    def begin(self, segments: Sequence[Segment]) -> None:
+    def start(self, segments: Sequence[Segment]) -> None:
         self.ids = list(self.encoder.encode(segments).ids)
 
     def append(self, segments: Iterable[Segment]) -> None:
         for segment in segments:
             self.ids += self.encoder.atom(segment)
 
-    def thought(self, room: int) -> str:
+    def generate_thought(self, room: int) -> str:
         """Let the model write one Thought of at most `room` tokens. What looks like a step's beginning is cut off."""
-        answer = self._ask(max_tokens=min(self.max_thought_tokens, room), stop=("\n",))
+        answer = self._generate(max_tokens=min(self.max_thought_tokens, room), stop=("\n",))
         text = answer.text.split("\n", 1)[0]
         if marker := STEP_MARKER.search(text):
             text = text[: marker.start()]
-        self.ids += self._ids_of(answer.ids, text.rstrip())
+        self.ids += self._fit_ids_to_text(answer.ids, text.rstrip())
         return " ".join(text.split())
 
-    def action(self, offered: set[ActionName], *, must_finish: bool) -> tuple[ActionName, bool]:
+    def choose_action(self, offered: set[ActionName], *, must_finish: bool) -> tuple[ActionName, bool]:
         """Let the model choose the kind of action; the chosen atom's own ids are appended.
 
         Returns (kind, whether Finish was forced on a model that chose otherwise).
         """
         kinds = {token: kind for token, kind in self.encoder.action_tokens().items() if kind in offered}
-        answer = self._ask(max_tokens=1, allowed=tuple(kinds))
+        answer = self._generate(max_tokens=1, allowed=tuple(kinds))
         chosen = kinds[answer.ids[0]]
         forced = must_finish and chosen is not ActionName.FINISH
         kind = ActionName.FINISH if forced else chosen
         self.append([action_atom(kind)])
         return kind, forced
 
-    def argument(self) -> str:
+    def generate_argument(self) -> str:
         """Let the model write an action's argument, up to the closing bracket, which is not appended."""
-        answer = self._ask(max_tokens=ARGUMENT_TOKENS, regex=ARGUMENT_PATTERN)
+        answer = self._generate(max_tokens=ARGUMENT_TOKENS, regex=ARGUMENT_PATTERN)
         text = answer.text.split("]", 1)[0].replace("[", " ")
-        self.ids += self._ids_of(answer.ids, text)
+        self.ids += self._fit_ids_to_text(answer.ids, text)
         return " ".join(text.split())
 
-    def verdict(self) -> Verdict:
+    def choose_verdict(self) -> Verdict:
         """Let the model choose the label behind `Finish[`; the label's own ids are appended."""
         labels = self.encoder.verdict_tokens()
-        answer = self._ask(max_tokens=1, allowed=tuple(labels))
+        answer = self._generate(max_tokens=1, allowed=tuple(labels))
         chosen = labels[answer.ids[0]]
         self.append([Segment(Part.ARGUMENT, chosen.value, trained=True)])
         return chosen
 
-    def verdict_probabilities(self, step: int) -> dict[Verdict, float]:
+    def score_verdicts(self, step: int) -> dict[Verdict, float]:
         """p(verdict | claim, Observations): a branch with `Finish[` where no Thought has spoken yet.
 
         `ids` must end behind the last Observation. One forward; nothing is appended.
@@ -132,18 +132,18 @@ class Pen:
         branch = list(self.ids)
         for segment in (header("Action", step), action_atom(ActionName.FINISH)):
             branch += self.encoder.atom(segment)
-        answer = self._ask(max_tokens=1, allowed=tuple(labels), logprobs=len(labels), prompt=branch)
+        answer = self._generate(max_tokens=1, allowed=tuple(labels), logprobs=len(labels), prompt=branch)
         weights = {v: math.exp(answer.first_logprobs.get(t, -math.inf)) for t, v in labels.items()}
         total = sum(weights.values()) or 1.0
         return {verdict: weights[verdict] / total for verdict in Verdict}
 
-    def everything(self, max_tokens: int) -> str:
+    def generate_trajectory(self, max_tokens: int) -> str:
         """Let the model write on its own until it ends (ungrounded mode)."""
-        answer = self._ask(max_tokens=max_tokens)
+        answer = self._generate(max_tokens=max_tokens)
         self.ids += answer.ids
         return answer.text
 
-    def _ask(
+    def _generate(
         self,
         *,
         max_tokens: int,
@@ -153,7 +153,7 @@ class Pen:
         logprobs: int | None = None,
         prompt: list[int] | None = None,
     ) -> Generated:
-        if self.gone():
+        if self.is_cancelled():
             raise CutOffError("the client has gone")
         started = time.monotonic()
         answer = self.generator.generate(
@@ -179,7 +179,7 @@ class Pen:
         self.meter.completion += len(answer.ids)
         return answer
 
-    def _ids_of(self, ids: Sequence[int], text: str) -> list[int]:
+    def _fit_ids_to_text(self, ids: Sequence[int], text: str) -> list[int]:
         """The sampled ids that spell `text`: trailing ids that go beyond it are dropped (an end of sequence too), and
         where one crosses its end, what it had of the text is encoded anew and counted."""
         kept = [token for token in ids if token != self.encoder.tokens.eos_id]

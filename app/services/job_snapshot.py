@@ -16,7 +16,7 @@ MOST = 500
 _Answer = asyncio.Future[Job | Exception]
 
 
-class JobPolls:
+class JobSnapshots:
     """Lives on the API's event loop."""
 
     def __init__(self, jobs: Jobs) -> None:
