@@ -1,9 +1,7 @@
 """Adapters: published once, listed, downloaded, promoted, put on a host's disk by digest."""
 
-import contextlib
 import io
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -14,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from app.atomic_dirs import locked, publish
 from app.db import Database, Unit
 from app.db.tables import AdapterRow
 from app.domain.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, Manifest, adapter_digest, model_card
@@ -184,20 +183,20 @@ class Adapters:
         row = self.by_digest(digest)
         target = self._directory / digest
         if not target.exists():
-            self._bring(row, target)
+            with locked(self._directory / f".lock-{digest[:16]}"):
+                self._write(row, target)
         _name_served_base(target, row)  # a version before this rule may have made it
         return target
 
-    def _bring(self, row: AdapterRow, target: Path) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
+    def _write(self, row: AdapterRow, target: Path) -> None:
+        if target.exists():  # another process was faster
+            return
         partial = Path(tempfile.mkdtemp(dir=self._directory, prefix=".partial-"))
         try:
             for name, blob in row.files.items():
                 self._blobs.fetch(blob, partial / name)
             _name_served_base(partial, row)
-            partial.chmod(0o755)  # a server that shares the folder may run as another user
-            with contextlib.suppress(OSError):  # another process was faster
-                os.rename(partial, target)
+            publish(partial, target)  # with rights for a server that shares the folder and runs as another user
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

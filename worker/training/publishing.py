@@ -14,6 +14,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from app.atomic_dirs import publish
 from app.domain.adapters import BESIDES
 from app.domain.attempts import BaseOnDisk
 from worker.training.master_weights import MasterWeights
@@ -30,8 +31,8 @@ def write_published(method: TuningMethod, masters: MasterWeights, base: BaseOnDi
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_files(method, masters, base, partial)
-    shutil.rmtree(final, ignore_errors=True)
-    return partial.rename(final)
+    publish(partial, final)
+    return final
 
 
 def write_files(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
