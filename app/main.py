@@ -36,7 +36,7 @@ TAGS = [
     {"name": "deployment", "description": "What this deployment has, and how it does."},
 ]
 
-THREADS_BESIDE = 16
+EXTRA_THREADS = 16
 """Threads that serve requests while every prediction slot is taken."""
 
 SWAGGER = {
@@ -54,7 +54,7 @@ def create_app(services: Services | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         threads = current_default_thread_limiter()
-        threads.total_tokens = max(threads.total_tokens, served.settings.prediction_slots + THREADS_BESIDE)
+        threads.total_tokens = max(threads.total_tokens, served.settings.prediction_slots + EXTRA_THREADS)
         await run_in_threadpool(served.sweep)
         yield
         await served.events.close()

@@ -114,7 +114,7 @@ def _work(services: Services, described: BaseModelDescription, cache: Path, dire
         revision=described.revision,
         fp16=described.fp16,
     )
-    return Work(base, prepared.spec, Schedule.of(prepared.spec, scale.rows, longest, "cpu"), rows, every)
+    return Work(base, prepared.spec, Schedule.for_spec(prepared.spec, scale.rows, longest, "cpu"), rows, every)
 
 
 def base_in(cache: Path) -> BaseModelDescription:

@@ -22,9 +22,9 @@ import torch
 from peft import PeftModel
 from torch.profiler import ProfilerActivity, profile
 
-from app.domain.architectures import KNOWN, Architecture
+from app.domain.architectures import PUBLISHED_ARCHITECTURES, Architecture
 from app.domain.attempts import EncodedRow
-from app.domain.memory import CONTEXT, GPU16, Load, memory_of
+from app.domain.memory import GPU16, PROCESS_BYTES, MicroBatchSize, estimate_memory
 from app.domain.specs import TrainSpec
 from benchmarks.machine import ROOT, head
 from benchmarks.random_base import write_adapter, write_base
@@ -61,11 +61,11 @@ SETTINGS = EngineSettings(memory_bytes=64 << 30, kv_bytes=16 << 30, prefix_cache
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", choices=KNOWN, default="Llama-2-7B")
+    parser.add_argument("--sizes", choices=PUBLISHED_ARCHITECTURES, default="Llama-2-7B")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--place", type=Path)
     asked = parser.parse_args()
-    sizes = KNOWN[asked.sizes]
+    sizes = PUBLISHED_ARCHITECTURES[asked.sizes]
     if asked.layers:
         sizes = sizes.model_copy(update={"layers": asked.layers})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -248,9 +248,11 @@ def training(sizes: Architecture, base: Path, device: torch.device) -> list[dict
 def _updates(sizes: Architecture, base: Path, spec: TrainSpec, device: torch.device) -> dict[str, Any]:
     precision: Precision = precision_here(device, "unknown")
     before = _allocated(device)
-    load = Load(BATCH[0] * BATCH[1], BATCH[1], _batch().labelled)
+    load = MicroBatchSize(BATCH[0] * BATCH[1], BATCH[1], _batch().labelled)
     recompute = spec.trainer.enable_gradient_checkpointing is True
-    planned = memory_of(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40).total - CONTEXT["gpu"]
+    planned = (
+        estimate_memory(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40).total - PROCESS_BYTES["gpu"]
+    )
     trainable = load_trainable_model(base, spec, UPDATES, precision, device, lambda _: None)
     masters = MasterWeights(trainable.method.parameters(), precision.compute)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-5)

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 from peft import LoraConfig
 
-from app.domain.architectures import KNOWN
+from app.domain.architectures import PUBLISHED_ARCHITECTURES
 from app.domain.attempts import EncodedRow
-from app.domain.memory import CONTEXT, GPU16, Load, Machine, memory_of
+from app.domain.memory import GPU16, PROCESS_BYTES, Machine, MicroBatchSize, estimate_memory
 from app.domain.specs import TrainSpec
 from benchmarks.encoded import base_in
 from benchmarks.machine import ROOT, head
@@ -29,7 +29,7 @@ from worker.training.batches import Batch, collate
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
-SMALL = KNOWN["SmolLM2-135M"]
+SMALL = PUBLISHED_ARCHITECTURES["SmolLM2-135M"]
 GRID: tuple[dict[str, Any], ...] = tuple(
     {"rows": rows, "length": length, "rank": rank, "recompute": recompute}
     for rows, length, rank, recompute in (
@@ -116,8 +116,8 @@ def measured(base: Path, stored: int, **setting: Any) -> dict[str, Any]:
     tokens = setting["rows"] * setting["length"]
     here = Machine("cpu", 2 if cpu_here().fast_bf16 else 4)
     spec = spec_of(setting["rank"], recompute=setting["recompute"])
-    load = Load(tokens, setting["length"], seen["labelled"])
-    planned = memory_of(SMALL, spec, load, here, recompute=setting["recompute"], stored=stored)
+    load = MicroBatchSize(tokens, setting["length"], seen["labelled"])
+    planned = estimate_memory(SMALL, spec, load, here, recompute=setting["recompute"], stored=stored)
     return {**setting, **seen, "planned": planned.model_dump(), "ratio": round(planned.total / seen["peak"], 3)}
 
 
@@ -128,7 +128,7 @@ def shapes(name: str, tokens: int, length: int, *, recompute: bool, packed: bool
     began = time.perf_counter()
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     batch = rows_of(tokens, length, LABELLED)
-    seen = run_update(KNOWN[name], config, batch, recompute=recompute, packed=packed, stock=stock)
+    seen = run_update(PUBLISHED_ARCHITECTURES[name], config, batch, recompute=recompute, packed=packed, stock=stock)
     found = {
         "model": name,
         "tokens": tokens,
@@ -144,10 +144,15 @@ def shapes(name: str, tokens: int, length: int, *, recompute: bool, packed: bool
     if stock:
         return found
     spec = TrainSpec.model_validate({"dataset": "d", "quantization": {"bits": 4} if packed else None})
-    planned = memory_of(
-        KNOWN[name], spec, Load(tokens, length, batch.labelled), GPU16, recompute=recompute, stored=1 << 40
+    planned = estimate_memory(
+        PUBLISHED_ARCHITECTURES[name],
+        spec,
+        MicroBatchSize(tokens, length, batch.labelled),
+        GPU16,
+        recompute=recompute,
+        stored=1 << 40,
     )
-    return found | {"planned": planned.total, "ratio": round((planned.total - CONTEXT["gpu"]) / seen.peak, 3)}
+    return found | {"planned": planned.total, "ratio": round((planned.total - PROCESS_BYTES["gpu"]) / seen.peak, 3)}
 
 
 def main() -> None:
@@ -164,7 +169,7 @@ def main() -> None:
     for setting in GRID:
         found["cpu"].append(measured(base, stored, **setting))
         print(json.dumps(found["cpu"][-1]), flush=True)
-    for name in KNOWN:
+    for name in PUBLISHED_ARCHITECTURES:
         for recompute in (False, True):
             found["shapes"].append(shapes(name, 2048, 512, recompute=recompute, packed=True, stock=False))
             print(json.dumps(found["shapes"][-1]), flush=True)

@@ -26,7 +26,7 @@ def filling(rows: Sequence[EncodedRow], spec: TrainSpec, epochs: int = 3) -> dic
     lengths = [len(row.all_ids) for row in rows]
     devices: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
     return {
-        device: _filling(lengths, Schedule.of(spec, len(rows), max(lengths), device), spec, epochs)
+        device: _filling(lengths, Schedule.for_spec(spec, len(rows), max(lengths), device), spec, epochs)
         for device in devices
     }
 
@@ -67,7 +67,7 @@ def _scaling(rows: Sequence[EncodedRow], spec: TrainSpec, vocab_size: int, size:
         began = time.process_time()
         read = read_rows(Path(file.name), vocab_size)
         reading = time.process_time() - began
-    schedule = Schedule.of(spec, size, max(len(row.all_ids) for row in read), "cpu")
+    schedule = Schedule.for_spec(spec, size, max(len(row.all_ids) for row in read), "cpu")
     paces = []
     for update in range(1, UPDATES_TIMED + 1):
         began = time.process_time()

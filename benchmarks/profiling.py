@@ -123,7 +123,7 @@ def loading(order: TrainOrder) -> dict[str, float]:
 def main(order: TrainOrder, packed: bool) -> None:
     torch.set_num_threads(int(os.environ.get("VERITUNE_THREADS", "2")))
     if packed:
-        memory.DENSE_LIMIT = 0
+        memory.KEEP_DEQUANTIZED_UP_TO = 0
     print(json.dumps({"loading": loading(order), **profiled(order)}), flush=True)
 
 

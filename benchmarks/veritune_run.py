@@ -58,7 +58,7 @@ def median_pace(updates: list[dict[str, Any]]) -> float:
 def _packed() -> int:
     from worker.training import __main__ as child
 
-    memory.DENSE_LIMIT = 0
+    memory.KEEP_DEQUANTIZED_UP_TO = 0
     return child.main()
 
 

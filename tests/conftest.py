@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 import worker  # noqa: F401  before anything imports bitsandbytes, of which it keeps the advice from the output
 from app.composition import Services, compose
 from app.db.migrating import migrate
-from app.domain.base_models import CATALOGUE, BaseModelDescription
+from app.domain.base_models import FETCHABLE_MODELS, BaseModelDescription
 from app.queue import MemoryDoorbell
 from app.settings import Settings
 
@@ -41,7 +41,7 @@ def catalogue_model(name: str) -> BaseModelDescription | None:
     """The catalogue's model in `MODEL_CACHE`; None when it was not fetched. Another model may have the same name."""
     paths = sorted(MODEL_CACHE.glob("models/*/description.json"))
     found = (BaseModelDescription.model_validate_json(path.read_bytes()) for path in paths)
-    return next((one for one in found if (one.name, one.source) == (name, CATALOGUE[name])), None)
+    return next((one for one in found if (one.name, one.source) == (name, FETCHABLE_MODELS[name])), None)
 
 
 ROWS = [

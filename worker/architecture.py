@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.domain.architectures import FAMILY
+from app.domain.architectures import LLAMA_MODEL_TYPES
 
 
 def window_of(config: Any) -> int | None:
@@ -29,7 +29,7 @@ def windows_of(config: Any) -> dict[str, int | None]:
 def is_llama(config: Any) -> bool:
     """Whether every layer is norm, attention over rotary positions, norm and gated linear unit, without dropout."""
     return (
-        config.model_type in FAMILY
+        config.model_type in LLAMA_MODEL_TYPES
         and config.hidden_act == "silu"
         and not config.attention_dropout
         and window_of(config) is None

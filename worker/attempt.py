@@ -19,16 +19,16 @@ from app.composition import Services
 from app.domain.adapters import Environment
 from app.domain.attempts import (
     BaseOnDisk,
-    Checkpointed,
+    CheckpointWritten,
+    ChildCommand,
     ChildEvent,
-    Command,
-    Evaluated,
-    Failed,
-    Finished,
-    Log,
-    Metrics,
-    Started,
+    EvaluationFinished,
+    LogMessage,
+    TrainingFailed,
+    TrainingFinished,
+    TrainingStarted,
     TrainOrder,
+    UpdateMetrics,
 )
 from app.domain.errors import LeaseLostError, UnavailableError, VerituneError
 from app.domain.jobs import JobStatus
@@ -161,33 +161,33 @@ class Attempt:
             command, patience = "pause", LEAVE_SECONDS
         if command is not None and command != watch.asked:
             watch.asked, watch.kill_at = command, time.monotonic() + patience
-            child.tell(Command.model_validate({"command": command}))
+            child.tell(ChildCommand.model_validate({"command": command}))
         if watch.kill_at is not None and time.monotonic() > watch.kill_at:
             watch.kill_at = None
             child.kill()
 
     def _handle(self, event: ChildEvent, watch: Watch, results: Results) -> None:
         match event:
-            case Metrics():
+            case UpdateMetrics():
                 watch.add(event)
                 self._flush(watch, soon=False)
-            case Evaluated():
+            case EvaluationFinished():
                 self._flush(watch, soon=True)
                 self._retry(lambda: self._attempts.evaluated(self._lease, event))
-            case Checkpointed():
+            case CheckpointWritten():
                 self._flush(watch, soon=True)
                 manifest = results.manifest(event)
                 self._retry(lambda: self._attempts.checkpoint(self._lease, event, manifest))
                 shutil.rmtree(event.path, ignore_errors=True)  # only now: the child may be several checkpoints ahead
-            case Started():
+            case TrainingStarted():
                 self._started(event, results)
-            case Log():
+            case LogMessage():
                 data = dict(event.data)
                 self._retry(lambda: self._attempts.tell(self._lease, "log", event.message, event.level, data))
-            case Finished() | Failed():
+            case TrainingFinished() | TrainingFailed():
                 watch.last = event
 
-    def _started(self, event: Started, results: Results) -> None:
+    def _started(self, event: TrainingStarted, results: Results) -> None:
         results.environment = Environment(device=event.device, precision=event.precision, threads=event.threads)
         message = f"{event.precision} on {event.device}, {event.trainable_parameters:,} trainable parameters"
         data = event.model_dump(exclude={"event"})
@@ -206,14 +206,14 @@ class Attempt:
 
     def _conclude(self, watch: Watch, results: Results) -> None:
         match watch.last:
-            case Finished(outcome="succeeded", adapter=Path() as adapter) as finished:
+            case TrainingFinished(outcome="succeeded", adapter=Path() as adapter) as finished:
                 self._retry(lambda: self._attempts.warn(self._lease, finished.warnings))
                 self._retry(lambda: results.publish(finished, adapter))
                 log.info("attempt_published", job=self._leased.job_id)
-            case Failed() as failed:
+            case TrainingFailed() as failed:
                 error = child_error(failed, self._directory)
                 self._end(lambda: self._attempts.fail(self._lease, error))
-            case Finished():
+            case TrainingFinished():
                 self._release("stopped behind a checkpoint", strike=False)
             case _ if watch.asked is not None:
                 self._release("stopped without a checkpoint", strike=False)

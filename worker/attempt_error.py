@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from app.disk import disk_error, free_space
-from app.domain.attempts import Failed
+from app.domain.attempts import TrainingFailed
 from app.domain.errors import VerituneError
 from app.domain.jobs import JobError
 
@@ -28,7 +28,7 @@ def job_error(error: Exception, directory: Path) -> JobError:
     )
 
 
-def child_error(failed: Failed, directory: Path) -> JobError:
+def child_error(failed: TrainingFailed, directory: Path) -> JobError:
     """The child's own words; a full disk is named with the room that is left."""
     room = f"; {free_space(directory)}" if failed.code == DISK else ""
     return JobError(code=failed.code, message=failed.message + room, hint=failed.hint)

@@ -12,7 +12,7 @@ from typing import IO
 import structlog
 from pydantic import ValidationError
 
-from app.domain.attempts import CHILD_EVENT, ChildEvent, Command
+from app.domain.attempts import CHILD_EVENT, ChildCommand, ChildEvent
 from worker.environment import for_tensors
 
 GRACE = 3.0
@@ -67,7 +67,7 @@ class Child:
         """The next event. Raises queue.Empty after `timeout` seconds; None when there will be no more."""
         return self._events.get(timeout=timeout)
 
-    def tell(self, command: Command) -> None:
+    def tell(self, command: ChildCommand) -> None:
         """Send a command. A child that is gone hears nothing, which its end will tell."""
         self._write(command.model_dump_json())
 

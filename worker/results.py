@@ -9,7 +9,7 @@ import structlog
 
 from app.composition import Services
 from app.domain.adapters import Environment, Manifest, ManifestBase
-from app.domain.attempts import Checkpointed, Finished
+from app.domain.attempts import CheckpointWritten, TrainingFinished
 from app.domain.errors import LeaseLostError, UnavailableError
 from app.domain.jobs import Metric
 from app.domain.tuning_methods import servable_by
@@ -33,7 +33,7 @@ class Results:
         self._directory = directory
         self.environment: Environment | None = None
 
-    def publish(self, finished: Finished, adapter: Path) -> None:
+    def publish(self, finished: TrainingFinished, adapter: Path) -> None:
         """Publish the adapter and end the job as succeeded."""
         manifest = self.manifest(finished)
         self._services.adapters.publish(self._leased.lease, self._leased.name, adapter, manifest)
@@ -70,7 +70,7 @@ class Results:
             yield from found
             after = found[-1].update if found else after
 
-    def _remember_pace(self, finished: Finished) -> None:
+    def _remember_pace(self, finished: TrainingFinished) -> None:
         """Tokens per second of this base on this device, for plans of later jobs. A fault costs only an estimate."""
         pace = finished.metrics.get("tokens_per_second")
         if not pace:
@@ -81,7 +81,7 @@ class Results:
         except UnavailableError as error:
             log.warning("pace_not_written", job=self._leased.job_id, reason=error.detail)
 
-    def manifest(self, made: Finished | Checkpointed) -> Manifest:
+    def manifest(self, made: TrainingFinished | CheckpointWritten) -> Manifest:
         """The manifest of an adapter with these weights."""
         prepared, spec = self._prepared, self._prepared.spec
         return Manifest(

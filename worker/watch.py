@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from app.domain.attempts import Failed, Finished, Metrics
+from app.domain.attempts import TrainingFailed, TrainingFinished, UpdateMetrics
 from worker.device_reservation import TrainingReservation
 
 PACE_UPDATES = 20
@@ -22,26 +22,26 @@ class Watch:
     planned: float | None
     """Seconds per update by the plan, if known."""
 
-    batch: list[Metrics] = field(default_factory=list)
+    batch: list[UpdateMetrics] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     first: tuple[int, float] | None = None
     flushed_at: float = field(default_factory=time.monotonic)
     asked: str | None = None
     kill_at: float | None = None
-    last: Finished | Failed | None = None
+    last: TrainingFinished | TrainingFailed | None = None
     status: int = 0
 
-    def add(self, metrics: Metrics) -> None:
+    def add(self, metrics: UpdateMetrics) -> None:
         """Take in one update's metrics."""
         self.batch.append(metrics)
         self.recent = [*self.recent[1 - PACE_UPDATES :], metrics.seconds]
         self.first = self.first or (metrics.update, time.monotonic())
 
-    def eta(self, last: Metrics) -> float:
+    def eta(self, last: UpdateMetrics) -> float:
         """Seconds of training left, by the pace of recent updates."""
         return round(sum(self.recent) / len(self.recent) * (last.total_updates - last.update), 1)
 
-    def ends_in(self, last: Metrics) -> float:
+    def ends_in(self, last: UpdateMetrics) -> float:
         """Seconds until the child should end, by wall-clock time: with evaluations and checkpoints."""
         update, at = self.first or (last.update, time.monotonic())
         spent, done = time.monotonic() - at, last.update - update

@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 
 from app.domain.errors import (
     BusyError,
+    ClientDisconnectedError,
     ConflictError,
-    CutOffError,
     InvalidError,
     NotFoundError,
     Problem,
@@ -26,7 +26,7 @@ from app.domain.errors import (
     UnavailableError,
     VerituneError,
 )
-from app.domain.reading import problems_of
+from app.domain.spec_parser import list_problems
 
 MEDIA_TYPE = "application/problem+json"
 MOST_PROBLEMS = 100
@@ -41,7 +41,7 @@ STATUS: tuple[tuple[type[VerituneError], int], ...] = (
     (ConflictError, 409),
     (BusyError, 429),
     (UnavailableError, 503),
-    (CutOffError, 400),
+    (ClientDisconnectedError, 400),
 )
 
 
@@ -156,7 +156,7 @@ async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     sent = {"body": body, "query": dict(request.query_params), "path": request.path_params, "header": {}}
     found = tuple(
         replace(one, loc=one.loc[1:]) if one.loc[0] == "body" else one
-        for one in problems_of(error.errors(), sent, _body_model(request))
+        for one in list_problems(error.errors(), sent, _body_model(request))
     )
     first = found[0]
     place = ".".join(str(part) for part in first.loc) or "the body"

@@ -18,7 +18,7 @@ from app.api.cross_site import foreign_origin
 from app.api.errors import MEDIA_TYPE, document_of, problem
 from app.api.routing import announces_body, is_json, media_type
 from app.domain.errors import InvalidError, Problem, VerituneError
-from app.domain.reading import headline, reject_forbidden
+from app.domain.spec_parser import build_headline, reject_forbidden
 from app.domain.strict_json import RepeatedKeyError, parse_json
 from app.settings import LOOPBACK, Settings
 
@@ -127,7 +127,7 @@ def _check_json(body: bytes) -> None:
         raise InvalidError(f"the body is not UTF-8 at byte {error.start + 1}", code="bad_utf8") from None
     except RepeatedKeyError as error:
         found = error.problem()
-        raise InvalidError(headline((found,)), code="repeated_key", problems=(found,)) from None
+        raise InvalidError(build_headline((found,)), code="repeated_key", problems=(found,)) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InvalidError(f"the body is not JSON: {error.msg} at {where}", code="bad_json") from None

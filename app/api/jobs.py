@@ -26,7 +26,7 @@ from app.api.routing import StrictRoute
 from app.composition import Services
 from app.domain.adapters import Adapter, PublishRequest
 from app.domain.devices import CARDS
-from app.domain.jobs import TERMINAL, Artifact, Checkpoint, Event, Job, JobStatus, Metric, Wish
+from app.domain.jobs import TERMINAL, Artifact, Checkpoint, Event, Job, JobAction, JobStatus, Metric
 from app.domain.plans import Plan, plan_example
 from app.domain.specs import spec_examples
 
@@ -147,19 +147,19 @@ def delete_job(services: ServicesDep, job: JobReference) -> None:
 @router.post("/{job}/pause", summary="Pause a job after a checkpoint", responses=problems(404, 409))
 def pause_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     """At once when it waits; when it runs, it writes a checkpoint first and leaves the device."""
-    return services.jobs.wish(job, Wish.PAUSE)
+    return services.jobs.request_action(job, JobAction.PAUSE)
 
 
 @router.post("/{job}/resume", summary="Resume a paused job", responses=problems(404, 409))
 def resume_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     """It goes on from its newest checkpoint."""
-    return services.jobs.wish(job, Wish.RESUME)
+    return services.jobs.request_action(job, JobAction.RESUME)
 
 
 @router.post("/{job}/cancel", summary="Cancel a job", responses=problems(404, 409))
 def cancel_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     """At once when it waits; within seconds when it runs. A finished job cannot be cancelled (409)."""
-    return services.jobs.wish(job, Wish.CANCEL)
+    return services.jobs.request_action(job, JobAction.CANCEL)
 
 
 @router.get(

@@ -25,6 +25,7 @@ from app.api.dependencies import (
 from app.api.errors import ProblemDocument, document_of, unexpected
 from app.api.routing import StrictRoute
 from app.domain.errors import InvalidError, Problem, VerituneError
+from app.domain.frozen import Frozen
 from app.domain.predictions import Prediction, PredictionEvent, PredictRequest
 from app.services.prompt_session import never_cancelled
 
@@ -58,10 +59,8 @@ _EVENT_DATA = {
 _STREAM = event_stream(_EVENT_DATA, {"enum": ["thought", "action", "observation", "prediction", "error"]})
 
 
-class BatchRequest(BaseModel):
+class BatchRequest(Frozen):
     """Many claims, asked alike."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     requests: Annotated[list[PredictRequest], Field(min_length=1, max_length=MOST_CLAIMS)]
 

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 
 from app.domain.errors import InvalidError, Problem
-from app.domain.reading import headline
+from app.domain.spec_parser import build_headline
 from app.domain.spelling import did_you_mean
 
 FORM = "multipart/form-data"
@@ -47,7 +47,7 @@ def _check_query(query: QueryParams, known: list[str]) -> None:
         if names.count(name) > 1
     ]
     if found := (*unknown, *repeated):
-        raise InvalidError(headline(found), code="invalid_request", problems=found)
+        raise InvalidError(build_headline(found), code="invalid_request", problems=found)
 
 
 def _unknown_parameter(name: str, known: list[str]) -> Problem:

@@ -14,7 +14,7 @@ from app.cli.errors import CommandError
 from app.cli.rerun import rerun
 from app.composition import Services, compose
 from app.db.migrating import migrate
-from app.domain.base_models import SERVED_AS
+from app.domain.base_models import QUANTIZATION_BY_NAME
 from app.domain.errors import VerituneError
 from app.logs import configure_logs
 from app.settings import Settings, read_settings
@@ -154,7 +154,7 @@ def models_export(
     home: Home = None,
 ) -> None:
     """Write a listed model as it is served, as plain weights that vLLM reads; the last word is its directory."""
-    exported = models.export(_services(home), name, SERVED_AS[quantization], to)
+    exported = models.export(_services(home), name, QUANTIZATION_BY_NAME[quantization], to)
     typer.echo(f"{exported.name}  {quantization}  {exported.path}")
 
 

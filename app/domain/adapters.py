@@ -5,38 +5,33 @@ import json
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from app.domain.base_models import served_base_digest
+from app.domain.frozen import Frozen
 from app.domain.spec_base import Name
 from app.domain.tuning_methods import Quantization
 
-Kind = Literal["peft", "full"]
-WEIGHTS: dict[Kind, str] = {"peft": "adapter_model.safetensors", "full": "model.safetensors"}
-CONFIG: dict[Kind, str] = {"peft": "adapter_config.json", "full": "config.json"}
+AdapterKind = Literal["peft", "full"]
+WEIGHTS_FILE: dict[AdapterKind, str] = {"peft": "adapter_model.safetensors", "full": "model.safetensors"}
+CONFIG_FILE: dict[AdapterKind, str] = {"peft": "adapter_config.json", "full": "config.json"}
 """What an adapter's directory computes with: a PEFT adapter's, or a whole model's."""
 
-BESIDES: dict[Kind, tuple[str, ...]] = {
+EXTRA_FILES: dict[AdapterKind, tuple[str, ...]] = {
     "peft": (),
     "full": ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
 }
 """Files that belong to it too, where its base has them."""
 
-MANIFEST = "manifest.json"
-CARD = "README.md"
+MANIFEST_FILE = "manifest.json"
+MODEL_CARD_FILE = "README.md"
 
 
-class _Word(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ManifestBase(_Word):
+class ManifestBase(Frozen):
     name: str
     revision: str
     digest: str
 
 
-class Environment(_Word):
+class Environment(Frozen):
     """Where a training ran: another device, number format or count of threads adds up in another order."""
 
     device: str
@@ -44,7 +39,7 @@ class Environment(_Word):
     threads: int
 
 
-class Manifest(_Word):
+class Manifest(Frozen):
     """What produced an adapter: enough to repeat the run. Lies outside the digest and never changes.
 
     `environment` is null in a manifest of a version that did not note it.
@@ -52,7 +47,7 @@ class Manifest(_Word):
 
     schema_version: Literal[1] = 1
     job_id: str
-    kind: Kind
+    kind: AdapterKind
     base: ManifestBase
     quantization: dict[str, Any] | None
     spec: dict[str, Any]
@@ -77,14 +72,14 @@ class Manifest(_Word):
         return served_base_digest(self.base.digest, held or None)
 
 
-class Adapter(_Word):
+class Adapter(Frozen):
     """An adapter as the API shows it. `aliases` holds `default` when it is the promoted one."""
 
     id: str
     object: Literal["adapter"] = "adapter"
     name: str
     digest: str
-    kind: Kind
+    kind: AdapterKind
     job_id: str | None
     base_model: str
     aliases: tuple[str, ...]
@@ -93,7 +88,7 @@ class Adapter(_Word):
     created_at: datetime
 
 
-class PublishRequest(_Word):
+class PublishRequest(Frozen):
     """How to publish a checkpoint. `name`: unique among adapters; made from the job's and the update when left out."""
 
     name: Name | None = None
@@ -118,7 +113,7 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-_USE: dict[Kind, str] = {
+_USE: dict[AdapterKind, str] = {
     "peft": """Load it with PEFT:
 
 ```python
@@ -134,7 +129,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 }
 
 
-def model_card(name: str, manifest: Manifest) -> str:
+def render_model_card(name: str, manifest: Manifest) -> str:
     """The README.md beside the weights: what they are, what made them, how to load them."""
     loss = manifest.metrics.get("loss")
     trained = f"- final loss: {loss:.4f}\n" if loss is not None else ""

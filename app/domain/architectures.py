@@ -3,20 +3,20 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-FAMILY = frozenset({"llama", "mistral", "qwen2"})
+from app.domain.frozen import Frozen
+
+LLAMA_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
 """`model_type` of the architectures whose layers are those of Llama and nothing more (SmolLM is one of them)."""
 
 
-class Architecture(BaseModel):
+class Architecture(Frozen):
     """The sizes of a decoder-only model.
 
-    `family`: whether its layers are those of Llama and nothing more, which training and serving have forms of their
-    own for. `qkv_bias`: whether the projections to queries, keys and values add one.
+    `is_llama_family`: every layer is a Llama layer, so `llama_forward` can run it.
+    `qkv_bias`: the projections to queries, keys and values add a bias.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     hidden: int
     layers: int
@@ -27,10 +27,10 @@ class Architecture(BaseModel):
     vocabulary: int
     tied: bool
     qkv_bias: bool = False
-    family: bool = True
+    is_llama_family: bool = True
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self | None:
+    def from_config(cls, config: Mapping[str, Any]) -> Self | None:
         """The sizes in a config.json; None where it does not tell them by the usual names."""
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
         if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
@@ -47,18 +47,18 @@ class Architecture(BaseModel):
                 vocabulary=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", False)),
                 qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
-                family=_is_family(config),
+                is_llama_family=_is_llama_family(config),
             )
         except (KeyError, ValidationError):
             return None
 
     @property
-    def queries(self) -> int:
+    def query_width(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
-    def keys(self) -> int:
+    def key_width(self) -> int:
         """Width of all key heads together, and of all value heads."""
         return self.kv_heads * self.head_dim
 
@@ -66,10 +66,10 @@ class Architecture(BaseModel):
     def linears(self) -> dict[str, tuple[int, int]]:
         """Name of each linear layer of one decoder layer → (inputs, outputs)."""
         return {
-            "q_proj": (self.hidden, self.queries),
-            "k_proj": (self.hidden, self.keys),
-            "v_proj": (self.hidden, self.keys),
-            "o_proj": (self.queries, self.hidden),
+            "q_proj": (self.hidden, self.query_width),
+            "k_proj": (self.hidden, self.key_width),
+            "v_proj": (self.hidden, self.key_width),
+            "o_proj": (self.query_width, self.hidden),
             "gate_proj": (self.hidden, self.intermediate),
             "up_proj": (self.hidden, self.intermediate),
             "down_proj": (self.intermediate, self.hidden),
@@ -84,7 +84,7 @@ class Architecture(BaseModel):
     def other_parameters(self) -> int:
         """Embeddings, the head where it is one of its own, norms and biases: those that stay as they are."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        biases = self.layers * (self.queries + 2 * self.keys) if self.qkv_bias else 0
+        biases = self.layers * (self.query_width + 2 * self.key_width) if self.qkv_bias else 0
         return embeddings + biases + (2 * self.layers + 1) * self.hidden
 
     @property
@@ -92,10 +92,10 @@ class Architecture(BaseModel):
         return self.linear_parameters + self.other_parameters
 
 
-def _is_family(config: Mapping[str, Any]) -> bool:
+def _is_llama_family(config: Mapping[str, Any]) -> bool:
     looks_back = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     plain = config.get("hidden_act", "silu") == "silu" and not config.get("attention_dropout")
-    return config.get("model_type") in FAMILY and plain and looks_back is None
+    return config.get("model_type") in LLAMA_MODEL_TYPES and plain and looks_back is None
 
 
 def _llama(hidden: int, layers: int, kv_heads: int, intermediate: int, vocabulary: int) -> Architecture:
@@ -111,7 +111,7 @@ def _llama(hidden: int, layers: int, kv_heads: int, intermediate: int, vocabular
     )
 
 
-KNOWN: dict[str, Architecture] = {
+PUBLISHED_ARCHITECTURES: dict[str, Architecture] = {
     "Llama-2-7B": _llama(4096, 32, 32, 11_008, 32_000),
     "Llama-3.1-8B": _llama(4096, 32, 8, 14_336, 128_256),
     "Mistral-7B": _llama(4096, 32, 8, 14_336, 32_768),

@@ -7,18 +7,15 @@ line; stderr is for people.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from app.domain.frozen import Frozen
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
-from app.domain.splits import Part
+from app.domain.splits import SplitName
 
 
-class _Word(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BaseOnDisk(_Word):
+class BaseOnDisk(Frozen):
     """A base model's directory on this host: config.json, tokenizer.json and safetensors."""
 
     path: Path
@@ -28,7 +25,7 @@ class BaseOnDisk(_Word):
     fp16: Literal["safe", "unsafe", "unknown"] = "unknown"
 
 
-class TrainOrder(_Word):
+class TrainOrder(Frozen):
     """All that a training child needs. It opens no network connection and reads nothing else.
 
     `rows`: JSON lines of `EncodedRow`. `directory`: the attempt's own; the child writes `checkpoints/`, `adapter/` and
@@ -48,7 +45,7 @@ class TrainOrder(_Word):
     schedule: Schedule
 
 
-class EncodedBranch(_Word):
+class EncodedBranch(Frozen):
     """A continuation that leaves a trajectory behind its first `at` tokens: its own ids, and the half-open spans of
     those that carry a loss."""
 
@@ -57,7 +54,7 @@ class EncodedBranch(_Word):
     trained: tuple[tuple[int, int], ...]
 
 
-class EncodedRow(_Word):
+class EncodedRow(Frozen):
     """One trajectory as the child reads it: token ids, the half-open spans of them that carry a loss, and the verdict
     branch where it has one. The tokens that both share stand here once. Only rows of the part `train` are learned."""
 
@@ -65,7 +62,7 @@ class EncodedRow(_Word):
     ids: tuple[int, ...]
     trained: tuple[tuple[int, int], ...]
     branch: EncodedBranch | None = None
-    part: Part = Part.TRAIN
+    part: SplitName = SplitName.TRAIN
 
     @property
     def all_ids(self) -> tuple[int, ...]:
@@ -73,13 +70,13 @@ class EncodedRow(_Word):
         return self.ids if self.branch is None else self.ids + self.branch.ids
 
 
-class Command(_Word):
+class ChildCommand(Frozen):
     """`checkpoint`: write one now and go on. `stop`: leave without one. `pause`: write one and leave."""
 
     command: Literal["checkpoint", "stop", "pause"]
 
 
-class Started(_Word):
+class TrainingStarted(Frozen):
     event: Literal["started"] = "started"
     precision: str
     device: str
@@ -89,7 +86,7 @@ class Started(_Word):
     resumed_from_update: int = 0
 
 
-class Metrics(_Word):
+class UpdateMetrics(Frozen):
     """One update. `loss` is the mean over its labelled tokens; `tokens_per_second` counts real tokens, no padding.
 
     `validation_loss` and `validation_accuracy` are those of the weights behind it, where they were evaluated.
@@ -111,7 +108,7 @@ class Metrics(_Word):
     validation_accuracy: float | None = None
 
 
-class Evaluated(_Word):
+class EvaluationFinished(Frozen):
     """Held-out rows were looked at. `loss` is the mean over their labelled tokens, None where it is not finite;
     `accuracy` the share of those tokens that the model would have written; `best`: no earlier loss was as low.
 
@@ -119,7 +116,7 @@ class Evaluated(_Word):
     """
 
     event: Literal["evaluated"] = "evaluated"
-    part: Part
+    part: SplitName
     update: int
     rows: int
     loss: float | None
@@ -128,7 +125,7 @@ class Evaluated(_Word):
     seconds: float
 
 
-class Checkpointed(_Word):
+class CheckpointWritten(Frozen):
     """A checkpoint directory is complete, hashed and in place. It holds an adapter of the same weights beside them:
     `packages`, `metrics` and `warnings` are what its manifest says, should it be published."""
 
@@ -142,14 +139,14 @@ class Checkpointed(_Word):
     warnings: tuple[str, ...] = ()
 
 
-class Log(_Word):
+class LogMessage(Frozen):
     event: Literal["log"] = "log"
     level: Literal["info", "warning"] = "info"
     message: str
     data: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
 
 
-class Finished(_Word):
+class TrainingFinished(Frozen):
     """The last event of a good end. `adapter`: a PEFT directory, when the work was finished and not just stopped.
 
     `warnings`: what speaks against the adapter; they stand on the job and in the adapter's manifest.
@@ -163,7 +160,7 @@ class Finished(_Word):
     warnings: tuple[str, ...] = ()
 
 
-class Failed(_Word):
+class TrainingFailed(Frozen):
     """The last event of a bad end, in words for the user. A traceback goes to stderr, never here."""
 
     event: Literal["failed"] = "failed"
@@ -173,6 +170,13 @@ class Failed(_Word):
 
 
 ChildEvent = Annotated[
-    Started | Metrics | Evaluated | Checkpointed | Log | Finished | Failed, Field(discriminator="event")
+    TrainingStarted
+    | UpdateMetrics
+    | EvaluationFinished
+    | CheckpointWritten
+    | LogMessage
+    | TrainingFinished
+    | TrainingFailed,
+    Field(discriminator="event"),
 ]
 CHILD_EVENT: TypeAdapter[ChildEvent] = TypeAdapter(ChildEvent)

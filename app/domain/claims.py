@@ -51,7 +51,7 @@ _SPELLINGS = {
 }
 
 
-def read_verdict(text: str) -> Verdict | None:
+def parse_verdict(text: str) -> Verdict | None:
     """The verdict that `text` spells, in any case and with `_` or `-` for spaces; None when it spells none."""
     folded = " ".join(re.sub(r"[_\-\s]+", " ", text).strip(" .\"'").upper().split())
     return _SPELLINGS.get(folded)
@@ -62,7 +62,7 @@ def is_blank(text: str) -> bool:
     return _VISIBLE.search(text) is None
 
 
-def fold(text: str) -> str:
+def to_one_line(text: str) -> str:
     """`text` on one line: NFC, runs of white space become one space, ends trimmed. "" for what is blank."""
     if is_blank(text):
         return ""
@@ -82,7 +82,7 @@ def check_claim(text: str) -> str:
     """The claim on one line. Raises ValueError for an empty, over-long or step-like claim."""
     if bad := forbidden_character(text):
         raise ValueError(f"the claim holds {bad}")
-    claim = fold(text)
+    claim = to_one_line(text)
     if not claim:
         raise ValueError("the claim holds no character that can be seen" if text.strip() else "the claim is empty")
     if len(claim) > CLAIM_LIMIT:

@@ -8,15 +8,14 @@ import re
 import unicodedata
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from app.domain.claims import INVISIBLE, fold
+from app.domain.claims import INVISIBLE, to_one_line
+from app.domain.frozen import Frozen
 
 
-class Page(BaseModel):
+class Page(Frozen):
     """A page of a corpus, which has at least one sentence. A sentence's id is its 0-based place."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str = Field(min_length=1)
     sentences: tuple[str, ...] = Field(min_length=1)
@@ -24,15 +23,13 @@ class Page(BaseModel):
     url: str | None = None
 
 
-class Observation(BaseModel):
+class Observation(Frozen):
     """What an Action brought back, and where it came from.
 
     `sentences` holds the ids of the page's sentences that `text` quotes. `source` is `server`
     for text that no page stands behind, such as a correction; `corpus` and `snapshot` (the
     digest of the pages searched) are then None.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str
     page: str | None = None
@@ -42,10 +39,8 @@ class Observation(BaseModel):
     snapshot: str | None = None
 
 
-class CorpusFinding(BaseModel):
+class CorpusFinding(Frozen):
     """Something that a line of an uploaded corpus (1-based) had to be told about."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     line: int
     code: str
@@ -53,10 +48,8 @@ class CorpusFinding(BaseModel):
     message: str
 
 
-class CorpusReport(BaseModel):
+class CorpusReport(Frozen):
     """The account of a build. `findings` holds the first few; `counts`, by code, are exact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     lines: int
     pages: int
@@ -103,9 +96,9 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
-def normalise(text: str) -> str:
+def normalise_page_text(text: str) -> str:
     """Page text as it is kept: NFC, one line, no tokeniser marks. Idempotent, linear time."""
-    text = fold(_INVISIBLE.sub("", text))
+    text = to_one_line(_INVISIBLE.sub("", text))
     while (tidied := _tidy(text)) != text:
         text = tidied
     return text
@@ -115,7 +108,7 @@ def _tidy(text: str) -> str:
     text = _BRACKET.sub(lambda mark: _BRACKETS[mark.group()], text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    return fold(text)
+    return to_one_line(text)
 
 
 # --- steps that pages only pretend to have -------------------------------------------------
@@ -131,12 +124,12 @@ def escape_steps(text: str) -> str:
     A trajectory's parser sees a step wherever such a marker stands, so nothing quoted from a
     page, a title or a claim may carry one.
     """
-    return fold(_STEP.sub(r"\1,", fold(text)))
+    return to_one_line(_STEP.sub(r"\1,", to_one_line(text)))
 
 
-def clean(text: str) -> str:
+def clean_page_text(text: str) -> str:
     """Text as a corpus keeps it and an Observation may quote it: normalised, then escaped."""
-    return escape_steps(normalise(text))
+    return escape_steps(normalise_page_text(text))
 
 
 # --- names ---------------------------------------------------------------------------------
@@ -144,19 +137,19 @@ def clean(text: str) -> str:
 _NAME_MARKS = str.maketrans({"_": " ", "[": " ", "]": " "})
 
 
-def caseless(text: str) -> str:
+def fold_case(text: str) -> str:
     """The text without its case, for comparing."""
     return unicodedata.normalize("NFC", text.casefold())
 
 
-def name_key(name: str) -> str:
+def page_name_key(name: str) -> str:
     """What the spellings of a page's name share: case, spacing, underscores and brackets aside."""
-    return caseless(fold(clean(name).translate(_NAME_MARKS)))
+    return fold_case(to_one_line(clean_page_text(name).translate(_NAME_MARKS)))
 
 
-def bare_key(name: str) -> str | None:
+def page_name_key_without_suffix(name: str) -> str | None:
     """The key of `Title` for `Title (disambiguation)`; None for a title without one."""
-    match = re.fullmatch(r"(.*\S) \([^()]+\)", name_key(name))
+    match = re.fullmatch(r"(.*\S) \([^()]+\)", page_name_key(name))
     return match.group(1) if match else None
 
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from app.domain.claims import Verdict
-from app.domain.splits import Part
-from app.domain.trajectories import Evidence, Step, Trajectory, read_action
+from app.domain.frozen import Frozen
+from app.domain.splits import SplitName
+from app.domain.trajectories import Evidence, Step, Trajectory, parse_action
 
 
 class Severity(StrEnum):
@@ -76,10 +77,10 @@ _MEANINGS: dict[Severity, dict[str, str]] = {
     },
 }
 
-CODES: dict[str, Severity] = {code: severity for severity, codes in _MEANINGS.items() for code in codes}
+SEVERITY_BY_CODE: dict[str, Severity] = {code: severity for severity, codes in _MEANINGS.items() for code in codes}
 """Every code that a finding may carry."""
 
-MEANINGS: dict[str, str] = {code: text for codes in _MEANINGS.values() for code, text in codes.items()}
+CODE_MEANINGS: dict[str, str] = {code: text for codes in _MEANINGS.values() for code, text in codes.items()}
 """What each code means, in a sentence; the documentation prints this table."""
 
 FINDINGS_LIMIT = 200
@@ -89,11 +90,7 @@ FINDINGS_PER_CODE = 20
 """Most findings of one code that a report lists, so that a frequent one does not hide a rare one."""
 
 
-class _Word(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Finding(_Word):
+class Finding(Frozen):
     """Something that a row had to be told. `line` counts from 1 in the uploaded file (rows, in Parquet)."""
 
     line: int
@@ -102,12 +99,12 @@ class Finding(_Word):
     message: str
 
 
-def finding(line: int, code: str, message: str) -> Finding:
-    """A finding with the severity that its code has. Raises KeyError for a code that is not in `CODES`."""
-    return Finding(line=line, code=code, severity=CODES[code], message=message)
+def build_finding(line: int, code: str, message: str) -> Finding:
+    """A finding with the severity that its code has. Raises KeyError for a code that is not in `SEVERITY_BY_CODE`."""
+    return Finding(line=line, code=code, severity=SEVERITY_BY_CODE[code], message=message)
 
 
-class Columns(_Word):
+class Columns(Frozen):
     """Which column of the upload holds what."""
 
     claim: str = "claim"
@@ -124,7 +121,7 @@ class SourceRow:
     fields: Mapping[str, object]
 
 
-class Lengths(_Word):
+class TextLengths(Frozen):
     """How long texts are, in characters."""
 
     shortest: int
@@ -134,7 +131,7 @@ class Lengths(_Word):
     total: int
 
 
-class DatasetReport(_Word):
+class DatasetReport(Frozen):
     """The exact account of an upload.
 
     `rows_read` = `rows_kept` + `rows_refused` + `codes["duplicate"]`. `rows_repaired` counts kept rows,
@@ -154,8 +151,8 @@ class DatasetReport(_Word):
     labels: dict[Verdict, int]
     steps: dict[int, int]
     actions: dict[str, int]
-    characters: dict[str, Lengths]
-    splits: dict[Part, int] = Field(default_factory=dict)
+    characters: dict[str, TextLengths]
+    splits: dict[SplitName, int] = Field(default_factory=dict)
     findings: tuple[Finding, ...]
     findings_left_out: int
 
@@ -187,7 +184,7 @@ def read_canonical(line: bytes) -> Trajectory:
     """The inverse of `canonical_line`. Raises ValueError or KeyError for a line that it did not write."""
     row = json.loads(line)
     steps = tuple(
-        Step(thought=step["thought"], action=read_action(step["action"]), observation=step["observation"])
+        Step(thought=step["thought"], action=parse_action(step["action"]), observation=step["observation"])
         for step in row["steps"]
     )
     evidence = tuple(Evidence(page=page, sentence=sentence) for page, sentence in row["evidence"])

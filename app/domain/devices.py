@@ -3,20 +3,19 @@
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from app.domain.frozen import Frozen
 from app.domain.ledger import Reservation
 from app.domain.memory import Machine
 
 
-class DeviceDescription(BaseModel):
+class DeviceDescription(Frozen):
     """What a worker says of its host. `bytes` is the memory a model may use; `capability` is CUDA's, or None.
 
     `bfloat16`: whether a CPU is fast in it. `tokens_per_second`: digest of a served base → what a job over it last
     had here.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["cpu", "gpu"]
     model: str

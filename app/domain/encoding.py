@@ -9,13 +9,21 @@ from dataclasses import dataclass
 
 from app.domain.claims import Verdict
 from app.domain.corpora import split_sentences
-from app.domain.react import TURN_END, Part, ReactFormat, Segment, action_atom, header, turn
+from app.domain.react import (
+    TURN_END,
+    ReactFormat,
+    Segment,
+    SegmentKind,
+    build_action_opening,
+    build_header,
+    render_turn,
+)
 from app.domain.trajectories import ActionName, Step, Trajectory
 
 CLOSING_RESERVE = 96
 """Tokens kept free behind an observation for the thought and action that follow it."""
 
-SMALLEST_BUDGET = 16
+MIN_OBSERVATION_BUDGET = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +42,7 @@ class Tokenization:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedSequence:
     """Token ids of one sequence and the half-open spans of it that are learned."""
 
     ids: tuple[int, ...]
@@ -47,7 +55,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Trimmed:
+class TrimmedTrajectory:
     """A trajectory whose observations fit their budgets, and what that took."""
 
     trajectory: Trajectory
@@ -64,61 +72,61 @@ class Encoder:
         self.form = form
         self._fixed: dict[Segment, tuple[int, ...]] = {}
 
-    def atom(self, segment: Segment) -> tuple[int, ...]:
-        if segment.part is Part.END:
+    def encode_segment(self, segment: Segment) -> tuple[int, ...]:
+        if segment.kind is SegmentKind.END:
             return (self.tokens.eos_id,)
-        if segment.part in (Part.CLAIM, Part.THOUGHT, Part.ARGUMENT, Part.OBSERVATION):
+        if segment.kind in (SegmentKind.CLAIM, SegmentKind.THOUGHT, SegmentKind.ARGUMENT, SegmentKind.OBSERVATION):
             return tuple(self.tokens.encode(segment.text))
         if segment not in self._fixed and len(self._fixed) < 1_000:
             self._fixed[segment] = self._encode_fixed(segment)
         return self._fixed.get(segment) or self._encode_fixed(segment)
 
     def _encode_fixed(self, segment: Segment) -> tuple[int, ...]:
-        encode = self.tokens.encode_template if segment.part is Part.TEMPLATE else self.tokens.encode
+        encode = self.tokens.encode_template if segment.kind is SegmentKind.TEMPLATE else self.tokens.encode
         return tuple(encode(segment.text))
 
-    def encode(self, segments: Sequence[Segment]) -> Encoded:
+    def encode(self, segments: Sequence[Segment]) -> EncodedSequence:
         """All the ids, BOS first, and the learned spans (adjacent ones joined)."""
         ids: list[int] = [] if self.tokens.bos_id is None else [self.tokens.bos_id]
         spans: list[tuple[int, int]] = []
         for segment in segments:
             start = len(ids)
-            ids.extend(self.atom(segment))
+            ids.extend(self.encode_segment(segment))
             if not segment.trained or start == len(ids):
                 continue
             if spans and spans[-1][1] == start:
                 spans[-1] = (spans[-1][0], len(ids))
             else:
                 spans.append((start, len(ids)))
-        return Encoded(tuple(ids), tuple(spans))
+        return EncodedSequence(tuple(ids), tuple(spans))
 
-    def first_tokens(self, names: Sequence[Segment]) -> dict[int, Segment]:
+    def map_first_tokens(self, names: Sequence[Segment]) -> dict[int, Segment]:
         """The first token of each atom → the atom. Raises ValueError when two begin alike."""
-        firsts = {self.atom(segment)[0]: segment for segment in names}
+        firsts = {self.encode_segment(segment)[0]: segment for segment in names}
         if len(firsts) != len(names):
             raise ValueError(f"this tokenizer begins two of {[s.text for s in names]} with the same token")
         return firsts
 
-    def action_tokens(self) -> dict[int, ActionName]:
+    def map_action_tokens(self) -> dict[int, ActionName]:
         """The token that decides an action's kind → the kind."""
-        atoms = {action_atom(name).text: name for name in ActionName}
-        firsts = self.first_tokens([action_atom(name) for name in ActionName])
+        atoms = {build_action_opening(name).text: name for name in ActionName}
+        firsts = self.map_first_tokens([build_action_opening(name) for name in ActionName])
         return {token: atoms[segment.text] for token, segment in firsts.items()}
 
-    def verdict_tokens(self) -> dict[int, Verdict]:
+    def map_verdict_tokens(self) -> dict[int, Verdict]:
         """The token that decides a verdict → the verdict."""
-        labels = [Segment(Part.ARGUMENT, verdict.value, trained=True) for verdict in Verdict]
-        return {token: Verdict(s.text) for token, s in self.first_tokens(labels).items()}
+        labels = [Segment(SegmentKind.ARGUMENT, verdict.value, trained=True) for verdict in Verdict]
+        return {token: Verdict(s.text) for token, s in self.map_first_tokens(labels).items()}
 
-    def observation_budget(self, used: int, limit: int) -> int:
+    def get_observation_budget(self, used: int, limit: int) -> int:
         """How many tokens the next observation may take when `used` of `limit` are taken: half of what is left.
 
         Blind on purpose: it looks only at what stands before, so training and serving agree; and halving leaves
         room for any number of further steps.
         """
-        return max(SMALLEST_BUDGET, (limit - used - CLOSING_RESERVE) // 2)
+        return max(MIN_OBSERVATION_BUDGET, (limit - used - CLOSING_RESERVE) // 2)
 
-    def trim(self, sentences: Sequence[str], budget: int) -> int:
+    def count_sentences_that_fit(self, sentences: Sequence[str], budget: int) -> int:
         """How many whole sentences from the front fit `budget` tokens when written as one observation."""
         kept = 0
         for count in range(1, len(sentences) + 1):
@@ -127,7 +135,7 @@ class Encoder:
             kept = count
         return kept
 
-    def clip(self, sentence: str, budget: int) -> str:
+    def clip_sentence(self, sentence: str, budget: int) -> str:
         """The longest run of whole words from the front of one over-long sentence that fits; at least one word."""
         words = sentence.split()
         low, high = 1, max(1, len(words))
@@ -137,25 +145,25 @@ class Encoder:
             low, high = (middle, high) if fits else (low, middle - 1)
         return " ".join(words[:low])
 
-    def shorten(self, observation: str, budget: int) -> str:
+    def shorten_observation(self, observation: str, budget: int) -> str:
         """The observation's first whole sentences that fit, or the clipped first one."""
         if len(self.tokens.encode(f" {observation}")) <= budget:
             return observation
         sentences = split_sentences(observation)
-        kept = self.trim(sentences, budget)
-        return " ".join(sentences[:kept]) if kept else self.clip(sentences[0], budget)
+        kept = self.count_sentences_that_fit(sentences, budget)
+        return " ".join(sentences[:kept]) if kept else self.clip_sentence(sentences[0], budget)
 
-    def length(self, segments: Sequence[Segment]) -> int:
+    def count_tokens(self, segments: Sequence[Segment]) -> int:
         return len(self.encode(segments).ids)
 
-    def trim_observations(self, trajectory: Trajectory, limit: int) -> Trimmed:
+    def trim_observations(self, trajectory: Trajectory, limit: int) -> TrimmedTrajectory:
         """`trajectory` with every observation inside its budget for a sequence of at most `limit` tokens.
 
         Where the blind rule would lose a sentence that a later thought quotes, a window of whole sentences around
         the quotation is kept instead and `protected` is set.
         """
-        if self.length(self.form.segments(trajectory)) <= self._untouched(limit):
-            return Trimmed(trajectory, 0, 0, protected=False)
+        if self.count_tokens(self.form.render_trajectory(trajectory)) <= self._get_untrimmed_length(limit):
+            return TrimmedTrajectory(trajectory, 0, 0, protected=False)
         steps: list[Step] = []
         trimmed = tokens = 0
         protected = False
@@ -163,29 +171,31 @@ class Encoder:
             if step.observation is None:
                 steps.append(step)
                 continue
-            used = self._used_before_observation(trajectory.claim, steps, step)
-            budget = self.observation_budget(used, limit)
-            kept, guarded = self._keep(step.observation, budget, _quotations(trajectory.steps[number + 1 :]))
+            used = self._count_tokens_before_observation(trajectory.claim, steps, step)
+            budget = self.get_observation_budget(used, limit)
+            kept, guarded = self._shorten_around_quotations(
+                step.observation, budget, _find_quotations(trajectory.steps[number + 1 :])
+            )
             if kept != step.observation:
                 trimmed += 1
                 tokens += len(self.tokens.encode(step.observation)) - len(self.tokens.encode(kept))
                 protected |= guarded
             steps.append(step.model_copy(update={"observation": kept}))
         shorter = trajectory.model_copy(update={"steps": tuple(steps)})
-        return Trimmed(shorter, trimmed, tokens, protected)
+        return TrimmedTrajectory(shorter, trimmed, tokens, protected)
 
-    def _untouched(self, limit: int) -> int:
+    def _get_untrimmed_length(self, limit: int) -> int:
         """Below this length no budget can bind: even one observation of this size is under half of `limit`."""
         return (limit - CLOSING_RESERVE) // 2
 
-    def _used_before_observation(self, claim: str, before: Sequence[Step], step: Step) -> int:
-        opened = turn(len(before) + 1, step.thought, step.action)
-        waiting = [TURN_END, header("Observation", len(before) + 1)]
-        return self.length([*self.form.prompt(claim, before), *opened, *waiting])
+    def _count_tokens_before_observation(self, claim: str, before: Sequence[Step], step: Step) -> int:
+        opened = render_turn(len(before) + 1, step.thought, step.action)
+        waiting = [TURN_END, build_header("Observation", len(before) + 1)]
+        return self.count_tokens([*self.form.render_prompt(claim, before), *opened, *waiting])
 
-    def _keep(self, observation: str, budget: int, quotations: Sequence[str]) -> tuple[str, bool]:
+    def _shorten_around_quotations(self, observation: str, budget: int, quotations: Sequence[str]) -> tuple[str, bool]:
         """(what stays of the observation, whether it was kept around a quotation that the blind rule would lose)."""
-        blind = self.shorten(observation, budget)
+        blind = self.shorten_observation(observation, budget)
         quoted = [q for q in quotations if q in observation]
         lost = [q for q in quoted if q not in blind]
         if not lost:
@@ -197,14 +207,14 @@ class Encoder:
         spans = [(min(every), max(every)), (missed[0], missed[0])] if missed else []
         for first, last in spans:
             if self._fits(sentences, first, last, budget):
-                return self._widened(sentences, first, last, budget), True
+                return self._widen(sentences, first, last, budget), True
         return blind, False
 
     def _fits(self, sentences: Sequence[str], first: int, last: int, budget: int) -> bool:
         inside = 0 <= first <= last < len(sentences)
-        return inside and self.trim([" ".join(sentences[first : last + 1])], budget) == 1
+        return inside and self.count_sentences_that_fit([" ".join(sentences[first : last + 1])], budget) == 1
 
-    def _widened(self, sentences: Sequence[str], first: int, last: int, budget: int) -> str:
+    def _widen(self, sentences: Sequence[str], first: int, last: int, budget: int) -> str:
         """The sentences from `first` to `last` and as many around them as fit, those before them first."""
         while self._fits(sentences, first - 1, last, budget):
             first -= 1
@@ -213,7 +223,7 @@ class Encoder:
         return " ".join(sentences[first : last + 1])
 
 
-def _quotations(later: Sequence[Step]) -> list[str]:
+def _find_quotations(later: Sequence[Step]) -> list[str]:
     """What later thoughts put in double quotes: the words that a verdict is seen to rest on."""
     found: list[str] = []
     for step in later:

@@ -79,7 +79,7 @@ class StorageError(UnavailableError):
     default_code = "storage_away"
 
 
-class CutOffError(VerituneError):
+class ClientDisconnectedError(VerituneError):
     default_code = "cut_off"
 
 

@@ -8,7 +8,7 @@ sets. FEVER's `[101, null, null, null]` and null say that there is no evidence.
 
 from collections.abc import Iterator
 
-from app.domain.claims import fold, forbidden_character
+from app.domain.claims import forbidden_character, to_one_line
 from app.domain.trajectories import Evidence
 
 _SENTENCE_LIMIT = 1_000_000
@@ -45,9 +45,9 @@ def _items(value: object, depth: int) -> Iterator[Evidence | None]:
 
 def _evidence(page: object, sentence: object) -> Evidence | None:
     number = _number(sentence)
-    if not isinstance(page, str) or number is None or forbidden_character(page) or not fold(page):
+    if not isinstance(page, str) or number is None or forbidden_character(page) or not to_one_line(page):
         return None
-    return Evidence(page=fold(page), sentence=number)
+    return Evidence(page=to_one_line(page), sentence=number)
 
 
 def _number(value: object) -> int | None:

@@ -16,8 +16,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from app.domain.frozen import Frozen
 from app.domain.plans import Plan
 from app.domain.specs import JobKind, TrainSpec
 
@@ -60,7 +59,7 @@ MAX_ATTEMPTS = 3
 """Attempts that may end without their supervisor's consent and without a new checkpoint, before the job fails."""
 
 
-class Wish(StrEnum):
+class JobAction(StrEnum):
     """What a user may ask of a job, and the state that answers it at once or when the attempt has heard it."""
 
     CANCEL = "cancel"
@@ -68,8 +67,8 @@ class Wish(StrEnum):
     RESUME = "resume"
 
 
-WISHES: dict[Wish, dict[JobStatus, JobStatus]] = {
-    Wish.CANCEL: {
+ACTION_TRANSITIONS: dict[JobAction, dict[JobStatus, JobStatus]] = {
+    JobAction.CANCEL: {
         JobStatus.QUEUED: JobStatus.CANCELLED,
         JobStatus.PAUSED: JobStatus.CANCELLED,
         JobStatus.RUNNING: JobStatus.CANCELLING,
@@ -77,23 +76,19 @@ WISHES: dict[Wish, dict[JobStatus, JobStatus]] = {
         JobStatus.CANCELLING: JobStatus.CANCELLING,
         JobStatus.CANCELLED: JobStatus.CANCELLED,
     },
-    Wish.PAUSE: {
+    JobAction.PAUSE: {
         JobStatus.QUEUED: JobStatus.PAUSED,
         JobStatus.RUNNING: JobStatus.PAUSING,
         JobStatus.PAUSING: JobStatus.PAUSING,
         JobStatus.PAUSED: JobStatus.PAUSED,
     },
-    Wish.RESUME: {JobStatus.PAUSED: JobStatus.QUEUED},
+    JobAction.RESUME: {JobStatus.PAUSED: JobStatus.QUEUED},
 }
 """Wish → state it is made in → state it leads to. A pair that is absent is a conflict; a state that leads to itself
 is a wish already granted."""
 
 
-class _Word(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class JobError(_Word):
+class JobError(Frozen):
     """Why a job failed, in words a user can act on."""
 
     code: str
@@ -101,7 +96,7 @@ class JobError(_Word):
     hint: str | None = None
 
 
-class Progress(_Word):
+class JobProgress(Frozen):
     """How far an attempt is. `epoch` counts passes over the data; `eta_seconds` is from the recent pace.
 
     `warnings`: what speaks against the result of a job that succeeded, such as a loss that rose.
@@ -116,7 +111,7 @@ class Progress(_Word):
     warnings: tuple[str, ...] = ()
 
 
-class Lease(_Word):
+class Lease(Frozen):
     """An attempt's right to a job: every write it makes carries the epoch, and fails once another epoch began."""
 
     job_id: str
@@ -124,7 +119,7 @@ class Lease(_Word):
     owner: str
 
 
-class Job(_Word):
+class Job(Frozen):
     """A spec's life, as the API shows it."""
 
     id: str
@@ -134,7 +129,7 @@ class Job(_Word):
     status: JobStatus
     spec: TrainSpec
     plan: Plan | None
-    progress: Progress | None
+    progress: JobProgress | None
     queue_position: int | None
     attempts: int
     adapter_id: str | None
@@ -144,7 +139,7 @@ class Job(_Word):
     finished_at: datetime | None
 
 
-class Event(_Word):
+class Event(Frozen):
     """One line of a job's log. `seq` counts from 1 within the job, without gaps."""
 
     seq: int
@@ -155,7 +150,7 @@ class Event(_Word):
     data: dict[str, Any]
 
 
-class Metric(_Word):
+class Metric(Frozen):
     """One update of a training job. The validation columns are null where the held-out rows were not evaluated."""
 
     update: int
@@ -172,7 +167,7 @@ class Metric(_Word):
     validation_accuracy: float | None = None
 
 
-class Checkpoint(_Word):
+class Checkpoint(Frozen):
     """A resumable state of a job. `digest` is that of its manifest.
 
     `best`: the one with the lowest validation loss. It is kept, and so are the last two.
@@ -186,7 +181,7 @@ class Checkpoint(_Word):
     best: bool = False
 
 
-class Artifact(_Word):
+class Artifact(Frozen):
     """A file that a job leaves beside its adapter. `digest` is its SHA-256."""
 
     name: str

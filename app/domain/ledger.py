@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from app.domain.frozen import Frozen
 
 PolicySetting = Literal["auto", "yield", "exclusive"]
 """The operator's setting. `auto` shares the device if both fit."""
@@ -27,11 +27,9 @@ class Policy(StrEnum):
     EXCLUSIVE = "exclusive"
 
 
-class Reservation(BaseModel):
+class Reservation(Frozen):
     """Bytes of a device that a tenant has. Only training sets `policy` and `job_id`. `ends_in`: expected seconds until
     the job ends, None if unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tenant: Tenant
     bytes: int

@@ -9,26 +9,25 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from app.domain.architectures import Architecture
+from app.domain.frozen import Frozen
 from app.domain.specs import TrainSpec
 from app.domain.trainables import (
-    llama_forward_bytes,
-    rank,
-    trainable_parameters,
-    transformers_bytes,
+    count_llama_forward_bytes,
+    count_trainable_parameters,
+    count_transformers_bytes,
+    get_rank,
     uses_llama_forward,
 )
 from app.domain.tuning_methods import LoraAdapter, Quantization
 
-MASTER = 4
+FLOAT32_BYTES = 4
 """Bytes of a float32: masters, their summed gradients, and each of AdamW's two moments."""
 
 LOSS_CHUNK = 512
 """The loss computes the logits of this many labelled positions at a time."""
 
-DENSE_LIMIT = 2**30
+KEEP_DEQUANTIZED_UP_TO = 2**30
 """A CPU keeps a quantised base dequantised, if its weights have at most this many bytes on disk."""
 
 PLAIN_ATTENTION_UP_TO = 1_024
@@ -44,7 +43,7 @@ TOKEN_MULTIPLE = 32
 """Our Llama forward pads a micro-batch to a multiple of this many tokens. Each new shape costs kernels that are
 compiled for it, and memory: blocks of ever new sizes fit into no hole that others left."""
 
-CONTEXT = {"cpu": 1_500 << 20, "gpu": 1_100 << 20}
+PROCESS_BYTES = {"cpu": 1_500 << 20, "gpu": 1_100 << 20}
 """What a process takes beside its tensors: on a CPU the libraries, what loading left in the heap and kernels made for
 each shape, on a GPU context, kernels and workspaces."""
 
@@ -52,15 +51,13 @@ FRAGMENTATION = {"cpu": 0.30, "gpu": 0.20}
 """What the allocator cannot give out again, as a share of what comes and goes: a C library's more than torch's own."""
 
 
-class Memory(BaseModel):
+class MemoryEstimate(Frozen):
     """Bytes by part, and `total`, the peak.
 
     `activations`: what the forward pass keeps and the working memory of the layer whose gradient is computed.
     `logits`, that working memory with `quantization_buffers`, and `checkpoint` (copies of masters and moments) take
     turns, so `total` may be less than the sum. `reserve`: context and fragmentation.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: int
     adapter: int
@@ -75,7 +72,7 @@ class Memory(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class MicroBatchSize:
     """The largest micro-batch: its tokens, those of its longest row, and its positions with a loss."""
 
     tokens: int
@@ -94,31 +91,31 @@ class Machine:
 GPU16 = Machine("gpu", 2)
 
 
-def memory_of(
-    sizes: Architecture, spec: TrainSpec, load: Load, machine: Machine, *, recompute: bool, stored: int
-) -> Memory:
+def estimate_memory(
+    sizes: Architecture, spec: TrainSpec, load: MicroBatchSize, machine: Machine, *, recompute: bool, stored: int
+) -> MemoryEstimate:
     """What training by `spec` takes at its peak. `stored`: bytes of the base's weights on disk."""
     if uses_llama_forward(sizes, spec):
         load = replace(load, tokens=load.tokens + -load.tokens % TOKEN_MULTIPLE)
-    trained = trainable_parameters(sizes, spec)
+    trained = count_trainable_parameters(sizes, spec)
     compute = machine.compute
     whole = spec.adapter is None
-    packed = None if machine.kind == "cpu" and stored <= DENSE_LIMIT else spec.quantization
+    packed = None if machine.kind == "cpu" and stored <= KEEP_DEQUANTIZED_UP_TO else spec.quantization
     persistent = {
         "weights": _weights(sizes, packed, compute),
-        "adapter": trained * (MASTER if whole else MASTER + compute),
-        "gradients": trained * (MASTER + compute),
-        "optimizer": trained * 2 * MASTER,
+        "adapter": trained * (FLOAT32_BYTES if whole else FLOAT32_BYTES + compute),
+        "gradients": trained * (FLOAT32_BYTES + compute),
+        "optimizer": trained * 2 * FLOAT32_BYTES,
     }
     layer = _layer(sizes, spec, load, compute)
     kept = _kept(sizes, layer, load, compute, recompute=recompute) + _places(sizes, load, machine)
     working = _working(sizes, spec, load, machine) + (load.tokens * layer if recompute else 0)
     buffers = _unpacked(sizes, packed, compute) + _composed(sizes, spec, compute)
     logits = _logits(sizes, load, compute)
-    checkpoint = trained * 3 * MASTER
+    checkpoint = trained * 3 * FLOAT32_BYTES
     moving = max(kept + max(logits, working + buffers), checkpoint)
-    reserve = CONTEXT[machine.kind] + int(FRAGMENTATION[machine.kind] * moving)
-    return Memory(
+    reserve = PROCESS_BYTES[machine.kind] + int(FRAGMENTATION[machine.kind] * moving)
+    return MemoryEstimate(
         **persistent,
         activations=kept + working,
         logits=logits,
@@ -158,14 +155,14 @@ def _composed(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
     return largest * (8 + 4 * compute)
 
 
-def _layer(sizes: Architecture, spec: TrainSpec, load: Load, compute: int) -> int:
+def _layer(sizes: Architecture, spec: TrainSpec, load: MicroBatchSize, compute: int) -> int:
     """Bytes a token that one layer saves. Transformers' own forward also has an attention mask over all tokens."""
     if uses_llama_forward(sizes, spec):
-        return llama_forward_bytes(sizes, spec, compute)
-    return transformers_bytes(sizes, spec, compute) + compute * load.tokens
+        return count_llama_forward_bytes(sizes, spec, compute)
+    return count_transformers_bytes(sizes, spec, compute) + compute * load.tokens
 
 
-def _kept(sizes: Architecture, layer: int, load: Load, compute: int, *, recompute: bool) -> int:
+def _kept(sizes: Architecture, layer: int, load: MicroBatchSize, compute: int, *, recompute: bool) -> int:
     """What the forward pass keeps: of every layer all it needs, or with `recompute` only its input.
 
     Beside that the last norm's float32 input, hidden states, and of the positions with a loss a copy and its gradient.
@@ -175,25 +172,27 @@ def _kept(sizes: Architecture, layer: int, load: Load, compute: int, *, recomput
     return load.tokens * (layers + 4 * sizes.hidden + width) + load.labelled * 2 * width
 
 
-def _working(sizes: Architecture, spec: TrainSpec, load: Load, machine: Machine) -> int:
+def _working(sizes: Architecture, spec: TrainSpec, load: MicroBatchSize, machine: Machine) -> int:
     """What a layer's backward pass takes while it runs: the more of its gated unit and its attention, gradients of its
     down-projections and of its parameters."""
-    hidden, queries, keys, inner = sizes.hidden, sizes.queries, sizes.keys, sizes.intermediate
+    hidden, queries, keys, inner = sizes.hidden, sizes.query_width, sizes.key_width, sizes.intermediate
     gated = load.tokens * (machine.compute * 3 * (inner + hidden) + 12 * hidden)
     streams = load.tokens * machine.compute * (2 * hidden + queries + 3 * (queries + 2 * keys))
-    ranks = load.tokens * machine.compute * 2 * rank(spec) * len(sizes.linears)
-    parameters = trainable_parameters(sizes, spec) // sizes.layers * machine.compute
+    ranks = load.tokens * machine.compute * 2 * get_rank(spec) * len(sizes.linears)
+    parameters = count_trainable_parameters(sizes, spec) // sizes.layers * machine.compute
     return max(gated, streams + _scores(sizes, load, machine)) + ranks + parameters
 
 
-def _scores(sizes: Architecture, load: Load, machine: Machine) -> int:
+def _scores(sizes: Architecture, load: MicroBatchSize, machine: Machine) -> int:
     """Attention of one row. A fused kernel holds no scores, but gradients of each head's keys and values."""
-    fused = load.longest * machine.compute * 5 * sizes.queries
+    fused = load.longest * machine.compute * 5 * sizes.query_width
     if machine.kind == "gpu":
         return fused
     row = min(load.longest, PLAIN_ATTENTION_UP_TO)
     rounded = machine.compute if machine.compute < 4 else 0
-    sums = row * 4 * 2 * (sizes.queries + sizes.keys)  # the row's gradients, in float32, and its queries once more
+    sums = (
+        row * 4 * 2 * (sizes.query_width + sizes.key_width)
+    )  # the row's gradients, in float32, and its queries once more
     return max(fused, sizes.heads * query_block(row) * row * (12 + rounded) + sums)
 
 
@@ -202,7 +201,7 @@ def query_block(row: int) -> int:
     return math.ceil(row / max(1, round(row / QUERY_BLOCK)))
 
 
-def _places(sizes: Architecture, load: Load, machine: Machine) -> int:
+def _places(sizes: Architecture, load: MicroBatchSize, machine: Machine) -> int:
     """Where tokens stand and which sees which, for the whole update: ids, rotary angles and masks.
 
     On a CPU a mask is in float32 and there once for each query head of a group: for each block of queries over the keys
@@ -215,7 +214,7 @@ def _places(sizes: Architecture, load: Load, machine: Machine) -> int:
     return angles + (load.tokens + row) * query_block(row) * 4 * (sizes.heads // sizes.kv_heads)
 
 
-def _logits(sizes: Architecture, load: Load, compute: int) -> int:
+def _logits(sizes: Architecture, load: MicroBatchSize, compute: int) -> int:
     """A chunk's logits, in float32 too, with log-probabilities and the gradients of both; and what goes back from them
     to the hidden states, for the chunk and for all positions."""
     return min(LOSS_CHUNK, load.labelled) * (sizes.vocabulary * (12 + compute) + 2 * sizes.hidden * compute)

@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
+from app.domain.frozen import Frozen
 from app.domain.ledger import Policy
-from app.domain.memory import Load, Memory
+from app.domain.memory import MemoryEstimate, MicroBatchSize
 from app.domain.specs import TrainSpec
 
 TOKENS_PER_MICRO_BATCH = {"cpu": 768, "gpu": 4_096}
@@ -15,11 +16,7 @@ TOKENS_PER_MICRO_BATCH = {"cpu": 768, "gpu": 4_096}
 checkpointing fit a 16 GB card."""
 
 
-class _Word(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Lengths(_Word):
+class TokenLengths(Frozen):
     """Order statistics of a list of lengths, in tokens. All zero for an empty list."""
 
     count: int = 0
@@ -30,7 +27,7 @@ class Lengths(_Word):
     total: int = 0
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Self:
+    def measure(cls, lengths: Sequence[int]) -> Self:
         if not lengths:
             return cls()
         ranked = sorted(lengths)
@@ -48,7 +45,7 @@ class Lengths(_Word):
         )
 
 
-class Schedule(_Word):
+class Schedule(Frozen):
     """The shape of a training run. `rows_per_update` is the effective batch size, in trajectories.
 
     A micro-batch holds at most `max_rows` rows (None: no bound) and at most `max_tokens` tokens, except that one row
@@ -67,7 +64,7 @@ class Schedule(_Word):
     evaluate_every: int = 0
 
     @classmethod
-    def of(
+    def for_spec(
         cls, spec: TrainSpec, rows: int, longest: int, device: Literal["cpu", "gpu"], validation_rows: int = 0
     ) -> Self:
         """`rows`: those that are trained on. `longest`: tokens of the longest row of any part."""
@@ -93,21 +90,21 @@ class Schedule(_Word):
         """Whether the validation rows are looked at behind this update."""
         return self.evaluate_every > 0 and update > 0 and (update % self.evaluate_every == 0 or update == self.updates)
 
-    def load(self, longest: int) -> Load:
+    def load(self, longest: int) -> MicroBatchSize:
         """The largest micro-batch that can come about, when the longest row has `longest` tokens."""
         rows = self.rows_per_update if self.max_rows is None else min(self.max_rows, self.rows_per_update)
         tokens = max(longest, min(self.max_tokens, rows * longest))
-        return Load(tokens, longest, tokens)
+        return MicroBatchSize(tokens, longest, tokens)
 
 
-class Remedy(_Word):
+class Remedy(Frozen):
     """A change of the config with which the job fits its device: it was planned again with it. `bytes`: the peak."""
 
     change: dict[str, JsonValue]
     bytes: int
 
 
-class RowNote(_Word):
+class OverlengthRow(Frozen):
     """What the over-length policy does to one row. `tokens` before, `kept_tokens` after (0: dropped)."""
 
     line: int
@@ -117,7 +114,7 @@ class RowNote(_Word):
     labelled_tokens_lost: int = 0
 
 
-class Plan(_Word):
+class Plan(Frozen):
     """What a training job would take.
 
     `device`: the one that it is planned for, with `device_bytes` of memory, or `unknown`. `memory`: None where the
@@ -143,7 +140,7 @@ class Plan(_Word):
     rows_dropped: int
     protected_share: float
     max_sequence_length: int
-    lengths: Lengths
+    lengths: TokenLengths
     tokens_per_epoch: int
     labelled_tokens_per_epoch: int
     verdict_branches: int
@@ -154,13 +151,13 @@ class Plan(_Word):
     warmup_updates: int
     trainable_parameters: int | None = None
     gradient_checkpointing: bool = False
-    memory: Memory | None = None
+    memory: MemoryEstimate | None = None
     device_bytes: int | None = None
     fits: bool | None = None
     policy: Policy | None = None
     remedies: tuple[Remedy, ...] = ()
     seconds: float | None = None
-    overlength: tuple[RowNote, ...] = ()
+    overlength: tuple[OverlengthRow, ...] = ()
     warnings: tuple[str, ...] = ()
 
 

@@ -2,17 +2,14 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from app.domain.claims import Claim, Verdict
-from app.domain.spec_base import Integer, Name, Reference, Spec, disagree
+from app.domain.frozen import Frozen
+from app.domain.spec_base import Integer, Name, Reference, Spec, build_disagreement
 from app.domain.trajectories import ActionName
 
-MOST_STEPS = 10
-
-
-class _Word(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+MAX_STEPS = 10
 
 
 class PredictRequest(Spec):
@@ -29,7 +26,7 @@ class PredictRequest(Spec):
     corpus: Reference | None = None
     mode: Literal["grounded", "ungrounded"] = "grounded"
     stream: bool = False
-    max_steps: Annotated[Integer, Field(ge=1, le=MOST_STEPS)] = 7
+    max_steps: Annotated[Integer, Field(ge=1, le=MAX_STEPS)] = 7
     samples: Annotated[Integer, Field(ge=1, le=16)] = 1
     store: bool = False
     name: Name | None = None
@@ -38,25 +35,25 @@ class PredictRequest(Spec):
     def _only_what_is_kept_has_a_name(self) -> Self:
         if self.name is not None and not self.store:
             message = "only a prediction that is stored has a name; add store: true, or leave name out"
-            raise disagree(message, "name", code="name_without_store")
+            raise build_disagreement(message, "name", code="name_without_store")
         return self
 
     @model_validator(mode="after")
     def _alone_it_searches_nothing_and_speaks_once(self) -> Self:
         idle = [name for name in ("corpus", "max_steps", "samples") if name in self.model_fields_set]
         if self.mode == "ungrounded" and idle:
-            raise disagree(f"{', '.join(idle)} without effect in mode ungrounded; leave it out", idle[0])
+            raise build_disagreement(f"{', '.join(idle)} without effect in mode ungrounded; leave it out", idle[0])
         return self
 
 
-class PredictedAction(_Word):
+class PredictedAction(Frozen):
     """What the model chose to do. `argument` is as it wrote it; in ungrounded mode the name may be no known one."""
 
     name: ActionName | str
     argument: str
 
 
-class ObservedText(_Word):
+class ObservedText(Frozen):
     """What the model was shown. `source`: a corpus, the server (a correction), or the model itself."""
 
     text: str
@@ -68,20 +65,20 @@ class ObservedText(_Word):
     trimmed: bool = False
 
 
-class PredictedStep(_Word):
+class PredictedStep(Frozen):
     thought: str
     action: PredictedAction | None
     observation: ObservedText | None
 
 
-class CitedSentence(_Word):
+class CitedSentence(Frozen):
     page: str
     sentence_id: int
     text: str
     url: str | None = None
 
 
-class Usage(_Word):
+class PredictionUsage(Frozen):
     """Tokens over all calls. `crossed_stops`: tokens replaced because they held a stop and something more."""
 
     calls: int = 0
@@ -91,7 +88,7 @@ class Usage(_Word):
     crossed_stops: int = 0
 
 
-class Timings(_Word):
+class Timings(Frozen):
     """Seconds; `scoring`: those in which the three verdicts were weighed, beside what was generated."""
 
     total: float
@@ -100,7 +97,7 @@ class Timings(_Word):
     search: float
 
 
-class Prediction(_Word):
+class Prediction(Frozen):
     """A claim's verdict and how it came about.
 
     `verdict`: what the trajectory finished with; `confidence`: its probability; `agrees`: no other verdict has more.
@@ -126,29 +123,29 @@ class Prediction(_Word):
     adapter: str | None
     base_model: str
     corpus: str | None
-    usage: Usage
+    usage: PredictionUsage
     timings: Timings
 
 
-class ThoughtWritten(_Word):
+class ThoughtWritten(Frozen):
     event: Literal["thought"] = "thought"
     step: int
     thought: str
 
 
-class ActionChosen(_Word):
+class ActionChosen(Frozen):
     event: Literal["action"] = "action"
     step: int
     action: PredictedAction
 
 
-class Observed(_Word):
+class Observed(Frozen):
     event: Literal["observation"] = "observation"
     step: int
     observation: ObservedText
 
 
-class Predicted(_Word):
+class Predicted(Frozen):
     """The last event of a prediction that went well."""
 
     event: Literal["prediction"] = "prediction"

@@ -2,9 +2,9 @@
 
 Three inverse functions over one text:
 
-- `segments(trajectory)`: what training encodes, each piece with whether it is learned;
-- `prompt(claim, steps)`: what serving sends, always a prefix of the segments of any continuation;
-- `parse(text)`: the steps back out of text.
+- `render_trajectory(trajectory)`: what training encodes, each piece with whether it is learned;
+- `render_prompt(claim, steps)`: what serving sends, always a prefix of the segments of any continuation;
+- `parse_steps(text)`: the steps back out of text.
 
 A segment is an *atom*: it is encoded alone, so that token ids never depend on what stands beside it, and ids that
 a model was trained on are the ids it is served (the property that DESIGN calls "ids as the contract").
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from app.domain.claims import STEP_MARKER, Verdict
+from app.domain.frozen import Frozen
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
 
 FORMAT_NAME = "react-1"
@@ -44,7 +45,7 @@ def unfilled_placeholders(template: str) -> list[str]:
     return [one for one in dict.fromkeys(found) if one != PLACEHOLDER]
 
 
-class Part(StrEnum):
+class SegmentKind(StrEnum):
     """What an atom is. Fixed parts are written by the server; a model writes thought, action and argument.
 
     Only a TEMPLATE, which a job's config writes, may hold control tokens such as `<|im_start|>`: elsewhere they are
@@ -67,7 +68,7 @@ class Part(StrEnum):
 class Segment:
     """A piece of rendered text that is encoded alone. `END` has no text: it stands for the end-of-sequence token."""
 
-    part: Part
+    kind: SegmentKind
     text: str
     trained: bool
 
@@ -81,24 +82,22 @@ class RawStep:
     observation: str | None
 
 
-def header(word: str, number: int) -> Segment:
+def build_header(word: str, number: int) -> Segment:
     """`Thought 3:` and its kin. Learned, so that a model writing alone (ungrounded) keeps the format."""
-    return Segment(Part.HEADER, f"{word} {number}:", trained=word != "Observation")
+    return Segment(SegmentKind.HEADER, f"{word} {number}:", trained=word != "Observation")
 
 
-def action_atom(name: ActionName) -> Segment:
-    return Segment(Part.ACTION, f" {name}[", trained=True)
+def build_action_opening(name: ActionName) -> Segment:
+    return Segment(SegmentKind.ACTION, f" {name}[", trained=True)
 
 
-CLOSE = Segment(Part.CLOSE, "]", trained=True)
-TURN_END = Segment(Part.TURN_END, "\n", trained=True)
-END = Segment(Part.END, "", trained=True)
+CLOSE = Segment(SegmentKind.CLOSE, "]", trained=True)
+TURN_END = Segment(SegmentKind.TURN_END, "\n", trained=True)
+END = Segment(SegmentKind.END, "", trained=True)
 
 
-class ReactFormat(BaseModel):
+class ReactFormat(Frozen):
     """How a claim is put to a model. Saved with every adapter; serving refuses an adapter of another format."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = FORMAT_NAME
     template: str = DEFAULT_TEMPLATE
@@ -115,59 +114,63 @@ class ReactFormat(BaseModel):
             raise ValueError("the template holds a step marker such as 'Thought 1:'")
         return self
 
-    def head(self, claim: str) -> list[Segment]:
+    def render_instructions(self, claim: str) -> list[Segment]:
         """The instructions around the claim, in three atoms so that all claims share the first."""
         before, after = self.template.split(PLACEHOLDER)
-        pieces = (Part.TEMPLATE, before), (Part.CLAIM, claim), (Part.TEMPLATE, after.rstrip("\n") + "\n")
-        return [Segment(part, piece, trained=False) for part, piece in pieces if piece]
+        pieces = (
+            (SegmentKind.TEMPLATE, before),
+            (SegmentKind.CLAIM, claim),
+            (SegmentKind.TEMPLATE, after.rstrip("\n") + "\n"),
+        )
+        return [Segment(kind, piece, trained=False) for kind, piece in pieces if piece]
 
-    def segments(self, trajectory: Trajectory, *, train_on_observations: bool = False) -> list[Segment]:
+    def render_trajectory(self, trajectory: Trajectory, *, train_on_observations: bool = False) -> list[Segment]:
         """The whole trajectory, ending in END."""
-        steps = self.prompt(trajectory.claim, trajectory.steps, train_on_observations=train_on_observations)
+        steps = self.render_prompt(trajectory.claim, trajectory.steps, train_on_observations=train_on_observations)
         return [*steps, END]
 
-    def prompt(self, claim: str, steps: Sequence[Step], *, train_on_observations: bool = False) -> list[Segment]:
-        """The head and the given steps: a prefix of `segments` of any trajectory that begins with them."""
-        rendered = self.head(claim)
+    def render_prompt(self, claim: str, steps: Sequence[Step], *, train_on_observations: bool = False) -> list[Segment]:
+        """The head and the given steps: a prefix of `render_trajectory` of any trajectory that begins with them."""
+        rendered = self.render_instructions(claim)
         for number, step in enumerate(steps, start=1):
             rendered += _render(number, step, train_on_observations)
         return rendered
 
-    def verdict_branch(self, claim: str, steps: Sequence[Step]) -> list[Segment]:
+    def render_verdict_branch(self, claim: str, steps: Sequence[Step]) -> list[Segment]:
         """The prompt that ends in `Finish[` right after the last observation, where no Thought has spoken."""
-        opening = [header("Action", len(steps) + 1), action_atom(ActionName.FINISH)]
-        return [*self.prompt(claim, steps), *(Segment(s.part, s.text, False) for s in opening)]
+        opening = [build_header("Action", len(steps) + 1), build_action_opening(ActionName.FINISH)]
+        return [*self.render_prompt(claim, steps), *(Segment(s.kind, s.text, False) for s in opening)]
 
-    def branch_segments(self, trajectory: Trajectory) -> list[Segment]:
+    def render_labelled_branch(self, trajectory: Trajectory) -> list[Segment]:
         """The verdict branch with its label, of which only the label and what closes it are learned."""
-        label = Segment(Part.ARGUMENT, trajectory.verdict.value, trained=True)
-        asked = self.verdict_branch(trajectory.claim, trajectory.steps[:-1])
-        return [*(Segment(s.part, s.text, False) for s in asked), label, CLOSE, END]
+        label = Segment(SegmentKind.ARGUMENT, trajectory.verdict.value, trained=True)
+        asked = self.render_verdict_branch(trajectory.claim, trajectory.steps[:-1])
+        return [*(Segment(s.kind, s.text, False) for s in asked), label, CLOSE, END]
 
 
-def turn(number: int, thought: str, action: Action) -> list[Segment]:
+def render_turn(number: int, thought: str, action: Action) -> list[Segment]:
     """The Thought and the Action of a step, through the closing bracket."""
-    said = [Segment(Part.THOUGHT, f" {thought}", trained=True)] if thought else []
-    argument = Segment(Part.ARGUMENT, action.argument, trained=True)
-    acted = [header("Action", number), action_atom(action.name), argument, CLOSE]
-    return [header("Thought", number), *said, TURN_END, *acted]
+    said = [Segment(SegmentKind.THOUGHT, f" {thought}", trained=True)] if thought else []
+    argument = Segment(SegmentKind.ARGUMENT, action.argument, trained=True)
+    acted = [build_header("Action", number), build_action_opening(action.name), argument, CLOSE]
+    return [build_header("Thought", number), *said, TURN_END, *acted]
 
 
 def _render(number: int, step: Step, train_on_observations: bool) -> list[Segment]:
-    rendered = turn(number, step.thought, step.action)
+    rendered = render_turn(number, step.thought, step.action)
     if step.observation is None:
         return rendered
-    seen = Segment(Part.OBSERVATION, f" {step.observation}", trained=train_on_observations)
-    line_end = Segment(Part.TURN_END, "\n", trained=train_on_observations)
-    return [*rendered, TURN_END, header("Observation", number), seen, line_end]
+    seen = Segment(SegmentKind.OBSERVATION, f" {step.observation}", trained=train_on_observations)
+    line_end = Segment(SegmentKind.TURN_END, "\n", trained=train_on_observations)
+    return [*rendered, TURN_END, build_header("Observation", number), seen, line_end]
 
 
-def text(segments: Iterable[Segment]) -> str:
+def join_text(segments: Iterable[Segment]) -> str:
     """The segments as a person reads them."""
     return "".join(segment.text for segment in segments)
 
 
-def parse(written: str) -> tuple[str, list[RawStep]]:
+def parse_steps(written: str) -> tuple[str, list[RawStep]]:
     """(what stands before the first marker, the raw steps): markers are found wherever they stand.
 
     A Thought opens a step; an Action opens one when the open step has an action already; an Observation belongs to

@@ -8,11 +8,11 @@ from pydantic import JsonValue
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 
-SHORTEST = 64
+MIN_SEQUENCE_LENGTH = 64
 Change = dict[str, JsonValue]
 
 
-def families(spec: TrainSpec, schedule: Schedule, longest: int, *, recompute: bool) -> list[list[Change]]:
+def list_changes_by_kind(spec: TrainSpec, schedule: Schedule, longest: int, *, recompute: bool) -> list[list[Change]]:
     """Kinds of change that help alone; within a kind, the least comes first."""
     return [
         family
@@ -26,14 +26,14 @@ def families(spec: TrainSpec, schedule: Schedule, longest: int, *, recompute: bo
     ]
 
 
-def together(spec: TrainSpec, longest: int) -> list[Change]:
+def list_combined_changes(spec: TrainSpec, longest: int) -> list[Change]:
     """The same kinds added up, for where none helps alone: ever more of them."""
-    small = merged(_checkpointing(), _batch(spec, 1))
-    quantized = merged(small, *_quantization(spec))
-    return [small, quantized, *(merged(quantized, length) for length in _lengths(spec, longest))]
+    small = merge_changes(_checkpointing(), _batch(spec, 1))
+    quantized = merge_changes(small, *_quantization(spec))
+    return [small, quantized, *(merge_changes(quantized, length) for length in _lengths(spec, longest))]
 
 
-def merged(*changes: Change) -> Change:
+def merge_changes(*changes: Change) -> Change:
     """One change that makes all of them."""
     whole: dict[str, Any] = {}
     for change in changes:
@@ -43,9 +43,9 @@ def merged(*changes: Change) -> Change:
     return whole
 
 
-def changed(spec: TrainSpec, change: Change) -> TrainSpec:
+def apply_change(spec: TrainSpec, change: Change) -> TrainSpec:
     """The spec as if the user had written the change into the config."""
-    return TrainSpec.model_validate(merged(spec.model_dump(mode="json", exclude_unset=True), change))
+    return TrainSpec.model_validate(merge_changes(spec.model_dump(mode="json", exclude_unset=True), change))
 
 
 def _checkpointing() -> Change:
@@ -78,7 +78,7 @@ def _quantization(spec: TrainSpec) -> Iterator[Change]:
 
 def _lengths(spec: TrainSpec, longest: int) -> Iterator[Change]:
     for share in (0.75, 0.5, 0.25):
-        if (length := int(share * longest)) >= SHORTEST:
+        if (length := int(share * longest)) >= MIN_SEQUENCE_LENGTH:
             inner: Change = {"preprocessing": {"global_max_sequence_length": length}}
             outer: Change = {"global_max_sequence_length": length}
-            yield merged(inner, outer) if spec.global_max_sequence_length else inner
+            yield merge_changes(inner, outer) if spec.global_max_sequence_length else inner

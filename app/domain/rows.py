@@ -14,13 +14,21 @@ from functools import lru_cache
 from pydantic import ValidationError
 
 from app.domain.chat import ChatClaim
-from app.domain.claims import Verdict, check_claim, fold, is_blank, read_verdict
+from app.domain.claims import Verdict, check_claim, is_blank, parse_verdict, to_one_line
 from app.domain.datasets import Columns, Finding, SourceRow
 from app.domain.evidence import read_evidence
 from app.domain.react import RawStep
-from app.domain.shapes import STEP_KEYS, Notes, RefusedError, Written, allow, find_source, read_shape
-from app.domain.splits import Part, read_part
-from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory, read_action
+from app.domain.row_formats import (
+    STEP_KEYS,
+    RawTrajectory,
+    RefusedError,
+    RowFindings,
+    find_steps_column,
+    read_raw_trajectory,
+    refuse_forbidden_character,
+)
+from app.domain.splits import SplitName, read_split_name
+from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory, parse_action
 
 _LABEL = re.compile(r"\bLabel\s*:")
 _FINISH = re.compile(r"finish\s*(?:\[(.*)\])?\.?", re.IGNORECASE | re.DOTALL)
@@ -30,7 +38,7 @@ _SPELL = "write SUPPORTS, REFUTES or NOT ENOUGH INFO"
 
 
 @dataclass(frozen=True, slots=True)
-class RowReading:
+class RowResult:
     """What became of a row. `source` is the column that held its steps, "" when none did."""
 
     trajectory: Trajectory | None
@@ -39,13 +47,13 @@ class RowReading:
     source: str
 
 
-def read_row(row: SourceRow, columns: Columns) -> RowReading:
+def read_row(row: SourceRow, columns: Columns) -> RowResult:
     """The row's trajectory, or None with the reason among the findings. Never raises for what a row holds."""
-    notes = Notes(row.line)
-    source, value = find_source(row, columns)
+    notes = RowFindings(row.line)
+    source, value = find_steps_column(row, columns)
     label, trajectory = None, None
     try:
-        written = read_shape(value, source, notes)
+        written = read_raw_trajectory(value, source, notes)
         claim = _claim(row.fields.get(columns.claim), written.claim, columns.claim, notes)
         label = _label(row.fields.get(columns.label), columns.label, notes)
         evidence = _evidence(row.fields.get("evidence"), notes)
@@ -54,14 +62,14 @@ def read_row(row: SourceRow, columns: Columns) -> RowReading:
             trajectory = trajectory.model_copy(update={"split": split})
     except RefusedError as refused:
         notes.add(refused.code, refused.message)
-    return RowReading(trajectory, label, tuple(notes.by_code.values()), source)
+    return RowResult(trajectory, label, tuple(notes.by_code.values()), source)
 
 
 # --- claim, label, evidence ----------------------------------------------------------------
 
 
-def _claim(given: object, chat: ChatClaim, name: str, notes: Notes) -> str:
-    in_chat = chat.text is not None or chat.doubt is not None
+def _claim(given: object, chat: ChatClaim, name: str, notes: RowFindings) -> str:
+    in_chat = chat.text is not None or chat.ambiguity is not None
     if in_chat and given is not None and not isinstance(given, str):
         notes.add("claim_column_unread", f"{name!r} holds no text; the claim is taken from the messages")
         given = None
@@ -70,29 +78,29 @@ def _claim(given: object, chat: ChatClaim, name: str, notes: Notes) -> str:
         raise RefusedError("missing_claim", f"the row has no claim in {name!r}; fill it or drop the row")
     if not isinstance(claim, str):
         raise RefusedError("bad_claim", f"{name!r} holds no text; a claim is one sentence")
-    allow(claim, "the claim")
+    refuse_forbidden_character(claim, "the claim")
     _note_fold(claim, "the claim", notes)
     if claim is given:
-        _note_other_claims([named for named in chat.named if fold(named) != fold(claim)], notes)
+        _note_other_claims([named for named in chat.named if to_one_line(named) != to_one_line(claim)], notes)
     try:
         return check_claim(claim)
     except ValueError as error:
         raise RefusedError("bad_claim", str(error)) from None
 
 
-def _chat_claim(chat: ChatClaim, notes: Notes) -> str | None:
-    if chat.doubt:
-        raise RefusedError("ambiguous_claim", chat.doubt)
-    _note_other_claims(chat.passed_over, notes)
+def _chat_claim(chat: ChatClaim, notes: RowFindings) -> str | None:
+    if chat.ambiguity:
+        raise RefusedError("ambiguous_claim", chat.ambiguity)
+    _note_other_claims(chat.ignored, notes)
     return chat.text
 
 
-def _note_other_claims(passed_over: Sequence[str], notes: Notes) -> None:
-    if passed_over:
-        notes.add("claim_passed_over", f"{fold(passed_over[0])[:60]!r} in the messages is not read as the claim")
+def _note_other_claims(ignored: Sequence[str], notes: RowFindings) -> None:
+    if ignored:
+        notes.add("claim_passed_over", f"{to_one_line(ignored[0])[:60]!r} in the messages is not read as the claim")
 
 
-def _label(value: object, name: str, notes: Notes) -> Verdict | None:
+def _label(value: object, name: str, notes: RowFindings) -> Verdict | None:
     if value is None or _is_blank(value):
         return None
     match value:
@@ -102,8 +110,8 @@ def _label(value: object, name: str, notes: Notes) -> Verdict | None:
     return None
 
 
-def _verdict(text: str, where: str, notes: Notes) -> Verdict | None:
-    verdict = read_verdict(text)
+def _verdict(text: str, where: str, notes: RowFindings) -> Verdict | None:
+    verdict = parse_verdict(text)
     if verdict is None:
         notes.add("bad_label", f"{where} is {text.strip()[:40]!r} and is not used; {_SPELL}")
         return None
@@ -111,22 +119,22 @@ def _verdict(text: str, where: str, notes: Notes) -> Verdict | None:
     return verdict
 
 
-def _note_spelling(text: str, verdict: Verdict, notes: Notes) -> None:
+def _note_spelling(text: str, verdict: Verdict, notes: RowFindings) -> None:
     if text.strip() != verdict.value:
         notes.add("verdict_spelling", f"{text.strip()[:40]!r} is read as {verdict.value}")
 
 
-def _evidence(value: object, notes: Notes) -> tuple[Evidence, ...]:
+def _evidence(value: object, notes: RowFindings) -> tuple[Evidence, ...]:
     evidence, unread = read_evidence(value)
     if unread:
         notes.add("bad_evidence", f"{unread:,} items of `evidence` are not [page, sentence number] and are left out")
     return evidence
 
 
-def _split(value: object, name: str, notes: Notes) -> Part | None:
+def _split(value: object, name: str, notes: RowFindings) -> SplitName | None:
     """A value of another kind costs no row: many files have a column of this name that means something else."""
     try:
-        return read_part(value)
+        return read_split_name(value)
     except ValueError as error:
         notes.add("bad_split", f"{name!r}: {error}")
         return None
@@ -136,7 +144,7 @@ def _split(value: object, name: str, notes: Notes) -> Part | None:
 
 
 def _trajectory(
-    claim: str, written: Written, label: Verdict | None, evidence: tuple[Evidence, ...], notes: Notes
+    claim: str, written: RawTrajectory, label: Verdict | None, evidence: tuple[Evidence, ...], notes: RowFindings
 ) -> Trajectory:
     prefix = _read_preamble(written.preamble, claim, notes)
     steps = [_without_tail(step, notes) for step in written.steps]
@@ -152,7 +160,7 @@ def _trajectory(
     return Trajectory(claim=claim, steps=built, evidence=evidence)
 
 
-def _note_control_tokens(claim: str, steps: Sequence[Step], notes: Notes) -> None:
+def _note_control_tokens(claim: str, steps: Sequence[Step], notes: RowFindings) -> None:
     written = [
         (f"step {n}", text) for n, s in enumerate(steps, 1) for text in (s.thought, str(s.action), s.observation)
     ]
@@ -170,18 +178,18 @@ def _is_blank(value: object) -> bool:
     return isinstance(value, str) and is_blank(value)
 
 
-def _note_fold(text: str, where: str, notes: Notes) -> None:
+def _note_fold(text: str, where: str, notes: RowFindings) -> None:
     if len(text.strip().splitlines()) > 1:
         notes.add("newline_folded", f"{where} spans lines; they are joined by spaces")
 
 
-def _read_preamble(preamble: str, claim: str, notes: Notes) -> Verdict | None:
+def _read_preamble(preamble: str, claim: str, notes: RowFindings) -> Verdict | None:
     """The verdict of `Label: …` before the first step; other text there is dropped, and said to be."""
     if _LABEL.search(claim):
-        preamble = fold(preamble).replace(claim, " ", 1)
+        preamble = to_one_line(preamble).replace(claim, " ", 1)
     found = list(_LABEL.finditer(preamble))
     before = preamble[: found[-1].start()] if found else preamble
-    rest = fold(before).strip("# ").removeprefix("Claim:").strip()
+    rest = to_one_line(before).strip("# ").removeprefix("Claim:").strip()
     if rest and rest != claim:
         notes.add("preamble_dropped", f"{rest[:60]!r} stands before the first step and is left out")
     if not found:
@@ -193,7 +201,7 @@ def _read_preamble(preamble: str, claim: str, notes: Notes) -> Verdict | None:
     return verdict
 
 
-def _without_tail(step: RawStep, notes: Notes) -> RawStep:
+def _without_tail(step: RawStep, notes: RowFindings) -> RawStep:
     """Finish without the environment's answer to it: `Episode finished, reward = …`, or nothing."""
     if step.observation is None or not _is_finish(step) or not _TAIL.fullmatch(step.observation.strip()):
         return step
@@ -205,7 +213,7 @@ def _is_finish(step: RawStep) -> bool:
     return step.action is not None and _FINISH.fullmatch(step.action.strip()) is not None
 
 
-def _finish(steps: list[RawStep], stated: Verdict | None, notes: Notes) -> list[RawStep]:
+def _finish(steps: list[RawStep], stated: Verdict | None, notes: RowFindings) -> list[RawStep]:
     """The steps with an ending: their own Finish if it holds a verdict, else one of the stated verdict."""
     last = steps[-1]
     if _is_finish(last):
@@ -223,10 +231,10 @@ def _finish(steps: list[RawStep], stated: Verdict | None, notes: Notes) -> list[
     return [*steps, RawStep("", f"Finish[{stated.value}]", None)]
 
 
-def _settled(last: RawStep, stated: Verdict | None, notes: Notes) -> RawStep:
+def _settled(last: RawStep, stated: Verdict | None, notes: RowFindings) -> RawStep:
     match = _FINISH.fullmatch((last.action or "").strip())
-    argument = fold((match.group(1) if match else "") or "")
-    verdict = read_verdict(argument)
+    argument = to_one_line((match.group(1) if match else "") or "")
+    verdict = parse_verdict(argument)
     if verdict is None:
         return replace(last, action=f"Finish[{_stated_instead(argument, stated, notes).value}]")
     if stated is not None and verdict is not stated:
@@ -235,7 +243,7 @@ def _settled(last: RawStep, stated: Verdict | None, notes: Notes) -> RawStep:
     return replace(last, action=f"Finish[{verdict.value}]")
 
 
-def _stated_instead(argument: str, stated: Verdict | None, notes: Notes) -> Verdict:
+def _stated_instead(argument: str, stated: Verdict | None, notes: RowFindings) -> Verdict:
     said = f"Finish[{argument[:40]}] is no verdict"
     if stated is None:
         raise RefusedError("no_verdict", f"{said} and the row has no label that is one; {_SPELL}")
@@ -243,7 +251,7 @@ def _stated_instead(argument: str, stated: Verdict | None, notes: Notes) -> Verd
     return stated
 
 
-def _without_stray_bracket(thought: str, notes: Notes) -> str:
+def _without_stray_bracket(thought: str, notes: RowFindings) -> str:
     bare = thought.rstrip()
     if not bare.endswith("]") or bare.count("]") <= bare.count("["):
         return thought
@@ -261,17 +269,17 @@ def _step(raw: RawStep, number: int, is_last: bool) -> Step:
     if _is_finish(raw) and (not is_last or raw.observation is not None):
         raise RefusedError("finish_not_last", f"step {number} is Finish and something follows; cut it there")
     action = _action(raw.action, number)
-    observation = fold(raw.observation or "") or None
+    observation = to_one_line(raw.observation or "") or None
     if action.name is not ActionName.FINISH and observation is None:
         raise RefusedError("empty_observation", f"step {number}: {action.name} found nothing; add its observation")
     try:
-        return Step(thought=fold(raw.thought or ""), action=action, observation=observation)
+        return Step(thought=to_one_line(raw.thought or ""), action=action, observation=observation)
     except ValidationError as error:
         raise RefusedError("bad_step", f"step {number}: {_first(error)}") from None
 
 
 # Half of a file's actions are one of three Finishes, and pages are searched more than once.
-_read_action = lru_cache(1_024)(read_action)
+_read_action = lru_cache(1_024)(parse_action)
 
 
 def _action(text: str, number: int) -> Action:

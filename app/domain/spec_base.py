@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.domain.claims import fold, forbidden_character
+from app.domain.claims import forbidden_character, to_one_line
 
 SPEC_CODES = frozenset({"base_would_change"})
 """Codes of their own, for what the vocabulary allows and this combination forbids."""
@@ -16,7 +16,7 @@ SPEC_CODES = frozenset({"base_would_change"})
 NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,4})?", re.ASCII)
 
 
-def disagree(message: str, *place: str, code: str = "disagreement") -> PydanticCustomError:
+def build_disagreement(message: str, *place: str, code: str = "disagreement") -> PydanticCustomError:
     """What a validator of several fields raises: the message, and the place of the field to change."""
     return PydanticCustomError(code, "{message}", {"message": message, "place": place})
 
@@ -67,7 +67,7 @@ Real = Annotated[float, Number]
 def _reference(text: str) -> str:
     if bad := forbidden_character(text):
         raise ValueError(f"the reference holds {bad}")
-    if not text or text != fold(text) or len(text) > 200:
+    if not text or text != to_one_line(text) or len(text) > 200:
         raise ValueError("a reference is an id or a name of 1 to 200 characters")
     if "://" in text or text.startswith(("/", "./", "../", "~", "\\")):
         raise ValueError("this is a path or a URL; name something that this deployment lists")

@@ -12,8 +12,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from app.domain.react import DEFAULT_TEMPLATE, PLACEHOLDER, ReactFormat
-from app.domain.spec_base import Count, Fraction, Integer, Name, Positive, Real, Reference, Spec, disagree
-from app.domain.tuning_methods import PAIRINGS, AdapterSpec, LoraAdapter, Quantization, adapter_word, quantization_word
+from app.domain.spec_base import Count, Fraction, Integer, Name, Positive, Real, Reference, Spec, build_disagreement
+from app.domain.tuning_methods import (
+    PAIRINGS,
+    AdapterSpec,
+    LoraAdapter,
+    Quantization,
+    name_adapter_type,
+    name_quantization,
+)
 
 
 class JobKind(StrEnum):
@@ -57,7 +64,7 @@ class Split(Spec):
         if self.probabilities[0] == 0:
             raise ValueError("no row would be left to train on: the first probability is 0")
         if self.type == "random" and self.column is not None:
-            raise disagree("a random split reads no column; set type to fixed, or leave column out", "column")
+            raise build_disagreement("a random split reads no column; set type to fixed, or leave column out", "column")
         return self
 
 
@@ -67,7 +74,7 @@ class Preprocessing(Spec):
     split: Split = Split()
 
 
-class Scheduler(Spec):
+class LearningRateScheduler(Spec):
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Annotated[Real, Field(ge=0, lt=1)] = 0.03
 
@@ -99,7 +106,7 @@ class Trainer(Spec):
     gradient_accumulation_steps: Annotated[Integer, Field(ge=1, le=65_536)] | None = None
     eval_batch_size: Literal["auto"] | Count = "auto"
     optimizer: Optimizer = Optimizer()
-    learning_rate_scheduler: Scheduler = Scheduler()
+    learning_rate_scheduler: LearningRateScheduler = LearningRateScheduler()
     gradient_clipping: GradientClipping = GradientClipping()
     early_stop: Annotated[Integer, Field(ge=-1)] = -1
     steps_per_checkpoint: Annotated[Integer, Field(ge=0)] = 0
@@ -111,13 +118,13 @@ class Trainer(Spec):
     def _batches_agree(self) -> Self:
         batch, steps, effective = self.batch_size, self.gradient_accumulation_steps, self.effective_batch_size
         if batch != "auto" and steps and effective and batch * steps != effective:
-            raise disagree(
+            raise build_disagreement(
                 f"batch_size {batch} × gradient_accumulation_steps {steps} = {batch * steps}, but "
                 f"effective_batch_size says {effective}; leave one of the three out",
                 "effective_batch_size",
             )
         if batch == "auto" and steps:
-            raise disagree(
+            raise build_disagreement(
                 "gradient_accumulation_steps needs a batch_size that is a number; with batch_size auto, say "
                 "effective_batch_size instead",
                 "gradient_accumulation_steps",
@@ -186,22 +193,22 @@ class TrainSpec(Spec):
     def _agrees(self) -> Self:
         inner, outer = self.preprocessing.global_max_sequence_length, self.global_max_sequence_length
         if inner and outer and inner != outer:
-            raise disagree(
+            raise build_disagreement(
                 f"global_max_sequence_length is {outer} at the top and {inner} under preprocessing; keep one",
                 "global_max_sequence_length",
             )
-        pairing = PAIRINGS[adapter_word(self.adapter)][quantization_word(self.quantization)]
+        pairing = PAIRINGS[name_adapter_type(self.adapter)][name_quantization(self.quantization)]
         if pairing is not None:
-            raise disagree(pairing, "quantization")
+            raise build_disagreement(pairing, "quantization")
         if getattr(self.adapter, "use_dora", False) and self.quantization is not None and self.quantization.bits == 8:
-            raise disagree(
+            raise build_disagreement(
                 "use_dora does not train over an 8-bit base; use quantization {bits: 4}, or leave use_dora out",
                 "adapter",
                 "use_dora",
             )
         initialiser = getattr(self.adapter, "init_lora_weights", True)
         if initialiser in ("pissa", "olora") and self.quantization is not None:
-            raise disagree(
+            raise build_disagreement(
                 f"init_lora_weights {initialiser} rewrites the base's weights, which a quantised base cannot take; "
                 "set quantization to null or leave init_lora_weights out",
                 "adapter",

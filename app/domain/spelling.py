@@ -8,20 +8,24 @@ LONGEST_WORD = 60
 
 def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     """A hint that names the word of `known` that was misspelt, or all of them; None when nothing is known."""
-    if meant := correction(word, known):
+    if meant := find_correction(word, known):
         return f"did you mean {meant!r}?"
     return f"known here: {', '.join(sorted(known))}" if known else None
 
 
-def correction(word: str, known: Iterable[str]) -> str | None:
+def find_correction(word: str, known: Iterable[str]) -> str | None:
     """The name in `known` whose last part `word` misspells. None where several names are as near."""
-    wrong = plain(word[: LONGEST_WORD + 1])
-    found = [(distance, name) for name in known if (distance := _misspelt(wrong, plain(name.rsplit(".", 1)[-1]))) >= 0]
+    wrong = normalise_word(word[: LONGEST_WORD + 1])
+    found = [
+        (distance, name)
+        for name in known
+        if (distance := _misspelt(wrong, normalise_word(name.rsplit(".", 1)[-1]))) >= 0
+    ]
     nearest = {name for distance, name in found if distance == min(found)[0]}
     return nearest.pop() if len(nearest) == 1 else None
 
 
-def plain(word: str) -> str:
+def normalise_word(word: str) -> str:
     """`word` without case, underscores, hyphens and spaces."""
     return "".join(letter for letter in word.casefold() if letter not in "_- ")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 
-class Part(StrEnum):
+class SplitName(StrEnum):
     """In the order of the numbers 0, 1, 2 by which a column may name them."""
 
     TRAIN = "train"
@@ -12,11 +12,11 @@ class Part(StrEnum):
     TEST = "test"
 
 
-PARTS = tuple(Part)
-_WORDS = {str(number): part for number, part in enumerate(PARTS)} | {part.value: part for part in PARTS}
+SPLIT_NAMES = tuple(SplitName)
+_WORDS = {str(number): part for number, part in enumerate(SPLIT_NAMES)} | {part.value: part for part in SPLIT_NAMES}
 
 
-def read_part(value: object) -> Part | None:
+def read_split_name(value: object) -> SplitName | None:
     """The part that a column's value names, None for an empty one. Raises ValueError for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -28,10 +28,10 @@ def read_part(value: object) -> Part | None:
     return _WORDS[word]
 
 
-def drawn_part(drawn: float, probabilities: Sequence[float]) -> Part:
+def draw_split(drawn: float, probabilities: Sequence[float]) -> SplitName:
     """The part that `drawn`, from 0 to below 1, falls into when each has its share of that range."""
-    for part, share in zip(PARTS, probabilities, strict=True):
+    for part, share in zip(SPLIT_NAMES, probabilities, strict=True):
         if drawn < share:
             return part
         drawn -= share
-    return Part.TRAIN  # the shares are a rounding error short of 1
+    return SplitName.TRAIN  # the shares are a rounding error short of 1

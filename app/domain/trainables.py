@@ -15,10 +15,10 @@ def uses_llama_forward(sizes: Architecture, spec: TrainSpec) -> bool:
     Dropout runs there too, with a mask for each input, but the plan counts it as transformers' larger forward."""
     adapter = spec.adapter
     plain = isinstance(adapter, LoraAdapter) and not adapter.use_dora and not adapter.dropout
-    return plain and sizes.family
+    return plain and sizes.is_llama_family
 
 
-def targets(sizes: Architecture, spec: TrainSpec) -> dict[str, tuple[int, int]]:
+def list_lora_targets(sizes: Architecture, spec: TrainSpec) -> dict[str, tuple[int, int]]:
     """The linear layers of one decoder layer that LoRA stands beside: name → (inputs, outputs)."""
     named = getattr(spec.adapter, "target_modules", None)
     if named is None or named == "all-linear":
@@ -27,7 +27,7 @@ def targets(sizes: Architecture, spec: TrainSpec) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in sizes.linears.items() if name in endings}
 
 
-def rank(spec: TrainSpec) -> int:
+def get_rank(spec: TrainSpec) -> int:
     """Rank of each down-projection; 0 where there is none."""
     match spec.adapter:
         case LoraAdapter(r=r):
@@ -37,16 +37,18 @@ def rank(spec: TrainSpec) -> int:
     return 0
 
 
-def trainable_parameters(sizes: Architecture, spec: TrainSpec) -> int:
+def count_trainable_parameters(sizes: Architecture, spec: TrainSpec) -> int:
     """How many numbers the job learns."""
     match spec.adapter:
         case None:
             return sizes.parameters
         case LoraAdapter(use_dora=dora):
-            beside = sum(rank(spec) * (i + o) + (o if dora else 0) for i, o in targets(sizes, spec).values())
+            beside = sum(
+                get_rank(spec) * (i + o) + (o if dora else 0) for i, o in list_lora_targets(sizes, spec).values()
+            )
             return sizes.layers * beside + _head(sizes, spec)
         case AdaloraAdapter():
-            return sizes.layers * sum(rank(spec) * (i + o + 1) for i, o in targets(sizes, spec).values())
+            return sizes.layers * sum(get_rank(spec) * (i + o + 1) for i, o in list_lora_targets(sizes, spec).values())
         case Ia3Adapter() as ia3:
             return sizes.layers * sum(_ia3_widths(sizes, ia3))
         case AdaptionPromptAdapter(adapter_len=length, adapter_layers=layers):
@@ -56,7 +58,7 @@ def trainable_parameters(sizes: Architecture, spec: TrainSpec) -> int:
 def _head(sizes: Architecture, spec: TrainSpec) -> int:
     """LoRA beside the output layer, where the spec names that too."""
     named = getattr(spec.adapter, "target_modules", ())
-    return rank(spec) * (sizes.hidden + sizes.vocabulary) if "lm_head" in named else 0
+    return get_rank(spec) * (sizes.hidden + sizes.vocabulary) if "lm_head" in named else 0
 
 
 def _ia3_widths(sizes: Architecture, ia3: Ia3Adapter) -> list[int]:
@@ -66,35 +68,35 @@ def _ia3_widths(sizes: Architecture, ia3: Ia3Adapter) -> list[int]:
     return [inputs if name in inner else outputs for name, (inputs, outputs) in linears.items()]
 
 
-def llama_forward_bytes(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
+def count_llama_forward_bytes(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
     """Bytes a token that a layer of `llama_forward` saves for its backward pass: the fields of `SavedActivations`."""
-    streams = 2 * sizes.hidden + 2 * sizes.queries + 2 * sizes.keys + 2 * sizes.intermediate
-    return compute * (streams + rank(spec) * len(targets(sizes, spec))) + 2 * 4
+    streams = 2 * sizes.hidden + 2 * sizes.query_width + 2 * sizes.key_width + 2 * sizes.intermediate
+    return compute * (streams + get_rank(spec) * len(list_lora_targets(sizes, spec))) + 2 * 4
 
 
-def transformers_bytes(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
+def count_transformers_bytes(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
     """The same for transformers' own forward with PEFT's layers in it: an estimate, close for what was measured.
 
     Norms keep float32; attention keeps keys and values once for each query head; the gated unit keeps three streams.
     """
-    base = 8 * sizes.hidden + compute * (4 * sizes.queries + 3 * sizes.intermediate) + 2 * 4
+    base = 8 * sizes.hidden + compute * (4 * sizes.query_width + 3 * sizes.intermediate) + 2 * 4
     return base + compute * _adapters_kept(sizes, spec)
 
 
 def _adapters_kept(sizes: Architecture, spec: TrainSpec) -> int:
     """Numbers a token that one layer's adapters keep."""
     shared = 2 * sizes.hidden + sizes.intermediate
-    chosen = targets(sizes, spec).values()
+    chosen = list_lora_targets(sizes, spec).values()
     inputs, outputs = sum(i for i, _ in chosen), sum(o for _, o in chosen)
     match spec.adapter:
         case None:
             return shared + 2 * sizes.hidden
         case LoraAdapter(dropout=dropout, use_dora=dora):
             # Dropout gives each adapted layer an input of its own, and a mask beside it; DoRA keeps both outputs.
-            return rank(spec) * len(chosen) + (2 * inputs if dropout else shared) + (2 * outputs if dora else 0)
+            return get_rank(spec) * len(chosen) + (2 * inputs if dropout else shared) + (2 * outputs if dora else 0)
         case AdaloraAdapter(dropout=dropout):
-            return rank(spec) * len(chosen) + (2 * inputs if dropout else shared)
+            return get_rank(spec) * len(chosen) + (2 * inputs if dropout else shared)
         case Ia3Adapter() as ia3:
             return sum(_ia3_widths(sizes, ia3))
         case AdaptionPromptAdapter(adapter_len=length):
-            return 2 * sizes.queries + 2 * length * sizes.heads
+            return 2 * sizes.query_width + 2 * length * sizes.heads

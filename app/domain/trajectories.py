@@ -4,10 +4,11 @@ import re
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, model_validator
 
-from app.domain.claims import STEP_MARKER, Claim, Verdict, fold, forbidden_character, read_verdict
-from app.domain.splits import Part
+from app.domain.claims import STEP_MARKER, Claim, Verdict, forbidden_character, parse_verdict, to_one_line
+from app.domain.frozen import Frozen
+from app.domain.splits import SplitName
 
 ARGUMENT_LIMIT = 100
 """Longest argument of an action that serving lets a model write, in characters."""
@@ -25,7 +26,7 @@ class ActionName(StrEnum):
 def _one_line(text: str) -> str:
     if bad := forbidden_character(text):
         raise ValueError(f"the text holds {bad}")
-    if text != fold(text):
+    if text != to_one_line(text):
         raise ValueError("the text must be one line, trimmed, with single spaces")
     if marker := STEP_MARKER.search(text):
         raise ValueError(f"the text holds {marker.group(0)!r}, which begins a step")
@@ -46,11 +47,7 @@ Line = Annotated[str, AfterValidator(_one_line)]
 Argument = Annotated[Line, AfterValidator(_argument)]
 
 
-class _Word(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Action(_Word):
+class Action(Frozen):
     """What a step does: look a page up, look a word up on the open page, or finish with a verdict."""
 
     name: ActionName
@@ -69,7 +66,7 @@ class Action(_Word):
 _ACTION = re.compile(r"(\w+)\s*\[(.*)\]\.?", re.DOTALL)
 
 
-def read_action(text: str) -> Action:
+def parse_action(text: str) -> Action:
     """`Search[…]`, `Lookup[…]` or `Finish[…]` as an Action. Raises ValueError for anything else."""
     match = _ACTION.fullmatch(text.strip())
     if match is None:
@@ -78,13 +75,13 @@ def read_action(text: str) -> Action:
         name = ActionName(match.group(1).capitalize())
     except ValueError:
         raise ValueError(f"{match.group(1)[:40]!r} is no action; there are Search, Lookup and Finish") from None
-    argument = fold(match.group(2))
-    if name is ActionName.FINISH and (verdict := read_verdict(argument)):
+    argument = to_one_line(match.group(2))
+    if name is ActionName.FINISH and (verdict := parse_verdict(argument)):
         argument = verdict.value
     return Action(name=name, argument=argument)
 
 
-class Step(_Word):
+class Step(Frozen):
     """One Thought, Action and Observation. Only the last step, whose action is Finish, has no observation."""
 
     thought: Line
@@ -101,14 +98,14 @@ class Step(_Word):
         return self
 
 
-class Evidence(_Word):
+class Evidence(Frozen):
     """A sentence that the verdict rests on: page title and the sentence's index on that page, from 0."""
 
     page: Line
     sentence: int
 
 
-class Trajectory(_Word):
+class Trajectory(Frozen):
     """A claim's steps and verdict. The last step, and only the last, is Finish with that verdict.
 
     `split`: the part of the dataset that its uploader put it in, None where the upload has no such column.
@@ -117,7 +114,7 @@ class Trajectory(_Word):
     claim: Claim
     steps: tuple[Step, ...]
     evidence: tuple[Evidence, ...] = ()
-    split: Part | None = None
+    split: SplitName | None = None
 
     @model_validator(mode="after")
     def _finishes_once(self) -> Self:

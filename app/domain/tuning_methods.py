@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from app.domain.spec_base import Count, Integer, Number, Positive, Real, Reference, Spec, disagree
+from app.domain.spec_base import Count, Integer, Number, Positive, Real, Reference, Spec, build_disagreement
 
 MODULE_LIMIT = 64
 MAX_RANK = 256
@@ -40,13 +40,13 @@ class LoraAdapter(_Adapter):
         if self.init_lora_weights not in ("pissa", "olora"):
             return self
         if self.r > MAX_RANK // 2:
-            raise disagree(
+            raise build_disagreement(
                 f"what begins as {self.init_lora_weights} is published as plain LoRA of twice the rank, which may be "
                 f"{MAX_RANK}; use an r of at most {MAX_RANK // 2}",
                 "r",
             )
         if self.pretrained_adapter_weights is not None:
-            raise disagree(
+            raise build_disagreement(
                 f"the weights begin either as pretrained_adapter_weights or as {self.init_lora_weights} makes them; "
                 "leave one of the two out",
                 "pretrained_adapter_weights",
@@ -71,13 +71,13 @@ class AdaloraAdapter(_Adapter):
     @model_validator(mode="after")
     def _shrinks(self) -> Self:
         if self.target_r >= self.init_r:
-            raise disagree(
+            raise build_disagreement(
                 f"adalora begins with init_r {self.init_r} ranks and ends with fewer, but target_r says "
                 f"{self.target_r}; use a target_r below init_r",
                 "target_r",
             )
         if self.pretrained_adapter_weights is not None:
-            raise disagree(
+            raise build_disagreement(
                 "adalora begins with ranks of its own, and is published as plain LoRA; to train such an adapter "
                 "further, use {type: lora}",
                 "pretrained_adapter_weights",
@@ -99,9 +99,11 @@ class Ia3Adapter(_Adapter):
     @model_validator(mode="after")
     def _inner_is_target(self) -> Self:
         if (self.target_modules is None) != (self.feedforward_modules is None):
-            raise disagree("name both target_modules and feedforward_modules, or neither", "feedforward_modules")
+            raise build_disagreement(
+                "name both target_modules and feedforward_modules, or neither", "feedforward_modules"
+            )
         if surplus := set(self.feedforward_modules or ()) - set(self.target_modules or ()):
-            raise disagree(
+            raise build_disagreement(
                 f"feedforward_modules must be among target_modules: {', '.join(sorted(surplus))}",
                 "feedforward_modules",
             )
@@ -127,11 +129,11 @@ class Quantization(Spec):
     double_quant: bool = True
 
 
-def adapter_word(adapter: BaseModel | None) -> str:
+def name_adapter_type(adapter: BaseModel | None) -> str:
     return "full" if adapter is None else str(getattr(adapter, "type"))  # noqa: B009  a union of four models
 
 
-def quantization_word(quantization: Quantization | None) -> str:
+def name_quantization(quantization: Quantization | None) -> str:
     return "none" if quantization is None else f"{quantization.bits}-bit"
 
 

@@ -6,10 +6,10 @@ for a word, the note says what happens instead. A word with a dot counts in that
 
 from typing import NamedTuple
 
-from app.domain.spelling import plain
+from app.domain.spelling import normalise_word
 
 
-class Meaning(NamedTuple):
+class ForeignKey(NamedTuple):
     """Our dotted key, or None where there is none; and what has to be said about the difference."""
 
     key: str | None
@@ -212,17 +212,17 @@ _NO_KEY: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 
-MEANINGS: dict[str, Meaning] = {
+FOREIGN_KEYS: dict[str, ForeignKey] = {
     word: meaning
     for meaning, words in (
-        *((Meaning(key, note), words) for key, note, words in _KEYS),
-        *((Meaning(None, note), words) for note, words in _NO_KEY),
+        *((ForeignKey(key, note), words) for key, note, words in _KEYS),
+        *((ForeignKey(None, note), words) for note, words in _NO_KEY),
     )
     for word in words.split()
 }
-_BY_PLAIN_WORD = {plain(word): meaning for word, meaning in MEANINGS.items()}
+_BY_PLAIN_WORD = {normalise_word(word): meaning for word, meaning in FOREIGN_KEYS.items()}
 
 
-def meaning_of(word: str, section: str = "") -> Meaning | None:
+def find_foreign_key(word: str, section: str = "") -> ForeignKey | None:
     """What others mean by `word`, in `section` or anywhere; however it is cased and hyphenated."""
-    return _BY_PLAIN_WORD.get(plain(f"{section}.{word}")) or _BY_PLAIN_WORD.get(plain(word))
+    return _BY_PLAIN_WORD.get(normalise_word(f"{section}.{word}")) or _BY_PLAIN_WORD.get(normalise_word(word))

@@ -1,7 +1,7 @@
 """Token ids from an inference server."""
 
-from app.generation.base import Generated, GenerationRequest, Generator
+from app.generation.base import GenerationRequest, GenerationResult, Generator
 from app.generation.completions import CompletionsGenerator
-from app.generation.memory import ScriptedGenerator
+from app.generation.scripted import ScriptedGenerator
 
-__all__ = ["CompletionsGenerator", "Generated", "GenerationRequest", "Generator", "ScriptedGenerator"]
+__all__ = ["CompletionsGenerator", "GenerationRequest", "GenerationResult", "Generator", "ScriptedGenerator"]

@@ -2,17 +2,17 @@
 
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from app.domain.frozen import Frozen
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Frozen):
     """One continuation. `model` is a digest: an adapter's, or a served base's.
 
     `logprobs`: how many of the first token's alternatives to tell, from the distribution left after
     `allowed_token_ids`. `regex` bounds what may be written; `stop` ends it before the string.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     prompt: tuple[int, ...]
@@ -26,10 +26,8 @@ class GenerationRequest(BaseModel):
     logprobs: int | None = None
 
 
-class Generated(BaseModel):
+class GenerationResult(Frozen):
     """`text` ends before the stop string; `ids` are all the ids that were sampled, those of the stop included."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ids: tuple[int, ...]
     text: str
@@ -40,7 +38,7 @@ class Generated(BaseModel):
 
 
 class Generator(Protocol):
-    def generate(self, request: GenerationRequest) -> Generated:
+    def generate(self, request: GenerationRequest) -> GenerationResult:
         """Raises UnavailableError or BusyError (try again) and InvalidError (never will work)."""
 
     def check(self) -> None:

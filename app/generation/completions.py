@@ -7,7 +7,7 @@ import httpx
 from pydantic import SecretStr
 
 from app.domain.errors import BusyError, InvalidError, NotFoundError, UnavailableError
-from app.generation.base import Generated, GenerationRequest
+from app.generation.base import GenerationRequest, GenerationResult
 from app.generation.transport import ExclusiveTransport, SocketOption
 
 TIMEOUT = httpx.Timeout(900.0, connect=3.0)
@@ -32,7 +32,7 @@ class CompletionsGenerator:
             base_url=url, headers=headers, timeout=TIMEOUT, transport=transport, trust_env=False
         )
 
-    def generate(self, request: GenerationRequest) -> Generated:
+    def generate(self, request: GenerationRequest) -> GenerationResult:
         try:
             response = self._client.post("/v1/completions", json=_body(request))
         except httpx.TransportError as error:
@@ -117,11 +117,11 @@ def _message(response: httpx.Response) -> str:
         return f"the inference server answered {response.status_code}"
 
 
-def _read(answer: dict[str, Any]) -> Generated:
+def _read(answer: dict[str, Any]) -> GenerationResult:
     choice = answer["choices"][0]
     usage = answer.get("usage") or {}
     details = usage.get("prompt_tokens_details") or {}
-    return Generated(
+    return GenerationResult(
         ids=tuple(choice["token_ids"]),
         text=choice["text"],
         finish_reason=choice["finish_reason"],

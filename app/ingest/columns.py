@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from app.domain.datasets import Columns
 from app.domain.errors import InvalidError, Problem
-from app.domain.spelling import correction
+from app.domain.spelling import find_correction
 
 _OTHER_WORDS = {
     "claim": ("claim_text", "statement", "query", "question", "text", "input", "sentence"),
@@ -73,4 +73,4 @@ def _closest(role: str, wanted: str, names: Sequence[str]) -> str | None:
     """The column that another word for `role` names, or a misspelt one. An id of claims is no claim, however alike."""
     by_folded = {name.casefold(): name for name in names}
     known = next((word for word in _OTHER_WORDS.get(role, ()) if word in by_folded), None)
-    return by_folded[known] if known else correction(wanted, names)
+    return by_folded[known] if known else find_correction(wanted, names)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from app.domain.datasets import Columns, Finding, SourceRow, finding
+from app.domain.datasets import Columns, Finding, SourceRow, build_finding
 from app.domain.errors import InvalidError
 from app.ingest.columns import check_header
 from app.ingest.lines import Header, Item, joined_files, not_utf8, numbered_lines, too_long
@@ -138,7 +138,7 @@ class _Body:
             return
         yield from self._report_lost(before=self.records.start)
         if not fits:
-            yield finding(self.records.start, "wrong_fields", self._wrong_fields(fields))
+            yield build_finding(self.records.start, "wrong_fields", self._wrong_fields(fields))
         elif tuple(name.strip() for name in fields) != self.header.names:  # joined files repeat the header
             yield self._row(fields)
 
@@ -172,4 +172,4 @@ class _Body:
         self.lost = None
         what = "a quote is not closed" if "unexpected end" in why else why
         skipped = f"; lines {start} to {last} are skipped" if last > start else ""
-        yield finding(start, code, f"{what}{skipped}; close every quote, and double a quote inside a text")
+        yield build_finding(start, code, f"{what}{skipped}; close every quote, and double a quote inside a text")

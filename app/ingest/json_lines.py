@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.domain.datasets import Finding, SourceRow, finding
+from app.domain.datasets import Finding, SourceRow, build_finding
 from app.domain.strict_json import RepeatedKeyError, parse_row
 from app.ingest.lines import Item, not_utf8, numbered_lines, too_long
 
@@ -26,13 +26,13 @@ def json_row(line: int, raw: bytes) -> SourceRow | Finding:
     except UnicodeDecodeError:
         return not_utf8(line)
     except RepeatedKeyError as error:
-        return finding(line, "repeated_key", f"{error}; keep one of them")
+        return build_finding(line, "repeated_key", f"{error}; keep one of them")
     except json.JSONDecodeError as error:
-        return finding(line, "bad_json", f"the row is not JSON: {error.msg} at its character {error.pos + 1:,}")
+        return build_finding(line, "bad_json", f"the row is not JSON: {error.msg} at its character {error.pos + 1:,}")
     except RecursionError:
-        return finding(line, "bad_json", "the row is nested too deeply; a row is an object of texts and lists")
+        return build_finding(line, "bad_json", "the row is nested too deeply; a row is an object of texts and lists")
     except ValueError:
-        return finding(line, "bad_json", "the row holds a number with too many digits")
+        return build_finding(line, "bad_json", "the row holds a number with too many digits")
     if not isinstance(value, dict):
-        return finding(line, "not_an_object", 'the row is JSON, but not an object; write {"claim": …, …}')
+        return build_finding(line, "not_an_object", 'the row is JSON, but not an object; write {"claim": …, …}')
     return SourceRow(line, value)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from app.domain.datasets import Finding, SourceRow, finding
+from app.domain.datasets import Finding, SourceRow, build_finding
 from app.domain.strict_json import JOINED_FILES
 
 BOM = b"\xef\xbb\xbf"
@@ -85,8 +85,8 @@ def joined_files(line: str) -> str | None:
 
 
 def too_long(line: int, limit: int) -> Finding:
-    return finding(line, "line_too_long", f"the row has more than {limit:,} bytes; shorten or remove it")
+    return build_finding(line, "line_too_long", f"the row has more than {limit:,} bytes; shorten or remove it")
 
 
 def not_utf8(line: int) -> Finding:
-    return finding(line, "bad_utf8", "the row is not UTF-8; save the file as UTF-8")
+    return build_finding(line, "bad_utf8", "the row is not UTF-8; save the file as UTF-8")

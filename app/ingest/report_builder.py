@@ -14,15 +14,15 @@ from app.domain.datasets import (
     Columns,
     DatasetReport,
     Finding,
-    Lengths,
     Severity,
     SourceRow,
+    TextLengths,
+    build_finding,
     canonical_line,
-    finding,
 )
 from app.domain.errors import InvalidError
-from app.domain.rows import RowReading, read_row
-from app.domain.splits import Part
+from app.domain.rows import RowResult, read_row
+from app.domain.splits import SplitName
 from app.domain.trajectories import Trajectory
 from app.ingest.duplicates import DuplicateIndex
 from app.ingest.lines import Header, Item
@@ -45,7 +45,7 @@ class DatasetReportBuilder:
         self.labels: Counter[Verdict] = Counter()
         self.steps: Counter[int] = Counter()
         self.actions: Counter[str] = Counter()
-        self.splits: Counter[Part] = Counter()
+        self.splits: Counter[SplitName] = Counter()
         self.lengths: dict[str, Counter[int]] = {name: Counter() for name in _TEXTS}
         self._duplicates = duplicates
 
@@ -75,12 +75,12 @@ class DatasetReportBuilder:
             return None
         return self._keep_unless_duplicate(row.line, reading.trajectory, reading)
 
-    def _keep_unless_duplicate(self, line: int, trajectory: Trajectory, reading: RowReading) -> bytes | None:
+    def _keep_unless_duplicate(self, line: int, trajectory: Trajectory, reading: RowResult) -> bytes | None:
         texts = [trajectory.claim]
         for step in trajectory.steps:
             texts += (step.thought, str(step.action), step.observation or "")
         if self._duplicates.get_or_insert("\0".join(texts), "row"):  # texts hold no NUL, so no claim equals a row
-            self._note((finding(line, "duplicate", "the row repeats an earlier one, which is kept"),))
+            self._note((build_finding(line, "duplicate", "the row repeats an earlier one, which is kept"),))
             self.warned += 1
             return None
         conflicts = self._note_conflict(line, trajectory.claim, trajectory.verdict)
@@ -96,7 +96,7 @@ class DatasetReportBuilder:
         if first in (None, verdict.value):
             return False
         message = f"the claim came before as {first} and is {verdict.value} here; both are kept"
-        self._note((finding(line, "conflicting_label", message),))
+        self._note((build_finding(line, "conflicting_label", message),))
         return True
 
     def _measure(self, trajectory: Trajectory, characters: int) -> None:
@@ -126,7 +126,7 @@ class DatasetReportBuilder:
             self.names[name] = name in used
             if name not in used:
                 message = f"the column {name[:60]!r} is not read"
-                self._note((finding(line, "extra_column", message),))
+                self._note((build_finding(line, "extra_column", message),))
         roles = {"claim": self.columns.claim, "label": self.columns.label, "split": self.columns.split}
         for role, name in roles.items():
             if name in used and name in names:
@@ -155,13 +155,13 @@ class DatasetReportBuilder:
             steps=dict(sorted(self.steps.items())),
             actions=dict(sorted(self.actions.items())),
             characters={name: _lengths(values) for name, values in self.lengths.items() if values},
-            splits={part: self.splits[part] for part in Part if self.splits},
+            splits={part: self.splits[part] for part in SplitName if self.splits},
             findings=tuple(self.findings),
             findings_left_out=self.codes.total() - len(self.findings),
         )
 
 
-def _lengths(counts: Counter[int]) -> Lengths:
+def _lengths(counts: Counter[int]) -> TextLengths:
     ordered = sorted(counts.items())
     ends = list(accumulate(count for _, count in ordered))
     last = ends[-1] - 1
@@ -169,7 +169,7 @@ def _lengths(counts: Counter[int]) -> Lengths:
     def at(rank: int) -> int:
         return ordered[bisect_right(ends, rank)][0]
 
-    return Lengths(
+    return TextLengths(
         shortest=at(0),
         median=at(last // 2),
         p95=at(last * 95 // 100),

@@ -6,9 +6,8 @@ page and the position of the current Lookup, as in the ReAct paper's Wikipedia e
 
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
-
-from app.domain.corpora import Observation, Page, caseless, clean, escape_steps
+from app.domain.corpora import Observation, Page, clean_page_text, escape_steps, fold_case
+from app.domain.frozen import Frozen
 
 SENTENCES_SHOWN = 5
 SIMILAR_SHOWN = 5
@@ -19,22 +18,18 @@ class CorpusUnreadable(Exception):
     """A file is not a corpus that this version can search."""
 
 
-class SearchResult(BaseModel):
+class SearchResult(Frozen):
     """The page that a name opens, or the most similar titles, best first."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     page: Page | None = None
     similar: tuple[str, ...] = ()
 
 
-class Hit(BaseModel):
+class Hit(Frozen):
     """A page found by free text. `sentence` is the id of the sentence with most of the words.
 
     `score` is BM25, higher is better, comparable within one answer only.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str
     score: float
@@ -84,7 +79,7 @@ class KnowledgeExplorer:
 
     def search(self, argument: str) -> Observation:
         """Run `Search[argument]`. A miss closes the open page: a Lookup never reads another."""
-        if not clean(argument):
+        if not clean_page_text(argument):
             return _correction("Search needs the name of a page.")
         result = self._source.search(argument)
         self._page, self._keyword, self._results_shown = result.page, "", 0
@@ -95,14 +90,14 @@ class KnowledgeExplorer:
 
     def lookup(self, argument: str) -> Observation:
         """Run `Lookup[argument]`: the next sentence of the open page that has the keyword."""
-        keyword = caseless(clean(argument))
+        keyword = fold_case(clean_page_text(argument))
         if self._page is None:
             return _correction("There is no open page; Search first.")
         if not keyword:
             return _correction("Lookup needs a keyword.")
         if keyword != self._keyword:
             self._keyword, self._results_shown = keyword, 0
-        found = [i for i, text in enumerate(self._page.sentences) if keyword in caseless(text)]
+        found = [i for i, text in enumerate(self._page.sentences) if keyword in fold_case(text)]
         if self._results_shown == len(found):
             return self._observe("No more results.", ())
         sentence = found[self._results_shown]
@@ -126,7 +121,7 @@ def _correction(text: str) -> Observation:
 
 
 def _miss(argument: str, similar: tuple[str, ...]) -> str:
-    name = clean(argument)
+    name = clean_page_text(argument)
     if len(name) > ECHO_CHARACTERS:
         name = name[: ECHO_CHARACTERS - 1] + "…"
     listed = f" Similar: [{', '.join(similar)}]." if similar else ""

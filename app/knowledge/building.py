@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from app.domain.claims import forbidden_character
-from app.domain.corpora import CorpusFinding, CorpusReport, Page, clean, name_key, split_sentences
+from app.domain.corpora import CorpusFinding, CorpusReport, Page, clean_page_text, page_name_key, split_sentences
 from app.domain.strict_json import RepeatedKeyError, parse_row
 from app.knowledge import index
 
@@ -190,8 +190,8 @@ def _title(record: dict[str, object], limits: CorpusLimits) -> str:
     given = record.get("title")
     if given is None:
         raise _PageRefused("missing_title", "a page needs a title")
-    title = clean(_require_text(given, "title"))
-    if not name_key(title):
+    title = clean_page_text(_require_text(given, "title"))
+    if not page_name_key(title):
         raise _PageRefused("missing_title", "the title is empty")
     if len(title) > limits.title_characters:
         raise _PageRefused("title_too_long", f"a title has at most {limits.title_characters:,} characters")
@@ -204,12 +204,12 @@ def _texts(record: dict[str, object], report: _ReportBuilder) -> list[str]:
     if given is None and text is None:
         raise _PageRefused("missing_text", 'a page needs "text" or "sentences"')
     if given is None:
-        return split_sentences(clean(_require_text(text, "text")))
+        return split_sentences(clean_page_text(_require_text(text, "text")))
     if text is not None:
         report.warn("text_unused", 'the page has "sentences", so its "text" is not used')
     if not isinstance(given, list):
         raise _PageRefused("bad_type", '"sentences" is a list of strings')
-    return [clean(_require_text(sentence, "sentences")) for sentence in given]
+    return [clean_page_text(_require_text(sentence, "sentences")) for sentence in given]
 
 
 def _sentences(texts: list[str], report: _ReportBuilder) -> Iterator[str]:
@@ -247,8 +247,8 @@ def _aliases(record: dict[str, object], report: _ReportBuilder) -> tuple[str, ..
     if not isinstance(given, list):
         raise _PageRefused("bad_type", '"aliases" is a list of strings')
     limits = report.limits
-    aliases = [clean(_require_text(alias, "aliases")) for alias in given[: limits.aliases]]
-    kept = [alias for alias in aliases if name_key(alias) and len(alias) <= limits.title_characters]
+    aliases = [clean_page_text(_require_text(alias, "aliases")) for alias in given[: limits.aliases]]
+    kept = [alias for alias in aliases if page_name_key(alias) and len(alias) <= limits.title_characters]
     if len(kept) < len(given):
         report.warn("alias_unused", f"{len(given) - len(kept)} aliases are empty, too long or too many")
     return tuple(dict.fromkeys(kept))

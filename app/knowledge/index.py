@@ -8,7 +8,7 @@ import re
 import sqlite3
 from enum import IntEnum
 
-from app.domain.corpora import Page, bare_key, caseless, clean, name_key
+from app.domain.corpora import Page, clean_page_text, fold_case, page_name_key, page_name_key_without_suffix
 from app.knowledge.base import SIMILAR_SHOWN, Hit, SearchResult
 
 APPLICATION_ID = 0x56544350
@@ -67,7 +67,7 @@ def add(connection: sqlite3.Connection, number: int, page: Page) -> None:
 def has_title(connection: sqlite3.Connection, title: str) -> bool:
     """Whether a page has exactly this title."""
     query = "SELECT 1 FROM names WHERE key = ? AND kind = ? AND name = ?"
-    found = connection.execute(query, (name_key(title), NameKind.TITLE, title))
+    found = connection.execute(query, (page_name_key(title), NameKind.TITLE, title))
     return found.fetchone() is not None
 
 
@@ -93,21 +93,21 @@ def find(connection: sqlite3.Connection, query: str, limit: int) -> tuple[Hit, .
 
 
 def _names(number: int, page: Page) -> list[tuple[str, int, int, str]]:
-    names: list[tuple[str, int, int, str]] = [(name_key(page.title), NameKind.TITLE, number, page.title)]
-    names += [(name_key(alias), NameKind.ALIAS, number, alias) for alias in page.aliases]
-    if bare := bare_key(page.title):
+    names: list[tuple[str, int, int, str]] = [(page_name_key(page.title), NameKind.TITLE, number, page.title)]
+    names += [(page_name_key(alias), NameKind.ALIAS, number, alias) for alias in page.aliases]
+    if bare := page_name_key_without_suffix(page.title):
         names.append((bare, NameKind.BARE_TITLE, number, page.title))
     return names
 
 
 def _named(connection: sqlite3.Connection, name: str) -> int | None:
     query = "SELECT kind, page, name FROM names WHERE key = ? ORDER BY kind, page LIMIT 50"
-    rows: list[tuple[int, int, str]] = connection.execute(query, (name_key(name),)).fetchall()
+    rows: list[tuple[int, int, str]] = connection.execute(query, (page_name_key(name),)).fetchall()
     best = [(page, spelled) for kind, page, spelled in rows if kind == rows[0][0]]
     if not best:
         return None
     if rows[0][0] == NameKind.TITLE:
-        wanted = clean(name.replace("_", " "))
+        wanted = clean_page_text(name.replace("_", " "))
         return next((page for page, spelled in best if spelled == wanted), best[0][0])
     pages = {page for page, _ in best}
     return pages.pop() if len(pages) == 1 else None
@@ -115,7 +115,7 @@ def _named(connection: sqlite3.Connection, name: str) -> int | None:
 
 def _query_words(text: str) -> tuple[str, ...]:
     """The words of a query, without FTS5 syntax and stop words."""
-    words = dict.fromkeys(caseless(word) for word in _WORD.findall(clean(text[:_QUERY_CHARACTERS])))
+    words = dict.fromkeys(fold_case(word) for word in _WORD.findall(clean_page_text(text[:_QUERY_CHARACTERS])))
     content_words = [word for word in words if not _COMMON.fullmatch(word)]
     return tuple(content_words or words)[:_QUERY_WORDS]
 
@@ -140,7 +140,7 @@ def _page(connection: sqlite3.Connection, number: int) -> Page:
 
 def _hit(page: Page, score: float, words: tuple[str, ...]) -> Hit:
     wanted = set(words)
-    shared = [len(wanted.intersection(_WORD.findall(caseless(s)))) for s in page.sentences]
+    shared = [len(wanted.intersection(_WORD.findall(fold_case(s)))) for s in page.sentences]
     best = shared.index(max(shared))
     # FTS5 gives its best match the lowest number.
     return Hit(title=page.title, score=-score, sentence=best, text=page.sentences[best], url=page.url)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from threading import Lock
 from typing import Literal
 
-from app.domain.corpora import Page, clean
+from app.domain.corpora import Page, clean_page_text
 from app.knowledge import index
 from app.knowledge.base import Hit, SearchResult
 
@@ -52,8 +52,8 @@ class MemoryKnowledge:
 
 def _cleaned(page: Page) -> Page:
     return Page(
-        title=clean(page.title),
-        sentences=tuple(text for sentence in page.sentences if (text := clean(sentence))),
-        aliases=tuple(text for alias in page.aliases if (text := clean(alias))),
+        title=clean_page_text(page.title),
+        sentences=tuple(text for sentence in page.sentences if (text := clean_page_text(sentence))),
+        aliases=tuple(text for alias in page.aliases if (text := clean_page_text(alias))),
         url=page.url,
     )

@@ -15,7 +15,16 @@ import structlog
 from app.atomic_dirs import locked, publish
 from app.db import Database, Unit
 from app.db.tables import AdapterRow
-from app.domain.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, Manifest, adapter_digest, model_card
+from app.domain.adapters import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    MODEL_CARD_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    Manifest,
+    adapter_digest,
+    render_model_card,
+)
 from app.domain.errors import NotFoundError, VerituneError
 from app.domain.identity import new_id
 from app.domain.jobs import JobStatus, Lease
@@ -65,11 +74,11 @@ class Adapters:
         return published
 
     def _store(self, named: str, directory: Path, manifest: Manifest, blobs: Blobs) -> AdapterRow:
-        weights, config = WEIGHTS[manifest.kind], CONFIG[manifest.kind]
+        weights, config = WEIGHTS_FILE[manifest.kind], CONFIG_FILE[manifest.kind]
         stored = {path.name: blobs.put_file(path) for path in sorted(directory.iterdir())}
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
-        stored[MANIFEST] = blobs.put_bytes(document.encode())
-        stored[CARD] = blobs.put_bytes(model_card(named, manifest).encode())
+        stored[MANIFEST_FILE] = blobs.put_bytes(document.encode())
+        stored[MODEL_CARD_FILE] = blobs.put_bytes(render_model_card(named, manifest).encode())
         return AdapterRow(
             id=new_id("adp"),
             name=named,
@@ -119,7 +128,7 @@ class Adapters:
         """Its adapter_config.json, or a whole model's config.json."""
         with self._database.read() as unit:
             row = _found(unit, reference)
-        name = CONFIG["full" if row.kind == "full" else "peft"]
+        name = CONFIG_FILE["full" if row.kind == "full" else "peft"]
         document: dict[str, Any] = json.loads(self._blobs.get_bytes(row.files[name]))
         return document
 
@@ -243,7 +252,7 @@ class _Forward(io.RawIOBase):
 def _name_served_base(directory: Path, row: AdapterRow) -> None:
     if row.kind == "full":
         return
-    path = directory / CONFIG["peft"]
+    path = directory / CONFIG_FILE["peft"]
     document: dict[str, Any] = json.loads(path.read_bytes())
     served_base = Manifest.model_validate(row.manifest).served_base
     if document.get("base_model_name_or_path") == served_base:

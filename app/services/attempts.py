@@ -10,12 +10,12 @@ from typing import Any
 from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
 from app.domain.adapters import Manifest
-from app.domain.attempts import Checkpointed, Evaluated, Metrics
+from app.domain.attempts import CheckpointWritten, EvaluationFinished, UpdateMetrics
 from app.domain.errors import NotFoundError
-from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobStatus, Lease, Progress
+from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobProgress, JobStatus, Lease
 from app.domain.ledger import OwnedReservation
 from app.domain.specs import TrainSpec
-from app.domain.splits import Part
+from app.domain.splits import SplitName
 from app.services.jobs import best_of
 from app.services.plans import Plans, Prepared
 from app.services.staged_blobs import staged
@@ -99,11 +99,11 @@ class Attempts:
             unit.jobs.write(lease, owner=lease.owner)
             unit.jobs.tell(lease.job_id, kind, message, level, data or {})
 
-    def record(self, lease: Lease, batch: list[Metrics], eta_seconds: float | None) -> None:
+    def record(self, lease: Lease, batch: list[UpdateMetrics], eta_seconds: float | None) -> None:
         """Write a batch of metrics and the progress they amount to."""
         last = batch[-1]
         loss = next((m.loss for m in reversed(batch) if m.loss is not None), None)
-        progress = Progress(
+        progress = JobProgress(
             update=last.update,
             total_updates=last.total_updates,
             epoch=last.epoch,
@@ -131,18 +131,18 @@ class Attempts:
             for warning in warnings:
                 unit.jobs.tell(lease.job_id, "warning", warning, "warning", {})
 
-    def evaluated(self, lease: Lease, found: Evaluated) -> None:
+    def evaluated(self, lease: Lease, found: EvaluationFinished) -> None:
         """Tell what held-out rows say. An update whose metrics are there already learns it from here."""
         measured = "not finite" if found.loss is None else f"{found.loss:.4f}"
         message = f"{found.part} loss {measured}, token accuracy {found.accuracy:.1%} at update {found.update}"
         with self._database.write() as unit:
             unit.jobs.write(lease, owner=lease.owner)
             unit.jobs.tell(lease.job_id, "evaluated", message, "info", found.model_dump(mode="json", exclude={"event"}))
-            if found.part is Part.VALIDATION:
+            if found.part is SplitName.VALIDATION:
                 values = {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
                 unit.jobs.add_to_metric(lease.job_id, found.update, values)
 
-    def checkpoint(self, lease: Lease, written: Checkpointed, manifest: Manifest | None = None) -> None:
+    def checkpoint(self, lease: Lease, written: CheckpointWritten, manifest: Manifest | None = None) -> None:
         """Upload a checkpoint and commit its row; of the older ones only the last and the best stay.
 
         `manifest`: what an adapter of these weights would say of itself.
@@ -153,7 +153,7 @@ class Attempts:
         self._blobs.discard(lost)
 
     def _commit_checkpoint(
-        self, lease: Lease, written: Checkpointed, files: dict[str, Blob], manifest: Manifest | None
+        self, lease: Lease, written: CheckpointWritten, files: dict[str, Blob], manifest: Manifest | None
     ) -> set[str]:
         """Write the checkpoint's row and drop older ones. Returns the blobs to which nothing refers any more."""
         row = CheckpointRow(

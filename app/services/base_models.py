@@ -5,24 +5,21 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from app.db import Database
 from app.db.tables import BaseModelRow
 from app.domain.architectures import Architecture
 from app.domain.base_models import BaseModelDescription, served_base_digest
 from app.domain.encoding import Encoder, Tokenization
 from app.domain.errors import InvalidError, NotFoundError, Problem
+from app.domain.frozen import Frozen
 from app.domain.react import ReactFormat
 from app.domain.tuning_methods import Quantization
 from app.storage import Blobs
 from app.tokenizers import load_tokenization
 
 
-class BaseModelView(BaseModel):
+class BaseModelView(Frozen):
     """A base model as the API shows it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     digest: str
@@ -109,7 +106,7 @@ class BaseModels:
         return load_tokenization(self._blobs.get_bytes(digest), bos_id=bos_id, eos_id=eos_id)
 
     def _load_sizes(self, digest: str) -> Architecture | None:
-        return Architecture.of(json.loads(self._blobs.get_bytes(digest)))
+        return Architecture.from_config(json.loads(self._blobs.get_bytes(digest)))
 
     def _view(self, row: BaseModelRow) -> BaseModelView:
         known = self.describe(row)

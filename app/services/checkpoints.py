@@ -8,15 +8,15 @@ from sqlalchemy.exc import IntegrityError
 from app.db import Database, Unit
 from app.db.tables import AdapterRow, CheckpointRow, JobRow
 from app.domain.adapters import (
-    BESIDES,
-    CARD,
-    CONFIG,
-    MANIFEST,
-    WEIGHTS,
+    CONFIG_FILE,
+    EXTRA_FILES,
+    MANIFEST_FILE,
+    MODEL_CARD_FILE,
+    WEIGHTS_FILE,
     Adapter,
     Manifest,
     adapter_digest,
-    model_card,
+    render_model_card,
 )
 from app.domain.errors import ConflictError, NotFoundError
 from app.domain.identity import new_id
@@ -69,12 +69,12 @@ class Checkpoints:
             raise _taken("an adapter", row.name) from None
 
     def _row(self, checkpoint: CheckpointRow, manifest: Manifest, name: str, blobs: Blobs) -> AdapterRow:
-        weights, config = WEIGHTS[manifest.kind], CONFIG[manifest.kind]
-        belonging = (weights, config, *BESIDES[manifest.kind])
+        weights, config = WEIGHTS_FILE[manifest.kind], CONFIG_FILE[manifest.kind]
+        belonging = (weights, config, *EXTRA_FILES[manifest.kind])
         files = {file: checkpoint.files[file] for file in belonging if file in checkpoint.files}
         size = sum(self._blobs.size(digest) for digest in files.values())
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
-        for file, text in ((MANIFEST, document), (CARD, model_card(name, manifest))):
+        for file, text in ((MANIFEST_FILE, document), (MODEL_CARD_FILE, render_model_card(name, manifest))):
             blob = blobs.put_bytes(text.encode())
             files[file], size = blob.digest, size + blob.size
         return AdapterRow(

@@ -7,13 +7,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import IntegrityError
 
 from app.db import Database, Unit
 from app.db.tables import CorpusRow
 from app.domain.corpora import CorpusReport
 from app.domain.errors import ConflictError, InvalidError, NotFoundError, Problem
+from app.domain.frozen import Frozen
 from app.domain.identity import new_id
 from app.ingest.corpus_lines import corpus_lines
 from app.knowledge import (
@@ -37,10 +37,8 @@ NAMED_AT_MOST = 5
 """Corpora that are named to who has named none."""
 
 
-class Corpus(BaseModel):
+class Corpus(Frozen):
     """A corpus as the API shows it. `digest` is the snapshot that Observations name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     object: Literal["corpus"] = "corpus"

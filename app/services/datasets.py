@@ -5,13 +5,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import IntegrityError
 
 from app.db import Database, Unit
 from app.db.tables import DatasetRow
 from app.domain.datasets import DatasetReport, read_canonical
 from app.domain.errors import ConflictError, NotFoundError
+from app.domain.frozen import Frozen
 from app.domain.identity import new_id
 from app.domain.trajectories import Trajectory
 from app.ingest import ingest
@@ -20,10 +20,8 @@ from app.services.staged_blobs import staged
 from app.storage import Blobs, sweep
 
 
-class Dataset(BaseModel):
+class Dataset(Frozen):
     """A dataset as the API shows it. `report` is the account of the upload that made it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     object: Literal["dataset"] = "dataset"

@@ -11,18 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pydantic import BaseModel, ConfigDict
-
 from app.db import Database
 from app.db.tables import DatasetRow, EncodingRow
 from app.domain.attempts import EncodedBranch, EncodedRow
 from app.domain.datasets import read_canonical
-from app.domain.encoding import Encoded, Encoder
+from app.domain.encoding import EncodedSequence, Encoder
 from app.domain.errors import InvalidError, NotFoundError, Problem
-from app.domain.plans import Lengths, RowNote
-from app.domain.reading import MOST_PROBLEMS
+from app.domain.frozen import Frozen
+from app.domain.plans import OverlengthRow, TokenLengths
+from app.domain.spec_parser import MAX_PROBLEMS
 from app.domain.specs import TrainSpec
-from app.domain.splits import Part, drawn_part
+from app.domain.splits import SplitName, draw_split
 from app.domain.trajectories import Trajectory
 from app.storage import Blobs
 from app.storage.blobs import hash_file
@@ -32,14 +31,12 @@ REVISION = 4
 """Raised when the same inputs would give other ids, so that blobs of an older version are not reused."""
 
 
-class EncodingSummary(BaseModel):
+class EncodingSummary(Frozen):
     """What encoding a dataset under one policy gave. `notes` lists at most 10,000 rows; the counts are exact.
 
     `branches`, `tokens`, `labelled_tokens` and `lengths` are those of the rows that are trained on, `longest` is that
     of all.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: int
     trained: int
@@ -53,8 +50,8 @@ class EncodingSummary(BaseModel):
     tokens: int
     labelled_tokens: int
     longest: int
-    lengths: Lengths
-    notes: tuple[RowNote, ...]
+    lengths: TokenLengths
+    notes: tuple[OverlengthRow, ...]
 
     @property
     def kept(self) -> int:
@@ -145,18 +142,18 @@ class _Tally:
     def __init__(self) -> None:
         self.rows = self.trimmed = self.protected = self.dropped = self.refused = self.branches = 0
         self.tokens = self.labelled = self.longest = 0
-        self.parts: Counter[Part] = Counter()
+        self.parts: Counter[SplitName] = Counter()
         self.lengths: list[int] = []
-        self.notes: list[RowNote] = []
+        self.notes: list[OverlengthRow] = []
 
-    def note(self, note: RowNote) -> None:
+    def note(self, note: OverlengthRow) -> None:
         if len(self.notes) < NOTES_KEPT:
             self.notes.append(note)
 
     def row(self, row: EncodedRow, labelled: int) -> EncodedRow:
         self.parts[row.part] += 1
         self.longest = max(self.longest, len(row.all_ids))
-        if row.part is Part.TRAIN:
+        if row.part is SplitName.TRAIN:
             self.lengths.append(len(row.ids))
             self.branches += row.branch is not None
             self.tokens += len(row.all_ids)
@@ -175,9 +172,9 @@ def _encode(lines: Iterator[bytes], spec: TrainSpec, limit: int, encoder: Encode
         out.write(row.model_dump_json(exclude_defaults=True).encode() + b"\n")
     return EncodingSummary(
         rows=tally.rows,
-        trained=tally.parts[Part.TRAIN],
-        validation=tally.parts[Part.VALIDATION],
-        test=tally.parts[Part.TEST],
+        trained=tally.parts[SplitName.TRAIN],
+        validation=tally.parts[SplitName.VALIDATION],
+        test=tally.parts[SplitName.TEST],
         trimmed=tally.trimmed,
         protected=tally.protected,
         dropped=tally.dropped,
@@ -186,7 +183,7 @@ def _encode(lines: Iterator[bytes], spec: TrainSpec, limit: int, encoder: Encode
         tokens=tally.tokens,
         labelled_tokens=tally.labelled,
         longest=tally.longest,
-        lengths=Lengths.of(tally.lengths),
+        lengths=TokenLengths.measure(tally.lengths),
         notes=tuple(tally.notes),
     )
 
@@ -209,31 +206,33 @@ def _fitted(
                 lost = whole.labelled - left.labelled
                 kept = len(left.ids)
                 tally.note(
-                    RowNote(line=line, tokens=before, kept_tokens=kept, action=action, labelled_tokens_lost=lost)
+                    OverlengthRow(line=line, tokens=before, kept_tokens=kept, action=action, labelled_tokens_lost=lost)
                 )
             return shorter.trajectory
     elif before <= limit:
         return trajectory
     elif policy == "refuse":
         tally.refused += 1
-        tally.note(RowNote(line=line, tokens=before, kept_tokens=0, action="refused"))
+        tally.note(OverlengthRow(line=line, tokens=before, kept_tokens=0, action="refused"))
         return None
     tally.dropped += 1
-    tally.note(RowNote(line=line, tokens=before, kept_tokens=0, action="dropped", labelled_tokens_lost=whole.labelled))
+    tally.note(
+        OverlengthRow(line=line, tokens=before, kept_tokens=0, action="dropped", labelled_tokens_lost=whole.labelled)
+    )
     return None
 
 
-def _encoded(trajectory: Trajectory, spec: TrainSpec, encoder: Encoder) -> Encoded:
+def _encoded(trajectory: Trajectory, spec: TrainSpec, encoder: Encoder) -> EncodedSequence:
     observations = spec.trainer.train_on_observations
-    return encoder.encode(encoder.form.segments(trajectory, train_on_observations=observations))
+    return encoder.encode(encoder.form.render_trajectory(trajectory, train_on_observations=observations))
 
 
 def _row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, tally: _Tally) -> EncodedRow:
     whole, part = _encoded(trajectory, spec, encoder), _part(trajectory, line, spec)
     if not _has_branch(line, spec):
         return tally.row(EncodedRow(line=line, ids=whole.ids, trained=whole.trained, part=part), whole.labelled)
-    branch = encoder.encode(encoder.form.branch_segments(trajectory))
-    at = encoder.length(encoder.form.prompt(trajectory.claim, trajectory.steps[:-1]))
+    branch = encoder.encode(encoder.form.render_labelled_branch(trajectory))
+    at = encoder.count_tokens(encoder.form.render_prompt(trajectory.claim, trajectory.steps[:-1]))
     trained = tuple((start - at, end - at) for start, end in branch.trained)
     own = EncodedBranch(at=at, ids=branch.ids[at:], trained=trained)
     row = EncodedRow(line=line, ids=whole.ids, trained=whole.trained, branch=own, part=part)
@@ -245,12 +244,12 @@ def _has_branch(line: int, spec: TrainSpec) -> bool:
     return _drawn(f"{spec.seed}:{line}") < spec.trainer.verdict_branch
 
 
-def _part(trajectory: Trajectory, line: int, spec: TrainSpec) -> Part:
+def _part(trajectory: Trajectory, line: int, spec: TrainSpec) -> SplitName:
     """The part that a row belongs to: the one that it says, or one drawn by seed and row."""
     split = spec.preprocessing.split
     if split.type == "fixed":
-        return trajectory.split or Part.TRAIN
-    return drawn_part(_drawn(f"{spec.seed}:{line}:part"), split.probabilities)
+        return trajectory.split or SplitName.TRAIN
+    return draw_split(_drawn(f"{spec.seed}:{line}:part"), split.probabilities)
 
 
 def _drawn(text: str) -> float:
@@ -263,7 +262,7 @@ def refuse_overlength(summary: EncodingSummary, limit: int) -> None:
     if summary.refused:
         found = tuple(
             Problem(("dataset", "rows", n.line), f"{n.tokens} tokens; at most {limit} fit")
-            for n in summary.notes[:MOST_PROBLEMS]
+            for n in summary.notes[:MAX_PROBLEMS]
         )
         raise InvalidError(
             f"{summary.refused} rows are longer than {limit} tokens and preprocessing.overlength is refuse; "

@@ -62,7 +62,7 @@ def _target_modules(asked: LoraAdapter, sizes: Architecture | None) -> list[str]
     """None where only the model itself knows which those are."""
     if not isinstance(asked.target_modules, str):
         return _endings(asked.target_modules)
-    return sorted(sizes.linears) if sizes is not None and sizes.family else None
+    return sorted(sizes.linears) if sizes is not None and sizes.is_llama_family else None
 
 
 def _endings(names: Iterable[str]) -> list[str]:

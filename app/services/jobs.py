@@ -13,7 +13,18 @@ from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
 from app.domain.errors import ConflictError, InvalidError, Loc, NotFoundError, Problem
 from app.domain.identity import new_id
-from app.domain.jobs import TERMINAL, WISHES, Checkpoint, Event, Job, JobError, JobStatus, Metric, Progress, Wish
+from app.domain.jobs import (
+    ACTION_TRANSITIONS,
+    TERMINAL,
+    Checkpoint,
+    Event,
+    Job,
+    JobAction,
+    JobError,
+    JobProgress,
+    JobStatus,
+    Metric,
+)
 from app.domain.plans import Plan
 from app.domain.remedies import Change
 from app.domain.specs import JobKind, TrainSpec
@@ -32,7 +43,7 @@ _TOLD = {
 
 
 _PLAN: TypeAdapter[Plan | None] = TypeAdapter(Plan | None)
-_PROGRESS: TypeAdapter[Progress | None] = TypeAdapter(Progress | None)
+_PROGRESS: TypeAdapter[JobProgress | None] = TypeAdapter(JobProgress | None)
 _ERROR: TypeAdapter[JobError | None] = TypeAdapter(JobError | None)
 _NOTHING = "null"
 
@@ -105,15 +116,16 @@ class Jobs:
             rows, more = unit.jobs.list_jobs(after, limit, status)
         return [_view(row) for row in rows], more
 
-    def wish(self, reference: str, wish: Wish) -> Job:
+    def request_action(self, reference: str, action: JobAction) -> Job:
         """Cancel, pause or resume. Asking twice is fine; asking what the state forbids is a conflict."""
         with self._database.write() as unit:
             row = _found(unit, reference)
             status = JobStatus(row.status)
-            following = WISHES[wish].get(status)
+            following = ACTION_TRANSITIONS[action].get(status)
             if following is None:
+                known = " or ".join(ACTION_TRANSITIONS[action])
                 raise ConflictError(
-                    f"{row.id} is {status}; only a job that is {' or '.join(WISHES[wish])} can be asked to {wish}",
+                    f"{row.id} is {status}; only a job that is {known} can be asked to {action}",
                     code="wrong_state",
                 )
             if following is not status:
@@ -249,7 +261,7 @@ def _row(prepared: Prepared) -> JobRow:
         status=JobStatus.QUEUED.value,
         spec=frozen.model_dump(mode="json"),
         plan=prepared.plan.model_dump(mode="json"),
-        progress=Progress(total_updates=prepared.schedule.updates).model_dump(mode="json"),
+        progress=JobProgress(total_updates=prepared.schedule.updates).model_dump(mode="json"),
         error=None,
         dataset_id=prepared.dataset.id,
         base_model=prepared.base.name,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from app.domain.claims import fold
+from app.domain.claims import to_one_line
 from app.domain.errors import ConflictError, InvalidError, Problem
 from app.domain.identity import looks_like_id
 from app.domain.spec_base import NAME_PATTERN
@@ -30,7 +30,7 @@ def taken_by_another(asked: str, name: str, identity: str, what: str) -> Conflic
 def shown_filename(given: str) -> str:
     """The last component of the name that a client gave, printable and not too long; nothing is opened by it."""
     last = re.split(r"[/\\]", given)[-1]
-    return fold("".join(c for c in last if c.isprintable()))[:LONGEST_FILENAME] or "upload"
+    return to_one_line("".join(c for c in last if c.isprintable()))[:LONGEST_FILENAME] or "upload"
 
 
 def choose_name(asked: str | None, filename: str, taken: Callable[[str], bool], what: str) -> str:

@@ -9,12 +9,12 @@ from app.db import Database
 from app.db.tables import BaseModelRow, DatasetRow
 from app.domain.devices import NamedDevice
 from app.domain.errors import InvalidError, NotFoundError, Problem
-from app.domain.memory import Memory, memory_of
+from app.domain.memory import MemoryEstimate, estimate_memory
 from app.domain.plans import Plan, Remedy, Schedule
-from app.domain.reading import read_spec
-from app.domain.remedies import Change, changed, families, together
+from app.domain.remedies import Change, apply_change, list_changes_by_kind, list_combined_changes
+from app.domain.spec_parser import read_spec
 from app.domain.specs import Feature, TrainSpec
-from app.domain.trainables import trainable_parameters
+from app.domain.trainables import count_trainable_parameters
 from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.devices import Devices
@@ -36,7 +36,7 @@ class Need:
     """What a job takes on a device. `memory` and `fits` are None where that cannot be known."""
 
     recompute: bool
-    memory: Memory | None = None
+    memory: MemoryEstimate | None = None
     fits: bool | None = None
 
     @property
@@ -129,7 +129,7 @@ class Plans:
         refuse_overlength(summary, limit)
         check_parts(spec, summary)
         on: Literal["cpu", "gpu"] = "gpu" if device is not None and device.type == "gpu" else "cpu"
-        schedule = Schedule.of(spec, summary.trained, summary.longest, on, summary.validation)
+        schedule = Schedule.for_spec(spec, summary.trained, summary.longest, on, summary.validation)
         need = self._need(spec, base, device, schedule, summary.longest)
         name = device.name if device else "unknown"
         plan = _plan(spec, base.name, dataset, name, limit, summary, schedule)
@@ -148,7 +148,7 @@ class Plans:
             return Need(gpu and described.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted)
         load, machine = schedule.load(longest), device.machine
         for recompute in (False, True) if wanted == "auto" else (wanted,):
-            memory = memory_of(sizes, spec, load, machine, recompute=recompute, stored=described.bytes)
+            memory = estimate_memory(sizes, spec, load, machine, recompute=recompute, stored=described.bytes)
             need = Need(recompute, memory, memory.total <= device.bytes)
             if need.fits:
                 break
@@ -169,7 +169,7 @@ class Plans:
         tokens = summary.tokens * schedule.updates / schedule.updates_per_epoch
         return {
             "device_bytes": device.bytes if device else None,
-            "trainable_parameters": trainable_parameters(sizes, spec) if sizes else None,
+            "trainable_parameters": count_trainable_parameters(sizes, spec) if sizes else None,
             "gradient_checkpointing": need.recompute,
             "memory": need.memory,
             "fits": need.fits,
@@ -180,17 +180,17 @@ class Plans:
     def _remedies(self, prepared: Prepared) -> list[Remedy]:
         """One for each kind of change that suffices alone; else the least of several together."""
         longest, spec = prepared.summary.longest, prepared.spec
-        alone = families(spec, prepared.schedule, longest, recompute=prepared.need.recompute)
+        alone = list_changes_by_kind(spec, prepared.schedule, longest, recompute=prepared.need.recompute)
         if found := [remedy for family in alone if (remedy := self._mildest(prepared, family))]:
             return found
-        remedy = self._mildest(prepared, together(spec, longest))
+        remedy = self._mildest(prepared, list_combined_changes(spec, longest))
         return [remedy] if remedy else []
 
     def _mildest(self, prepared: Prepared, family: list[Change]) -> Remedy | None:
         """The first change of a family with which the job fits."""
         for change in family:
             try:
-                spec = changed(prepared.spec, change)
+                spec = apply_change(prepared.spec, change)
                 again = self._prepare(spec, prepared.dataset, prepared.base, prepared.device)
             except (ValidationError, InvalidError):
                 continue  # the change does not go with the rest of the config, or leaves no row

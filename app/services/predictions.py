@@ -11,8 +11,8 @@ from typing import Literal
 
 from app.db.tables import BaseModelRow
 from app.domain.adapters import Adapter
-from app.domain.claims import Verdict, read_verdict
-from app.domain.errors import ConflictError, CutOffError, VerituneError
+from app.domain.claims import Verdict, parse_verdict
+from app.domain.errors import ClientDisconnectedError, ConflictError, VerituneError
 from app.domain.identity import new_id
 from app.domain.predictions import (
     ObservedText,
@@ -24,9 +24,9 @@ from app.domain.predictions import (
     PredictRequest,
     Timings,
 )
-from app.domain.react import ReactFormat, header, parse
+from app.domain.react import ReactFormat, build_header, parse_steps
 from app.domain.specs import Generation
-from app.domain.trajectories import read_action
+from app.domain.trajectories import parse_action
 from app.domain.tuning_methods import Quantization
 from app.generation import Generator
 from app.knowledge.base import KnowledgeExplorer
@@ -104,7 +104,7 @@ class Predictions:
         def one(request: PredictRequest) -> Prediction | VerituneError:
             try:
                 return self._drain(request, self._resolve_model(request), is_cancelled)
-            except CutOffError:  # of all of them
+            except ClientDisconnectedError:  # of all of them
                 raise
             except VerituneError as error:
                 return error
@@ -195,16 +195,16 @@ class Predictions:
 
     def _run_ungrounded(self, request: PredictRequest, session: PromptSession, limit: int) -> Run:
         """Ungrounded: the model writes the whole trajectory, Observations included, within `limit` tokens."""
-        session.start(session.encoder.form.head(request.claim))
+        session.start(session.encoder.form.render_instructions(request.claim))
         opening = list(session.ids)
-        session.append([header("Thought", 1)])
+        session.append([build_header("Thought", 1)])
         room = limit - len(session.ids) - 1
         text = session.generate_trajectory(max(1, min(UNGROUNDED_TOKENS, room)))
         trace = Trace(steps=_build_steps(f"Thought 1:{text}"))
         session.ids = opening
         trace.probabilities = session.score_verdicts(1)
         finish = trace.steps[-1].action if trace.steps else None
-        verdict = read_verdict(finish.argument) if finish and finish.name == "Finish" else None
+        verdict = parse_verdict(finish.argument) if finish and finish.name == "Finish" else None
         trace.forced = verdict is None
         trace.verdict = verdict or max(trace.probabilities, key=lambda v: trace.probabilities[v])
         return Run(trace, session)
@@ -213,7 +213,7 @@ class Predictions:
 def _build_steps(text: str) -> list[PredictedStep]:
     """What a model wrote on its own, as far as its first Finish; nothing about it is believed."""
     steps = []
-    for raw in parse(text)[1]:
+    for raw in parse_steps(text)[1]:
         action = _build_action(raw.action)
         seen = ObservedText(text=" ".join(raw.observation.split()), source="model") if raw.observation else None
         done = action is not None and action.name == "Finish"
@@ -229,7 +229,7 @@ def _build_action(text: str | None) -> PredictedAction | None:
         return None
     line = text.strip().split("\n", 1)[0]
     try:
-        action = read_action(line)
+        action = parse_action(line)
     except ValueError:
         return PredictedAction(name="", argument=line)
     return PredictedAction(name=action.name, argument=action.argument)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from app.domain.claims import STEP_MARKER, Verdict
 from app.domain.encoding import Encoder
-from app.domain.errors import CutOffError
-from app.domain.predictions import Usage
-from app.domain.react import Part, Segment, action_atom, header
+from app.domain.errors import ClientDisconnectedError
+from app.domain.predictions import PredictionUsage
+from app.domain.react import Segment, SegmentKind, build_action_opening, build_header
 from app.domain.trajectories import ARGUMENT_LIMIT, ActionName
-from app.generation import Generated, GenerationRequest, Generator
+from app.generation import GenerationRequest, GenerationResult, Generator
 
 ARGUMENT_PATTERN = rf"[^\[\]\n]{{1,{ARGUMENT_LIMIT}}}\]"
 ARGUMENT_TOKENS = 64
@@ -42,8 +42,8 @@ class Meter:
         self.seconds += other.seconds
         self.scoring_seconds += other.scoring_seconds
 
-    def usage(self) -> Usage:
-        return Usage(
+    def usage(self) -> PredictionUsage:
+        return PredictionUsage(
             calls=self.calls,
             prompt_tokens=self.prompt,
             cached_tokens=self.cached,
@@ -84,7 +84,7 @@ class PromptSession:
 
     def append(self, segments: Iterable[Segment]) -> None:
         for segment in segments:
-            self.ids += self.encoder.atom(segment)
+            self.ids += self.encoder.encode_segment(segment)
 
     def generate_thought(self, room: int) -> str:
         """Let the model write one Thought of at most `room` tokens. What looks like a step's beginning is cut off."""
@@ -100,12 +100,12 @@ class PromptSession:
 
         Returns (kind, whether Finish was forced on a model that chose otherwise).
         """
-        kinds = {token: kind for token, kind in self.encoder.action_tokens().items() if kind in offered}
+        kinds = {token: kind for token, kind in self.encoder.map_action_tokens().items() if kind in offered}
         answer = self._generate(max_tokens=1, allowed=tuple(kinds))
         chosen = kinds[answer.ids[0]]
         forced = must_finish and chosen is not ActionName.FINISH
         kind = ActionName.FINISH if forced else chosen
-        self.append([action_atom(kind)])
+        self.append([build_action_opening(kind)])
         return kind, forced
 
     def generate_argument(self) -> str:
@@ -117,10 +117,10 @@ class PromptSession:
 
     def choose_verdict(self) -> Verdict:
         """Let the model choose the label behind `Finish[`; the label's own ids are appended."""
-        labels = self.encoder.verdict_tokens()
+        labels = self.encoder.map_verdict_tokens()
         answer = self._generate(max_tokens=1, allowed=tuple(labels))
         chosen = labels[answer.ids[0]]
-        self.append([Segment(Part.ARGUMENT, chosen.value, trained=True)])
+        self.append([Segment(SegmentKind.ARGUMENT, chosen.value, trained=True)])
         return chosen
 
     def score_verdicts(self, step: int) -> dict[Verdict, float]:
@@ -128,10 +128,10 @@ class PromptSession:
 
         `ids` must end behind the last Observation. One forward; nothing is appended.
         """
-        labels = self.encoder.verdict_tokens()
+        labels = self.encoder.map_verdict_tokens()
         branch = list(self.ids)
-        for segment in (header("Action", step), action_atom(ActionName.FINISH)):
-            branch += self.encoder.atom(segment)
+        for segment in (build_header("Action", step), build_action_opening(ActionName.FINISH)):
+            branch += self.encoder.encode_segment(segment)
         answer = self._generate(max_tokens=1, allowed=tuple(labels), logprobs=len(labels), prompt=branch)
         weights = {v: math.exp(answer.first_logprobs.get(t, -math.inf)) for t, v in labels.items()}
         total = sum(weights.values()) or 1.0
@@ -152,9 +152,9 @@ class PromptSession:
         allowed: tuple[int, ...] | None = None,
         logprobs: int | None = None,
         prompt: list[int] | None = None,
-    ) -> Generated:
+    ) -> GenerationResult:
         if self.is_cancelled():
-            raise CutOffError("the client has gone")
+            raise ClientDisconnectedError("the client has gone")
         started = time.monotonic()
         answer = self.generator.generate(
             GenerationRequest(

@@ -19,7 +19,7 @@ from app.domain.predictions import (
     PredictedStep,
     ThoughtWritten,
 )
-from app.domain.react import CLOSE, TURN_END, Part, Segment, header
+from app.domain.react import CLOSE, TURN_END, Segment, SegmentKind, build_header
 from app.domain.trajectories import ActionName
 from app.knowledge.base import KnowledgeExplorer
 from app.services.prompt_session import PromptSession
@@ -65,7 +65,7 @@ class ReactLoop:
         self.trace = Trace()
 
     def run(self) -> Iterator[LoopEvent]:
-        self._session.start(self._session.encoder.form.head(self._claim))
+        self._session.start(self._session.encoder.form.render_instructions(self._claim))
         for number in range(1, self._max_steps + 1):
             before = list(self._session.ids)
             yield from self._think(number)
@@ -81,12 +81,12 @@ class ReactLoop:
         return room < self._session.max_thought_tokens + 2 * TURN_RESERVE
 
     def _think(self, number: int) -> Iterator[LoopEvent]:
-        self._session.append([header("Thought", number)])
+        self._session.append([build_header("Thought", number)])
         room = (
             self._limit - len(self._session.ids) - TURN_RESERVE
         )  # an Observation may have left less than a Thought takes
         self._thought = self._session.generate_thought(max(1, room))
-        self._session.append([TURN_END, header("Action", number)])
+        self._session.append([TURN_END, build_header("Action", number)])
         yield ThoughtWritten(step=number, thought=self._thought)
 
     def _choose_action(self, *, last: bool) -> ActionName:
@@ -103,9 +103,9 @@ class ReactLoop:
         argument = self._session.generate_argument()
         action = PredictedAction(name=kind, argument=argument)
         yield ActionChosen(step=number, action=action)
-        self._session.append([CLOSE, TURN_END, header("Observation", number)])
+        self._session.append([CLOSE, TURN_END, build_header("Observation", number)])
         seen = self._observe(kind, argument)
-        self._session.append([Segment(Part.OBSERVATION, f" {seen.text}", trained=False), TURN_END])
+        self._session.append([Segment(SegmentKind.OBSERVATION, f" {seen.text}", trained=False), TURN_END])
         self.trace.steps.append(PredictedStep(thought=self._thought, action=action, observation=seen))
         yield Observed(step=number, observation=seen)
 
@@ -125,16 +125,16 @@ class ReactLoop:
     def _fit_observation(self, found: Observation) -> ObservedText:
         """The observation as the model sees it: inside its token budget, by the rule that training used."""
         encoder: Encoder = self._session.encoder
-        budget = encoder.observation_budget(len(self._session.ids), self._limit)
+        budget = encoder.get_observation_budget(len(self._session.ids), self._limit)
         page = self._explorer.page
         text, ids = found.text, found.sentences
         if page is not None and len(ids) > 1:
             sentences = [page.sentences[i] for i in ids]
-            kept = encoder.trim(sentences, budget)
+            kept = encoder.count_sentences_that_fit(sentences, budget)
             ids = ids[: max(1, kept)]
-            text = " ".join(sentences[:kept]) if kept else encoder.clip(sentences[0], budget)
+            text = " ".join(sentences[:kept]) if kept else encoder.clip_sentence(sentences[0], budget)
         else:
-            text = encoder.shorten(text, budget)
+            text = encoder.shorten_observation(text, budget)
         if page is not None:
             self._cite(page.title, page.url, ids, page.sentences)
         return ObservedText(

@@ -3,7 +3,7 @@
 from app.db.tables import DatasetRow
 from app.domain.errors import InvalidError, Problem
 from app.domain.specs import TrainSpec
-from app.domain.splits import PARTS
+from app.domain.splits import SPLIT_NAMES
 from app.services.encodings import EncodingSummary
 
 _COLUMN = ("preprocessing", "split", "column")
@@ -47,7 +47,7 @@ def empty_parts(spec: TrainSpec, summary: EncodingSummary) -> list[str]:
         return []
     return [
         f"no row fell into the {part} part, whose share is {share:g}"
-        for part, share, rows in zip(PARTS, split.probabilities, counts, strict=True)
+        for part, share, rows in zip(SPLIT_NAMES, split.probabilities, counts, strict=True)
         if share > 0 and rows == 0
     ]
 

@@ -2,10 +2,10 @@
 
 from app.domain.architectures import Architecture
 from app.domain.errors import InvalidError, Problem
-from app.domain.reading import headline
+from app.domain.spec_parser import build_headline
 from app.domain.specs import TrainSpec
 from app.domain.spelling import did_you_mean
-from app.domain.trainables import rank, targets
+from app.domain.trainables import get_rank, list_lora_targets
 from app.domain.tuning_methods import AdaloraAdapter, LoraAdapter
 
 OTHERS = ("lm_head",)
@@ -18,7 +18,7 @@ def check_targets(spec: TrainSpec, sizes: Architecture | None) -> None:
     Only where the names are known: other architectures are looked at when they are loaded.
     """
     adapter = spec.adapter
-    if sizes is None or not sizes.family or not isinstance(adapter, LoraAdapter | AdaloraAdapter):
+    if sizes is None or not sizes.is_llama_family or not isinstance(adapter, LoraAdapter | AdaloraAdapter):
         return
     known = (*sizes.linears, *OTHERS)
     named = [] if isinstance(adapter.target_modules, str) else adapter.target_modules
@@ -34,14 +34,14 @@ def check_targets(spec: TrainSpec, sizes: Architecture | None) -> None:
     if not problems and (narrow := _narrower(sizes, spec)):
         name, (inputs, outputs) = narrow
         place = "r" if isinstance(adapter, LoraAdapter) else "init_r"
-        message = f"a rank of {rank(spec)} is more than {name} has, which is {inputs} × {outputs}"
+        message = f"a rank of {get_rank(spec)} is more than {name} has, which is {inputs} × {outputs}"
         hint = f"use at most {min(inputs, outputs)}, or other target_modules"
         problems.append(Problem(("adapter", place), message, hint))
     if problems:
-        raise InvalidError(headline(problems), code="invalid_spec", problems=tuple(problems))
+        raise InvalidError(build_headline(problems), code="invalid_spec", problems=tuple(problems))
 
 
 def _narrower(sizes: Architecture, spec: TrainSpec) -> tuple[str, tuple[int, int]] | None:
     """The narrowest layer that the adapter stands beside, where its rank is more than that."""
-    narrowest = min(targets(sizes, spec).items(), key=lambda layer: min(layer[1]), default=None)
-    return narrowest if narrowest and rank(spec) > min(narrowest[1]) else None
+    narrowest = min(list_lora_targets(sizes, spec).items(), key=lambda layer: min(layer[1]), default=None)
+    return narrowest if narrowest and get_rank(spec) > min(narrowest[1]) else None

@@ -16,10 +16,10 @@ import obstore
 import structlog
 from obstore.exceptions import BaseError
 from obstore.store import from_url
-from pydantic import BaseModel, ConfigDict
 
 from app.disk import disk_error, faults_in_words, megabytes
 from app.domain.errors import NotFoundError, StorageError
+from app.domain.frozen import Frozen
 
 CHUNK = 1 << 20
 
@@ -32,10 +32,8 @@ _SYSTEM_ERROR = re.compile(r"(?P<reason>[^:\n]+) \(os error (?P<number>\d+)\)")
 log = structlog.get_logger(__name__)
 
 
-class Blob(BaseModel):
+class Blob(Frozen):
     """`digest`: SHA-256 in hex. `size` in bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     digest: str
     size: int

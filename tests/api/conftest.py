@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 from app.composition import Services, compose
 from app.db.base import Base
 from app.db.migrating import migrate
-from app.domain.adapters import CONFIG, WEIGHTS, Kind, Manifest, ManifestBase
-from app.domain.attempts import Checkpointed, Metrics
+from app.domain.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterKind, Manifest, ManifestBase
+from app.domain.attempts import CheckpointWritten, UpdateMetrics
 from app.domain.base_models import BaseModelDescription
 from app.domain.devices import DeviceDescription
 from app.domain.jobs import Lease
@@ -216,8 +216,8 @@ def lease(services: Services) -> Lease:
     return taken.lease
 
 
-def metric(update: int, loss: float | None = 1.5) -> Metrics:
-    return Metrics(
+def metric(update: int, loss: float | None = 1.5) -> UpdateMetrics:
+    return UpdateMetrics(
         update=update,
         total_updates=25,
         epoch=update / 10,
@@ -235,7 +235,7 @@ def manifest_of(services: Services, lease: Lease) -> Manifest:
     """What an adapter of a leased job says of itself."""
     job = services.jobs.get(lease.job_id)
     base = services.base_models.get(job.spec.base_model)
-    kind: Kind = "full" if job.spec.adapter is None else "peft"
+    kind: AdapterKind = "full" if job.spec.adapter is None else "peft"
     return Manifest(
         job_id=lease.job_id,
         kind=kind,
@@ -256,10 +256,10 @@ def manifest_of(services: Services, lease: Lease) -> Manifest:
     )
 
 
-def write_adapter(directory: Path, name: str, kind: Kind = "peft") -> Path:
+def write_adapter(directory: Path, name: str, kind: AdapterKind = "peft") -> Path:
     directory.mkdir(parents=True)
-    (directory / WEIGHTS[kind]).write_bytes(b"weights of " + name.encode())
-    (directory / CONFIG[kind]).write_text('{"peft_type": "LORA", "r": 16}')
+    (directory / WEIGHTS_FILE[kind]).write_bytes(b"weights of " + name.encode())
+    (directory / CONFIG_FILE[kind]).write_text('{"peft_type": "LORA", "r": 16}')
     return directory
 
 
@@ -273,7 +273,7 @@ def make_adapter(services: Services, lease: Lease, directory: Path, name: str) -
 
 def make_checkpoint(services: Services, lease: Lease, directory: Path, update: int, loss: float | None = None) -> None:
     """Store a checkpoint of a leased job that can be published."""
-    written = Checkpointed(
+    written = CheckpointWritten(
         update=update,
         path=write_adapter(directory, f"update {update}"),
         digest=str(update % 10) * 64,

@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.composition import Services
-from app.domain.adapters import WEIGHTS, Manifest
+from app.domain.adapters import WEIGHTS_FILE, Manifest
 from app.domain.errors import NotFoundError
 from app.domain.jobs import Lease
 from app.domain.tuning_methods import Quantization
@@ -60,9 +60,9 @@ def test_files_on_disk_go_with_the_last_adapter_that_has_them(
     served.adapters.publish(held, "twin", tmp_path / "adapter", manifest)
     directory = served.settings.cache_path / "adapters" / served.adapters.get(adapter).digest
     assert client.delete("/adapters/first").status_code == 204
-    assert (directory / WEIGHTS["peft"]).is_file()
+    assert (directory / WEIGHTS_FILE["peft"]).is_file()
     assert client.delete("/adapters/twin").status_code == 204
-    assert (directory / WEIGHTS["peft"]).is_file(), "a claim may be judged with it at this moment"
+    assert (directory / WEIGHTS_FILE["peft"]).is_file(), "a claim may be judged with it at this moment"
     served.sweep()
     assert directory.exists()
     later(directory.parent / f"{DELETED}{directory.name}")
@@ -84,7 +84,7 @@ def test_files_of_a_deleted_adapter_stay_for_one_that_is_published_with_them_ane
     served.adapters.publish(held, "twin", tmp_path / "adapter", manifest)
     later(directory.parent / f"{DELETED}{directory.name}")
     served.sweep()
-    assert (directory / WEIGHTS["peft"]).is_file()
+    assert (directory / WEIGHTS_FILE["peft"]).is_file()
     assert not (directory.parent / f"{DELETED}{directory.name}").exists()
 
 

@@ -10,8 +10,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.composition import Services
-from app.domain.adapters import CONFIG, WEIGHTS
-from app.domain.attempts import Checkpointed
+from app.domain.adapters import CONFIG_FILE, WEIGHTS_FILE
+from app.domain.attempts import CheckpointWritten
 from app.domain.jobs import JobError
 from tests.api.conftest import lease, make_adapter, make_checkpoint, nothing_left, problem, traces, write_adapter
 
@@ -44,7 +44,7 @@ def test_a_checkpoint_becomes_an_adapter_of_its_own(
     assert client.get("/adapters/early").json() == adapter
     assert (adapter["job_id"], adapter["manifest"]["metrics"], adapter["aliases"]) == (job, {"updates": 4}, [])
     directory = served.adapters.on_disk(adapter["digest"])
-    assert (directory / WEIGHTS["peft"]).read_bytes() == (tmp_path / "4" / WEIGHTS["peft"]).read_bytes()
+    assert (directory / WEIGHTS_FILE["peft"]).read_bytes() == (tmp_path / "4" / WEIGHTS_FILE["peft"]).read_bytes()
     archive = zipfile.ZipFile(io.BytesIO(client.get("/adapters/early/download").content))
     assert adapter["bytes"] == sum(file.file_size for file in archive.infolist())
     told = client.get(f"/jobs/{job}/events").json()["data"][-1]
@@ -61,8 +61,8 @@ def test_what_an_adapter_and_a_checkpoint_share_goes_with_the_last_of_them(
 ) -> None:
     held = lease(served)
     make_checkpoint(served, held, tmp_path / "1", 1)
-    weights = served.blobs.put_file(tmp_path / "1" / WEIGHTS["peft"]).digest
-    config = served.blobs.put_file(tmp_path / "1" / CONFIG["peft"]).digest
+    weights = served.blobs.put_file(tmp_path / "1" / WEIGHTS_FILE["peft"]).digest
+    config = served.blobs.put_file(tmp_path / "1" / CONFIG_FILE["peft"]).digest
     for name in ("one", "two"):
         assert client.post(ROUTE.format(job, 1), json={"name": name}).status_code == 201
     client.delete("/adapters/one")
@@ -90,7 +90,7 @@ def test_what_cannot_be_published(client: TestClient, served: Services, job: str
     held = lease(served)
     make_checkpoint(served, held, tmp_path / "1", 1)
     served.attempts.checkpoint(
-        held, Checkpointed(update=2, path=write_adapter(tmp_path / "2", "older"), digest="2" * 64)
+        held, CheckpointWritten(update=2, path=write_adapter(tmp_path / "2", "older"), digest="2" * 64)
     )
     assert client.post(ROUTE.format(job, 1), json={"name": "taken"}).status_code == 201
     before = traces(served)
@@ -122,7 +122,7 @@ def test_the_checkpoints_of_an_ended_job_go_when_their_time_is_over(
 ) -> None:
     held = lease(served)
     make_checkpoint(served, held, tmp_path / "1", 1)
-    weights = served.blobs.put_file(tmp_path / "1" / WEIGHTS["peft"]).digest
+    weights = served.blobs.put_file(tmp_path / "1" / WEIGHTS_FILE["peft"]).digest
     assert served.checkpoints.expire(0) == 0, "it still runs"
     if ending == "failed":
         served.attempts.fail(held, JobError(code="x", message="x"))

@@ -10,7 +10,7 @@ import yaml
 from starlette.testclient import TestClient
 
 from app.composition import Services
-from app.domain.attempts import Checkpointed
+from app.domain.attempts import CheckpointWritten
 from app.domain.jobs import Job, JobError
 from app.queue import MemoryDoorbell
 from tests.api.conftest import CPU, lease, make_adapter, metric, nothing_left, places, problem, traces, walk
@@ -309,7 +309,7 @@ def test_checkpoints_newest_first(client: TestClient, served: Services, job: str
         folder = tmp_path / str(update)
         folder.mkdir()
         (folder / "state").write_bytes(b"state %d" % update)
-        served.attempts.checkpoint(held, Checkpointed(update=update, path=folder, digest=str(update) * 64))
+        served.attempts.checkpoint(held, CheckpointWritten(update=update, path=folder, digest=str(update) * 64))
     found = client.get(f"/jobs/{job}/checkpoints").json()
     assert [row["update"] for row in found["data"]] == [4, 2]
     assert not found["has_more"]

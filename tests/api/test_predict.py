@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from app.composition import Services
 from app.domain.errors import BusyError, UnavailableError, VerituneError
 from app.domain.predictions import PredictionEvent, PredictRequest
-from app.generation import Generated, GenerationRequest, ScriptedGenerator
+from app.generation import GenerationRequest, GenerationResult, ScriptedGenerator
 from tests.api.conftest import RHINE, nothing_left, places, problem, traces, walk
 
 VOLGA = "The Volga is a broad river."
@@ -43,7 +43,7 @@ def fails_at(served: Services, monkeypatch: pytest.MonkeyPatch) -> Callable[[int
         assert isinstance(generator, ScriptedGenerator)
         asked = 0
 
-        def generate(request: GenerationRequest) -> Generated:
+        def generate(request: GenerationRequest) -> GenerationResult:
             nonlocal asked
             asked += 1
             if asked % call == 0:

@@ -8,7 +8,7 @@ import pytest
 
 from app.composition import Services
 from app.domain.errors import ConflictError
-from app.domain.jobs import Job, JobStatus, Wish
+from app.domain.jobs import Job, JobAction, JobStatus
 from tests.db.rows import job_row
 
 KINDS = ["train"]
@@ -32,7 +32,7 @@ def test_a_cancel_that_meets_a_lease_is_not_lost(services: Services, job: Job) -
     worker = threading.Thread(target=lease)
     worker.start()
     inside.wait(10)
-    heard = services.jobs.wish(job.id, Wish.CANCEL)
+    heard = services.jobs.request_action(job.id, JobAction.CANCEL)
     worker.join()
 
     assert heard.status is JobStatus.CANCELLING
@@ -40,7 +40,7 @@ def test_a_cancel_that_meets_a_lease_is_not_lost(services: Services, job: Job) -
 
 
 def test_a_dataset_whose_job_is_just_coming_in_stays(services: Services, job: Job) -> None:
-    services.jobs.wish(job.id, Wish.CANCEL)
+    services.jobs.request_action(job.id, JobAction.CANCEL)
     inside = threading.Event()
     coming = job_row()
     coming.dataset_id = job.spec.dataset

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from app.domain.claims import CLAIM_LIMIT, STEP_MARKER, Verdict, fold
-from app.domain.react import text, turn
+from app.domain.claims import CLAIM_LIMIT, STEP_MARKER, Verdict, to_one_line
+from app.domain.react import join_text, render_turn
 from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory
 
 # SentencePiece tokenizers write ▁ for a space, and so cannot tell the two apart.
@@ -36,18 +36,20 @@ _PIECES = st.sampled_from(
 
 
 def _plain(text: str) -> bool:
-    return STEP_MARKER.search(text) is None and text == fold(text)
+    return STEP_MARKER.search(text) is None and text == to_one_line(text)
 
 
 lines = (
     st.lists(st.one_of(_PIECES, st.text(_LETTERS, max_size=12)), max_size=8)
-    .map(lambda pieces: fold(" ".join(pieces)))
+    .map(lambda pieces: to_one_line(" ".join(pieces)))
     .filter(_plain)
 )
 texts = lines.filter(bool)
 claims = texts.filter(lambda text: len(text) <= CLAIM_LIMIT)
 arguments = (
-    lines.map(lambda text: fold(text.replace("[", "").replace("]", ""))[:100].strip()).filter(bool).filter(_plain)
+    lines.map(lambda text: to_one_line(text.replace("[", "").replace("]", ""))[:100].strip())
+    .filter(bool)
+    .filter(_plain)
 )
 verdicts = st.sampled_from(list(Verdict))
 
@@ -72,7 +74,7 @@ def steps_text(steps: Sequence[Step]) -> str:
     """The steps in the user's own notation: what a dataset's column holds."""
     lines: list[str] = []
     for number, step in enumerate(steps, start=1):
-        lines.append(text(turn(number, step.thought, step.action)).rstrip("\n"))
+        lines.append(join_text(render_turn(number, step.thought, step.action)).rstrip("\n"))
         if step.observation is not None:
             lines.append(f"Observation {number}: {step.observation}")
     return "\n".join(lines)

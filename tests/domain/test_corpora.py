@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from app.domain.claims import STEP_MARKER, fold
-from app.domain.corpora import Page, bare_key, clean, escape_steps, name_key, normalise, split_sentences
+from app.domain.claims import STEP_MARKER, to_one_line
+from app.domain.corpora import (
+    Page,
+    clean_page_text,
+    escape_steps,
+    normalise_page_text,
+    page_name_key,
+    page_name_key_without_suffix,
+    split_sentences,
+)
 from app.domain.trajectories import Action, ActionName, Step
 from tests.conftest import SHARED, needs_shared_data
 
@@ -41,7 +49,7 @@ class TestNormalise:
         ],
     )
     def test_undoes_what_tokenisers_and_web_pages_leave(self, given_text: str, kept: str) -> None:
-        assert normalise(given_text) == kept
+        assert normalise_page_text(given_text) == kept
 
     @pytest.mark.parametrize(
         "text",
@@ -53,20 +61,20 @@ class TestNormalise:
         ],
     )
     def test_leaves_plain_text_alone(self, text: str) -> None:
-        assert normalise(text) == text
+        assert normalise_page_text(text) == text
 
     @settings(max_examples=500)
     @given(hostile_text)
     def test_once_is_enough(self, text: str) -> None:
-        once = normalise(text)
-        assert normalise(once) == once
-        assert once == fold(once)
+        once = normalise_page_text(text)
+        assert normalise_page_text(once) == once
+        assert once == to_one_line(once)
         once.encode()
 
     @settings(max_examples=500)
     @given(hostile_text)
     def test_clean_text_stays_clean(self, text: str) -> None:
-        assert clean(clean(text)) == clean(text)
+        assert clean_page_text(clean_page_text(text)) == clean_page_text(text)
 
 
 class TestEscapeSteps:
@@ -91,7 +99,7 @@ class TestEscapeSteps:
         assert not STEP_MARKER.search(escaped)
         assert escape_steps(escaped) == escaped
 
-    @given(hostile_text.map(clean).filter(bool))
+    @given(hostile_text.map(clean_page_text).filter(bool))
     def test_clean_text_can_be_an_observation(self, text: str) -> None:
         action = Action(name=ActionName.SEARCH, argument="Marlow")
         assert Step(thought="", action=action, observation=text).observation == text
@@ -137,12 +145,14 @@ class TestSplitSentences:
 @needs_shared_data
 def test_real_pages_lose_their_marks() -> None:
     with (SHARED / "fever_pages.jsonl").open(encoding="utf-8") as file:
-        sentences = [clean(sentence) for line in file for sentence in json.loads(line)["sentences"]]
+        sentences = [clean_page_text(sentence) for line in file for sentence in json.loads(line)["sentences"]]
     marked = [s for s in sentences if re.search(r"``|''|-[LR][RSC]B-|-COLON-| [.,;)\]]( |$)|\( ", s)]
     assert marked == []
 
 
-@pytest.mark.parametrize("function", [normalise, escape_steps, split_sentences, name_key, bare_key])
+@pytest.mark.parametrize(
+    "function", [normalise_page_text, escape_steps, split_sentences, page_name_key, page_name_key_without_suffix]
+)
 @pytest.mark.parametrize("unit", ["` ", "' ", "''", "-LRB- ", " .", "[1]", "a.", "1 -- ", "Thought 1 ", " '"])
 def test_long_hostile_text_takes_no_long_time(function: Callable[[str], object], unit: str) -> None:
     text = unit * (200_000 // len(unit))
@@ -154,17 +164,17 @@ def test_long_hostile_text_takes_no_long_time(function: Callable[[str], object],
 class TestNames:
     def test_case_spacing_underscores_and_composition_do_not_matter(self) -> None:
         spellings = ["Café de Flore", "cafe\u0301_de_Flore", " CAFÉ  DE FLORE ", "[Café] de Flore"]
-        assert len({name_key(spelling) for spelling in spellings}) == 1
+        assert len({page_name_key(spelling) for spelling in spellings}) == 1
 
     def test_a_disambiguation_can_be_left_out(self) -> None:
-        assert bare_key("Mercury_(planet)") == "mercury"
-        assert bare_key("Mercury") is None
-        assert bare_key("(planet)") is None
+        assert page_name_key_without_suffix("Mercury_(planet)") == "mercury"
+        assert page_name_key_without_suffix("Mercury") is None
+        assert page_name_key_without_suffix("(planet)") is None
 
     @given(hostile_text)
     def test_a_name_and_its_kept_form_share_a_key(self, text: str) -> None:
-        assert unicodedata.is_normalized("NFC", name_key(text))
-        assert name_key(clean(text)) == name_key(text)
+        assert unicodedata.is_normalized("NFC", page_name_key(text))
+        assert page_name_key(clean_page_text(text)) == page_name_key(text)
 
 
 def test_a_page_has_a_title_and_a_sentence() -> None:

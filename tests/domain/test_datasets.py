@@ -7,14 +7,14 @@ from hypothesis import given
 from pydantic import ValidationError
 
 from app.domain.datasets import (
-    CODES,
-    MEANINGS,
+    CODE_MEANINGS,
+    SEVERITY_BY_CODE,
     Severity,
+    build_finding,
     canonical_line,
-    finding,
     read_canonical,
 )
-from app.domain.splits import Part
+from app.domain.splits import SplitName
 from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory
 from tests.domain.strategies import trajectories
 
@@ -39,9 +39,9 @@ def test_a_canonical_line_is_compact_sorted_utf8_json() -> None:
 def test_only_a_row_with_a_split_says_so() -> None:
     """Datasets without one keep their digests."""
     assert b"split" not in canonical_line(EXAMPLE)
-    line = canonical_line(EXAMPLE.model_copy(update={"split": Part.TEST}))
+    line = canonical_line(EXAMPLE.model_copy(update={"split": SplitName.TEST}))
     assert line.endswith(b'"split":"test","steps":' + canonical_line(EXAMPLE).split(b'"steps":')[1])
-    assert read_canonical(line).split is Part.TEST
+    assert read_canonical(line).split is SplitName.TEST
 
 
 @given(trajectories())
@@ -65,14 +65,14 @@ def test_a_line_of_another_kind_is_an_error(line: bytes) -> None:
 
 
 def test_every_code_has_one_severity_and_one_meaning() -> None:
-    assert CODES.keys() == MEANINGS.keys()
-    assert finding(3, "bad_utf8", "x").severity is Severity.REFUSED
-    assert CODES["duplicate"] is Severity.WARNED
-    assert CODES["episode_tail"] is Severity.REPAIRED
+    assert SEVERITY_BY_CODE.keys() == CODE_MEANINGS.keys()
+    assert build_finding(3, "bad_utf8", "x").severity is Severity.REFUSED
+    assert SEVERITY_BY_CODE["duplicate"] is Severity.WARNED
+    assert SEVERITY_BY_CODE["episode_tail"] is Severity.REPAIRED
     with pytest.raises(KeyError):
-        finding(3, "no_such_code", "x")
+        build_finding(3, "no_such_code", "x")
 
 
 def test_a_finding_is_frozen() -> None:
     with pytest.raises(ValidationError):
-        finding(3, "bad_utf8", "x").line = 4  # type: ignore[misc]
+        build_finding(3, "bad_utf8", "x").line = 4  # type: ignore[misc]

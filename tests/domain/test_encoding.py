@@ -13,8 +13,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from app.domain.claims import Verdict
 from app.domain.corpora import split_sentences
-from app.domain.encoding import SMALLEST_BUDGET, Encoder, Tokenization
-from app.domain.react import CLOSE, END, TURN_END, Part, ReactFormat, Segment, header, text, turn
+from app.domain.encoding import MIN_OBSERVATION_BUDGET, Encoder, Tokenization
+from app.domain.react import (
+    CLOSE,
+    END,
+    TURN_END,
+    ReactFormat,
+    Segment,
+    SegmentKind,
+    build_header,
+    join_text,
+    render_turn,
+)
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
 from app.tokenizers import load_tokenization
 from tests.domain.strategies import texts, trajectories
@@ -101,18 +111,18 @@ def encoder(family: str) -> Encoder:
 def served(coder: Encoder, trajectory: Trajectory) -> Iterator[tuple[list[int], bool]]:
     """The ids as serving builds them up, atom by atom: (ids so far, whether a turn is complete)."""
     ids = [] if coder.tokens.bos_id is None else [coder.tokens.bos_id]
-    for segment in FORMAT.head(trajectory.claim):
-        ids += coder.atom(segment)
+    for segment in FORMAT.render_instructions(trajectory.claim):
+        ids += coder.encode_segment(segment)
     for number, step in enumerate(trajectory.steps, start=1):
-        for segment in turn(number, step.thought, step.action):
-            ids += coder.atom(segment)
+        for segment in render_turn(number, step.thought, step.action):
+            ids += coder.encode_segment(segment)
         if step.observation is None:
-            yield [*ids, *coder.atom(END)], True
+            yield [*ids, *coder.encode_segment(END)], True
             return
         yield list(ids), False
-        seen = Segment(Part.OBSERVATION, f" {step.observation}", False)
-        for segment in (TURN_END, header("Observation", number), seen, TURN_END):
-            ids += coder.atom(segment)
+        seen = Segment(SegmentKind.OBSERVATION, f" {step.observation}", False)
+        for segment in (TURN_END, build_header("Observation", number), seen, TURN_END):
+            ids += coder.encode_segment(segment)
         yield list(ids), True
 
 
@@ -121,7 +131,7 @@ def served(coder: Encoder, trajectory: Trajectory) -> Iterator[tuple[list[int], 
 @quick
 def test_training_ids_are_serving_ids(family: str, trajectory: Trajectory) -> None:
     coder = encoder(family)
-    trained = list(coder.encode(FORMAT.segments(trajectory)).ids)
+    trained = list(coder.encode(FORMAT.render_trajectory(trajectory)).ids)
     built = list(served(coder, trajectory))
     assert built[-1][0] == trained
     for ids, _ in built:
@@ -133,9 +143,9 @@ def test_training_ids_are_serving_ids(family: str, trajectory: Trajectory) -> No
 @quick
 def test_the_ids_of_a_prompt_begin_the_ids_of_its_continuation(family: str, trajectory: Trajectory) -> None:
     coder = encoder(family)
-    trained = coder.encode(FORMAT.segments(trajectory)).ids
+    trained = coder.encode(FORMAT.render_trajectory(trajectory)).ids
     for done in range(len(trajectory.steps)):
-        prompt = coder.encode(FORMAT.prompt(trajectory.claim, trajectory.steps[:done])).ids
+        prompt = coder.encode(FORMAT.render_prompt(trajectory.claim, trajectory.steps[:done])).ids
         assert trained[: len(prompt)] == prompt
 
 
@@ -144,8 +154,8 @@ def test_the_ids_of_a_prompt_begin_the_ids_of_its_continuation(family: str, traj
 @quick
 def test_an_atom_says_what_it_said(family: str, trajectory: Trajectory) -> None:
     tokens = _LOADED[family]
-    for segment in FORMAT.segments(trajectory)[:-1]:
-        assert tokens.decode(encoder(family).atom(segment)) == segment.text
+    for segment in FORMAT.render_trajectory(trajectory)[:-1]:
+        assert tokens.decode(encoder(family).encode_segment(segment)) == segment.text
 
 
 @families
@@ -153,10 +163,10 @@ def test_an_atom_says_what_it_said(family: str, trajectory: Trajectory) -> None:
 @quick
 def test_the_learned_spans_are_what_a_model_writes(family: str, trajectory: Trajectory) -> None:
     coder = encoder(family)
-    segments = FORMAT.segments(trajectory)
+    segments = FORMAT.render_trajectory(trajectory)
     encoded = coder.encode(segments)
     learned = [coder.tokens.decode(encoded.ids[start:end]) for start, end in encoded.trained]
-    assert "".join(learned) == text(segment for segment in segments if segment.trained)
+    assert "".join(learned) == join_text(segment for segment in segments if segment.trained)
     assert encoded.ids.count(coder.tokens.eos_id) == 1
     assert encoded.trained[-1][1] == len(encoded.ids), "the end of the sequence is learned"
     assert encoded.labelled == sum(end - start for start, end in encoded.trained)
@@ -165,7 +175,7 @@ def test_the_learned_spans_are_what_a_model_writes(family: str, trajectory: Traj
 @families
 def test_bos_stands_once_at_the_front_or_not_at_all(family: str) -> None:
     coder = encoder(family)
-    ids = coder.encode(FORMAT.prompt("It is.", ())).ids
+    ids = coder.encode(FORMAT.render_prompt("It is.", ())).ids
     bos = coder.tokens.bos_id
     assert (ids[0] == 0 and ids.count(0) == 1) if bos == 0 else 0 not in ids
 
@@ -173,15 +183,15 @@ def test_bos_stands_once_at_the_front_or_not_at_all(family: str) -> None:
 @families
 def test_one_token_tells_actions_and_verdicts_apart(family: str) -> None:
     coder = encoder(family)
-    assert set(coder.action_tokens().values()) == set(ActionName)
-    assert set(coder.verdict_tokens().values()) == set(Verdict)
+    assert set(coder.map_action_tokens().values()) == set(ActionName)
+    assert set(coder.map_verdict_tokens().values()) == set(Verdict)
 
 
 def test_two_atoms_that_begin_alike_are_named() -> None:
     coder = encoder("gpt2")
-    alike = [Segment(Part.ARGUMENT, word, True) for word in ("zz1", "zz2")]
+    alike = [Segment(SegmentKind.ARGUMENT, word, True) for word in ("zz1", "zz2")]
     with pytest.raises(ValueError, match="zz1"):
-        coder.first_tokens(alike)
+        coder.map_first_tokens(alike)
 
 
 # --- trimming ------------------------------------------------------------------------------
@@ -225,9 +235,9 @@ def _around(words: list[str], observation: str) -> bool:
 def _budget(coder: Encoder, trimmed: Trajectory, number: int, limit: int) -> int:
     """What the observation of the step at `number` was given, as serving would work it out."""
     step = trimmed.steps[number]
-    opened = [*turn(number + 1, step.thought, step.action), TURN_END, header("Observation", number + 1)]
-    used = coder.length([*FORMAT.prompt(trimmed.claim, trimmed.steps[:number]), *opened])
-    return coder.observation_budget(used, limit)
+    opened = [*render_turn(number + 1, step.thought, step.action), TURN_END, build_header("Observation", number + 1)]
+    used = coder.count_tokens([*FORMAT.render_prompt(trimmed.claim, trimmed.steps[:number]), *opened])
+    return coder.get_observation_budget(used, limit)
 
 
 limits = st.integers(250, 1200)
@@ -247,7 +257,7 @@ def test_trimming_keeps_all_but_observations(trajectory: Trajectory, limit: int)
 def test_trimming_keeps_whole_neighbouring_sentences_within_the_budget(trajectory: Trajectory, limit: int) -> None:
     coder = encoder("gpt2")
     trimmed = coder.trim_observations(trajectory, limit)
-    if coder.length(FORMAT.segments(trajectory)) <= limit // 2 - 96:
+    if coder.count_tokens(FORMAT.render_trajectory(trajectory)) <= limit // 2 - 96:
         assert trimmed.trajectory == trajectory
         return
     for number, (before, after) in enumerate(zip(trajectory.steps[:-1], trimmed.trajectory.steps[:-1], strict=True)):
@@ -306,16 +316,16 @@ def test_a_quoted_sentence_far_down_is_kept_and_the_row_is_counted_as_protected(
 @quick
 def test_a_shortened_observation_begins_the_whole_one(observation: str, budget: int) -> None:
     coder = encoder("qwen")
-    kept = coder.shorten(observation, budget)
+    kept = coder.shorten_observation(observation, budget)
     assert observation.startswith(kept)
     assert kept
-    assert coder.shorten(kept, budget) == kept
+    assert coder.shorten_observation(kept, budget) == kept
 
 
 def test_the_budget_looks_only_at_what_stands_before() -> None:
     coder = encoder("gpt2")
-    assert coder.observation_budget(100, 1096) == 450
-    assert coder.observation_budget(1090, 1096) == SMALLEST_BUDGET
+    assert coder.get_observation_budget(100, 1096) == 450
+    assert coder.get_observation_budget(1090, 1096) == MIN_OBSERVATION_BUDGET
 
 
 def test_an_encoding_names_no_tokenizer() -> None:
@@ -329,7 +339,7 @@ def test_an_encoding_names_no_tokenizer() -> None:
         vocab_size=257,
     )
     coder = Encoder(plain, ReactFormat(template="{claim}"))
-    encoded = coder.encode(coder.form.prompt("It is.", ()))
+    encoded = coder.encode(coder.form.render_prompt("It is.", ()))
     assert bytes(encoded.ids) == b"It is.\n"
     assert encoded.trained == ()
     assert coder.encode([CLOSE]).labelled == 0, "the first token of a sequence is never predicted"

@@ -4,19 +4,19 @@ from typing import Any
 
 import pytest
 
-from app.domain.architectures import KNOWN, Architecture
-from app.domain.memory import GPU16, Load, Machine, Memory, memory_of
+from app.domain.architectures import PUBLISHED_ARCHITECTURES, Architecture
+from app.domain.memory import GPU16, Machine, MemoryEstimate, MicroBatchSize, estimate_memory
 from app.domain.specs import TrainSpec
-from app.domain.trainables import trainable_parameters
+from app.domain.trainables import count_trainable_parameters
 
-SEVEN = KNOWN["Llama-2-7B"]
+SEVEN = PUBLISHED_ARCHITECTURES["Llama-2-7B"]
 LARGE = 1 << 40
-LOAD = Load(1024, 256, 300)
+LOAD = MicroBatchSize(1024, 256, 300)
 
 
-def taken(load: Load = LOAD, *, recompute: bool = False, **spec: Any) -> Memory:
+def taken(load: MicroBatchSize = LOAD, *, recompute: bool = False, **spec: Any) -> MemoryEstimate:
     asked = TrainSpec.model_validate({"dataset": "d", **spec})
-    return memory_of(SEVEN, asked, load, GPU16, recompute=recompute, stored=LARGE)
+    return estimate_memory(SEVEN, asked, load, GPU16, recompute=recompute, stored=LARGE)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def taken(load: Load = LOAD, *, recompute: bool = False, **spec: Any) -> Memory:
     ],
 )
 def test_published_models_have_their_published_number_of_parameters(name: str, parameters: int) -> None:
-    assert KNOWN[name].parameters == parameters
+    assert PUBLISHED_ARCHITECTURES[name].parameters == parameters
 
 
 def test_sizes_are_read_from_a_config() -> None:
@@ -45,10 +45,10 @@ def test_sizes_are_read_from_a_config() -> None:
         "sliding_window": 131_072,
         "use_sliding_window": False,
     }
-    assert Architecture.of(config) == KNOWN["Qwen2.5-7B"]
-    windowed = Architecture.of(config | {"use_sliding_window": True})
+    assert Architecture.from_config(config) == PUBLISHED_ARCHITECTURES["Qwen2.5-7B"]
+    windowed = Architecture.from_config(config | {"use_sliding_window": True})
     assert windowed is not None
-    assert not windowed.family
+    assert not windowed.is_llama_family
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"])
@@ -60,8 +60,8 @@ def test_a_config_that_does_not_tell_gives_no_sizes(missing: str) -> None:
         "intermediate_size": 128,
         "vocab_size": 400,
     }
-    assert Architecture.of(config) is not None
-    assert Architecture.of({key: value for key, value in config.items() if key != missing}) is None
+    assert Architecture.from_config(config) is not None
+    assert Architecture.from_config({key: value for key, value in config.items() if key != missing}) is None
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_config_that_does_not_tell_gives_no_sizes(missing: str) -> None:
 )
 def test_trainable_parameters_are_those_that_peft_prints(adapter: Any, parameters: int) -> None:
     spec = TrainSpec.model_validate({"dataset": "d", "adapter": adapter, "quantization": None})
-    assert trainable_parameters(SEVEN, spec) == parameters
+    assert count_trainable_parameters(SEVEN, spec) == parameters
 
 
 def test_nf4_weights_take_the_published_size() -> None:
@@ -102,8 +102,8 @@ def test_recomputing_keeps_a_layers_input_and_no_more() -> None:
 
 
 def test_logits_are_paid_for_one_chunk_at_a_time() -> None:
-    assert taken(Load(4096, 512, 512)).logits == taken(Load(4096, 512, 4096)).logits
-    assert taken(Load(4096, 512, 256)).logits == taken(Load(4096, 512, 512)).logits // 2
+    assert taken(MicroBatchSize(4096, 512, 512)).logits == taken(MicroBatchSize(4096, 512, 4096)).logits
+    assert taken(MicroBatchSize(4096, 512, 256)).logits == taken(MicroBatchSize(4096, 512, 512)).logits // 2
 
 
 def test_parts_that_take_turns_are_not_added_up() -> None:
@@ -120,10 +120,11 @@ def test_full_fine_tuning_holds_one_copy_of_the_weights_beside_the_masters() -> 
 
 
 def test_a_small_base_stays_unpacked_on_a_cpu() -> None:
-    small = KNOWN["SmolLM2-135M"]
-    spec, load = TrainSpec.model_validate({"dataset": "d"}), Load(768, 256, 200)
+    small = PUBLISHED_ARCHITECTURES["SmolLM2-135M"]
+    spec, load = TrainSpec.model_validate({"dataset": "d"}), MicroBatchSize(768, 256, 200)
     dense, packed = (
-        memory_of(small, spec, load, Machine("cpu", 2), recompute=False, stored=stored) for stored in (1 << 28, LARGE)
+        estimate_memory(small, spec, load, Machine("cpu", 2), recompute=False, stored=stored)
+        for stored in (1 << 28, LARGE)
     )
     assert (dense.weights, dense.quantization_buffers) == (2 * small.parameters, 0)
     assert packed.weights < dense.weights

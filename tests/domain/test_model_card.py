@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from app.domain.adapters import Manifest, ManifestBase, model_card
+from app.domain.adapters import Manifest, ManifestBase, render_model_card
 
 MANIFEST = Manifest(
     job_id="job_1",
@@ -26,5 +26,5 @@ MANIFEST = Manifest(
 
 def test_what_speaks_against_an_adapter_stands_on_its_card() -> None:
     warned = MANIFEST.model_copy(update={"warnings": ("the loss rose",)})
-    assert "- **warning**: the loss rose\n- seed: 1" in model_card("first", warned)
-    assert "warning" not in model_card("first", MANIFEST)
+    assert "- **warning**: the loss rose\n- seed: 1" in render_model_card("first", warned)
+    assert "warning" not in render_model_card("first", MANIFEST)

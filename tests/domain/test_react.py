@@ -13,14 +13,14 @@ from app.domain.react import (
     DEFAULT_TEMPLATE,
     END,
     TURN_END,
-    Part,
     ReactFormat,
     Segment,
-    action_atom,
-    header,
-    parse,
-    text,
-    turn,
+    SegmentKind,
+    build_action_opening,
+    build_header,
+    join_text,
+    parse_steps,
+    render_turn,
 )
 from app.domain.rows import read_row
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
@@ -42,7 +42,7 @@ EXAMPLE = Trajectory(
 
 
 def test_a_trajectory_is_written_in_the_users_own_notation() -> None:
-    assert text(FORMAT.segments(EXAMPLE)) == (
+    assert join_text(FORMAT.render_trajectory(EXAMPLE)) == (
         "Judge the claim. Search for pages, read them, and finish with SUPPORTS, REFUTES or NOT ENOUGH INFO.\n"
         "Claim: Ada wrote a program.\n"
         "Thought 1: I should search Ada.\n"
@@ -55,7 +55,7 @@ def test_a_trajectory_is_written_in_the_users_own_notation() -> None:
 
 @given(trajectories())
 def test_what_is_written_is_read_back(trajectory: Trajectory) -> None:
-    written = text(FORMAT.segments(trajectory))
+    written = join_text(FORMAT.render_trajectory(trajectory))
     row = SourceRow(1, {"claim": trajectory.claim, "trajectories": written})
     reading = read_row(row, Columns())
     assert reading.trajectory == trajectory.model_copy(update={"evidence": ()})
@@ -73,64 +73,64 @@ def test_the_steps_alone_are_read_back_without_a_finding(trajectory: Trajectory)
 @given(trajectories(), st.data())
 def test_a_prompt_begins_every_continuation(trajectory: Trajectory, data: st.DataObject) -> None:
     done = data.draw(st.integers(0, len(trajectory.steps) - 1))
-    prompt = FORMAT.prompt(trajectory.claim, trajectory.steps[:done])
-    segments = FORMAT.segments(trajectory)
+    prompt = FORMAT.render_prompt(trajectory.claim, trajectory.steps[:done])
+    segments = FORMAT.render_trajectory(trajectory)
     assert segments[: len(prompt)] == prompt
-    assert text(segments).startswith(text(prompt))
+    assert join_text(segments).startswith(join_text(prompt))
 
 
 @given(trajectories())
 def test_observations_are_not_learned_unless_asked_for(trajectory: Trajectory) -> None:
-    seen = [s for s in FORMAT.segments(trajectory) if s.part is Part.OBSERVATION]
+    seen = [s for s in FORMAT.render_trajectory(trajectory) if s.kind is SegmentKind.OBSERVATION]
     assert len(seen) == len(trajectory.steps) - 1
     assert not any(segment.trained for segment in seen)
-    asked = FORMAT.segments(trajectory, train_on_observations=True)
-    assert all(segment.trained for segment in asked if segment.part is Part.OBSERVATION)
+    asked = FORMAT.render_trajectory(trajectory, train_on_observations=True)
+    assert all(segment.trained for segment in asked if segment.kind is SegmentKind.OBSERVATION)
 
 
 @given(trajectories())
 def test_what_ends_a_turn_is_always_learned(trajectory: Trajectory) -> None:
-    segments = FORMAT.segments(trajectory)
+    segments = FORMAT.render_trajectory(trajectory)
     assert segments[-1] == END
     assert END.trained
     for before, ending in pairwise(segments):
-        if ending.part is Part.TURN_END and before.part is not Part.OBSERVATION:
+        if ending.kind is SegmentKind.TURN_END and before.kind is not SegmentKind.OBSERVATION:
             assert ending.trained, "the newline behind a thought or an action"
     for number, step in enumerate(trajectory.steps, start=1):
-        assert all(segment.trained for segment in turn(number, step.thought, step.action))
+        assert all(segment.trained for segment in render_turn(number, step.thought, step.action))
 
 
 @given(trajectories())
 def test_the_prompt_is_never_learned(trajectory: Trajectory) -> None:
-    head = FORMAT.prompt(trajectory.claim, ())
-    assert {segment.part for segment in head} == {Part.TEMPLATE, Part.CLAIM}
+    head = FORMAT.render_prompt(trajectory.claim, ())
+    assert {segment.kind for segment in head} == {SegmentKind.TEMPLATE, SegmentKind.CLAIM}
     assert not any(segment.trained for segment in head)
 
 
 @given(trajectories())
 def test_the_verdict_branch_learns_only_the_verdict(trajectory: Trajectory) -> None:
-    asked = FORMAT.verdict_branch(trajectory.claim, trajectory.steps[:-1])
-    branch = FORMAT.branch_segments(trajectory)
-    assert text(branch).startswith(text(asked))
-    assert text(asked).endswith(f"Action {len(trajectory.steps)}: Finish[")
+    asked = FORMAT.render_verdict_branch(trajectory.claim, trajectory.steps[:-1])
+    branch = FORMAT.render_labelled_branch(trajectory)
+    assert join_text(branch).startswith(join_text(asked))
+    assert join_text(asked).endswith(f"Action {len(trajectory.steps)}: Finish[")
     learned = [segment for segment in branch if segment.trained]
     assert [s.text for s in learned] == [trajectory.verdict.value, "]", ""]
 
 
 def test_atoms_are_cut_around_arguments() -> None:
-    assert turn(2, "Hm.", Action(name=ActionName.LOOKUP, argument="Ada")) == [
-        header("Thought", 2),
-        Segment(Part.THOUGHT, " Hm.", True),
+    assert render_turn(2, "Hm.", Action(name=ActionName.LOOKUP, argument="Ada")) == [
+        build_header("Thought", 2),
+        Segment(SegmentKind.THOUGHT, " Hm.", True),
         TURN_END,
-        header("Action", 2),
-        action_atom(ActionName.LOOKUP),
-        Segment(Part.ARGUMENT, "Ada", True),
+        build_header("Action", 2),
+        build_action_opening(ActionName.LOOKUP),
+        Segment(SegmentKind.ARGUMENT, "Ada", True),
         CLOSE,
     ]
 
 
 def test_markers_are_found_wherever_they_stand_and_their_numbers_are_not_trusted() -> None:
-    before, steps = parse("Hi Thought 1: a Action 1: Search[b] Observation 7: c Action 1: d Observation 2: e")
+    before, steps = parse_steps("Hi Thought 1: a Action 1: Search[b] Observation 7: c Action 1: d Observation 2: e")
     assert before == "Hi "
     assert [(s.thought, s.action, s.observation) for s in steps] == [
         ("a", "Search[b]", "c"),
@@ -139,7 +139,7 @@ def test_markers_are_found_wherever_they_stand_and_their_numbers_are_not_trusted
 
 
 def test_a_text_without_markers_has_no_steps() -> None:
-    assert parse("nothing here") == ("nothing here", [])
+    assert parse_steps("nothing here") == ("nothing here", [])
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_format_of_another_name_is_refused() -> None:
 
 def test_a_template_always_ends_its_line_before_the_first_step() -> None:
     bare = ReactFormat(template="{claim}")
-    assert text(bare.prompt("It is.", ())) == "It is.\n"
+    assert join_text(bare.render_prompt("It is.", ())) == "It is.\n"
     assert DEFAULT_TEMPLATE.endswith("\n")
 
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.domain.claims import Verdict
-from app.domain.datasets import CODES, Columns, Severity, SourceRow
-from app.domain.rows import RowReading, read_row
+from app.domain.datasets import SEVERITY_BY_CODE, Columns, Severity, SourceRow
+from app.domain.rows import RowResult, read_row
 from app.domain.trajectories import Trajectory
 from tests.domain.strategies import steps_text, trajectories
 
@@ -15,19 +15,19 @@ SEEN = "Thought 1: Look. Action 1: Search[Ada] Observation 1: Ada wrote it. "
 GOOD = SEEN + "Thought 2: Yes. Action 2: Finish[SUPPORTS]"
 
 
-def read(**fields: object) -> RowReading:
+def read(**fields: object) -> RowResult:
     return read_row(SourceRow(7, {"claim": CLAIM, **fields}), Columns())
 
 
-def text(written: str, label: object = None) -> RowReading:
+def text(written: str, label: object = None) -> RowResult:
     return read(trajectories=written, label=label)
 
 
-def codes(reading: RowReading) -> list[str]:
+def codes(reading: RowResult) -> list[str]:
     return [found.code for found in reading.findings]
 
 
-def kept(reading: RowReading) -> Trajectory:
+def kept(reading: RowResult) -> Trajectory:
     assert reading.trajectory is not None, reading.findings
     return reading.trajectory
 
@@ -324,7 +324,7 @@ def test_an_invisible_character_between_letters_stays() -> None:
 # --- chat ----------------------------------------------------------------------------------
 
 
-def chat(*messages: tuple[str, object], **fields: object) -> RowReading:
+def chat(*messages: tuple[str, object], **fields: object) -> RowResult:
     row = {"messages": [{"role": role, "content": content} for role, content in messages], **fields}
     return read_row(SourceRow(1, row), Columns())
 
@@ -524,7 +524,7 @@ def test_no_row_whatever_raises_and_a_lost_row_says_why(fields: dict[str, object
     refused = [found for found in reading.findings if found.severity is Severity.REFUSED]
     assert len(refused) == (reading.trajectory is None)
     for found in reading.findings:
-        assert CODES[found.code] is found.severity
+        assert SEVERITY_BY_CODE[found.code] is found.severity
         found.message.encode()
 
 

@@ -9,9 +9,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from app.domain.errors import InvalidError, NotYetSupportedError
-from app.domain.reading import read_spec
+from app.domain.spec_parser import read_spec
 from app.domain.specs import METADATA_LIMIT, TrainSpec, not_yet_supported, spec_examples
-from app.domain.tuning_methods import PAIRINGS, LoraAdapter, Quantization, adapter_word, quantization_word
+from app.domain.tuning_methods import PAIRINGS, LoraAdapter, Quantization, name_adapter_type, name_quantization
 from tests.conftest import SHARED, needs_shared_data
 
 LEAST = {"dataset": "rows"}
@@ -134,7 +134,7 @@ def test_everything_really_names_every_key() -> None:
 )
 def test_other_adapters_parse(adapter: dict[str, Any] | None) -> None:
     spec = TrainSpec.model_validate(LEAST | {"adapter": adapter, "quantization": None})
-    assert adapter_word(spec.adapter) == ("full" if adapter is None else adapter["type"])
+    assert name_adapter_type(spec.adapter) == ("full" if adapter is None else adapter["type"])
 
 
 @needs_shared_data
@@ -376,7 +376,7 @@ def test_which_adapter_goes_with_which_quantisation(adapter: str, quantisation: 
     assert (reason is None) == ((adapter, quantisation) in SOUND)
     if reason is None:
         spec = TrainSpec.model_validate(LEAST | asked)
-        assert (adapter_word(spec.adapter), quantization_word(spec.quantization)) == (adapter, quantisation)
+        assert (name_adapter_type(spec.adapter), name_quantization(spec.quantization)) == (adapter, quantisation)
         return
     error = refusal(**asked)
     assert (error.code, error.problems[0].loc) == ("invalid_spec", ("quantization",))

@@ -2,42 +2,42 @@
 
 import pytest
 
-from app.domain.splits import Part, drawn_part, read_part
+from app.domain.splits import SplitName, draw_split, read_split_name
 
 
 @pytest.mark.parametrize(
     ("value", "part"),
     [
-        (0, Part.TRAIN),
-        ("1", Part.VALIDATION),
-        (2.0, Part.TEST),
-        (" Train ", Part.TRAIN),
-        ("validation", Part.VALIDATION),
-        ("TEST", Part.TEST),
+        (0, SplitName.TRAIN),
+        ("1", SplitName.VALIDATION),
+        (2.0, SplitName.TEST),
+        (" Train ", SplitName.TRAIN),
+        ("validation", SplitName.VALIDATION),
+        ("TEST", SplitName.TEST),
         (None, None),
         ("  ", None),
     ],
 )
-def test_a_columns_value_names_a_part(value: object, part: Part | None) -> None:
-    assert read_part(value) is part
+def test_a_columns_value_names_a_part(value: object, part: SplitName | None) -> None:
+    assert read_split_name(value) is part
 
 
 @pytest.mark.parametrize("value", [3, -1, 0.5, float("nan"), True, "dev", [1], {}])
 def test_other_values_name_none(value: object) -> None:
     with pytest.raises(ValueError, match="write 0, 1, 2 or train, validation, test"):
-        read_part(value)
+        read_split_name(value)
 
 
 def test_a_draw_falls_into_its_share() -> None:
     shares = (0.5, 0.25, 0.25)
-    assert [drawn_part(drawn, shares) for drawn in (0.0, 0.49, 0.5, 0.74, 0.75, 0.99)] == [
-        *[Part.TRAIN] * 2,
-        *[Part.VALIDATION] * 2,
-        *[Part.TEST] * 2,
+    assert [draw_split(drawn, shares) for drawn in (0.0, 0.49, 0.5, 0.74, 0.75, 0.99)] == [
+        *[SplitName.TRAIN] * 2,
+        *[SplitName.VALIDATION] * 2,
+        *[SplitName.TEST] * 2,
     ]
 
 
 def test_no_draw_falls_into_a_part_without_a_share() -> None:
     """The largest draw, where the shares are a rounding error short of 1."""
-    assert drawn_part(1 - 2**-32, (0.7, 0.3 - 1e-9, 0.0)) is Part.TRAIN
-    assert drawn_part(0.0, (0.0, 1.0, 0.0)) is Part.VALIDATION
+    assert draw_split(1 - 2**-32, (0.7, 0.3 - 1e-9, 0.0)) is SplitName.TRAIN
+    assert draw_split(0.0, (0.0, 1.0, 0.0)) is SplitName.VALIDATION

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from app.domain.claims import CLAIM_LIMIT, Claim, Verdict, fold, forbidden_character, read_verdict
-from app.domain.trajectories import Action, ActionName, Step, Trajectory, read_action
+from app.domain.claims import CLAIM_LIMIT, Claim, Verdict, forbidden_character, parse_verdict, to_one_line
+from app.domain.trajectories import Action, ActionName, Step, Trajectory, parse_action
 from tests.domain.strategies import trajectories
 
 CLAIM: TypeAdapter[str] = TypeAdapter(Claim)
@@ -39,8 +39,8 @@ def test_a_claim_becomes_one_line() -> None:
 
 @given(st.text())
 def test_folding_is_idempotent_and_leaves_one_line(text: str) -> None:
-    once = fold(text)
-    assert fold(once) == once
+    once = to_one_line(text)
+    assert to_one_line(once) == once
     assert len(once.splitlines()) <= 1
 
 
@@ -57,7 +57,7 @@ def test_folding_is_idempotent_and_leaves_one_line(text: str) -> None:
     ],
 )
 def test_verdicts_are_read_in_their_usual_spellings(written: str, verdict: Verdict | None) -> None:
-    assert read_verdict(written) is verdict
+    assert parse_verdict(written) is verdict
 
 
 @given(st.text())
@@ -80,7 +80,7 @@ def test_a_text_holds_a_forbidden_character_or_is_utf8(text: str) -> None:
     ],
 )
 def test_an_action_is_read_as_people_write_it(written: str, action: str) -> None:
-    assert str(read_action(written)) == action
+    assert str(parse_action(written)) == action
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_an_action_is_read_as_people_write_it(written: str, action: str) -> None
 )
 def test_an_action_that_is_none_is_refused(written: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        read_action(written)
+        parse_action(written)
 
 
 def test_a_search_needs_an_observation_and_finish_has_none() -> None:

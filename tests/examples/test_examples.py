@@ -11,7 +11,7 @@ import pytest
 
 from app.domain.claims import Verdict
 from app.domain.corpora import Page
-from app.domain.trajectories import ActionName, Evidence, Step, Trajectory, read_action
+from app.domain.trajectories import ActionName, Evidence, Step, Trajectory, parse_action
 from app.ingest.child import ingest
 from app.knowledge.base import SENTENCES_SHOWN, KnowledgeExplorer
 from app.knowledge.building import build_corpus
@@ -28,13 +28,13 @@ ROWS = [row for split in SPLITS for row in ROWS_BY_SPLIT[split]]
 
 
 def trajectory(row: dict[str, Any]) -> Trajectory:
-    steps = (Step.model_validate({**step, "action": read_action(step["action"])}) for step in row["steps"])
+    steps = (Step.model_validate({**step, "action": parse_action(step["action"])}) for step in row["steps"])
     evidence = (Evidence(page=page, sentence=sentence) for page, sentence in row["evidence"])
     return Trajectory(claim=row["claim"], steps=tuple(steps), evidence=tuple(evidence))
 
 
 def pages_opened(row: dict[str, Any], source: MemoryKnowledge) -> list[str]:
-    searched = [read_action(step["action"]) for step in row["steps"]]
+    searched = [parse_action(step["action"]) for step in row["steps"]]
     found = [source.search(action.argument).page for action in searched if action.name is ActionName.SEARCH]
     return [page.title for page in found if page]
 

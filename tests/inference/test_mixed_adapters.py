@@ -56,7 +56,7 @@ def order_of(base: Path, directory: Path, number: int, updates: int = 40, **more
         directory=directory,
         resume_from=None,
         spec=spec,
-        schedule=Schedule.of(spec, len(rows), 64, "cpu", 0).model_copy(update={"checkpoint_every": 1_000}),
+        schedule=Schedule.for_spec(spec, len(rows), 64, "cpu", 0).model_copy(update={"checkpoint_every": 1_000}),
     )
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from app.domain.claims import Verdict
-from app.domain.datasets import FINDINGS_LIMIT, FINDINGS_PER_CODE, Lengths, Severity
+from app.domain.datasets import FINDINGS_LIMIT, FINDINGS_PER_CODE, Severity, TextLengths
 from app.domain.errors import InvalidError
 from tests.ingest.files import SEEN, STEPS, found, json_line, read, row
 
@@ -36,7 +36,7 @@ def test_the_numbers_describe_what_was_kept(tmp_path: Path) -> None:
     assert report.labels == {Verdict.SUPPORTS: 1, Verdict.REFUTES: 1, Verdict.NOT_ENOUGH_INFO: 0}
     assert report.steps == {2: 2}
     assert report.actions == {"Finish": 2, "Search": 2}
-    assert report.characters["claim"] == Lengths(shortest=20, median=20, p95=20, longest=20, total=40)
+    assert report.characters["claim"] == TextLengths(shortest=20, median=20, p95=20, longest=20, total=40)
     assert report.characters["thought"].total == len("Look.Yes.Look.")
     assert report.characters["observation"].longest == len("Ada wrote it.")
     assert (report.rows_kept, report.rows_repaired, report.rows_refused) == (2, 1, 1)
@@ -47,7 +47,7 @@ def test_lengths_are_exact_order_statistics(tmp_path: Path) -> None:
     rows = (row(claim=claim, trajectories=SEEN, label="SUPPORTS") for claim in claims)
     unique = (json_line(one | {"trajectories": SEEN.replace("Look", f"Look{n}")}) for n, one in enumerate(rows))
     report, _ = read(tmp_path, b"".join(unique))
-    assert report.characters["claim"] == Lengths(shortest=1, median=5, p95=9, longest=40, total=135)
+    assert report.characters["claim"] == TextLengths(shortest=1, median=5, p95=9, longest=40, total=135)
 
 
 def test_ten_thousand_broken_rows_are_counted_exactly_and_listed_briefly(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from app.cli import models as commands
 from app.composition import Services
-from app.domain.base_models import SERVED_AS, DirectorySource, served_base_digest
+from app.domain.base_models import QUANTIZATION_BY_NAME, DirectorySource, served_base_digest
 from app.domain.errors import InvalidError
 from tests.models.test_models import run
 from tests.tiny import make_tiny_model
@@ -27,11 +27,11 @@ ENGINE_WORDS = {
 }
 
 
-@pytest.mark.parametrize("name", SERVED_AS)
+@pytest.mark.parametrize("name", QUANTIZATION_BY_NAME)
 def test_the_exported_weights_are_those_that_the_engine_serves(name: str, tmp_path: Path) -> None:
     found = ModelStore(tmp_path / "cache").obtain("tiny", DirectorySource(path=make_tiny_model(tmp_path / "base")))
-    exported = export_base(found, SERVED_AS[name], tmp_path / "served")
-    assert exported.digest == served_base_digest(found.digest, SERVED_AS[name])
+    exported = export_base(found, QUANTIZATION_BY_NAME[name], tmp_path / "served")
+    assert exported.digest == served_base_digest(found.digest, QUANTIZATION_BY_NAME[name])
     assert exported.path == tmp_path / "served" / exported.digest
     assert [path.name for path in exported.path.parent.iterdir() if path.name[0] != "."] == [exported.digest]
     assert "quantization_config" not in json.loads((exported.path / "config.json").read_text())
@@ -66,9 +66,9 @@ def test_an_export_that_was_killed_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_the_command_exports_what_is_listed(services: Services, tmp_path: Path) -> None:
-    exported = commands.export(services, "tiny", SERVED_AS["nf4"], tmp_path / "served")
+    exported = commands.export(services, "tiny", QUANTIZATION_BY_NAME["nf4"], tmp_path / "served")
     row = services.base_models.get("tiny")
-    assert exported.digest == services.base_models.served_digest(row, SERVED_AS["nf4"])
+    assert exported.digest == services.base_models.served_digest(row, QUANTIZATION_BY_NAME["nf4"])
     assert (exported.path / "model.safetensors").is_file()
     with pytest.raises(InvalidError):
         commands.export(services, "nobody", None, tmp_path / "served")

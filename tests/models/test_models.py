@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from app.domain.base_models import (
-    CATALOGUE,
+    FETCHABLE_MODELS,
     MODEL_SOURCE,
     BaseModelDescription,
     DirectorySource,
@@ -314,7 +314,7 @@ def test_the_line_on_stdout_is_a_description(base: Path, tmp_path: Path) -> None
 
 
 def test_the_catalogue_holds_sources_that_parse() -> None:
-    for source in CATALOGUE.values():
+    for source in FETCHABLE_MODELS.values():
         assert MODEL_SOURCE.validate_json(source.model_dump_json()) == source
 
 

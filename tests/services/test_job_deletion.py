@@ -8,7 +8,7 @@ import pytest
 from app.composition import Services
 from app.db.base import Base
 from app.domain.errors import ConflictError, LeaseLostError, NotFoundError
-from app.domain.jobs import TERMINAL, Job, JobError, JobStatus, Lease, Wish
+from app.domain.jobs import TERMINAL, Job, JobAction, JobError, JobStatus, Lease
 from tests.api.conftest import lease, make_adapter, make_checkpoint, metric, traces
 
 BROKEN = JobError(code="out_of_memory", message="no room", hint=None)
@@ -50,7 +50,7 @@ def test_nothing_is_left_of_a_deleted_job(services: Services, dataset: str, tmp_
 
 
 def test_its_name_is_free_again(services: Services, dataset: str, job: Job) -> None:
-    services.jobs.wish(job.id, Wish.CANCEL)
+    services.jobs.request_action(job.id, JobAction.CANCEL)
     services.jobs.delete(job.id)
     assert services.jobs.submit({"dataset": dataset, "name": "first"}).id != job.id
 
@@ -80,14 +80,14 @@ def test_a_job_that_has_not_ended_stays(services: Services, job: Job) -> None:
         return status
 
     seen = [refused()]
-    services.jobs.wish(job.id, Wish.PAUSE)
+    services.jobs.request_action(job.id, JobAction.PAUSE)
     seen.append(refused())
-    services.jobs.wish(job.id, Wish.RESUME)
+    services.jobs.request_action(job.id, JobAction.RESUME)
     lease(services)
     seen.append(refused())
-    services.jobs.wish(job.id, Wish.PAUSE)
+    services.jobs.request_action(job.id, JobAction.PAUSE)
     seen.append(refused())
-    services.jobs.wish(job.id, Wish.CANCEL)
+    services.jobs.request_action(job.id, JobAction.CANCEL)
     seen.append(refused())
     assert set(seen) == set(JobStatus) - set(TERMINAL)
 
@@ -108,7 +108,7 @@ def test_who_follows_the_events_of_a_job_sees_them_end_with_it(services: Service
         async for event in services.events.follow(job.id, 0):
             assert event is not None
             kinds.append(event.kind)
-            services.jobs.wish(job.id, Wish.CANCEL)
+            services.jobs.request_action(job.id, JobAction.CANCEL)
             services.jobs.delete(job.id)
         await services.events.close()
         return kinds

@@ -13,7 +13,7 @@ from sqlalchemy import event
 from app.composition import Services
 from app.db import Database
 from app.domain.errors import NotFoundError, UnavailableError
-from app.domain.jobs import Job, JobStatus, Wish
+from app.domain.jobs import Job, JobAction, JobStatus
 from app.services.job_snapshot import JobSnapshots
 from app.services.jobs import Jobs
 
@@ -65,7 +65,7 @@ def test_an_answer_is_never_older_than_its_question(services: Services, jobs: li
     async def ask() -> tuple[Job, Job]:
         before = asyncio.create_task(services.job_snapshots.get("first"))
         assert await asyncio.to_thread(has_read.wait, 20)
-        await asyncio.to_thread(services.jobs.wish, "first", Wish.PAUSE)
+        await asyncio.to_thread(services.jobs.request_action, "first", JobAction.PAUSE)
         after = asyncio.create_task(services.job_snapshots.get("first"))
         await asyncio.sleep(0)
         may_answer.set()

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from app.composition import Services
-from app.domain.attempts import Checkpointed, Evaluated, Metrics
+from app.domain.attempts import CheckpointWritten, EvaluationFinished, UpdateMetrics
 from app.domain.errors import ConflictError, InvalidError, LeaseLostError, NotFoundError, NotYetSupportedError
-from app.domain.jobs import MAX_ATTEMPTS, TRANSITIONS, WISHES, Job, JobError, JobStatus, Wish
+from app.domain.jobs import ACTION_TRANSITIONS, MAX_ATTEMPTS, TRANSITIONS, Job, JobAction, JobError, JobStatus
 from app.domain.specs import JobKind
-from app.domain.splits import Part
+from app.domain.splits import SplitName
 from app.queue import MemoryDoorbell
 from app.services.attempts import Attempts, Leased
 from app.services.plans import Prepared
@@ -41,8 +41,8 @@ def leased(attempts: Attempts, owner: str = "worker-1") -> Leased:
     return found
 
 
-def metrics(update: int) -> Metrics:
-    return Metrics(
+def metrics(update: int) -> UpdateMetrics:
+    return UpdateMetrics(
         update=update,
         total_updates=3,
         epoch=float(update),
@@ -56,8 +56,8 @@ def metrics(update: int) -> Metrics:
     )
 
 
-def validation(update: int) -> Evaluated:
-    return Evaluated(part=Part.VALIDATION, update=update, rows=4, loss=0.5, accuracy=0.75, seconds=0.1)
+def validation(update: int) -> EvaluationFinished:
+    return EvaluationFinished(part=SplitName.VALIDATION, update=update, rows=4, loss=0.5, accuracy=0.75, seconds=0.1)
 
 
 def test_an_evaluation_is_an_event_and_part_of_its_updates_metrics(services: Services, job: Job) -> None:
@@ -66,7 +66,7 @@ def test_an_evaluation_is_an_event_and_part_of_its_updates_metrics(services: Ser
     services.attempts.record(lease, [metrics(1)], 1.0)
     for update in (1, 2):
         services.attempts.evaluated(lease, validation(update))
-    services.attempts.evaluated(lease, validation(1).model_copy(update={"part": Part.TEST, "loss": None}))
+    services.attempts.evaluated(lease, validation(1).model_copy(update={"part": SplitName.TEST, "loss": None}))
     (row,) = services.jobs.metrics(job.id, 0, 10)[0]
     assert (row.loss, row.validation_loss, row.validation_accuracy) == (1.5, 0.5, 0.75)
     told = [event.message for event in services.jobs.events(job.id, 0, 100)[0] if event.kind == "evaluated"]
@@ -78,7 +78,7 @@ def test_an_evaluation_is_an_event_and_part_of_its_updates_metrics(services: Ser
 
 
 def test_every_wish_is_a_path_of_the_state_machine() -> None:
-    for made_in in WISHES.values():
+    for made_in in ACTION_TRANSITIONS.values():
         for before, after in made_in.items():
             assert before is after or after in TRANSITIONS[before]
 
@@ -187,7 +187,7 @@ def test_a_zombie_changes_no_row(services: Services, hasty: Attempts, job: Job, 
         lambda: hasty.tell(zombie, "log", "still here"),
         lambda: hasty.record(zombie, [metrics(1)], 1.0),
         lambda: hasty.evaluated(zombie, validation(1)),
-        lambda: hasty.checkpoint(zombie, Checkpointed(update=1, path=directory, digest="0" * 64)),
+        lambda: hasty.checkpoint(zombie, CheckpointWritten(update=1, path=directory, digest="0" * 64)),
         lambda: services.artifacts.put(zombie, directory / "manifest.json"),
         lambda: hasty.fail(zombie, JobError(code="x", message="x")),
         lambda: hasty.release(zombie, "done", strike=False),
@@ -221,7 +221,7 @@ def test_a_new_checkpoint_forgives_lost_workers(services: Services, hasty: Attem
     (directory / "manifest.json").write_text("{}")
     for attempt in range(2 * MAX_ATTEMPTS):
         lease = leased(hasty).lease
-        written = Checkpointed(update=attempt, path=directory, digest="0" * 64)
+        written = CheckpointWritten(update=attempt, path=directory, digest="0" * 64)
         services.attempts.checkpoint(lease, written)
         time.sleep(0.005)
     assert services.jobs.get(job.id).status is JobStatus.RUNNING
@@ -235,7 +235,7 @@ def test_only_the_last_two_checkpoints_are_kept_and_the_newest_is_restored(
         directory = tmp_path / f"update-{update}"
         directory.mkdir()
         (directory / "state.json").write_text(str(update))
-        services.attempts.checkpoint(lease, Checkpointed(update=update, path=directory, digest="0" * 64))
+        services.attempts.checkpoint(lease, CheckpointWritten(update=update, path=directory, digest="0" * 64))
     assert [checkpoint.update for checkpoint in services.jobs.checkpoints(job.id)] == [3, 2]
     restored = services.attempts.restore(lease, tmp_path / "restored")
     assert restored is not None
@@ -253,9 +253,9 @@ def test_a_checkpoint_that_goes_leaves_the_blobs_that_another_job_shares(
         directory = tmp_path / f"update-{update}"
         directory.mkdir()
         (directory / "state.json").write_text(str(update))
-        services.attempts.checkpoint(leases[0], Checkpointed(update=update, path=directory, digest="0" * 64))
+        services.attempts.checkpoint(leases[0], CheckpointWritten(update=update, path=directory, digest="0" * 64))
         if update == 1:
-            services.attempts.checkpoint(leases[1], Checkpointed(update=update, path=directory, digest="0" * 64))
+            services.attempts.checkpoint(leases[1], CheckpointWritten(update=update, path=directory, digest="0" * 64))
     restored = services.attempts.restore(leases[1], tmp_path / "restored")
     assert restored is not None
     assert (restored / "state.json").read_text() == "1"
@@ -267,7 +267,7 @@ def test_a_lost_blob_of_a_checkpoint_falls_back_to_the_one_before(services: Serv
         directory = tmp_path / f"update-{update}"
         directory.mkdir()
         (directory / "state.json").write_text(str(update))
-        services.attempts.checkpoint(lease, Checkpointed(update=update, path=directory, digest="0" * 64))
+        services.attempts.checkpoint(lease, CheckpointWritten(update=update, path=directory, digest="0" * 64))
     services.blobs.delete(services.blobs.put_bytes(b"2").digest)
 
     restored = services.attempts.restore(lease, tmp_path / "restored")
@@ -280,15 +280,15 @@ def test_a_lost_blob_of_a_checkpoint_falls_back_to_the_one_before(services: Serv
 @pytest.mark.parametrize(
     ("wish", "seen", "end"),
     [
-        (Wish.CANCEL, JobStatus.CANCELLING, JobStatus.CANCELLED),
-        (Wish.PAUSE, JobStatus.PAUSING, JobStatus.PAUSED),
+        (JobAction.CANCEL, JobStatus.CANCELLING, JobStatus.CANCELLED),
+        (JobAction.PAUSE, JobStatus.PAUSING, JobStatus.PAUSED),
     ],
 )
 def test_a_running_job_hears_a_wish_through_its_heartbeat(
-    services: Services, job: Job, wish: Wish, seen: JobStatus, end: JobStatus
+    services: Services, job: Job, wish: JobAction, seen: JobStatus, end: JobStatus
 ) -> None:
     lease = leased(services.attempts).lease
-    services.jobs.wish(job.id, wish)
+    services.jobs.request_action(job.id, wish)
     assert services.attempts.renew(lease) is seen
     services.attempts.release(lease, "stopped", strike=False)
     assert services.jobs.get(job.id).status is end
@@ -298,7 +298,7 @@ def test_a_wish_whose_worker_is_gone_is_settled_by_the_lease_query(
     services: Services, hasty: Attempts, job: Job
 ) -> None:
     leased(hasty)
-    services.jobs.wish(job.id, Wish.CANCEL)
+    services.jobs.request_action(job.id, JobAction.CANCEL)
     time.sleep(0.005)
     assert services.attempts.lease(KINDS, "worker-2") is None
     assert services.jobs.get(job.id).status is JobStatus.CANCELLED
@@ -306,18 +306,18 @@ def test_a_wish_whose_worker_is_gone_is_settled_by_the_lease_query(
 
 
 def test_a_waiting_job_is_paused_resumed_and_cancelled_at_once(services: Services, job: Job) -> None:
-    assert services.jobs.wish(job.id, Wish.PAUSE).status is JobStatus.PAUSED
+    assert services.jobs.request_action(job.id, JobAction.PAUSE).status is JobStatus.PAUSED
     assert services.attempts.lease(KINDS, "worker-1") is None
-    assert services.jobs.wish(job.id, Wish.RESUME).status is JobStatus.QUEUED
-    assert services.jobs.wish(job.id, Wish.CANCEL).status is JobStatus.CANCELLED
-    assert services.jobs.wish(job.id, Wish.CANCEL).status is JobStatus.CANCELLED
+    assert services.jobs.request_action(job.id, JobAction.RESUME).status is JobStatus.QUEUED
+    assert services.jobs.request_action(job.id, JobAction.CANCEL).status is JobStatus.CANCELLED
+    assert services.jobs.request_action(job.id, JobAction.CANCEL).status is JobStatus.CANCELLED
     with pytest.raises(ConflictError, match="is cancelled"):
-        services.jobs.wish(job.id, Wish.RESUME)
+        services.jobs.request_action(job.id, JobAction.RESUME)
 
 
 def test_a_failure_after_cancel_ends_as_cancelled(services: Services, job: Job) -> None:
     lease = leased(services.attempts).lease
-    services.jobs.wish(job.id, Wish.CANCEL)
+    services.jobs.request_action(job.id, JobAction.CANCEL)
     services.attempts.fail(lease, JobError(code="x", message="x"))
     ended = services.jobs.get(job.id)
     assert (ended.status, ended.error) == (JobStatus.CANCELLED, None)
@@ -349,7 +349,7 @@ def test_a_repeated_update_replaces_its_metrics(services: Services, job: Job) ->
 def test_a_dataset_in_use_stays(services: Services, dataset: str, job: Job) -> None:
     with pytest.raises(ConflictError, match=job.id):
         services.datasets.delete(dataset)
-    services.jobs.wish(job.id, Wish.CANCEL)
+    services.jobs.request_action(job.id, JobAction.CANCEL)
     services.datasets.delete(dataset)
     assert services.jobs.get(job.id).spec.dataset == dataset
     with pytest.raises(NotFoundError):

@@ -64,7 +64,7 @@ def test_the_users_csv_at_256_tokens_names_every_shortened_row_and_keeps_every_v
     assert (prepared.summary.rows, prepared.summary.trimmed, prepared.summary.dropped) == (268, len(notes) - 11, 11)
     for line, canonical in enumerate(lines, start=1):
         trajectory = read_canonical(canonical)
-        whole = encoder.encode(encoder.form.segments(trajectory))
+        whole = encoder.encode(encoder.form.render_trajectory(trajectory))
         note, row = notes.get(line), rows.get(line)
         if row is None:
             assert note is not None

@@ -10,15 +10,15 @@ from app.composition import Services
 from app.domain.devices import DeviceDescription
 from app.domain.errors import InvalidError
 from app.domain.ledger import Policy
-from app.domain.memory import CONTEXT
+from app.domain.memory import PROCESS_BYTES
 from app.domain.plans import Plan
-from app.domain.remedies import changed, merged
+from app.domain.remedies import apply_change, merge_changes
 from app.domain.specs import TrainSpec
 from app.services.plans import CHECKPOINTING_FROM
 from tests.conftest import trajectory_text
 
 TRAINER = DeviceDescription(type="cpu", model="a cpu", bytes=1 << 40, cores=2, queues=("gpu",))
-ROOM = CONTEXT["cpu"]
+ROOM = PROCESS_BYTES["cpu"]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def dataset(services: Services, upload: Path) -> str:
 
 def has(services: Services, size: int, **device: Any) -> None:
     """The deployment's trainer has `size` bytes for a model, beside what a process takes for itself."""
-    described = {"bytes": size + CONTEXT[device.get("type", "cpu")], **device}
+    described = {"bytes": size + PROCESS_BYTES[device.get("type", "cpu")], **device}
     services.devices.report("trainer", TRAINER.model_copy(update=described))
 
 
@@ -110,7 +110,7 @@ def test_a_job_that_is_too_large_is_refused_and_any_remedy_lets_it_in(services: 
     assert [next(iter(remedy.change)) for remedy in plan.remedies] == ["trainer", "trainer"]
     assert plan.remedies[1].change == {"trainer": {"batch_size": 2, "gradient_accumulation_steps": 4}}
     for remedy in plan.remedies:
-        better = services.jobs.submit(changed(TrainSpec.model_validate(spec), remedy.change).model_dump())
+        better = services.jobs.submit(apply_change(TrainSpec.model_validate(spec), remedy.change).model_dump())
         assert better.plan is not None
         assert better.plan.fits
         assert better.plan.memory is not None
@@ -218,7 +218,7 @@ def test_sizes_that_config_json_does_not_tell_are_no_reason_to_refuse(
 
 
 def test_changes_add_up_within_a_section() -> None:
-    assert merged({"trainer": {"a": 1}, "b": 2}, {"trainer": {"c": 3}}) == {"trainer": {"a": 1, "c": 3}, "b": 2}
+    assert merge_changes({"trainer": {"a": 1}, "b": 2}, {"trainer": {"c": 3}}) == {"trainer": {"a": 1, "c": 3}, "b": 2}
 
 
 def test_a_dataset_of_one_verdict_is_warned_about(services: Services, dataset: str, tmp_path: Path) -> None:

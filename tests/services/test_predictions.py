@@ -14,7 +14,7 @@ from app.domain.errors import BusyError, ConflictError, InvalidError, NotFoundEr
 from app.domain.predictions import Observed, PredictRequest
 from app.domain.react import ReactFormat
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
-from app.generation import Generated, GenerationRequest, ScriptedGenerator
+from app.generation import GenerationRequest, GenerationResult, ScriptedGenerator
 from app.knowledge.base import KnowledgeExplorer
 from app.queue import MemoryDoorbell
 from app.services.prompt_session import PromptSession
@@ -110,11 +110,11 @@ def test_serving_ids_are_the_training_ids_of_the_same_trajectory(ask: Callable[[
             Step(thought="It says so.", action=finish),
         ),
     )
-    trained = encoder.encode(encoder.form.segments(trajectory)).ids
+    trained = encoder.encode(encoder.form.render_trajectory(trajectory)).ids
     *turns, label, branch = [request.prompt for request in requests_of(served)]
     for prompt in (*turns, label):
         assert trained[: len(prompt)] == prompt
-    assert branch == encoder.encode(encoder.form.verdict_branch(CLAIM, trajectory.steps[:1])).ids
+    assert branch == encoder.encode(encoder.form.render_verdict_branch(CLAIM, trajectory.steps[:1])).ids
 
 
 def test_a_claim_and_a_page_that_name_a_control_token_stay_text(
@@ -312,7 +312,7 @@ def test_a_token_that_crosses_the_stop_is_replaced_and_counted(services: Service
     class Crossing(ScriptedGenerator):
         """Ends a Thought with one made-up token that holds its last word and the newline."""
 
-        def generate(self, request: GenerationRequest) -> Generated:
+        def generate(self, request: GenerationRequest) -> GenerationResult:
             answer = super().generate(request)
             if request.stop == ("\n",):
                 return answer.model_copy(update={"ids": (*tokens.encode(" Look it"), tokens.eos_id)})

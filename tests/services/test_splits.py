@@ -10,7 +10,7 @@ import pytest
 from app.composition import Services
 from app.domain.attempts import EncodedRow
 from app.domain.errors import InvalidError
-from app.domain.splits import Part
+from app.domain.splits import SplitName
 from app.services.plans import Prepared
 from tests.conftest import dataset_jsonl
 
@@ -40,7 +40,7 @@ def prepare(services: Services, tmp_path: Path) -> Prepare:
     return one
 
 
-def parts(services: Services, prepared: Prepared) -> dict[int, Part]:
+def parts(services: Services, prepared: Prepared) -> dict[int, SplitName]:
     lines = services.blobs.get_bytes(prepared.rows).splitlines()
     rows = [EncodedRow.model_validate_json(line) for line in lines]
     return {row.line: row.part for row in rows}
@@ -49,19 +49,21 @@ def parts(services: Services, prepared: Prepared) -> dict[int, Part]:
 def test_every_row_is_trained_on_where_nothing_is_asked(services: Services, prepare: Prepare) -> None:
     plan = prepare("parted").plan
     assert (plan.rows, plan.rows_trained, plan.rows_validation, plan.rows_test) == (40, 40, 0, 0)
-    assert set(parts(services, prepare("parted")).values()) == {Part.TRAIN}
+    assert set(parts(services, prepare("parted")).values()) == {SplitName.TRAIN}
 
 
 def test_a_random_split_is_drawn_by_seed_and_row(services: Services, prepare: Prepare) -> None:
     split = {"probabilities": [0.6, 0.2, 0.2]}
     one, again, other = (parts(services, prepare(split=split, seed=seed)) for seed in (1, 1, 2))
     assert one == again != other
-    assert set(one.values()) == set(Part)
+    assert set(one.values()) == set(SplitName)
 
 
 def test_a_fixed_split_is_what_the_column_says(services: Services, prepare: Prepare) -> None:
     found = parts(services, prepare("parted", {"type": "fixed"}))
-    assert found == {n + 1: (Part.TRAIN, Part.TRAIN, Part.VALIDATION, Part.TEST)[n % 4] for n in range(ROWS)}
+    assert found == {
+        n + 1: (SplitName.TRAIN, SplitName.TRAIN, SplitName.VALIDATION, SplitName.TEST)[n % 4] for n in range(ROWS)
+    }
 
 
 def test_only_training_rows_are_scheduled(prepare: Prepare) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from app.domain.encoding import Encoder, Tokenization
-from app.domain.react import END, TURN_END, Part, ReactFormat, Segment, header, turn
+from app.domain.react import END, TURN_END, ReactFormat, Segment, SegmentKind, build_header, render_turn
 from app.domain.trajectories import Action, ActionName, Step, Trajectory
 from app.tokenizers import TextEncoder, load_tokenization
 from tests.conftest import ROOT
@@ -97,7 +97,7 @@ def test_a_row_that_names_control_tokens_is_trained_and_served_as_text(family: F
     coder = Encoder(family.tokens, ReactFormat())
     for name in family.control.values():
         trajectory = written_with(name)
-        ids = coder.encode(coder.form.segments(trajectory)).ids
+        ids = coder.encode(coder.form.render_trajectory(trajectory)).ids
         assert list(ids) == served(coder, trajectory)
         frame = [token for token in (family.tokens.bos_id, family.tokens.eos_id) if token is not None]
         assert [ids[0], ids[-1]][-len(frame) :] == frame
@@ -116,11 +116,18 @@ def written_with(name: str) -> Trajectory:
 def served(coder: Encoder, trajectory: Trajectory) -> list[int]:
     """The ids as serving builds them up, atom by atom."""
     first, last = trajectory.steps
-    seen = Segment(Part.OBSERVATION, f" {first.observation}", trained=False)
-    observed = [TURN_END, header("Observation", 1), seen, TURN_END]
-    written = [*turn(1, first.thought, first.action), *observed, *turn(2, last.thought, last.action), END]
+    seen = Segment(SegmentKind.OBSERVATION, f" {first.observation}", trained=False)
+    observed = [TURN_END, build_header("Observation", 1), seen, TURN_END]
+    written = [*render_turn(1, first.thought, first.action), *observed, *render_turn(2, last.thought, last.action), END]
     bos = [] if coder.tokens.bos_id is None else [coder.tokens.bos_id]
-    return [*bos, *(token for atom in [*coder.form.head(trajectory.claim), *written] for token in coder.atom(atom))]
+    return [
+        *bos,
+        *(
+            token
+            for atom in [*coder.form.render_instructions(trajectory.claim), *written]
+            for token in coder.encode_segment(atom)
+        ),
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama-3", "qwen-2", "llama-2"])
@@ -139,9 +146,9 @@ def chat() -> Family:
 
 def test_a_template_writes_control_tokens_on_purpose_and_the_claim_in_it_does_not(chat: Family) -> None:
     coder = Encoder(chat.tokens, ReactFormat(template="<|im_start|>user\nClaim: {claim}<|im_end|>\n<think>"))
-    ids = coder.encode(coder.form.prompt("It is <|im_end|> long.", ())).ids
+    ids = coder.encode(coder.form.render_prompt("It is <|im_end|> long.", ())).ids
     assert chat.control_in(ids) == ["<|im_start|>", "<|im_end|>", "<think>"]
-    assert ids == coder.encode(coder.form.prompt("It is <|im_end|> long.", ())).ids
+    assert ids == coder.encode(coder.form.render_prompt("It is <|im_end|> long.", ())).ids
 
 
 def test_an_answer_that_holds_an_unmarked_control_token_shows_it(chat: Family) -> None:

@@ -14,7 +14,7 @@ import pytest
 from app.domain.attempts import BaseOnDisk, EncodedBranch, EncodedRow, TrainOrder
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
-from app.domain.splits import Part
+from app.domain.splits import SplitName
 from tests.tiny import VOCABULARY, make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def make_order(tiny_base: Path, tmp_path: Path) -> OrderFactory:
         asked = {"dataset": "tiny", **given, "trainer": trainer | given.get("trainer", {})}
         parsed = TrainSpec.model_validate(asked)
         parts = Counter(row.part for row in chosen)
-        schedule = Schedule.of(parsed, parts[Part.TRAIN], 42, "cpu", parts[Part.VALIDATION])
+        schedule = Schedule.for_spec(parsed, parts[SplitName.TRAIN], 42, "cpu", parts[SplitName.VALIDATION])
         return TrainOrder(
             job_id="job_test",
             epoch=1,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from app.domain.attempts import CHILD_EVENT, EncodedRow, TrainOrder
-from app.domain.splits import Part
+from app.domain.splits import SplitName
 from tests.training.conftest import Child, OrderFactory, make_rows
 from tests.waiting import until
 from worker.training.__main__ import NICENESS
@@ -126,14 +126,14 @@ def test_a_checkpoint_asked_for_in_the_middle_of_an_update_does_not_abandon_it(
     assert [m["update"] for m in child.metrics()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("part", [Part.VALIDATION, Part.TEST])
+@pytest.mark.parametrize("part", [SplitName.VALIDATION, SplitName.TEST])
 def test_a_stop_is_seen_while_held_out_rows_are_evaluated_at_the_end(
-    make_order: OrderFactory, start: Start, part: Part
+    make_order: OrderFactory, start: Start, part: SplitName
 ) -> None:
     held = [row.model_copy(update={"line": 100 + row.line, "part": part}) for row in make_rows(500)]
     order = make_order(updates=1, rows=[*make_rows(4), *held])
     child = start(order)
-    child.until("started" if part is Part.VALIDATION else "metrics")
+    child.until("started" if part is SplitName.VALIDATION else "metrics")
     child.command("stop")
     assert child.finish()[0]["outcome"] == "stopped", child.errors()
     assert not any(event["event"] == "evaluated" for event in child.seen)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from app.domain.attempts import EncodedRow, TrainOrder
-from app.domain.splits import PARTS, Part
+from app.domain.splits import SPLIT_NAMES, SplitName
 from tests.training.conftest import OrderFactory, apart, make_rows
 from tests.training.test_child import Start, adapter_bytes
 from tests.training.test_recipe import metrics, run
@@ -32,7 +32,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parted(count: int = 12) -> list[EncodedRow]:
     """Rows of which a third each is trained on, held out and tested on."""
-    return [row.model_copy(update={"part": PARTS[row.line % 3]}) for row in make_rows(count)]
+    return [row.model_copy(update={"part": SPLIT_NAMES[row.line % 3]}) for row in make_rows(count)]
 
 
 def told(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -75,12 +75,12 @@ def test_it_measures_what_each_sequence_alone_gives_without_dropout(make_order: 
 def test_validation_rows_are_evaluated_each_epoch_and_test_rows_once(make_order: OrderFactory) -> None:
     order = make_order(SPEC, updates=5, rows=parted(18))  # six rows to train on: two updates an epoch
     events = run(order)
-    validations = [event for event in told(events, "evaluated") if event["part"] == Part.VALIDATION]
+    validations = [event for event in told(events, "evaluated") if event["part"] == SplitName.VALIDATION]
     assert [event["update"] for event in validations] == [2, 4, 5]
     seen = {m["update"]: (m["validation_loss"], m["validation_accuracy"]) for m in metrics(events)}
     assert seen == {1: (None, None), 3: (None, None)} | {e["update"]: (e["loss"], e["accuracy"]) for e in validations}
     assert all(0 < event["loss"] < 20 and 0 <= event["accuracy"] <= 1 and event["rows"] == 6 for event in validations)
-    (test,) = [event for event in told(events, "evaluated") if event["part"] == Part.TEST]
+    (test,) = [event for event in told(events, "evaluated") if event["part"] == SplitName.TEST]
     assert test["rows"] == 6
     last = events[-1]["metrics"]
     assert (last["test_loss"], last["test_accuracy"]) == (test["loss"], test["accuracy"])
@@ -88,7 +88,7 @@ def test_validation_rows_are_evaluated_each_epoch_and_test_rows_once(make_order:
 
 def test_held_out_rows_are_not_learned_and_evaluation_changes_nothing(make_order: OrderFactory) -> None:
     rows = parted()
-    alone = make_order(SPEC, rows=[row for row in rows if row.part is Part.TRAIN], name="alone")
+    alone = make_order(SPEC, rows=[row for row in rows if row.part is SplitName.TRAIN], name="alone")
     watched = make_order(SPEC | {"trainer": {"steps_per_checkpoint": 1}}, rows=rows, name="watched")
     undisturbed, observed = metrics(run(alone)), metrics(run(watched))
     for measure in ("loss", "grad_norm", "tokens"):
@@ -99,7 +99,7 @@ def test_held_out_rows_are_not_learned_and_evaluation_changes_nothing(make_order
 def test_the_best_state_is_published_and_lies_in_a_checkpoint(make_order: OrderFactory) -> None:
     order = make_order(SPEC | {"trainer": HASTY}, updates=20, rows=parted())
     events = run(order)
-    validations = [event for event in told(events, "evaluated") if event["part"] == Part.VALIDATION]
+    validations = [event for event in told(events, "evaluated") if event["part"] == SplitName.VALIDATION]
     best = min(validations, key=lambda event: event["loss"])
     assert best["update"] < 20, "this rate must overshoot, or nothing is tested"
     assert [e["update"] for e in validations if e["best"]][-1] == best["update"]
@@ -110,7 +110,7 @@ def test_the_best_state_is_published_and_lies_in_a_checkpoint(make_order: OrderF
     directory = Path(kept[best["update"]]["path"])
     for name, content in adapter_bytes(order).items():
         assert (directory / name).read_bytes() == content
-    (test,) = [event for event in told(events, "evaluated") if event["part"] == Part.TEST]
+    (test,) = [event for event in told(events, "evaluated") if event["part"] == SplitName.TEST]
     assert test["update"] == best["update"]
 
 
@@ -118,7 +118,7 @@ def test_the_best_state_is_published_and_lies_in_a_checkpoint(make_order: OrderF
 def test_evaluations_without_improvement_end_the_training(make_order: OrderFactory, patience: int, ends: str) -> None:
     order = make_order(SPEC | {"trainer": HASTY | {"early_stop": patience}}, updates=30, rows=parted())
     events = run(order)
-    validations = [event for event in told(events, "evaluated") if event["part"] == Part.VALIDATION]
+    validations = [event for event in told(events, "evaluated") if event["part"] == SplitName.VALIDATION]
     stopped = any("stopped early" in event["message"] for event in told(events, "log"))
     last = metrics(events)[-1]["update"]
     if ends == "late":
@@ -169,7 +169,9 @@ def test_resumed_behind_the_best_update_it_ends_as_if_uninterrupted(make_order: 
 
 
 def test_every_row_has_the_loss_that_was_last_seen_of_it(make_order: OrderFactory) -> None:
-    rows = [row.model_copy(update={"part": PARTS[0 if row.line < 9 else 1 + row.line % 2]}) for row in make_rows(12)]
+    rows = [
+        row.model_copy(update={"part": SPLIT_NAMES[0 if row.line < 9 else 1 + row.line % 2]}) for row in make_rows(12)
+    ]
     order = make_order(SPEC, updates=3, rows=rows)  # eight rows to train on: two updates an epoch, half of a second
     events = run(order)
     found = row_losses(order)
@@ -201,7 +203,7 @@ def test_an_evaluation_gives_way_to_a_pause_and_is_made_up_for(make_order: Order
     many = [
         *parted(9),
         *(
-            row.model_copy(update={"line": 100 + n, "part": Part.VALIDATION})
+            row.model_copy(update={"line": 100 + n, "part": SplitName.VALIDATION})
             for n in range(1_000)
             for row in make_rows(1)
         ),
@@ -222,7 +224,7 @@ def test_an_evaluation_gives_way_to_a_pause_and_is_made_up_for(make_order: Order
     resumed, reference = start(again), start(whole)
     for other in (resumed, reference):
         assert other.finish()[0]["outcome"] == "succeeded", other.errors()
-    validations = [e["update"] for e in told(resumed.seen, "evaluated") if e["part"] == Part.VALIDATION]
+    validations = [e["update"] for e in told(resumed.seen, "evaluated") if e["part"] == SplitName.VALIDATION]
     assert validations == [2, 3]
     assert adapter_bytes(again) == adapter_bytes(whole)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.domain.architectures import KNOWN
+from app.domain.architectures import PUBLISHED_ARCHITECTURES
 from benchmarks.shape_only import kernels_of_a_gpu, rows_of, shapes_of, transformers_forward
 from tests.training.test_shapes import ADAPTERS
 from worker.precision import Precision, precision_for
@@ -21,7 +21,7 @@ from worker.training.tuning_methods import TuningMethod
 from worker.training.updates import micro_step
 
 META = torch.device("meta")
-SIZES = KNOWN["SmolLM2-135M"]
+SIZES = PUBLISHED_ARCHITECTURES["SmolLM2-135M"]
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear")
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "item", "unique", "_unique2")
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig
 
-from app.domain.architectures import KNOWN, Architecture
-from app.domain.memory import CONTEXT, GPU16, Load, Machine, memory_of
+from app.domain.architectures import PUBLISHED_ARCHITECTURES, Architecture
+from app.domain.memory import GPU16, PROCESS_BYTES, Machine, MicroBatchSize, estimate_memory
 from app.domain.specs import TrainSpec
-from app.domain.trainables import trainable_parameters
+from app.domain.trainables import count_trainable_parameters
 from benchmarks.live import LiveBytes
 from benchmarks.shape_only import Seen, rows_of, run_update
 from worker.precision import FP32
 from worker.training import loss, model
 from worker.training.master_weights import MasterWeights
 
-SEVEN = KNOWN["Llama-2-7B"]
+SEVEN = PUBLISHED_ARCHITECTURES["Llama-2-7B"]
 SLACK = 0.05
 """Of what comes and goes: what the figures may be above tensors that are only counted."""
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -34,12 +34,14 @@ ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
 }
 
 
-def share(sizes: Architecture, adapter: str, seen: Seen, load: Load, *, recompute: bool, packed: bool) -> float:
+def share(
+    sizes: Architecture, adapter: str, seen: Seen, load: MicroBatchSize, *, recompute: bool, packed: bool
+) -> float:
     """The model's figure over what was seen, both without what a process takes before its first tensor."""
     asked = {"dataset": "d", "adapter": ADAPTERS[adapter][0], "quantization": {"bits": 4} if packed else None}
     spec = TrainSpec.model_validate(asked)
-    taken = memory_of(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40)
-    return (taken.total - CONTEXT["gpu"]) / seen.peak
+    taken = estimate_memory(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40)
+    return (taken.total - PROCESS_BYTES["gpu"]) / seen.peak
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -59,9 +61,9 @@ def share(sizes: Architecture, adapter: str, seen: Seen, load: Load, *, recomput
 def test_the_model_is_never_below_the_recipe_and_at_most_a_quarter_above(
     name: str, adapter: str, packed: bool, recompute: bool
 ) -> None:
-    batch, sizes = rows_of(2048, 512, 0.33), KNOWN[name]
+    batch, sizes = rows_of(2048, 512, 0.33), PUBLISHED_ARCHITECTURES[name]
     seen = run_update(sizes, ADAPTERS[adapter][1](), batch, recompute=recompute, packed=packed, stock=adapter != "lora")
-    load = Load(batch.tokens, 512, batch.labelled)
+    load = MicroBatchSize(batch.tokens, 512, batch.labelled)
     assert 1.0 <= share(sizes, adapter, seen, load, recompute=recompute, packed=packed) <= 1.25
 
 
@@ -84,11 +86,11 @@ def test_tensors_that_live_on_a_cpu_are_those_of_the_model(tiny_base: Path, draw
     with LiveBytes() as live:
         states = trainable.hidden(batch)
         loss.backward_loss(states, trainable.head, batch, 1.0)
-    sizes = Architecture.of(json.loads((tiny_base / "config.json").read_text()))
+    sizes = Architecture.from_config(json.loads((tiny_base / "config.json").read_text()))
     assert sizes is not None
-    assert trainable_parameters(sizes, spec) == masters.count
-    load = Load(batch.tokens, length, batch.labelled)
-    taken = memory_of(sizes, spec, load, Machine("cpu", 4), recompute=bool(recompute), stored=1 << 20)
+    assert count_trainable_parameters(sizes, spec) == masters.count
+    load = MicroBatchSize(batch.tokens, length, batch.labelled)
+    taken = estimate_memory(sizes, spec, load, Machine("cpu", 4), recompute=bool(recompute), stored=1 << 20)
     standing = taken.weights + taken.adapter + taken.gradients + taken.optimizer
     moving = (taken.total - standing - taken.reserve) * (1 + SLACK)  # these bytes come in no heap
     assert 1.0 <= (standing + moving) / (standing + max(live.peak, taken.checkpoint)) <= 1.25

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from app.composition import Services, compose
-from app.domain.attempts import Metrics
+from app.domain.attempts import UpdateMetrics
 from app.domain.errors import UnavailableError
-from app.domain.jobs import Event, Job, JobStatus, Wish
+from app.domain.jobs import Event, Job, JobAction, JobStatus
 from app.domain.ledger import Policy, Reservation, Tenant
 from tests.conftest import dataset_jsonl
 from tests.waiting import until
@@ -90,7 +90,7 @@ def test_a_small_job_shares_and_waits_for_nobody(host: Host) -> None:
     mine = host.reserved()[Tenant.TRAINING]
     assert (mine.bytes, mine.policy, mine.job_id) == (job.plan.memory.total, Policy.SHARE, job.id)
     assert host.services.ledger.inference_unavailable(host.name) is None
-    host.services.jobs.wish(job.id, Wish.CANCEL)
+    host.services.jobs.request_action(job.id, JobAction.CANCEL)
     thread.join(30)
     assert Tenant.TRAINING not in host.reserved()  # nobody renews the other one here: it may have lapsed by now
     assert host.told(job) == []
@@ -117,13 +117,15 @@ def test_a_job_begins_when_inference_has_released_the_device(host: Host) -> None
 
 
 @pytest.mark.parametrize("host", ["yield"], indirect=True)
-@pytest.mark.parametrize(("wish", "end"), [(Wish.CANCEL, JobStatus.CANCELLED), (Wish.PAUSE, JobStatus.PAUSED)])
-def test_a_job_that_waits_can_be_stopped(host: Host, wish: Wish, end: JobStatus) -> None:
+@pytest.mark.parametrize(
+    ("wish", "end"), [(JobAction.CANCEL, JobStatus.CANCELLED), (JobAction.PAUSE, JobStatus.PAUSED)]
+)
+def test_a_job_that_waits_can_be_stopped(host: Host, wish: JobAction, end: JobStatus) -> None:
     host.serve()
     job = host.submit(TRAINER)
     thread = host.work()
     until(lambda: len(host.told(job)) > 0)
-    host.services.jobs.wish(job.id, wish)
+    host.services.jobs.request_action(job.id, wish)
     thread.join(20)
     assert host.status(job) is end
     assert set(host.reserved()) == {Tenant.INFERENCE}
@@ -208,7 +210,7 @@ def test_every_ending_releases_the_device(host: Host, ending: str) -> None:
         until(lambda: updates(host.services, job) > 0)
         assert set(host.reserved()) == {Tenant.TRAINING}
     if ending == "paused":
-        host.services.jobs.wish(job.id, Wish.PAUSE)
+        host.services.jobs.request_action(job.id, JobAction.PAUSE)
     if ending == "lost child":
         os.kill(children()[0].pid, signal.SIGKILL)
     thread.join(60)
@@ -243,8 +245,8 @@ def test_no_process_waits_for_a_job_where_others_have_the_memory(host: Host) -> 
     supervisor.dismiss()
 
 
-def metrics(update: int, seconds: float) -> Metrics:
-    return Metrics.model_validate(
+def metrics(update: int, seconds: float) -> UpdateMetrics:
+    return UpdateMetrics.model_validate(
         {
             "update": update,
             "total_updates": 100,

@@ -12,7 +12,7 @@ import pytest
 
 from app.composition import Services, compose
 from app.db.migrating import migrate
-from app.domain.attempts import Checkpointed
+from app.domain.attempts import CheckpointWritten
 from app.domain.base_models import BaseModelDescription
 from app.domain.errors import StorageError, UnavailableError
 from app.domain.jobs import Event, Job, JobStatus
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_the_store_refuses_leaves_no_blob(
     directory.mkdir()
     (directory / "adapter_config.json").write_text("{}")
     (directory / "weights.safetensors").write_bytes(b"\1" * (8 * MIB))
-    written = Checkpointed(update=1, path=directory, digest="0" * 64)
+    written = CheckpointWritten(update=1, path=directory, digest="0" * 64)
     file_limit(4 * MIB)
     with pytest.raises(
         StorageError, match=r"a blob of 8\.4 MB cannot be stored: File too large.* are free at"
@@ -221,7 +221,7 @@ def test_a_full_disk_does_not_pass_for_a_damaged_checkpoint(
     directory = tmp_path / "update-000001"
     directory.mkdir()
     (directory / "weights.safetensors").write_bytes(b"\1" * (8 * MIB))
-    services.attempts.checkpoint(leased.lease, Checkpointed(update=1, path=directory, digest="0" * 64))
+    services.attempts.checkpoint(leased.lease, CheckpointWritten(update=1, path=directory, digest="0" * 64))
     file_limit(4 * MIB)
     with pytest.raises(StorageError, match="cannot be copied to this host: File too large"):
         services.attempts.restore(leased.lease, tmp_path / "restored")

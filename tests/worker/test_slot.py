@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from app.composition import Services, compose
-from app.domain.attempts import Checkpointed
+from app.domain.attempts import CheckpointWritten
 from app.domain.jobs import JobError
 from worker.slot import Slot
 from worker.supervisor import Supervisor
@@ -21,7 +21,7 @@ def test_it_removes_checkpoints_and_adapters_files_whose_time_is_over(
     directory = tmp_path / "update-000001"
     directory.mkdir()
     (directory / "state.json").write_text("{}")
-    services.attempts.checkpoint(taken.lease, Checkpointed(update=1, path=directory, digest="0" * 64))
+    services.attempts.checkpoint(taken.lease, CheckpointWritten(update=1, path=directory, digest="0" * 64))
     services.attempts.fail(taken.lease, JobError(code="x", message="x"))
 
     left = services.settings.cache_path / "adapters" / ".partial-x"

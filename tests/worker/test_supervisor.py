@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from app.composition import Services, compose
 from app.domain.adapters import adapter_digest
 from app.domain.errors import InvalidError
-from app.domain.jobs import Job, JobStatus, Wish
+from app.domain.jobs import Job, JobAction, JobStatus
 from tests.conftest import dataset_jsonl
 from tests.waiting import until
 from worker.device import describe_device
@@ -209,7 +209,7 @@ def test_cancel_stops_the_child_within_seconds(
     job = submit(**LONG)
     thread = background(supervisor)
     until(lambda: updates(services, job) > 0)
-    services.jobs.wish(job.id, Wish.CANCEL)
+    services.jobs.request_action(job.id, JobAction.CANCEL)
     thread.join(20)
     assert services.jobs.get(job.id).status is JobStatus.CANCELLED
     assert children() == []
@@ -227,7 +227,7 @@ def test_pause_writes_a_checkpoint_and_resume_goes_on_from_it(
     job = submit(**(TRAINER | {"train_steps": 40}))
     thread = background(supervisor)
     until(lambda: updates(services, job) > 0)
-    services.jobs.wish(job.id, Wish.PAUSE)
+    services.jobs.request_action(job.id, JobAction.PAUSE)
     thread.join(30)
     paused = services.jobs.get(job.id)
     assert paused.status in (JobStatus.PAUSED, JobStatus.SUCCEEDED)
@@ -237,7 +237,7 @@ def test_pause_writes_a_checkpoint_and_resume_goes_on_from_it(
     ]
     if paused.status is JobStatus.PAUSED:
         assert services.jobs.checkpoints(job.id)[0].update > 0
-        services.jobs.wish(job.id, Wish.RESUME)
+        services.jobs.request_action(job.id, JobAction.RESUME)
         assert supervisor.work()
         log = [event.message for event in services.jobs.events(job.id, 0, 1_000)[0]]
         assert any(line.startswith("resumed from update") for line in log)

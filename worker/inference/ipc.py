@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from app.domain.frozen import Frozen
 from app.domain.tuning_methods import MAX_RANK
-from worker.inference.sampling_params import FinishReason, Frozen, Prompt, SamplingParams, ServedModel
+from worker.inference.sampling_params import FinishReason, Prompt, SamplingParams, ServedModel
 
 MAX_LINE = 64 * 1024**2  # bytes
 MAX_CANDIDATES = MAX_LINE // 256

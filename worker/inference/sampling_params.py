@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from app.domain.frozen import Frozen
 
 MAX_LOGPROBS = 20
 MAX_REGEX = 4_096
@@ -27,12 +29,6 @@ Stop = Annotated[str, Field(min_length=1, max_length=1_024)]
 FinishReason = Literal["stop", "length"]
 
 Prompt = str | list[TokenId]
-
-
-class Frozen(BaseModel):
-    """A value: immutable, and nothing in it goes unread."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ClientModel(Frozen):

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from app.domain.base_models import (
-    CATALOGUE,
+    FETCHABLE_MODELS,
     MODEL_SOURCE,
     BaseModelDescription,
     DirectorySource,
@@ -100,13 +100,13 @@ def _run(asked: argparse.Namespace) -> BaseModelDescription | ExportedBase:
 
 
 def _catalogued(name: str) -> ModelSource:
-    if name not in CATALOGUE:
+    if name not in FETCHABLE_MODELS:
         raise ModelError(
             "unknown_model",
             f"{name!r} is not in the catalogue",
-            f"known: {', '.join(sorted(CATALOGUE))}; add others from a directory or from the hub",
+            f"known: {', '.join(sorted(FETCHABLE_MODELS))}; add others from a directory or from the hub",
         )
-    return CATALOGUE[name]
+    return FETCHABLE_MODELS[name]
 
 
 def _source(text: str) -> ModelSource:

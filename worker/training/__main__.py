@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from app.domain.attempts import Failed, TrainOrder
+from app.domain.attempts import TrainingFailed, TrainOrder
 from worker.training.channel import Channel
 from worker.training.errors import TrainingError
 
@@ -42,25 +42,25 @@ def _give_way() -> None:
         Path("/proc/self/autogroup").write_text(str(NICENESS), encoding="ascii")
 
 
-def _failed(error: Exception) -> Failed:
+def _failed(error: Exception) -> TrainingFailed:
     if isinstance(error, TrainingError):
-        return Failed(code=error.code, message=error.message, hint=error.hint)
+        return TrainingFailed(code=error.code, message=error.message, hint=error.hint)
     from worker.training.memory import is_out_of_memory
 
     if is_out_of_memory(error):
-        return Failed(
+        return TrainingFailed(
             code="out_of_memory",
             message="the device's memory does not suffice for this job",
             hint="set trainer.batch_size to 1, trainer.enable_gradient_checkpointing to true, "
             "or a smaller global_max_sequence_length",
         )
     if reason := _of_a_file(error):
-        return Failed(
+        return TrainingFailed(
             code="disk",
             message=f"a file could not be read or written: {reason}",
             hint="check the free space and the permissions of the work directory",
         )
-    return Failed(
+    return TrainingFailed(
         code="unexpected",
         message=f"training stopped at {type(error).__name__}: {error}",
         hint="this is a fault of the trainer; its log has the place",

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from app.domain.attempts import ChildEvent, Command, Log
+from app.domain.attempts import ChildCommand, ChildEvent, LogMessage
 
 SUPERVISOR_DEAD = 3
 """The exit status when stdin ended or stdout broke."""
@@ -28,7 +28,7 @@ class Channel:
         self._in = commands
         self._lock = threading.Lock()
         self._order: SimpleQueue[bytes] = SimpleQueue()
-        self._waiting: deque[Command] = deque()
+        self._waiting: deque[ChildCommand] = deque()
 
     @classmethod
     def open(cls) -> "Channel":
@@ -55,7 +55,7 @@ class Channel:
         """The first line, as soon as it is there: this process may have been started before there was any work."""
         return self._order.get()
 
-    def next_command(self) -> Command | None:
+    def next_command(self) -> ChildCommand | None:
         """The oldest command not yet asked for, or None."""
         return self._waiting.popleft() if self._waiting else None
 
@@ -76,7 +76,7 @@ class Channel:
             self._order.put(order)
         for line in self._in:
             try:
-                self._waiting.append(Command.model_validate_json(line))
+                self._waiting.append(ChildCommand.model_validate_json(line))
             except ValidationError:
-                self.tell(Log(level="warning", message=f"a command was not understood: {line[:200]!r}"))
+                self.tell(LogMessage(level="warning", message=f"a command was not understood: {line[:200]!r}"))
         os._exit(SUPERVISOR_DEAD)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
 from app.atomic_dirs import publish
+from app.domain.frozen import Frozen
 
 MANIFEST = "manifest.json"
 
@@ -60,9 +61,7 @@ class Progress(BaseModel):
         return self.best_update or self.update
 
 
-class _State(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _State(Frozen):
     identity: str
     progress: Progress
     scaler: dict[str, float]

@@ -93,7 +93,7 @@ def check_finite(base: Path) -> None:
 def _load_base(
     base: Path, quantization: Quantization | None, precision: Precision, device: torch.device
 ) -> PreTrainedModel:
-    dense = device.type == "cpu" and quantization is not None and _bytes(base) <= memory.DENSE_LIMIT
+    dense = device.type == "cpu" and quantization is not None and _bytes(base) <= memory.KEEP_DEQUANTIZED_UP_TO
     config = quantization and bitsandbytes_config(
         quantization.bits, quantization.quant_type, double_quant=quantization.double_quant, compute=precision.compute
     )

@@ -15,7 +15,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from app.atomic_dirs import publish
-from app.domain.adapters import BESIDES
+from app.domain.adapters import EXTRA_FILES
 from app.domain.attempts import BaseOnDisk
 from worker.training.master_weights import MasterWeights
 from worker.training.tuning_methods import TuningMethod
@@ -45,7 +45,7 @@ def write_files(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, 
 
 def _write_model(method: TuningMethod, base: BaseOnDisk, directory: Path) -> None:
     """What a base's directory holds, with other weights, in the dtype that computed with them."""
-    for name in BESIDES["full"]:
+    for name in EXTRA_FILES["full"]:
         if (base.path / name).exists():
             shutil.copy(base.path / name, directory / name)
     config: dict[str, Any] = json.loads((base.path / "config.json").read_text(encoding="utf-8"))

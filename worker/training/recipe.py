@@ -11,8 +11,17 @@ from typing import Literal
 
 import torch
 
-from app.domain.attempts import Checkpointed, EncodedRow, Evaluated, Finished, Log, Metrics, Started, TrainOrder
-from app.domain.splits import PARTS, Part
+from app.domain.attempts import (
+    CheckpointWritten,
+    EncodedRow,
+    EvaluationFinished,
+    LogMessage,
+    TrainingFinished,
+    TrainingStarted,
+    TrainOrder,
+    UpdateMetrics,
+)
+from app.domain.splits import SPLIT_NAMES, SplitName
 from worker.precision import Fp16UnsafeError, Precision, precision_here
 from worker.training.batches import read_rows
 from worker.training.channel import Channel
@@ -46,7 +55,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
         schedule.updates,
         precision,
         device,
-        lambda text: channel.tell(Log(message=text)),
+        lambda text: channel.tell(LogMessage(message=text)),
         order.start_from,
     )
     every_row = read_rows(order.rows, trainable.vocab_size)
@@ -56,7 +65,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
     _resume(order, state, channel)
     progress, masters = state.progress, state.masters
     channel.tell(
-        Started(
+        TrainingStarted(
             precision=precision.name,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
@@ -107,7 +116,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
             )
         found = _validate(order, trainable, state, validation, channel)
         channel.tell(
-            Metrics(
+            UpdateMetrics(
                 update=update,
                 total_updates=schedule.updates,
                 epoch=update / schedule.updates_per_epoch,
@@ -136,20 +145,22 @@ def train(order: TrainOrder, channel: Channel) -> None:
     if _leaves_or_validates(order, trainable, state, validation, channel):
         return
     if progress.update < schedule.updates:
-        channel.tell(Log(message=f"stopped early: {spec.trainer.early_stop} evaluations without a lower loss"))
+        channel.tell(LogMessage(message=f"stopped early: {spec.trainer.early_stop} evaluations without a lower loss"))
     warnings = run_warnings(state)
     state.take_best()
     tested = _test(trainable, state, test, channel)
     _write_row_losses(order, state)
     if tested is None:
-        channel.tell(Finished(outcome="stopped", packages=package_versions(), metrics=run_totals(state)))
+        channel.tell(TrainingFinished(outcome="stopped", packages=package_versions(), metrics=run_totals(state)))
         return
     totals = run_totals(state) | best_metrics(state) | tested
     if state.ranks is not None:
-        channel.tell(Log(message="ranks that are left", data=dict(state.ranks.kept())))
+        channel.tell(LogMessage(message="ranks that are left", data=dict(state.ranks.kept())))
     adapter = write_published(trainable.method, masters, order.base, order.directory)
     channel.tell(
-        Finished(outcome="succeeded", adapter=adapter, packages=package_versions(), metrics=totals, warnings=warnings)
+        TrainingFinished(
+            outcome="succeeded", adapter=adapter, packages=package_versions(), metrics=totals, warnings=warnings
+        )
     )
 
 
@@ -161,7 +172,7 @@ def _obey(order: TrainOrder, trainable: TrainableModel, state: RunState, channel
         if command.command != "checkpoint":
             _write_row_losses(order, state)
             outcome: Literal["paused", "stopped"] = "paused" if command.command == "pause" else "stopped"
-            channel.tell(Finished(outcome=outcome, packages=package_versions(), metrics=run_totals(state)))
+            channel.tell(TrainingFinished(outcome=outcome, packages=package_versions(), metrics=run_totals(state)))
             return True
     return False
 
@@ -176,20 +187,20 @@ def _leaves_or_validates(
     return True
 
 
-def _skipped(update: int, loss: float, state: RunState) -> Log:
+def _skipped(update: int, loss: float, state: RunState) -> LogMessage:
     """That an update left the weights as they were, and what the loss is multiplied by from here on."""
     what = "gradients are" if math.isfinite(loss) else "loss is"
     scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
     scaled = "" if scale is None else f"; the loss is scaled by {scale:g} from here on"
     message = f"update {update} is skipped: its {what} not finite{scaled}"
-    return Log(level="warning", message=message, data={"update": update, "loss_scale": scale})
+    return LogMessage(level="warning", message=message, data={"update": update, "loss_scale": scale})
 
 
 def _parts(order: TrainOrder, rows: list[EncodedRow]) -> tuple[list[EncodedRow], HeldOut, HeldOut]:
     """(rows to train on, to validate with, to test on)."""
     asked = order.spec.trainer.eval_batch_size
     cap = None if asked == "auto" else asked
-    train, *held = ([row for row in rows if row.part is part] for part in PARTS)
+    train, *held = ([row for row in rows if row.part is part] for part in SPLIT_NAMES)
     validation, test = (HeldOut(part, cap, order.schedule.max_tokens) for part in held)
     return train, validation, test
 
@@ -207,12 +218,12 @@ def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
         return
     found, torn = newest_sound(order.resume_from)
     for reason in torn:
-        channel.tell(Log(level="warning", message=f"a checkpoint was skipped, because it is torn: {reason}"))
+        channel.tell(LogMessage(level="warning", message=f"a checkpoint was skipped, because it is torn: {reason}"))
     if found is None:
-        channel.tell(Log(level="warning", message="no sound checkpoint is left; starting from the beginning"))
+        channel.tell(LogMessage(level="warning", message="no sound checkpoint is left; starting from the beginning"))
         return
     state.restore(read_checkpoint(found))
-    channel.tell(Log(message=f"resumed from update {state.progress.update}"))
+    channel.tell(LogMessage(message=f"resumed from update {state.progress.update}"))
 
 
 def _validation_is_due(order: TrainOrder, state: RunState) -> bool:
@@ -229,7 +240,7 @@ def _validate(
     found = rows.evaluate(trainable, state.device, channel.has_command)
     if found is not None:
         best = state.judge(found)
-        channel.tell(_evaluated(Part.VALIDATION, state, found, best=best))
+        channel.tell(_evaluated(SplitName.VALIDATION, state, found, best=best))
     return found
 
 
@@ -244,15 +255,15 @@ def _test(trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Ch
     if found is None:
         return None
     state.rows.note(found.lines, found.sums, state.progress.published)
-    told = _evaluated(Part.TEST, state, found)
+    told = _evaluated(SplitName.TEST, state, found)
     channel.tell(told)
     return {"test_accuracy": found.accuracy} | ({} if told.loss is None else {"test_loss": told.loss})
 
 
-def _evaluated(part: Part, state: RunState, found: Evaluation, *, best: bool = False) -> Evaluated:
-    return Evaluated(
+def _evaluated(part: SplitName, state: RunState, found: Evaluation, *, best: bool = False) -> EvaluationFinished:
+    return EvaluationFinished(
         part=part,
-        update=state.progress.update if part is Part.VALIDATION else state.progress.published,
+        update=state.progress.update if part is SplitName.VALIDATION else state.progress.published,
         rows=len(found.lines),
         loss=found.loss if math.isfinite(found.loss) else None,
         accuracy=found.accuracy,
@@ -279,7 +290,7 @@ def _checkpoint(order: TrainOrder, trainable: TrainableModel, state: RunState, c
     loss = progress.validation_loss if progress.evaluated == progress.update else None
     metrics = run_totals(state) | ({} if loss is None else {"validation_loss": loss})
     channel.tell(
-        Checkpointed(
+        CheckpointWritten(
             update=progress.update,
             path=path,
             digest=digest,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from app.domain.attempts import EncodedRow, Log, TrainOrder
+from app.domain.attempts import EncodedRow, LogMessage, TrainOrder
 from worker.training.batches import Batch, batches_of_update
 from worker.training.channel import Channel
 from worker.training.loss import backward_loss
@@ -30,7 +30,7 @@ def probe(
     state.masters.reset()
     state.use(generators)
     state.progress.max_tokens = size
-    channel.tell(Log(message=f"micro-batches of up to {size} tokens fit", data={"max_tokens": size}))
+    channel.tell(LogMessage(message=f"micro-batches of up to {size} tokens fit", data={"max_tokens": size}))
 
 
 def add_gradients(
@@ -63,7 +63,9 @@ def add_gradients(
             raise MemoryError("a single row does not fit")
         state.progress.max_tokens = half
         told = f"memory did not suffice for update {update}: micro-batches have at most {half} tokens from here on"
-        channel.tell(Log(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half}))
+        channel.tell(
+            LogMessage(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half})
+        )
 
 
 def backward(

@@ -15,9 +15,10 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field, SecretStr
 
 from app.asgi import wait_for_disconnect
+from app.domain.frozen import Frozen
 from worker.inference.errors import APIError, ClientDisconnected, EngineUnavailable, ModelNotFound
 from worker.inference.ipc import EngineSettings
-from worker.inference.sampling_params import Frozen, ServedModel
+from worker.inference.sampling_params import ServedModel
 from worker.inference.server.completion_handler import CompletionHandler
 from worker.inference.server.engine_client import START_LIMIT, EngineClient
 from worker.inference.server.metrics import Metrics

@@ -13,10 +13,10 @@ from app.domain.errors import InvalidError, Loc, NotYetSupportedError, Problem
 from app.domain.react import unfilled_placeholders
 from app.domain.spec_base import SPEC_CODES
 from app.domain.specs import JobKind, TrainSpec, not_yet_supported
-from app.domain.spelling import LONGEST_WORD, correction, did_you_mean, plain
-from app.domain.vocabularies import MEANINGS, Meaning, meaning_of
+from app.domain.spelling import LONGEST_WORD, did_you_mean, find_correction, normalise_word
+from app.domain.vocabularies import FOREIGN_KEYS, ForeignKey, find_foreign_key
 
-MOST_PROBLEMS = 100
+MAX_PROBLEMS = 100
 """Findings that are put into words: a document of a mebibyte can hold a hundred thousand unknown keys."""
 
 MOST_NAMED = 5
@@ -42,15 +42,15 @@ def read_spec(data: Any) -> TrainSpec:
         spec = TrainSpec.model_validate(data)
     except ValidationError as error:
         items = error.errors(include_url=False)
-        found = problems_of(items, data, TrainSpec)
+        found = list_problems(items, data, TrainSpec)
         code = next((item["type"] for item in items if item["type"] in SPEC_CODES), "invalid_spec")
-        raise InvalidError(headline(found), code=code, problems=found) from None
+        raise InvalidError(build_headline(found), code=code, problems=found) from None
     _reject_unfilled(spec.prompt.template)
     if missing := not_yet_supported(spec):
         found = tuple(
             Problem(place, f"{what} is understood, but this version does not run it yet") for place, what in missing
         )
-        raise NotYetSupportedError(headline(found), problems=found)
+        raise NotYetSupportedError(build_headline(found), problems=found)
     return spec
 
 
@@ -60,7 +60,7 @@ def _reject_unfilled(template: str) -> None:
         return
     message = f"nothing fills the placeholder {', '.join(one[:LONGEST_WORD] for one in unfilled[:MOST_NAMED])}"
     problem = Problem(("prompt", "template"), message, "only {claim} is filled, in single braces; remove the others")
-    raise InvalidError(headline((problem,)), code="invalid_spec", problems=(problem,))
+    raise InvalidError(build_headline((problem,)), code="invalid_spec", problems=(problem,))
 
 
 def _other_kind(kind: Any) -> InvalidError:
@@ -69,18 +69,18 @@ def _other_kind(kind: Any) -> InvalidError:
         message = f"jobs of kind {kind} are not run by this version; train is"
         return NotYetSupportedError(message, problems=(Problem(("kind",), message),))
     problem = Problem(("kind",), f"{str(kind)[:LONGEST_WORD]!r} is no kind of job", did_you_mean(str(kind), known))
-    return InvalidError(headline((problem,)), code="invalid_spec", problems=(problem,))
+    return InvalidError(build_headline((problem,)), code="invalid_spec", problems=(problem,))
 
 
-def problems_of(
+def list_problems(
     items: Sequence[Mapping[str, Any]], data: Any, model: type[BaseModel] | None = None
 ) -> tuple[Problem, ...]:
-    """pydantic's findings about `data` in this project's words, one for each place, at most `MOST_PROBLEMS`.
+    """pydantic's findings about `data` in this project's words, one for each place, at most `MAX_PROBLEMS`.
 
     With `model`, which `data` was read as, unknown keys get a did-you-mean.
     """
     found: dict[Loc, Problem] = {}
-    for item in filter(_says_something(items[:MOST_PROBLEMS]), items[:MOST_PROBLEMS]):
+    for item in filter(_says_something(items[:MAX_PROBLEMS]), items[:MAX_PROBLEMS]):
         problem = _problem(item, data, model)
         known = found.get(problem.loc)
         found[problem.loc] = replace(known, message=f"{known.message}; or {problem.message}") if known else problem
@@ -128,17 +128,17 @@ def _hint(word: str, place: Loc, known: Sequence[str], model: type[BaseModel]) -
     nested = _nested(model)
     everywhere = [*model.model_fields, *nested]
     section = str(place[-2]) if len(place) > 1 else ""
-    if hint := _said(meaning_of(word, section), place, known, everywhere):
+    if hint := _said(find_foreign_key(word, section), place, known, everywhere):
         return hint
-    if close := correction(word, known) or correction(word, nested):
+    if close := find_correction(word, known) or find_correction(word, nested):
         return f"did you mean {close!r}?"
-    if any(plain(word) == plain(name.rpartition(".")[2]) for name in nested):
+    if any(normalise_word(word) == normalise_word(name.rpartition(".")[2]) for name in nested):
         return None  # several sections have this key
-    theirs = correction(word, (name for name in MEANINGS if "." not in name))
-    return _said(MEANINGS[theirs], place, known, everywhere) if theirs else None
+    theirs = find_correction(word, (name for name in FOREIGN_KEYS if "." not in name))
+    return _said(FOREIGN_KEYS[theirs], place, known, everywhere) if theirs else None
 
 
-def _said(meaning: Meaning | None, place: Loc, known: Sequence[str], everywhere: Sequence[str]) -> str | None:
+def _said(meaning: ForeignKey | None, place: Loc, known: Sequence[str], everywhere: Sequence[str]) -> str | None:
     """The hint for a word of others, where this document can have our key for it: not every adapter has a rank."""
     if meaning is None:
         return None
@@ -176,7 +176,7 @@ def _sentence(item: Mapping[str, Any]) -> str:
     return message
 
 
-def headline(found: Sequence[Problem]) -> str:
+def build_headline(found: Sequence[Problem]) -> str:
     first = found[0]
     place = ".".join(str(part) for part in first.loc) or "the document"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

@@ -9,11 +9,11 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from app.domain.chat import INSTRUCTING, ChatClaim, Message, find_claim, names_claim_first
+from app.domain.chat import SYSTEM_ROLES, ChatClaim, Message, find_chat_claim, starts_with_claim_marker
 from app.domain.claims import STEP_MARKER, forbidden_character, is_blank
-from app.domain.datasets import Columns, Finding, SourceRow, finding
-from app.domain.markers import number_markers, observation_text, remove_markup
-from app.domain.react import RawStep, parse
+from app.domain.datasets import Columns, Finding, SourceRow, build_finding
+from app.domain.react import RawStep, parse_steps
+from app.domain.step_markers import number_markers, observation_text, remove_markup
 
 STEP_KEYS = ("thought", "action", "observation")
 
@@ -30,18 +30,18 @@ class RefusedError(Exception):
 
 
 @dataclass(slots=True)
-class Notes:
+class RowFindings:
     """The findings of one row so far; a code is noted once."""
 
     line: int
     by_code: dict[str, Finding] = field(default_factory=dict)
 
     def add(self, code: str, message: str) -> None:
-        self.by_code.setdefault(code, finding(self.line, code, message))
+        self.by_code.setdefault(code, build_finding(self.line, code, message))
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class RawTrajectory:
     """A row's trajectory before anything about it is believed."""
 
     claim: ChatClaim
@@ -49,13 +49,13 @@ class Written:
     steps: list[RawStep]
 
 
-def allow(text: str, where: str) -> None:
+def refuse_forbidden_character(text: str, where: str) -> None:
     """Refuses a NUL and a lone surrogate, which no text here may hold."""
     if _FORBIDDEN.search(text):
         raise RefusedError("forbidden_character", f"{where} holds {forbidden_character(text)}; remove it")
 
 
-def find_source(row: SourceRow, columns: Columns) -> tuple[str, object]:
+def find_steps_column(row: SourceRow, columns: Columns) -> tuple[str, object]:
     """The column that holds the steps: the trajectories column if it holds any, `steps`, or `messages`."""
     value = row.fields.get(columns.trajectories)
     if (isinstance(value, str) and not is_blank(value)) or (isinstance(value, list) and value):
@@ -68,13 +68,17 @@ def find_source(row: SourceRow, columns: Columns) -> tuple[str, object]:
     return "", None
 
 
-def read_shape(value: object, source: str, notes: Notes) -> Written:
+def read_raw_trajectory(value: object, source: str, notes: RowFindings) -> RawTrajectory:
     """The steps as raw text. Raises RefusedError for what has none of the three shapes."""
     if isinstance(value, str):
         return _from_text(value, f"the column {source!r}", notes)
     if isinstance(value, list):
         chat = source == "messages" or all(isinstance(item, dict) and "role" in item for item in value)
-        return _from_messages(value, notes) if value and chat else Written(ChatClaim(), "", _from_steps(value, notes))
+        return (
+            _from_messages(value, notes)
+            if value and chat
+            else RawTrajectory(ChatClaim(), "", _from_steps(value, notes))
+        )
     if not source:
         raise RefusedError(
             "missing_trajectory", "the row has no trajectory; fill `trajectories`, `steps` or `messages`"
@@ -82,21 +86,21 @@ def read_shape(value: object, source: str, notes: Notes) -> Written:
     raise RefusedError("missing_trajectory", f"{source!r} holds neither a text nor a list of steps")
 
 
-def _from_text(text: str, where: str, notes: Notes) -> Written:
-    allow(text, where)
-    preamble, steps = parse(_numbered(_plain(unicodedata.normalize("NFC", text), notes), notes))
+def _from_text(text: str, where: str, notes: RowFindings) -> RawTrajectory:
+    refuse_forbidden_character(text, where)
+    preamble, steps = parse_steps(_numbered(_plain(unicodedata.normalize("NFC", text), notes), notes))
     if not steps:
         raise RefusedError("no_steps", f"{where} holds no step; write `Thought 1: … Action 1: … Observation 1: …`")
-    return Written(ChatClaim(), preamble, steps)
+    return RawTrajectory(ChatClaim(), preamble, steps)
 
 
-def _from_steps(items: list[object], notes: Notes) -> list[RawStep]:
+def _from_steps(items: list[object], notes: RowFindings) -> list[RawStep]:
     if not items:
         raise RefusedError("no_steps", "the list of steps is empty")
     return [_raw_step(item, number, notes) for number, item in enumerate(items, start=1)]
 
 
-def _raw_step(item: object, number: int, notes: Notes) -> RawStep:
+def _raw_step(item: object, number: int, notes: RowFindings) -> RawStep:
     if not isinstance(item, dict):
         raise RefusedError("bad_step", f"step {number} is no object of thought, action and observation")
     if extra := sorted(repr(key)[:40] for key in item if key not in STEP_KEYS):
@@ -108,7 +112,7 @@ def _raw_step(item: object, number: int, notes: Notes) -> RawStep:
             continue
         if not isinstance(text, str):
             raise RefusedError("bad_step", f"step {number}: {name} is no text")
-        allow(text, f"step {number}: {name}")
+        refuse_forbidden_character(text, f"step {number}: {name}")
         if marker := STEP_MARKER.search(text):
             raise RefusedError(
                 "bad_step",
@@ -124,20 +128,20 @@ def _action_text(action: object) -> object:
     return action
 
 
-def _from_messages(items: list[object], notes: Notes) -> Written:
+def _from_messages(items: list[object], notes: RowFindings) -> RawTrajectory:
     """The assistant's texts joined; what answers an action is its observation unless it says so itself."""
     messages = [_message(item, number) for number, item in enumerate(items, start=1)]
     first = next((place for place, message in enumerate(messages) if message.role == "assistant"), len(messages))
     written = _from_text("\n".join(_pieces(messages[first:], notes)), "the assistant's messages", notes)
-    return Written(find_claim(messages[:first]), written.preamble, written.steps)
+    return RawTrajectory(find_chat_claim(messages[:first]), written.preamble, written.steps)
 
 
-def _pieces(messages: list[Message], notes: Notes) -> Iterator[str]:
+def _pieces(messages: list[Message], notes: RowFindings) -> Iterator[str]:
     """What each message from the first answer on adds to the trajectory's text."""
     follows_observation = False
     for message in messages:
-        allow(message.text, f"message {message.number}")
-        if message.role in INSTRUCTING:
+        refuse_forbidden_character(message.text, f"message {message.number}")
+        if message.role in SYSTEM_ROLES:
             notes.add("message_passed_over", f"message {message.number} ({message.role}) stands between steps")
             continue
         if message.role == "assistant":
@@ -147,7 +151,7 @@ def _pieces(messages: list[Message], notes: Notes) -> Iterator[str]:
         follows_observation = message.role != "assistant"
 
 
-def _answer(message: Message, follows_observation: bool, notes: Notes) -> str:
+def _answer(message: Message, follows_observation: bool, notes: RowFindings) -> str:
     """An answer's steps. Text before them would become a part of the observation that it follows."""
     text = _numbered(_plain(message.text, notes), notes)
     if not follows_observation or is_blank(text):
@@ -161,15 +165,15 @@ def _answer(message: Message, follows_observation: bool, notes: Notes) -> str:
     return text[marker.start() :]
 
 
-def _observation(message: Message, notes: Notes) -> str:
+def _observation(message: Message, notes: RowFindings) -> str:
     text = _plain(message.text, notes)
-    if message.role == "user" and names_claim_first(text):
+    if message.role == "user" and starts_with_claim_marker(text):
         said = f"message {message.number} names another claim behind the first answer; give it a row of its own"
         raise RefusedError("ambiguous_claim", said)
     return text if STEP_MARKER.match(text.strip()) else f"Observation {message.number}: {observation_text(text)}"
 
 
-def _plain(text: str, notes: Notes) -> str:
+def _plain(text: str, notes: RowFindings) -> str:
     if (plain := remove_markup(text)) != text:
         notes.add(
             "markup_removed", "step markers stand in Markdown, such as `**Thought 1:**`; they are read without it"
@@ -177,7 +181,7 @@ def _plain(text: str, notes: Notes) -> str:
     return plain
 
 
-def _numbered(text: str, notes: Notes) -> str:
+def _numbered(text: str, notes: RowFindings) -> str:
     if (numbered := number_markers(text)) != text:
         notes.add("markers_numbered", "`Thought:`, `Action:` and `Observation:` have no numbers; they are numbered")
     return numbered

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from app.domain.encoding import Tokenization
-from app.generation.base import Generated, GenerationRequest
+from app.generation.base import GenerationRequest, GenerationResult
 
 Script = Callable[[str, GenerationRequest], str]
 """(the prompt as text, the request) → what the model would write if nothing stopped it."""
@@ -20,7 +20,7 @@ class ScriptedGenerator:
         self._script = script
         self.requests: list[GenerationRequest] = []
 
-    def generate(self, request: GenerationRequest) -> Generated:
+    def generate(self, request: GenerationRequest) -> GenerationResult:
         self.requests.append(request)
         written = self._script(self._tokens.decode(request.prompt), request)
         if request.allowed_token_ids is not None:
@@ -33,13 +33,13 @@ class ScriptedGenerator:
         kept = ids[: request.max_tokens]
         return _generated(request, kept, self._tokens.decode(kept), "stop" if kept == ids else "length")
 
-    def _allowed(self, request: GenerationRequest, written: str) -> Generated:
+    def _allowed(self, request: GenerationRequest, written: str) -> GenerationResult:
         """The allowed token that begins what the script wrote, else the first; it takes nine tenths."""
         allowed = request.allowed_token_ids or ()
         wanted = self._tokens.encode(written)[:1]
         chosen = wanted[0] if wanted and wanted[0] in allowed else allowed[0]
         rest = 0.1 / max(1, len(allowed) - 1)
-        return Generated(
+        return GenerationResult(
             ids=(chosen,),
             text=self._tokens.decode([chosen]),
             finish_reason="length",
@@ -56,5 +56,5 @@ class ScriptedGenerator:
 
 def _generated(
     request: GenerationRequest, ids: tuple[int, ...], text: str, reason: Literal["stop", "length"]
-) -> Generated:
-    return Generated(ids=ids, text=text, finish_reason=reason, prompt_tokens=len(request.prompt))
+) -> GenerationResult:
+    return GenerationResult(ids=ids, text=text, finish_reason=reason, prompt_tokens=len(request.prompt))

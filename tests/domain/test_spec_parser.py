@@ -7,10 +7,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from app.domain.errors import InvalidError, Problem
-from app.domain.reading import MOST_PROBLEMS, problems_of, read_spec, reject_forbidden
+from app.domain.spec_parser import MAX_PROBLEMS, list_problems, read_spec, reject_forbidden
 from app.domain.specs import TrainSpec
-from app.domain.spelling import correction, did_you_mean
-from app.domain.vocabularies import MEANINGS, Meaning
+from app.domain.spelling import did_you_mean, find_correction
+from app.domain.vocabularies import FOREIGN_KEYS, ForeignKey
 
 
 def refusal(spec: Any) -> InvalidError:
@@ -86,8 +86,8 @@ def test_a_word_of_another_trainer_is_understood_by_its_meaning(word: str, meant
     assert bool(note) == (hint != f"did you mean {meant!r}?")
 
 
-@pytest.mark.parametrize(("word", "meaning"), MEANINGS.items())
-def test_every_word_of_another_trainer_gets_its_hint(word: str, meaning: Meaning) -> None:
+@pytest.mark.parametrize(("word", "meaning"), FOREIGN_KEYS.items())
+def test_every_word_of_another_trainer_gets_its_hint(word: str, meaning: ForeignKey) -> None:
     """At the top, in a section that is not its own, or in the only one where it has this meaning."""
     section, _, name = word.rpartition(".")
     document: dict[str, Any] = {section: {name: 1}} if section else {word: 1}
@@ -108,7 +108,7 @@ def test_every_key_that_is_hinted_at_exists() -> None:
                 found |= keys(inner, f"{path}{name}.")
         return found
 
-    assert {meaning.key for meaning in MEANINGS.values() if meaning.key} <= keys(TrainSpec)
+    assert {meaning.key for meaning in FOREIGN_KEYS.values() if meaning.key} <= keys(TrainSpec)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -146,7 +146,7 @@ def test_the_body_of_a_prediction_is_told_nothing_of_training() -> None:
 
     with pytest.raises(ValidationError) as caught:
         Body.model_validate({"fp16": True})
-    assert problems_of(caught.value.errors(), {"fp16": True}, Body)[0].hint == "known here: claim"
+    assert list_problems(caught.value.errors(), {"fp16": True}, Body)[0].hint == "known here: claim"
 
 
 @pytest.mark.parametrize("word", ["xyz", "rank"])
@@ -230,7 +230,7 @@ def test_other_kinds_of_job(kind: Any, code: str) -> None:
 
 def test_a_hundred_thousand_mistakes_are_not_all_put_into_words() -> None:
     error = refusal({"dataset": "rows"} | {f"key{number}": number for number in range(100_000)})
-    assert len(error.problems) == MOST_PROBLEMS
+    assert len(error.problems) == MAX_PROBLEMS
 
 
 def test_problems_of_a_document_inside_a_list() -> None:
@@ -243,7 +243,7 @@ def test_problems_of_a_document_inside_a_list() -> None:
     sent = {"inner": [{"size": 1}, {"sice": 2}]}
     with pytest.raises(ValidationError) as caught:
         Outer.model_validate(sent)
-    (problem,) = problems_of(caught.value.errors(), sent, Outer)
+    (problem,) = list_problems(caught.value.errors(), sent, Outer)
     assert (problem.loc, problem.hint) == (("inner", 1, "sice"), "did you mean 'size'?")
 
 
@@ -262,7 +262,7 @@ def test_problems_of_a_document_inside_a_list() -> None:
     ],
 )
 def test_misspelt_words(word: str, known: list[str], meant: str | None) -> None:
-    assert correction(word, known) == meant
+    assert find_correction(word, known) == meant
 
 
 def test_hints() -> None:
