@@ -1,4 +1,4 @@
-"""Adapters: published weights and the manifest of what made them."""
+"""Adapters: published weights, and the manifest that says how they were trained."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from app.domain.tuning_methods import Quantization
 AdapterKind = Literal["peft", "full"]
 WEIGHTS_FILE: dict[AdapterKind, str] = {"peft": "adapter_model.safetensors", "full": "model.safetensors"}
 CONFIG_FILE: dict[AdapterKind, str] = {"peft": "adapter_config.json", "full": "config.json"}
-"""What an adapter's directory computes with: a PEFT adapter's, or a whole model's."""
+"""The weights and the config in an adapter's directory. The digest is computed from these two files."""
 
 EXTRA_FILES: dict[AdapterKind, tuple[str, ...]] = {
     "peft": (),
     "full": ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
 }
-"""Files that belong to it too, where its base has them."""
+"""Further files in the directory, if the base model has them."""
 
 MANIFEST_FILE = "manifest.json"
 MODEL_CARD_FILE = "README.md"
@@ -32,7 +32,7 @@ class ManifestBase(Frozen):
 
 
 class Environment(Frozen):
-    """Where a training ran: another device, number format or count of threads adds up in another order."""
+    """Where the training ran. Another device, number format or number of threads may change the last bits of a sum."""
 
     device: str
     precision: str
@@ -40,9 +40,9 @@ class Environment(Frozen):
 
 
 class Manifest(Frozen):
-    """What produced an adapter: enough to repeat the run. Lies outside the digest and never changes.
+    """Everything needed to repeat the run that produced an adapter. It never changes. The digest leaves it out.
 
-    `environment` is null in a manifest of a version that did not note it.
+    `environment` is null in manifests of versions that did not record it.
     """
 
     schema_version: Literal[1] = 1
@@ -67,13 +67,13 @@ class Manifest(Frozen):
 
     @property
     def served_base(self) -> str:
-        """The digest under which the base is served that this was trained on."""
-        held = self.quantization and Quantization.model_validate(self.quantization)
-        return served_base_digest(self.base.digest, held or None)
+        """Digest of the served base that the adapter was trained on."""
+        quantization = self.quantization and Quantization.model_validate(self.quantization)
+        return served_base_digest(self.base.digest, quantization or None)
 
 
 class Adapter(Frozen):
-    """An adapter as the API shows it. `aliases` holds `default` when it is the promoted one."""
+    """An adapter as the API returns it. `aliases` contains `default` if it is the promoted adapter."""
 
     id: str
     object: Literal["adapter"] = "adapter"
@@ -89,15 +89,15 @@ class Adapter(Frozen):
 
 
 class PublishRequest(Frozen):
-    """How to publish a checkpoint. `name`: unique among adapters; made from the job's and the update when left out."""
+    """How to publish a checkpoint. `name`: unique among adapters; by default made of the job's name and the update."""
 
     name: Name | None = None
 
 
 def adapter_digest(weights: str, config: bytes) -> str:
-    """SHA-256 over the weights' SHA-256 and the canonical adapter_config.json: what the adapter computes, no more.
+    """SHA-256 of the weights' SHA-256 and the canonical adapter_config.json: equal digests compute the same.
 
-    Canonical: keys sorted, lists of strings sorted (PEFT writes module names from a set, in any order).
+    Canonical: sorted keys, and sorted lists of strings, because PEFT writes module names from an unordered set.
     """
     document = _canonical(json.loads(config))
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -130,11 +130,11 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 
 
 def render_model_card(name: str, manifest: Manifest) -> str:
-    """The README.md beside the weights: what they are, what made them, how to load them."""
+    """README.md beside the weights: what they are, how they were trained, how to load them."""
     loss = manifest.metrics.get("loss")
     trained = f"- final loss: {loss:.4f}\n" if loss is not None else ""
-    held_out = manifest.metrics.get("validation_loss")
-    trained += f"- loss on validation rows: {held_out:.4f}\n" if held_out is not None else ""
+    validation_loss = manifest.metrics.get("validation_loss")
+    trained += f"- loss on validation rows: {validation_loss:.4f}\n" if validation_loss is not None else ""
     trained += "".join(f"- **warning**: {warning}\n" for warning in manifest.warnings)
     method = (manifest.spec.get("adapter") or {}).get("type", "full")
     library = {"peft": "peft", "full": "transformers"}[manifest.kind]
@@ -147,8 +147,8 @@ tags: [fact-checking, react, {method}]
 
 # {name}
 
-A ReAct fact-checking {what}: it writes Thoughts and chooses Actions (`Search[…]`, `Lookup[…]`, `Finish[…]`); what it
-observes must come from a search, never from the model.
+A ReAct (arXiv:2210.03629) fact-checking {what}. It writes Thoughts and chooses Actions (`Search[…]`, `Lookup[…]`,
+`Finish[…]`). Observations must come from a search, never from the model.
 
 - base model: {manifest.base.name} at revision {manifest.base.revision}
 - tuning method: {method}; quantisation while training: {json.dumps(manifest.quantization)}
@@ -157,6 +157,6 @@ observes must come from a search, never from the model.
 
 {_USE[manifest.kind]}
 
-The prompt format and its template are in `manifest.json` under `format`; a prompt of another shape is not what it
-was trained on.
+The prompt format and its template are in `manifest.json` under `format`. Use exactly this format: the {what} was
+trained on no other.
 """

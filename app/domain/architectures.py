@@ -1,4 +1,4 @@
-"""Architectures: the sizes of a language model's layers, as its config.json has them. Pure numbers, no weights."""
+"""Architectures: the sizes of a language model's layers, read from its config.json. Numbers only, no weights."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from app.domain.frozen import Frozen
 
 LLAMA_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
-"""`model_type` of the architectures whose layers are those of Llama and nothing more (SmolLM is one of them)."""
+"""`model_type` of the architectures whose layers are Llama layers. SmolLM2 has the type `llama`."""
 
 
 class Architecture(Frozen):
@@ -31,7 +31,7 @@ class Architecture(Frozen):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self | None:
-        """The sizes in a config.json; None where it does not tell them by the usual names."""
+        """The sizes in a config.json; None if it lacks one of the usual keys."""
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
         if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
             return None
@@ -54,17 +54,17 @@ class Architecture(Frozen):
 
     @property
     def query_width(self) -> int:
-        """Width of all query heads together."""
+        """Width of all query heads together: heads × head_dim."""
         return self.heads * self.head_dim
 
     @property
     def key_width(self) -> int:
-        """Width of all key heads together, and of all value heads."""
+        """Width of all key heads together: kv_heads × head_dim. Value heads have the same."""
         return self.kv_heads * self.head_dim
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Name of each linear layer of one decoder layer → (inputs, outputs)."""
+        """The linear layers of one decoder layer: name → (inputs, outputs)."""
         return {
             "q_proj": (self.hidden, self.query_width),
             "k_proj": (self.hidden, self.key_width),
@@ -77,12 +77,12 @@ class Architecture(Frozen):
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all linear layers but the head: those that quantisation packs."""
+        """Number of weights in all linear layers but the output head. Quantisation packs these."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
 
     @property
     def other_parameters(self) -> int:
-        """Embeddings, the head where it is one of its own, norms and biases: those that stay as they are."""
+        """Number of weights that quantisation leaves alone: embeddings, an untied output head, norms, biases."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         biases = self.layers * (self.query_width + 2 * self.key_width) if self.qkv_bias else 0
         return embeddings + biases + (2 * self.layers + 1) * self.hidden
@@ -93,9 +93,9 @@ class Architecture(Frozen):
 
 
 def _is_llama_family(config: Mapping[str, Any]) -> bool:
-    looks_back = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    sliding_window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     plain = config.get("hidden_act", "silu") == "silu" and not config.get("attention_dropout")
-    return config.get("model_type") in LLAMA_MODEL_TYPES and plain and looks_back is None
+    return config.get("model_type") in LLAMA_MODEL_TYPES and plain and sliding_window is None
 
 
 def _llama(hidden: int, layers: int, kv_heads: int, intermediate: int, vocabulary: int) -> Architecture:
@@ -127,4 +127,4 @@ PUBLISHED_ARCHITECTURES: dict[str, Architecture] = {
         tied=True,
     ),
 }
-"""Published sizes, to reckon with: nothing here can be trained unless the deployment lists it."""
+"""Published sizes, for estimates and benchmarks. A deployment trains only the base models that it lists."""

@@ -1,7 +1,7 @@
-"""One worker's go at a job: the order it gets, the commands it hears, the events it tells.
+"""Messages between a supervisor and the child process that trains: a work order, commands and events.
 
-A work order goes down the child's stdin first, and commands after it; events come up its stdout. One JSON object a
-line; stderr is for people.
+The supervisor writes the work order to the child's stdin, then commands. The child writes events to its stdout. Each
+line is one JSON object. The child's stderr is a log for people.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from app.domain.splits import SplitName
 
 
 class BaseOnDisk(Frozen):
-    """A base model's directory on this host: config.json, tokenizer.json and safetensors."""
+    """A base model's directory on this host. It holds config.json, tokenizer.json and safetensors."""
 
     path: Path
     digest: str
@@ -26,11 +26,11 @@ class BaseOnDisk(Frozen):
 
 
 class TrainOrder(Frozen):
-    """All that a training child needs. It opens no network connection and reads nothing else.
+    """The work order of a training child. The child opens no network connection and reads no other input.
 
-    `rows`: JSON lines of `EncodedRow`. `directory`: the attempt's own; the child writes `checkpoints/`, `adapter/` and
-    `artifacts/`, files that the job's user may have, there. `resume_from`: a checkpoint directory that an earlier
-    attempt committed. `start_from`: the directory of a published adapter whose weights are the first.
+    `rows`: file of `EncodedRow`s, as JSON lines. `directory`: of this attempt; the child writes `checkpoints/`,
+    `adapter/` and `artifacts/` (files for the job's user) into it. `resume_from`: directory of the checkpoint to go on
+    from. `start_from`: directory of a published adapter whose weights are the initial ones.
     """
 
     kind: Literal["train"] = "train"
@@ -46,8 +46,9 @@ class TrainOrder(Frozen):
 
 
 class EncodedBranch(Frozen):
-    """A continuation that leaves a trajectory behind its first `at` tokens: its own ids, and the half-open spans of
-    those that carry a loss."""
+    """A continuation that branches off a trajectory after its first `at` tokens.
+
+    `ids`: the continuation's token ids. `trained`: half-open spans of `ids` that carry a loss."""
 
     at: int
     ids: tuple[int, ...]
@@ -55,8 +56,10 @@ class EncodedBranch(Frozen):
 
 
 class EncodedRow(Frozen):
-    """One trajectory as the child reads it: token ids, the half-open spans of them that carry a loss, and the verdict
-    branch where it has one. The tokens that both share stand here once. Only rows of the part `train` are learned."""
+    """One trajectory as token ids. Training learns only rows of the split `train`.
+
+    `trained`: half-open spans of `ids` that carry a loss. `branch`: the verdict branch, without the tokens that it
+    shares with the trajectory."""
 
     line: int
     ids: tuple[int, ...]
@@ -66,12 +69,12 @@ class EncodedRow(Frozen):
 
     @property
     def all_ids(self) -> tuple[int, ...]:
-        """The trajectory's ids and behind them the branch's own."""
+        """The trajectory's ids, then the branch's."""
         return self.ids if self.branch is None else self.ids + self.branch.ids
 
 
 class ChildCommand(Frozen):
-    """`checkpoint`: write one now and go on. `stop`: leave without one. `pause`: write one and leave."""
+    """`checkpoint`: write a checkpoint and continue. `pause`: write one and exit. `stop`: exit without one."""
 
     command: Literal["checkpoint", "stop", "pause"]
 
@@ -87,9 +90,9 @@ class TrainingStarted(Frozen):
 
 
 class UpdateMetrics(Frozen):
-    """One update. `loss` is the mean over its labelled tokens; `tokens_per_second` counts real tokens, no padding.
+    """One update. `loss`: mean over its labelled tokens. `tokens_per_second`: real tokens, without padding.
 
-    `validation_loss` and `validation_accuracy` are those of the weights behind it, where they were evaluated.
+    `validation_loss` and `validation_accuracy`: of the weights after this update, if they were evaluated.
     """
 
     event: Literal["metrics"] = "metrics"
@@ -109,10 +112,12 @@ class UpdateMetrics(Frozen):
 
 
 class EvaluationFinished(Frozen):
-    """Held-out rows were looked at. `loss` is the mean over their labelled tokens, None where it is not finite;
-    `accuracy` the share of those tokens that the model would have written; `best`: no earlier loss was as low.
+    """The validation or test rows were evaluated.
 
-    A validation comes before its update's metrics, unless a command cut it short: then it comes after a resume.
+    `loss`: mean over their labelled tokens, None if it is not finite. `accuracy`: share of labelled tokens for which
+    the model's most probable token is the right one. `best`: this loss is lower than all earlier ones.
+
+    A validation is reported before its update's metrics. If a command interrupted it, it is reported after the resume.
     """
 
     event: Literal["evaluated"] = "evaluated"
@@ -126,8 +131,10 @@ class EvaluationFinished(Frozen):
 
 
 class CheckpointWritten(Frozen):
-    """A checkpoint directory is complete, hashed and in place. It holds an adapter of the same weights beside them:
-    `packages`, `metrics` and `warnings` are what its manifest says, should it be published."""
+    """A checkpoint directory is complete, hashed and at its final path.
+
+    It also contains an adapter of the same weights. `packages`, `metrics` and `warnings` go into the manifest if that
+    adapter is published."""
 
     event: Literal["checkpoint"] = "checkpoint"
     update: int
@@ -147,9 +154,9 @@ class LogMessage(Frozen):
 
 
 class TrainingFinished(Frozen):
-    """The last event of a good end. `adapter`: a PEFT directory, when the work was finished and not just stopped.
+    """The last event of a child that ended without an error. `adapter`: a PEFT directory; None unless it succeeded.
 
-    `warnings`: what speaks against the adapter; they stand on the job and in the adapter's manifest.
+    `warnings`: reasons to doubt the adapter. The job and the adapter's manifest show them.
     """
 
     event: Literal["finished"] = "finished"
@@ -161,7 +168,7 @@ class TrainingFinished(Frozen):
 
 
 class TrainingFailed(Frozen):
-    """The last event of a bad end, in words for the user. A traceback goes to stderr, never here."""
+    """The last event of a child that failed, in words for the user. Tracebacks go to stderr only."""
 
     event: Literal["failed"] = "failed"
     code: str

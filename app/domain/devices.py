@@ -1,4 +1,4 @@
-"""Devices: the machines that workers report, what is known of their pace, and cards that a plan may be asked for."""
+"""Devices: the machines that workers report, and kinds of GPU cards that a plan can be made for."""
 
 from datetime import datetime
 from typing import Literal
@@ -11,10 +11,10 @@ from app.domain.memory import Machine
 
 
 class DeviceDescription(Frozen):
-    """What a worker says of its host. `bytes` is the memory a model may use; `capability` is CUDA's, or None.
+    """A worker's report of its host. `bytes`: memory for models. `capability`: CUDA compute capability, None on a CPU.
 
-    `bfloat16`: whether a CPU is fast in it. `tokens_per_second`: digest of a served base → what a job over it last
-    had here.
+    `bfloat16`: whether the CPU computes fast in bfloat16. `tokens_per_second`: digest of a served base → training speed
+    of the last job over it on this device.
     """
 
     type: Literal["cpu", "gpu"]
@@ -28,25 +28,28 @@ class DeviceDescription(Frozen):
 
     @property
     def machine(self) -> Machine:
-        """As the memory model sees it; the formats are those of `worker.precision`."""
-        narrow = self.bfloat16 if self.capability is None else self.capability >= (7, 0)
-        return Machine(self.type, 2 if narrow else 4)
+        """The device in the terms of the memory estimate. `worker.precision` chooses the same number formats."""
+        is_16_bit = self.bfloat16 if self.capability is None else self.capability >= (7, 0)
+        return Machine(self.type, 2 if is_16_bit else 4)
 
 
 class NamedDevice(DeviceDescription):
-    """A device that a plan can be made for: one that a worker reported, or a card by its kind."""
+    """A device that a plan can be made for: reported by a worker, or a kind of card."""
 
     name: str
 
     @property
     def host(self) -> str:
-        """The machine, which all its workers and inference share: a worker's name is HOST/QUEUES."""
+        """The machine's name.
+
+        A worker's name is HOST/QUEUES; all workers and inference on one host share its device.
+        """
         return self.name.rpartition("/")[0] or self.name
 
 
 class Device(NamedDevice):
-    """A device as the API shows it. `online`: heard of within the last minute. `reservations`: who has how much of it
-    now; shown with the worker that trains there."""
+    """A device as the API returns it. `online`: its worker reported within the last minute. `reservations`: the
+    tenants' current reservations; listed with the worker that trains there."""
 
     last_seen: datetime
     online: bool
@@ -68,4 +71,4 @@ CARDS: dict[str, NamedDevice] = {
         _card("h100", "NVIDIA H100, 80 GB", 79.1, (9, 0)),
     )
 }
-"""Cards by kind, each with what a driver leaves of its memory."""
+"""Kinds of cards by name, with the memory that the driver leaves free."""

@@ -1,6 +1,6 @@
-"""Segments → token ids, the same way for training and for serving. Knows no tokenizer: an `encode` is handed in.
+"""Encodes segments as token ids, in the same way for training and for serving.
 
-Each atom is encoded alone and the ids are joined; BOS stands once at the front. So a trajectory's training ids are,
+Each segment is encoded alone, and the ids are joined. BOS comes once, at the front. So a trajectory's training ids are,
 token for token, the ids that serving builds up turn by turn.
 """
 
@@ -21,16 +21,17 @@ from app.domain.react import (
 from app.domain.trajectories import ActionName, Step, Trajectory
 
 CLOSING_RESERVE = 96
-"""Tokens kept free behind an observation for the thought and action that follow it."""
+"""Tokens that stay free behind an observation, for the next thought and action."""
 
 MIN_OBSERVATION_BUDGET = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
-    """What a tokenizer offers here. `encode` adds no special tokens and treats its text as if mid-document.
+    """A base model's tokenizer, as functions.
 
-    `encode` spells its text: `<|im_end|>` in it is text. `encode_template` reads such control tokens as what they are.
+    `encode` adds no special tokens and treats its text as the middle of a document. It encodes `<|im_end|>` as plain
+    text. `encode_template` encodes it as the control token.
     """
 
     encode: Callable[[str], Sequence[int]]
@@ -43,20 +44,22 @@ class Tokenization:
 
 @dataclass(frozen=True, slots=True)
 class EncodedSequence:
-    """Token ids of one sequence and the half-open spans of it that are learned."""
+    """Token ids of one sequence. `trained`: the half-open spans that carry a loss."""
 
     ids: tuple[int, ...]
     trained: tuple[tuple[int, int], ...]
 
     @property
     def labelled(self) -> int:
-        """How many tokens carry a loss: the first token of a sequence is never predicted."""
+        """Number of tokens that carry a loss. The first token of a sequence is never predicted."""
         return sum(end - max(start, 1) for start, end in self.trained if end > max(start, 1))
 
 
 @dataclass(frozen=True, slots=True)
 class TrimmedTrajectory:
-    """A trajectory whose observations fit their budgets, and what that took."""
+    """A trajectory whose observations fit their budgets.
+
+    `observations`: number that were shortened. `tokens`: number removed. `protected`: a quotation moved a window."""
 
     trajectory: Trajectory
     observations: int
@@ -86,7 +89,7 @@ class Encoder:
         return tuple(encode(segment.text))
 
     def encode(self, segments: Sequence[Segment]) -> EncodedSequence:
-        """All the ids, BOS first, and the learned spans (adjacent ones joined)."""
+        """Token ids with BOS first, and the trained spans, adjacent ones joined."""
         ids: list[int] = [] if self.tokens.bos_id is None else [self.tokens.bos_id]
         spans: list[tuple[int, int]] = []
         for segment in segments:
@@ -101,33 +104,33 @@ class Encoder:
         return EncodedSequence(tuple(ids), tuple(spans))
 
     def map_first_tokens(self, names: Sequence[Segment]) -> dict[int, Segment]:
-        """The first token of each atom → the atom. Raises ValueError when two begin alike."""
+        """First token of each segment → the segment. Raises ValueError if two begin with the same token."""
         firsts = {self.encode_segment(segment)[0]: segment for segment in names}
         if len(firsts) != len(names):
             raise ValueError(f"this tokenizer begins two of {[s.text for s in names]} with the same token")
         return firsts
 
     def map_action_tokens(self) -> dict[int, ActionName]:
-        """The token that decides an action's kind → the kind."""
+        """First token of each action's name → the action."""
         atoms = {build_action_opening(name).text: name for name in ActionName}
         firsts = self.map_first_tokens([build_action_opening(name) for name in ActionName])
         return {token: atoms[segment.text] for token, segment in firsts.items()}
 
     def map_verdict_tokens(self) -> dict[int, Verdict]:
-        """The token that decides a verdict → the verdict."""
+        """First token of each verdict → the verdict."""
         labels = [Segment(SegmentKind.ARGUMENT, verdict.value, trained=True) for verdict in Verdict]
         return {token: Verdict(s.text) for token, s in self.map_first_tokens(labels).items()}
 
     def get_observation_budget(self, used: int, limit: int) -> int:
-        """How many tokens the next observation may take when `used` of `limit` are taken: half of what is left.
+        """Number of tokens for the next observation, if `used` of `limit` are taken: half of what is left.
 
-        Blind on purpose: it looks only at what stands before, so training and serving agree; and halving leaves
-        room for any number of further steps.
+        It depends only on the tokens before the observation, so training and serving agree. Halving leaves room for
+        any number of further steps.
         """
         return max(MIN_OBSERVATION_BUDGET, (limit - used - CLOSING_RESERVE) // 2)
 
     def count_sentences_that_fit(self, sentences: Sequence[str], budget: int) -> int:
-        """How many whole sentences from the front fit `budget` tokens when written as one observation."""
+        """Number of leading sentences that fit `budget` tokens as one observation."""
         kept = 0
         for count in range(1, len(sentences) + 1):
             if len(self.tokens.encode(" " + " ".join(sentences[:count]))) > budget:
@@ -136,7 +139,10 @@ class Encoder:
         return kept
 
     def clip_sentence(self, sentence: str, budget: int) -> str:
-        """The longest run of whole words from the front of one over-long sentence that fits; at least one word."""
+        """The longest run of leading words of a sentence that fits `budget` tokens; at least one word.
+
+        Binary search.
+        """
         words = sentence.split()
         low, high = 1, max(1, len(words))
         while low < high:
@@ -146,7 +152,7 @@ class Encoder:
         return " ".join(words[:low])
 
     def shorten_observation(self, observation: str, budget: int) -> str:
-        """The observation's first whole sentences that fit, or the clipped first one."""
+        """The leading sentences that fit `budget` tokens; if not even the first fits, its leading words."""
         if len(self.tokens.encode(f" {observation}")) <= budget:
             return observation
         sentences = split_sentences(observation)
@@ -157,10 +163,10 @@ class Encoder:
         return len(self.encode(segments).ids)
 
     def trim_observations(self, trajectory: Trajectory, limit: int) -> TrimmedTrajectory:
-        """`trajectory` with every observation inside its budget for a sequence of at most `limit` tokens.
+        """Shortens every observation of `trajectory` to its budget in a sequence of `limit` tokens.
 
-        Where the blind rule would lose a sentence that a later thought quotes, a window of whole sentences around
-        the quotation is kept instead and `protected` is set.
+        `shorten_observation` could remove a sentence that a later thought quotes. Then a window of whole sentences
+        around the quotation stays instead, and `protected` is set.
         """
         if self.count_tokens(self.form.render_trajectory(trajectory)) <= self._get_untrimmed_length(limit):
             return TrimmedTrajectory(trajectory, 0, 0, protected=False)
@@ -185,7 +191,7 @@ class Encoder:
         return TrimmedTrajectory(shorter, trimmed, tokens, protected)
 
     def _get_untrimmed_length(self, limit: int) -> int:
-        """Below this length no budget can bind: even one observation of this size is under half of `limit`."""
+        """No observation of a trajectory up to this length can exceed its budget: the budget is at least as long."""
         return (limit - CLOSING_RESERVE) // 2
 
     def _count_tokens_before_observation(self, claim: str, before: Sequence[Step], step: Step) -> int:
@@ -194,28 +200,29 @@ class Encoder:
         return self.count_tokens([*self.form.render_prompt(claim, before), *opened, *waiting])
 
     def _shorten_around_quotations(self, observation: str, budget: int, quotations: Sequence[str]) -> tuple[str, bool]:
-        """(what stays of the observation, whether it was kept around a quotation that the blind rule would lose)."""
-        blind = self.shorten_observation(observation, budget)
+        """(the observation shortened, whether it is a window around a quotation that would be lost otherwise)."""
+        shortened = self.shorten_observation(observation, budget)
         quoted = [q for q in quotations if q in observation]
-        lost = [q for q in quoted if q not in blind]
+        lost = [q for q in quoted if q not in shortened]
         if not lost:
-            return blind, False
+            return shortened, False
         sentences = split_sentences(observation)
         every = [i for q in quoted for i, sentence in enumerate(sentences) if q in sentence]
         missed = [i for q in lost for i, sentence in enumerate(sentences) if q in sentence]
-        # All that is quoted where that fits; else the first quotation that would go, for something has to.
+        # Keep all quotations if they fit, else the first one that would be lost.
         spans = [(min(every), max(every)), (missed[0], missed[0])] if missed else []
         for first, last in spans:
             if self._fits(sentences, first, last, budget):
                 return self._widen(sentences, first, last, budget), True
-        return blind, False
+        return shortened, False
 
     def _fits(self, sentences: Sequence[str], first: int, last: int, budget: int) -> bool:
         inside = 0 <= first <= last < len(sentences)
         return inside and self.count_sentences_that_fit([" ".join(sentences[first : last + 1])], budget) == 1
 
     def _widen(self, sentences: Sequence[str], first: int, last: int, budget: int) -> str:
-        """The sentences from `first` to `last` and as many around them as fit, those before them first."""
+        """The sentences from `first` to `last`, extended first to the front, then to the back, as far as `budget`
+        allows."""
         while self._fits(sentences, first - 1, last, budget):
             first -= 1
         while self._fits(sentences, first, last + 1, budget):
@@ -224,7 +231,7 @@ class Encoder:
 
 
 def _find_quotations(later: Sequence[Step]) -> list[str]:
-    """What later thoughts put in double quotes: the words that a verdict is seen to rest on."""
+    """Texts of at least 4 characters that later thoughts put in double quotes. The verdict rests on them."""
     found: list[str] = []
     for step in later:
         parts = step.thought.replace("“", '"').replace("”", '"').split('"')

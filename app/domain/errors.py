@@ -1,16 +1,16 @@
-"""The error tree: what can go wrong, in words a user can act on. Knows nothing of HTTP; `app.api.errors` maps it.
+"""The exceptions that a user may see. `app.api.errors` maps them to HTTP status codes.
 
 VerituneError
-├── InvalidError        the request cannot be understood or is not allowed as written
+├── InvalidError        the request cannot be parsed, or is not allowed
 │   ├── NotYetSupportedError
 │   └── TooLargeError
 ├── NotFoundError
-├── ConflictError       the request is fine, the present state forbids it
+├── ConflictError       the request is valid, but the current state forbids it
 ├── BusyError           try again after `retry_after` seconds: a bounded queue is full
-├── UnavailableError    try again after `retry_after` seconds: a part is away
-│   └── StorageError    the blob store or a disk failed; code `disk`: it is full or refuses, so somebody must act first
-├── CutOffError         whoever asked has gone: nobody waits for the answer
-└── LeaseLostError      internal: an attempt that no longer owns its job tried to write
+├── UnavailableError    try again after `retry_after` seconds: a service is down
+│   └── StorageError    the blob store or a disk failed; code `disk`: full or not writable, the operator must act
+├── ClientDisconnectedError   the client closed the connection
+└── LeaseLostError      internal: an attempt wrote to a job whose lease it had lost
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Loc = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong at one place. `loc` is a path into the input, such as ("trainer", "epochs")."""
+    """One mistake in the input. `loc` is the path to it, such as ("trainer", "epochs")."""
 
     loc: Loc
     message: str
@@ -28,7 +28,7 @@ class Problem:
 
 
 class VerituneError(Exception):
-    """Base of every error that a user may see. `code` is stable and machine-readable."""
+    """Base of all errors that a user may see. `code` is stable, for programs."""
 
     default_code = "error"
 

@@ -1,9 +1,9 @@
-"""A row's `evidence` → pages and sentence numbers, from the ways in which datasets write them.
+"""Parses a row's `evidence` into pages and sentence numbers. Datasets write an item in three ways:
 
     ["Elbe", 0]   {"page": "Elbe", "sentence": 0}   [101, 202, "Elbe", 0]
 
-The last is FEVER's: annotation, evidence, page, sentence. Lists of these may be nested, as FEVER nests its evidence
-sets. FEVER's `[101, null, null, null]` and null say that there is no evidence.
+The last is FEVER's: annotation, evidence, page, sentence. Items may stand in nested lists, as in FEVER's evidence sets.
+FEVER's `[101, null, null, null]` and null mean that there is no evidence.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ _DEEPEST = 4
 
 
 def read_evidence(value: object) -> tuple[tuple[Evidence, ...], int]:
-    """(the evidence that can be read, how many items cannot). Never raises.
+    """(the evidence, the number of items that cannot be parsed). Never raises.
 
-    A text is the column of another dataset, such as FEVER's evidence sentences, and no item of ours.
+    A plain text is ignored. Some datasets have a column `evidence` of sentences.
     """
     if value is None or isinstance(value, str):
         return (), 0
@@ -28,7 +28,7 @@ def read_evidence(value: object) -> tuple[tuple[Evidence, ...], int]:
 
 
 def _items(value: object, depth: int) -> Iterator[Evidence | None]:
-    """Each item of evidence; None for one that cannot be read."""
+    """Yields each item of evidence, and None for one that cannot be parsed."""
     match value:
         case None | [_, _, None, None]:
             return
@@ -51,7 +51,7 @@ def _evidence(page: object, sentence: object) -> Evidence | None:
 
 
 def _number(value: object) -> int | None:
-    """A sentence number: an integer, or a float or a text that spells one, as Parquet and pandas store it."""
+    """A sentence number from an integer, or from a float or a text that spells one (Parquet and pandas write these)."""
     if isinstance(value, str):
         value = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else None
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Jobs: one state machine for every kind, written as a table, and what is told about a job while it lives.
+"""Jobs: their state machine as a table, and the objects that the API returns about them.
 
        ┌────────────(a) lease──────────────┐
     queued ──(b) cancel──► cancelled       ▼
@@ -9,7 +9,7 @@
     paused ◄──────(h) settled────── pausing  cancelling ──(i) settled──► cancelled
       └──(j) resume──► queued, (k) cancel──► cancelled
 
-Terminal states absorb: succeeded, failed and cancelled are never left.
+succeeded, failed and cancelled are terminal.
 """
 
 from datetime import datetime
@@ -53,14 +53,14 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 
 TERMINAL = frozenset(status for status, following in TRANSITIONS.items() if not following)
 LEASED = frozenset({JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})
-"""States in which an attempt may hold the job."""
+"""States in which an attempt may have the job's lease."""
 
 MAX_ATTEMPTS = 3
-"""Attempts that may end without their supervisor's consent and without a new checkpoint, before the job fails."""
+"""The job fails after so many strikes: attempts that were lost without a new checkpoint."""
 
 
 class JobAction(StrEnum):
-    """What a user may ask of a job, and the state that answers it at once or when the attempt has heard it."""
+    """An action on a job that a user may request."""
 
     CANCEL = "cancel"
     PAUSE = "pause"
@@ -84,12 +84,11 @@ ACTION_TRANSITIONS: dict[JobAction, dict[JobStatus, JobStatus]] = {
     },
     JobAction.RESUME: {JobStatus.PAUSED: JobStatus.QUEUED},
 }
-"""Wish → state it is made in → state it leads to. A pair that is absent is a conflict; a state that leads to itself
-is a wish already granted."""
+"""Action → current state → next state. A missing pair is a conflict. A state that leads to itself is no change."""
 
 
 class JobError(Frozen):
-    """Why a job failed, in words a user can act on."""
+    """Why a job failed, and what the user can do."""
 
     code: str
     message: str
@@ -97,7 +96,7 @@ class JobError(Frozen):
 
 
 class JobProgress(Frozen):
-    """How far an attempt is. `epoch` counts passes over the data; `eta_seconds` is from the recent pace.
+    """Progress of a job. `epoch`: passes over the data. `eta_seconds`: estimated from the recent speed.
 
     `warnings`: what speaks against the result of a job that succeeded, such as a loss that rose.
     """
@@ -112,7 +111,7 @@ class JobProgress(Frozen):
 
 
 class Lease(Frozen):
-    """An attempt's right to a job: every write it makes carries the epoch, and fails once another epoch began."""
+    """An attempt's right to a job. Every write carries the epoch, and fails after another attempt began a new epoch."""
 
     job_id: str
     epoch: int
@@ -120,7 +119,7 @@ class Lease(Frozen):
 
 
 class Job(Frozen):
-    """A spec's life, as the API shows it."""
+    """A job as the API returns it."""
 
     id: str
     object: Literal["job"] = "job"
@@ -151,7 +150,7 @@ class Event(Frozen):
 
 
 class Metric(Frozen):
-    """One update of a training job. The validation columns are null where the held-out rows were not evaluated."""
+    """One update of a training job. The validation columns are null if the validation rows were not evaluated."""
 
     update: int
     epoch: float
@@ -168,9 +167,9 @@ class Metric(Frozen):
 
 
 class Checkpoint(Frozen):
-    """A resumable state of a job. `digest` is that of its manifest.
+    """A resumable state of a job. `digest`: of its manifest.
 
-    `best`: the one with the lowest validation loss. It is kept, and so are the last two.
+    `best`: it has the lowest validation loss. The job keeps its best checkpoint and the last two.
     """
 
     update: int

@@ -1,4 +1,4 @@
-"""Step markers as people write them → `Thought 1:`, `Action 1:` and `Observation 1:`, as they are read."""
+"""Rewrites step markers in other spellings as `Thought 1:`, `Action 1:` and `Observation 1:`."""
 
 import re
 
@@ -18,19 +18,22 @@ _OBSERVATION = re.compile(r"\s*Observation[ \t]*:\s*")
 
 
 def remove_markup(text: str) -> str:
-    """`**Thought 1:**` and `### Thought 1:` without their Markdown."""
+    """Removes Markdown from markers such as `**Thought 1:**` and `### Thought 1:`."""
     if "*" not in text and "_" not in text and "#" not in text:
         return text
     return _HEADING.sub("", _EMPHASIS.sub(r"\2:", text))
 
 
 def number_markers(text: str) -> str:
-    """A text whose steps bear no numbers, with `Thought 1:` for `Thought:`. Numbers are not trusted, so one will do."""
+    """Writes `Thought 1:` for `Thought:` if the text has no numbers.
+
+    Every step gets 1, because numbers are not trusted.
+    """
     if STEP_MARKER.search(text) or not (_FIRST.match(text) or _ACTION.search(text)):
         return text
     return _UNNUMBERED.sub(lambda found: f"\n{found.group(found.lastindex or 0)} 1:", text)
 
 
 def observation_text(text: str) -> str:
-    """What a message that answers an action brings, without an `Observation:` of its own."""
+    """Text of a message that answers an action, without a leading `Observation:`."""
     return _OBSERVATION.sub("", text, count=1) if _OBSERVATION.match(text) else text

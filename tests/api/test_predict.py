@@ -223,8 +223,8 @@ def test_a_crowd_at_one_adapter_keeps_no_other_out(
     [
         ({"claim": ""}, "claim", "empty"),
         ({"claim": " \n\t "}, "claim", "empty"),
-        ({"claim": "\u200b"}, "claim", "can be seen"),
-        ({"claim": "\ufeff\u3164"}, "claim", "can be seen"),
+        ({"claim": "\u200b"}, "claim", "no visible character"),
+        ({"claim": "\ufeff\u3164"}, "claim", "no visible character"),
         ({"claim": "a" * 20_000}, "claim", "20,000 characters"),
         ({"claim": INJECTION}, "claim", "Observation 1:"),
         ({"claim": "Thought 1: I know."}, "claim", "Thought 1:"),

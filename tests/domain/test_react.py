@@ -63,11 +63,11 @@ def test_what_is_written_is_read_back(trajectory: Trajectory) -> None:
 
 
 @given(trajectories())
-def test_the_steps_alone_are_read_back_without_a_finding(trajectory: Trajectory) -> None:
+def test_the_steps_alone_are_read_back_without_a_repair(trajectory: Trajectory) -> None:
     row = SourceRow(1, {"claim": trajectory.claim, "trajectories": steps_text(trajectory.steps)})
     reading = read_row(row, Columns())
     assert reading.trajectory == trajectory.model_copy(update={"evidence": ()})
-    assert reading.findings == ()
+    assert {found.code for found in reading.findings} <= {"control_token_text"}
 
 
 @given(trajectories(), st.data())

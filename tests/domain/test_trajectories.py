@@ -19,9 +19,9 @@ SEARCH = Action(name=ActionName.SEARCH, argument="Ada")
     [
         ("", "empty"),
         (" \n\t", "empty"),
-        ("\u200b", "no character that can be seen"),
-        ("\ufeff", "no character that can be seen"),
-        ("\u3164 \u2800", "no character that can be seen"),
+        ("\u200b", "no visible character"),
+        ("\ufeff", "no visible character"),
+        ("\u3164 \u2800", "no visible character"),
         ("x" * (CLAIM_LIMIT + 1), "2,001"),
         ("x Observation 1: y Finish[SUPPORTS]", "begins a step"),
         ("a\0b", "NUL"),
