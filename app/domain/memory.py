@@ -1,8 +1,8 @@
-"""What training takes of a device's memory, part by part, from sizes alone. Pure arithmetic: no tensors, no device.
+"""Estimates the device memory that a training job needs, from sizes alone. Pure arithmetic: no tensors, no device.
 
-One-sided by intent: never below what a run is seen to take, and at most a quarter above, but for the smallest jobs
-on a CPU. `docs/plan.md` has the measurements. The terms follow `worker.training`: what
-`llama_forward.SavedActivations` holds, what `master_weights` and `loss` allocate.
+The estimate errs on one side: it is never below a run's measured peak, and at most a quarter above, except for the
+smallest jobs on a CPU. `docs/plan.md` has the measurements. The terms follow `worker.training`: the
+fields of `llama_forward.SavedActivations`, and the tensors that `master_weights` and `loss` allocate.
 """
 
 import math
@@ -22,7 +22,7 @@ from app.domain.trainables import (
 from app.domain.tuning_methods import LoraAdapter, Quantization
 
 FLOAT32_BYTES = 4
-"""Bytes of a float32: masters, their summed gradients, and each of AdamW's two moments."""
+"""Bytes of a float32. Master weights, their summed gradients and both AdamW moments are in float32."""
 
 LOSS_CHUNK = 512
 """The loss computes the logits of this many labelled positions at a time."""
@@ -44,19 +44,22 @@ TOKEN_MULTIPLE = 32
 compiled for it, and memory: blocks of ever new sizes fit into no hole that others left."""
 
 PROCESS_BYTES = {"cpu": 1_500 << 20, "gpu": 1_100 << 20}
-"""What a process takes beside its tensors: on a CPU the libraries, what loading left in the heap and kernels made for
-each shape, on a GPU context, kernels and workspaces."""
+"""Bytes of a process without its tensors.
+
+On a CPU: the libraries, heap that loading left behind, and oneDNN kernels for each shape. On a GPU: the CUDA context,
+kernels and workspaces.
+"""
 
 FRAGMENTATION = {"cpu": 0.30, "gpu": 0.20}
-"""What the allocator cannot give out again, as a share of what comes and goes: a C library's more than torch's own."""
+"""Share of the temporary memory that the allocator loses to fragmentation: more in malloc than in torch's allocator."""
 
 
 class MemoryEstimate(Frozen):
-    """Bytes by part, and `total`, the peak.
+    """Bytes by purpose, and `total`, the peak.
 
-    `activations`: what the forward pass keeps and the working memory of the layer whose gradient is computed.
-    `logits`, that working memory with `quantization_buffers`, and `checkpoint` (copies of masters and moments) take
-    turns, so `total` may be less than the sum. `reserve`: context and fragmentation.
+    `activations`: saved activations, and the working memory of one layer's backward pass. `checkpoint`: copies of
+    master weights and moments. `reserve`: the process and fragmentation. `logits`, the working memory with
+    `quantization_buffers`, and `checkpoint` are never in memory together, so `total` may be less than the sum.
     """
 
     weights: int
@@ -73,7 +76,7 @@ class MemoryEstimate(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchSize:
-    """The largest micro-batch: its tokens, those of its longest row, and its positions with a loss."""
+    """Size of a micro-batch: its tokens, the tokens of its longest row, and its positions with a loss."""
 
     tokens: int
     longest: int
@@ -82,7 +85,10 @@ class MicroBatchSize:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What of a device decides how much is taken. `compute`: bytes of the number format that products are in."""
+    """The properties of a device that memory use depends on.
+
+    `compute`: bytes of the number format of matrix products.
+    """
 
     kind: Literal["cpu", "gpu"]
     compute: int
@@ -92,43 +98,48 @@ GPU16 = Machine("gpu", 2)
 
 
 def estimate_memory(
-    sizes: Architecture, spec: TrainSpec, load: MicroBatchSize, machine: Machine, *, recompute: bool, stored: int
+    sizes: Architecture, spec: TrainSpec, batch: MicroBatchSize, machine: Machine, *, recompute: bool, stored: int
 ) -> MemoryEstimate:
-    """What training by `spec` takes at its peak. `stored`: bytes of the base's weights on disk."""
+    """Peak memory of training by `spec`. `stored`: bytes of the base's weights on disk."""
     if uses_llama_forward(sizes, spec):
-        load = replace(load, tokens=load.tokens + -load.tokens % TOKEN_MULTIPLE)
+        batch = replace(batch, tokens=batch.tokens + -batch.tokens % TOKEN_MULTIPLE)
     trained = count_trainable_parameters(sizes, spec)
     compute = machine.compute
-    whole = spec.adapter is None
+    is_full = spec.adapter is None
     packed = None if machine.kind == "cpu" and stored <= KEEP_DEQUANTIZED_UP_TO else spec.quantization
     persistent = {
         "weights": _weights(sizes, packed, compute),
-        "adapter": trained * (FLOAT32_BYTES if whole else FLOAT32_BYTES + compute),
+        "adapter": trained * (FLOAT32_BYTES if is_full else FLOAT32_BYTES + compute),
         "gradients": trained * (FLOAT32_BYTES + compute),
         "optimizer": trained * 2 * FLOAT32_BYTES,
     }
-    layer = _layer(sizes, spec, load, compute)
-    kept = _kept(sizes, layer, load, compute, recompute=recompute) + _places(sizes, load, machine)
-    working = _working(sizes, spec, load, machine) + (load.tokens * layer if recompute else 0)
-    buffers = _unpacked(sizes, packed, compute) + _composed(sizes, spec, compute)
-    logits = _logits(sizes, load, compute)
+    layer = _layer(sizes, spec, batch, compute)
+    saved = _saved_activations(sizes, layer, batch, compute, recompute=recompute) + _positions_and_masks(
+        sizes, batch, machine
+    )
+    working = _backward_working_memory(sizes, spec, batch, machine) + (batch.tokens * layer if recompute else 0)
+    buffers = _dequantization_buffers(sizes, packed, compute) + _dora_buffers(sizes, spec, compute)
+    logits = _logits(sizes, batch, compute)
     checkpoint = trained * 3 * FLOAT32_BYTES
-    moving = max(kept + max(logits, working + buffers), checkpoint)
-    reserve = PROCESS_BYTES[machine.kind] + int(FRAGMENTATION[machine.kind] * moving)
+    temporary = max(saved + max(logits, working + buffers), checkpoint)
+    reserve = PROCESS_BYTES[machine.kind] + int(FRAGMENTATION[machine.kind] * temporary)
     return MemoryEstimate(
         **persistent,
-        activations=kept + working,
+        activations=saved + working,
         logits=logits,
         quantization_buffers=buffers,
         checkpoint=checkpoint,
         reserve=reserve,
-        total=sum(persistent.values()) + moving + reserve,
+        total=sum(persistent.values()) + temporary + reserve,
     )
 
 
 def _weights(sizes: Architecture, packed: Quantization | None, compute: int) -> int:
-    """4 bits: blocks of 64 with a scale each, a float32 or, quantised again, a byte and a float32 for 256 of them.
-    8 bits: a float32 for every row."""
+    """Bytes of the base's weights.
+
+    4 bits (QLoRA, arXiv:2305.14314): each block of 64 weights has a scale, a float32. With double quantisation the
+    scale is a byte, and 256 scales share a float32. 8 bits (LLM.int8(), arXiv:2208.07339): a float32 for each row.
+    """
     linear, others = sizes.linear_parameters, sizes.other_parameters * compute
     if packed is None:
         return linear * compute + others
@@ -139,56 +150,58 @@ def _weights(sizes: Architecture, packed: Quantization | None, compute: int) -> 
     return linear // 2 + (blocks + blocks // 64 if packed.double_quant else blocks * 4) + others
 
 
-def _unpacked(sizes: Architecture, packed: Quantization | None, compute: int) -> int:
-    """One layer's weight in the format of products, and its scales in float32."""
+def _dequantization_buffers(sizes: Architecture, packed: Quantization | None, compute: int) -> int:
+    """Bytes to dequantise the largest linear layer: its weight in the compute format, its scales in float32."""
     if packed is None:
         return 0
     largest = max(inputs * outputs for inputs, outputs in sizes.linears.values())
     return largest * compute + largest // 16
 
 
-def _composed(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
-    """DoRA adds base and adapter up to see the norm of the whole weight, and again for its gradient."""
+def _dora_buffers(sizes: Architecture, spec: TrainSpec, compute: int) -> int:
+    """Bytes of DoRA (arXiv:2402.09353): it merges base and adapter for the weight's norm and for its gradient."""
     if not (isinstance(spec.adapter, LoraAdapter) and spec.adapter.use_dora):
         return 0
     largest = max(inputs * outputs for inputs, outputs in sizes.linears.values())
     return largest * (8 + 4 * compute)
 
 
-def _layer(sizes: Architecture, spec: TrainSpec, load: MicroBatchSize, compute: int) -> int:
-    """Bytes a token that one layer saves. Transformers' own forward also has an attention mask over all tokens."""
+def _layer(sizes: Architecture, spec: TrainSpec, batch: MicroBatchSize, compute: int) -> int:
+    """Bytes per token that one layer saves. Transformers' own forward also has an attention mask over all tokens."""
     if uses_llama_forward(sizes, spec):
         return count_llama_forward_bytes(sizes, spec, compute)
-    return count_transformers_bytes(sizes, spec, compute) + compute * load.tokens
+    return count_transformers_bytes(sizes, spec, compute) + compute * batch.tokens
 
 
-def _kept(sizes: Architecture, layer: int, load: MicroBatchSize, compute: int, *, recompute: bool) -> int:
-    """What the forward pass keeps: of every layer all it needs, or with `recompute` only its input.
+def _saved_activations(sizes: Architecture, layer: int, batch: MicroBatchSize, compute: int, *, recompute: bool) -> int:
+    """Bytes that the forward pass saves: every layer's activations, or with `recompute` only every layer's input.
 
-    Beside that the last norm's float32 input, hidden states, and of the positions with a loss a copy and its gradient.
+    Also the last norm's float32 input, the hidden states, and for positions with a loss a copy and its gradient.
     """
     width = compute * sizes.hidden
     layers = sizes.layers * (width if recompute else layer)
-    return load.tokens * (layers + 4 * sizes.hidden + width) + load.labelled * 2 * width
+    return batch.tokens * (layers + 4 * sizes.hidden + width) + batch.labelled * 2 * width
 
 
-def _working(sizes: Architecture, spec: TrainSpec, load: MicroBatchSize, machine: Machine) -> int:
-    """What a layer's backward pass takes while it runs: the more of its gated unit and its attention, gradients of its
-    down-projections and of its parameters."""
+def _backward_working_memory(sizes: Architecture, spec: TrainSpec, batch: MicroBatchSize, machine: Machine) -> int:
+    """Bytes of working memory of a layer's backward pass.
+
+    The MLP and the attention run one after the other, so the larger one counts. Gradients of the projections to the
+    LoRA rank and of the layer's parameters are added."""
     hidden, queries, keys, inner = sizes.hidden, sizes.query_width, sizes.key_width, sizes.intermediate
-    gated = load.tokens * (machine.compute * 3 * (inner + hidden) + 12 * hidden)
-    streams = load.tokens * machine.compute * (2 * hidden + queries + 3 * (queries + 2 * keys))
-    ranks = load.tokens * machine.compute * 2 * get_rank(spec) * len(sizes.linears)
+    gated = batch.tokens * (machine.compute * 3 * (inner + hidden) + 12 * hidden)
+    streams = batch.tokens * machine.compute * (2 * hidden + queries + 3 * (queries + 2 * keys))
+    ranks = batch.tokens * machine.compute * 2 * get_rank(spec) * len(sizes.linears)
     parameters = count_trainable_parameters(sizes, spec) // sizes.layers * machine.compute
-    return max(gated, streams + _scores(sizes, load, machine)) + ranks + parameters
+    return max(gated, streams + _scores(sizes, batch, machine)) + ranks + parameters
 
 
-def _scores(sizes: Architecture, load: MicroBatchSize, machine: Machine) -> int:
-    """Attention of one row. A fused kernel holds no scores, but gradients of each head's keys and values."""
-    fused = load.longest * machine.compute * 5 * sizes.query_width
+def _scores(sizes: Architecture, batch: MicroBatchSize, machine: Machine) -> int:
+    """Bytes of one row's attention. A fused kernel has no scores, but gradients of each head's keys and values."""
+    fused = batch.longest * machine.compute * 5 * sizes.query_width
     if machine.kind == "gpu":
         return fused
-    row = min(load.longest, PLAIN_ATTENTION_UP_TO)
+    row = min(batch.longest, PLAIN_ATTENTION_UP_TO)
     rounded = machine.compute if machine.compute < 4 else 0
     sums = (
         row * 4 * 2 * (sizes.query_width + sizes.key_width)
@@ -201,20 +214,21 @@ def query_block(row: int) -> int:
     return math.ceil(row / max(1, round(row / QUERY_BLOCK)))
 
 
-def _places(sizes: Architecture, load: MicroBatchSize, machine: Machine) -> int:
-    """Where tokens stand and which sees which, for the whole update: ids, rotary angles and masks.
+def _positions_and_masks(sizes: Architecture, batch: MicroBatchSize, machine: Machine) -> int:
+    """Bytes of token ids, rotary angles (RoPE) and attention masks, which stay for the whole micro-batch.
 
-    On a CPU a mask is in float32 and there once for each query head of a group: for each block of queries over the keys
-    of the same block, and for a branch over those of its whole row.
+    On a CPU a mask is in float32, once for each query head of a group. It covers each block of queries over the keys of
+    the same block, and a branch's queries over the keys of the whole row.
     """
-    angles = load.tokens * (2 * sizes.head_dim * machine.compute + 4 * 8)
+    angles = batch.tokens * (2 * sizes.head_dim * machine.compute + 4 * 8)
     if machine.kind == "gpu":
-        return angles + load.tokens * load.longest
-    row = min(load.longest, PLAIN_ATTENTION_UP_TO)
-    return angles + (load.tokens + row) * query_block(row) * 4 * (sizes.heads // sizes.kv_heads)
+        return angles + batch.tokens * batch.longest
+    row = min(batch.longest, PLAIN_ATTENTION_UP_TO)
+    return angles + (batch.tokens + row) * query_block(row) * 4 * (sizes.heads // sizes.kv_heads)
 
 
-def _logits(sizes: Architecture, load: MicroBatchSize, compute: int) -> int:
-    """A chunk's logits, in float32 too, with log-probabilities and the gradients of both; and what goes back from them
-    to the hidden states, for the chunk and for all positions."""
-    return min(LOSS_CHUNK, load.labelled) * (sizes.vocabulary * (12 + compute) + 2 * sizes.hidden * compute)
+def _logits(sizes: Architecture, batch: MicroBatchSize, compute: int) -> int:
+    """Bytes of a chunk's logits, in the compute format and in float32, of log-probabilities and of both gradients.
+
+    Also the gradients of the chunk's hidden states, for the chunk and for all positions."""
+    return min(LOSS_CHUNK, batch.labelled) * (sizes.vocabulary * (12 + compute) + 2 * sizes.hidden * compute)

@@ -1,4 +1,4 @@
-"""What a job will take, worked out before anything runs: rows, tokens, updates. Pure arithmetic, no tokenizer."""
+"""Plans: the rows, tokens, updates and memory of a job, computed before it runs. Pure arithmetic, no tokenizer."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,14 @@ from app.domain.memory import MemoryEstimate, MicroBatchSize
 from app.domain.specs import TrainSpec
 
 TOKENS_PER_MICRO_BATCH = {"cpu": 768, "gpu": 4_096}
-"""Tokens of one micro-batch under `batch_size: auto`. On a CPU more brings no speed; 4,096 tokens of a 7B model with
-checkpointing fit a 16 GB card."""
+"""Tokens of one micro-batch with `batch_size: auto`.
+
+More is not faster on a CPU. 4,096 tokens of a 7B model fit a 16 GB card with gradient checkpointing.
+"""
 
 
 class TokenLengths(Frozen):
-    """Order statistics of a list of lengths, in tokens. All zero for an empty list."""
+    """Order statistics of sequence lengths, in tokens. All are zero for no sequences."""
 
     count: int = 0
     minimum: int = 0
@@ -48,9 +50,9 @@ class TokenLengths(Frozen):
 class Schedule(Frozen):
     """The shape of a training run. `rows_per_update` is the effective batch size, in trajectories.
 
-    A micro-batch holds at most `max_rows` rows (None: no bound) and at most `max_tokens` tokens, except that one row
-    longer than that stands alone. `evaluate_every`: updates from one evaluation to the next, 0 where there is nothing
-    to evaluate; the last update is evaluated whatever its number.
+    A micro-batch has at most `max_rows` rows (None: no limit) and at most `max_tokens` tokens. A longer row is a
+    micro-batch of its own. `evaluate_every`: updates between two evaluations, 0 if there are no validation rows. The
+    last update is always evaluated.
     """
 
     rows: int
@@ -67,7 +69,7 @@ class Schedule(Frozen):
     def for_spec(
         cls, spec: TrainSpec, rows: int, longest: int, device: Literal["cpu", "gpu"], validation_rows: int = 0
     ) -> Self:
-        """`rows`: those that are trained on. `longest`: tokens of the longest row of any part."""
+        """`rows`: number of training rows. `longest`: tokens of the longest row of any split."""
         trainer = spec.trainer
         effective = min(trainer.effective_rows, rows)
         per_epoch = math.ceil(rows / effective)
@@ -87,25 +89,25 @@ class Schedule(Frozen):
         )
 
     def evaluates_after(self, update: int) -> bool:
-        """Whether the validation rows are looked at behind this update."""
+        """Whether the validation rows are evaluated after this update."""
         return self.evaluate_every > 0 and update > 0 and (update % self.evaluate_every == 0 or update == self.updates)
 
-    def load(self, longest: int) -> MicroBatchSize:
-        """The largest micro-batch that can come about, when the longest row has `longest` tokens."""
+    def get_largest_micro_batch(self, longest: int) -> MicroBatchSize:
+        """The largest possible micro-batch, if the longest row has `longest` tokens."""
         rows = self.rows_per_update if self.max_rows is None else min(self.max_rows, self.rows_per_update)
         tokens = max(longest, min(self.max_tokens, rows * longest))
         return MicroBatchSize(tokens, longest, tokens)
 
 
 class Remedy(Frozen):
-    """A change of the config with which the job fits its device: it was planned again with it. `bytes`: the peak."""
+    """A change of the config that makes the job fit its device. `bytes`: the peak of the plan with this change."""
 
     change: dict[str, JsonValue]
     bytes: int
 
 
 class OverlengthRow(Frozen):
-    """What the over-length policy does to one row. `tokens` before, `kept_tokens` after (0: dropped)."""
+    """What the over-length policy does to one row. `tokens`: before; `kept_tokens`: after, 0 if it is dropped."""
 
     line: int
     tokens: int
@@ -115,16 +117,15 @@ class OverlengthRow(Frozen):
 
 
 class Plan(Frozen):
-    """What a training job would take.
+    """What a training job would need.
 
-    `device`: the one that it is planned for, with `device_bytes` of memory, or `unknown`. `memory`: None where the
-    device or the model's sizes are not known, and then `fits` is None too. `seconds`: of training, by the pace of the
-    last job over this base on that device. `gradient_checkpointing`: what `auto` came to. `policy`: how inference fares
-    while the job trains, None where no device is known.
-    `remedies`: where it does not fit, changes with each of which it does. `overlength` lists the first rows only unless
-    all are asked for; the counts are exact.
+    `device`: the device of the plan, with `device_bytes` of memory, or `unknown`. `memory` and `fits`: None if the
+    device or the model's sizes are unknown. `seconds`: training time at the speed of the last job over this base on
+    that device. `gradient_checkpointing`: the value chosen for `auto`. `policy`: what happens to inference while the
+    job trains, None if no device is known. `remedies`: if it does not fit, changes that each make it fit.
+    `overlength`: the first rows only, unless all are requested; the counts are exact.
 
-    `rows` = trained + validation + test + dropped. Lengths, tokens and branches are those of the rows trained on.
+    `rows` = trained + validation + test + dropped. Lengths, tokens and branches count the training rows.
     """
 
     kind: Literal["train"] = "train"
@@ -162,7 +163,7 @@ class Plan(Frozen):
 
 
 def plan_example() -> dict[str, Any]:
-    """An answer for the documentation: the demo's dataset, planned for a T4."""
+    """Example for the documentation: the demo's dataset, planned for a T4."""
     return {
         "kind": "train",
         "base_model": "smollm2-135m",

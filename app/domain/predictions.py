@@ -1,4 +1,4 @@
-"""Predictions: a claim judged, with the steps taken and the sentences read; and the events that tell of it."""
+"""Predictions: a claim's verdict with its steps and evidence, and the events of its stream."""
 
 from typing import Annotated, Literal, Self
 
@@ -13,11 +13,11 @@ MAX_STEPS = 10
 
 
 class PredictRequest(Spec):
-    """What is to be judged, and by what. `adapter` left out: the promoted one, else the base; `null`: the base.
+    """A claim to judge, and the model and corpus to use.
 
-    `store` keeps the answer, under a unique `name` too where one is given. In mode `ungrounded` the model writes all
-    steps alone and at once, Observations too: `corpus`, `max_steps` and `samples` are refused, and a stream has the
-    prediction only.
+    `adapter`: by default the promoted adapter, else the base; `null` is the base. `store`: stores the prediction, with
+    a unique `name` if one is given. In mode `ungrounded` the model writes all steps in one generation, Observations
+    included. `corpus`, `max_steps` and `samples` are refused then, and a stream has only the prediction.
     """
 
     claim: Claim
@@ -32,29 +32,30 @@ class PredictRequest(Spec):
     name: Name | None = None
 
     @model_validator(mode="after")
-    def _only_what_is_kept_has_a_name(self) -> Self:
+    def _name_needs_store(self) -> Self:
         if self.name is not None and not self.store:
-            message = "only a prediction that is stored has a name; add store: true, or leave name out"
+            message = "only a stored prediction has a name; add store: true, or leave name out"
             raise build_disagreement(message, "name", code="name_without_store")
         return self
 
     @model_validator(mode="after")
-    def _alone_it_searches_nothing_and_speaks_once(self) -> Self:
-        idle = [name for name in ("corpus", "max_steps", "samples") if name in self.model_fields_set]
-        if self.mode == "ungrounded" and idle:
-            raise build_disagreement(f"{', '.join(idle)} without effect in mode ungrounded; leave it out", idle[0])
+    def _ungrounded_takes_no_search_options(self) -> Self:
+        unused = [name for name in ("corpus", "max_steps", "samples") if name in self.model_fields_set]
+        if self.mode == "ungrounded" and unused:
+            message = f"{', '.join(unused)} without effect in mode ungrounded; leave it out"
+            raise build_disagreement(message, unused[0])
         return self
 
 
 class PredictedAction(Frozen):
-    """What the model chose to do. `argument` is as it wrote it; in ungrounded mode the name may be no known one."""
+    """An action of the model. `argument`: as the model wrote it. In ungrounded mode `name` may be unknown."""
 
     name: ActionName | str
     argument: str
 
 
 class ObservedText(Frozen):
-    """What the model was shown. `source`: a corpus, the server (a correction), or the model itself."""
+    """The observation that the model read. `source`: a corpus, the server (a correction), or the model itself."""
 
     text: str
     page: str | None = None
@@ -79,7 +80,10 @@ class CitedSentence(Frozen):
 
 
 class PredictionUsage(Frozen):
-    """Tokens over all calls. `crossed_stops`: tokens replaced because they held a stop and something more."""
+    """Tokens of all generation calls.
+
+    `crossed_stops`: tokens that were replaced because they went past a stop string.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -89,7 +93,7 @@ class PredictionUsage(Frozen):
 
 
 class Timings(Frozen):
-    """Seconds; `scoring`: those in which the three verdicts were weighed, beside what was generated."""
+    """Seconds. `scoring`: time to compute the verdicts' probabilities; `generation` does not include it."""
 
     total: float
     generation: float
@@ -100,9 +104,9 @@ class Timings(Frozen):
 class Prediction(Frozen):
     """A claim's verdict and how it came about.
 
-    `verdict`: what the trajectory finished with; `confidence`: its probability; `agrees`: no other verdict has more.
+    `verdict`: the trajectory's. `confidence`: its probability. `agrees`: no other verdict is more probable.
     `grounded`: every Observation came from a corpus or the server. `forced`: the server ended the trajectory.
-    `abstained`: NOT ENOUGH INFO without having read any page. `text`: the trajectory in the user's own notation.
+    `abstained`: NOT ENOUGH INFO, and no page was read. `text`: the trajectory as ReAct text.
     """
 
     id: str
@@ -146,7 +150,7 @@ class Observed(Frozen):
 
 
 class Predicted(Frozen):
-    """The last event of a prediction that went well."""
+    """The last event of a successful prediction."""
 
     event: Literal["prediction"] = "prediction"
     prediction: Prediction

@@ -1,13 +1,11 @@
-"""The ReAct prompt format: one object that owns how a trajectory is written, continued and read back.
+"""The ReAct prompt format (arXiv:2210.03629): how a trajectory is rendered for training, continued, and parsed.
 
-Three inverse functions over one text:
+- `render_trajectory(trajectory)`: the segments that training encodes, each with `trained`;
+- `render_prompt(claim, steps)`: the segments that serving sends, a prefix of every continuation's;
+- `parse_steps(text)`: the steps of a text. It is the inverse of rendering.
 
-- `render_trajectory(trajectory)`: what training encodes, each piece with whether it is learned;
-- `render_prompt(claim, steps)`: what serving sends, always a prefix of the segments of any continuation;
-- `parse_steps(text)`: the steps back out of text.
-
-A segment is an *atom*: it is encoded alone, so that token ids never depend on what stands beside it, and ids that
-a model was trained on are the ids it is served (the property that DESIGN calls "ids as the contract").
+A segment is an *atom*: it is encoded alone, so its token ids do not depend on its neighbours. Therefore the ids in
+serving equal the ids in training.
 """
 
 import re
@@ -35,21 +33,21 @@ ANY_PLACEHOLDER = re.compile(
     r"|\{%[^{}\n]*%\}"  # {% if name %}
     r"|%\(\w+\)[sdr]"  # %(name)s
 )
-"""Placeholders as Python, Jinja, shells and Ludwig write them."""
+"""Placeholders in the syntax of Python, Jinja, shells and Ludwig."""
 TEMPLATE_LIMIT = 8_000
 
 
 def unfilled_placeholders(template: str) -> list[str]:
-    """The placeholders that would reach the model as they stand, in order. Only `{claim}` is filled."""
+    """The placeholders that nothing fills, in order. Only `{claim}` is filled; others would reach the model."""
     found = [match.group() for match in ANY_PLACEHOLDER.finditer(template)]
     return [one for one in dict.fromkeys(found) if one != PLACEHOLDER]
 
 
 class SegmentKind(StrEnum):
-    """What an atom is. Fixed parts are written by the server; a model writes thought, action and argument.
+    """Kind of a segment. The model writes THOUGHT, ACTION and ARGUMENT; the server writes the others.
 
-    Only a TEMPLATE, which a job's config writes, may hold control tokens such as `<|im_start|>`: elsewhere they are
-    text.
+    Only a TEMPLATE, which comes from a job's config, may contain control tokens such as `<|im_start|>`. In all other
+    segments they are plain text.
     """
 
     TEMPLATE = "template"
@@ -66,7 +64,7 @@ class SegmentKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of rendered text that is encoded alone. `END` has no text: it stands for the end-of-sequence token."""
+    """A piece of rendered text that is encoded alone. `END` has no text: it is the end-of-sequence token."""
 
     kind: SegmentKind
     text: str
@@ -75,7 +73,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class RawStep:
-    """A step as text before anything about it is believed; a missing part is None."""
+    """A step as text, not yet checked. A missing part is None."""
 
     thought: str | None
     action: str | None
@@ -83,7 +81,10 @@ class RawStep:
 
 
 def build_header(word: str, number: int) -> Segment:
-    """`Thought 3:` and its kin. Learned, so that a model writing alone (ungrounded) keeps the format."""
+    """`Thought 3:`, `Action 3:` or `Observation 3:`.
+
+    The first two are trained, so that ungrounded text has the format.
+    """
     return Segment(SegmentKind.HEADER, f"{word} {number}:", trained=word != "Observation")
 
 
@@ -97,7 +98,7 @@ END = Segment(SegmentKind.END, "", trained=True)
 
 
 class ReactFormat(Frozen):
-    """How a claim is put to a model. Saved with every adapter; serving refuses an adapter of another format."""
+    """The prompt format. Every adapter's manifest contains it. Serving refuses an adapter of another format."""
 
     name: str = FORMAT_NAME
     template: str = DEFAULT_TEMPLATE
@@ -115,7 +116,7 @@ class ReactFormat(Frozen):
         return self
 
     def render_instructions(self, claim: str) -> list[Segment]:
-        """The instructions around the claim, in three atoms so that all claims share the first."""
+        """The instructions around the claim, as three segments. All claims share the first one."""
         before, after = self.template.split(PLACEHOLDER)
         pieces = (
             (SegmentKind.TEMPLATE, before),
@@ -125,58 +126,59 @@ class ReactFormat(Frozen):
         return [Segment(kind, piece, trained=False) for kind, piece in pieces if piece]
 
     def render_trajectory(self, trajectory: Trajectory, *, train_on_observations: bool = False) -> list[Segment]:
-        """The whole trajectory, ending in END."""
+        """The segments of the whole trajectory, END included."""
         steps = self.render_prompt(trajectory.claim, trajectory.steps, train_on_observations=train_on_observations)
         return [*steps, END]
 
     def render_prompt(self, claim: str, steps: Sequence[Step], *, train_on_observations: bool = False) -> list[Segment]:
-        """The head and the given steps: a prefix of `render_trajectory` of any trajectory that begins with them."""
+        """The instructions and the given steps: a prefix of `render_trajectory` of any trajectory that begins with
+        them."""
         rendered = self.render_instructions(claim)
         for number, step in enumerate(steps, start=1):
             rendered += _render(number, step, train_on_observations)
         return rendered
 
     def render_verdict_branch(self, claim: str, steps: Sequence[Step]) -> list[Segment]:
-        """The prompt that ends in `Finish[` right after the last observation, where no Thought has spoken."""
+        """The prompt that ends in `Finish[` directly after the last observation, without a Thought."""
         opening = [build_header("Action", len(steps) + 1), build_action_opening(ActionName.FINISH)]
         return [*self.render_prompt(claim, steps), *(Segment(s.kind, s.text, False) for s in opening)]
 
     def render_labelled_branch(self, trajectory: Trajectory) -> list[Segment]:
-        """The verdict branch with its label, of which only the label and what closes it are learned."""
+        """The verdict branch with its label. Only the label, CLOSE and END are trained."""
         label = Segment(SegmentKind.ARGUMENT, trajectory.verdict.value, trained=True)
-        asked = self.render_verdict_branch(trajectory.claim, trajectory.steps[:-1])
-        return [*(Segment(s.kind, s.text, False) for s in asked), label, CLOSE, END]
+        opening = self.render_verdict_branch(trajectory.claim, trajectory.steps[:-1])
+        return [*(Segment(s.kind, s.text, False) for s in opening), label, CLOSE, END]
 
 
 def render_turn(number: int, thought: str, action: Action) -> list[Segment]:
-    """The Thought and the Action of a step, through the closing bracket."""
-    said = [Segment(SegmentKind.THOUGHT, f" {thought}", trained=True)] if thought else []
+    """The Thought and the Action of a step, up to the closing bracket."""
+    thought_text = [Segment(SegmentKind.THOUGHT, f" {thought}", trained=True)] if thought else []
     argument = Segment(SegmentKind.ARGUMENT, action.argument, trained=True)
     acted = [build_header("Action", number), build_action_opening(action.name), argument, CLOSE]
-    return [build_header("Thought", number), *said, TURN_END, *acted]
+    return [build_header("Thought", number), *thought_text, TURN_END, *acted]
 
 
 def _render(number: int, step: Step, train_on_observations: bool) -> list[Segment]:
     rendered = render_turn(number, step.thought, step.action)
     if step.observation is None:
         return rendered
-    seen = Segment(SegmentKind.OBSERVATION, f" {step.observation}", trained=train_on_observations)
+    observed = Segment(SegmentKind.OBSERVATION, f" {step.observation}", trained=train_on_observations)
     line_end = Segment(SegmentKind.TURN_END, "\n", trained=train_on_observations)
-    return [*rendered, TURN_END, build_header("Observation", number), seen, line_end]
+    return [*rendered, TURN_END, build_header("Observation", number), observed, line_end]
 
 
 def join_text(segments: Iterable[Segment]) -> str:
-    """The segments as a person reads them."""
+    """The segments as one text."""
     return "".join(segment.text for segment in segments)
 
 
-def parse_steps(written: str) -> tuple[str, list[RawStep]]:
-    """(what stands before the first marker, the raw steps): markers are found wherever they stand.
+def parse_steps(text: str) -> tuple[str, list[RawStep]]:
+    """(the text before the first marker, the raw steps). Markers count anywhere in the text.
 
-    A Thought opens a step; an Action opens one when the open step has an action already; an Observation belongs to
-    the open step. Numbers are not trusted: real traces repeat and skip them.
+    A Thought begins a step. An Action begins one if the current step already has an action. An Observation belongs to
+    the current step. Numbers are ignored, because real traces repeat and skip them.
     """
-    pieces = STEP_MARKER.split(written)
+    pieces = STEP_MARKER.split(text)
     steps: list[dict[str, str]] = []
     for word, body in zip(pieces[1::3], pieces[3::3], strict=True):
         part = word.lower()

@@ -1,4 +1,4 @@
-"""What may be changed about a config that does not fit its device, mildest first. Pure: it plans nothing."""
+"""Changes that may make a config fit its device, mildest first. The planner tests them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ Change = dict[str, JsonValue]
 
 
 def list_changes_by_kind(spec: TrainSpec, schedule: Schedule, longest: int, *, recompute: bool) -> list[list[Change]]:
-    """Kinds of change that help alone; within a kind, the least comes first."""
+    """Changes to try alone, grouped by kind. Each group begins with the smallest change."""
     return [
         family
         for family in (
@@ -27,14 +27,14 @@ def list_changes_by_kind(spec: TrainSpec, schedule: Schedule, longest: int, *, r
 
 
 def list_combined_changes(spec: TrainSpec, longest: int) -> list[Change]:
-    """The same kinds added up, for where none helps alone: ever more of them."""
+    """Combined changes, each larger than the one before, to try if no change helps alone."""
     small = merge_changes(_checkpointing(), _batch(spec, 1))
     quantized = merge_changes(small, *_quantization(spec))
     return [small, quantized, *(merge_changes(quantized, length) for length in _lengths(spec, longest))]
 
 
 def merge_changes(*changes: Change) -> Change:
-    """One change that makes all of them."""
+    """One change that is all of `changes`."""
     whole: dict[str, Any] = {}
     for change in changes:
         for key, value in change.items():
@@ -44,7 +44,7 @@ def merge_changes(*changes: Change) -> Change:
 
 
 def apply_change(spec: TrainSpec, change: Change) -> TrainSpec:
-    """The spec as if the user had written the change into the config."""
+    """The spec with the change written into the user's config."""
     return TrainSpec.model_validate(merge_changes(spec.model_dump(mode="json", exclude_unset=True), change))
 
 
@@ -59,7 +59,7 @@ def _batches(spec: TrainSpec, schedule: Schedule, longest: int) -> Iterator[Chan
 
 
 def _batch(spec: TrainSpec, rows: int) -> Change:
-    """`rows` a micro-batch at the same effective batch."""
+    """`rows` for each micro-batch, with the effective batch unchanged."""
     if spec.trainer.gradient_accumulation_steps is None:
         return {"trainer": {"batch_size": rows}}
     steps = -(-spec.trainer.effective_rows // rows)
@@ -68,7 +68,7 @@ def _batch(spec: TrainSpec, rows: int) -> Change:
 
 
 def _quantization(spec: TrainSpec) -> Iterator[Change]:
-    """4 bits. Full fine-tuning and ia3 need an unquantised base, so they become LoRA."""
+    """Quantises to 4 bits. Full fine-tuning and IA3 need an unquantised base, so they become LoRA."""
     if spec.quantization is not None and spec.quantization.bits == 4:
         return
     plain: Change = {"quantization": {"bits": 4}}

@@ -16,9 +16,9 @@ SPEC_CODES = frozenset({"base_would_change"})
 NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,4})?", re.ASCII)
 
 
-def build_disagreement(message: str, *place: str, code: str = "disagreement") -> PydanticCustomError:
-    """What a validator of several fields raises: the message, and the place of the field to change."""
-    return PydanticCustomError(code, "{message}", {"message": message, "place": place})
+def build_disagreement(message: str, *path: str, code: str = "disagreement") -> PydanticCustomError:
+    """What a validator of several fields raises: the message, and the path of the field to change."""
+    return PydanticCustomError(code, "{message}", {"message": message, "path": path})
 
 
 class Spec(BaseModel):

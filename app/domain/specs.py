@@ -226,12 +226,12 @@ class TrainSpec(Spec):
 
 
 def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
-    """(place, what) of everything in the spec that parses but that this version does not run."""
+    """(path, what) of everything in the spec that parses but that this version does not run."""
     asked: list[tuple[bool, tuple[str, ...], str]] = [
         (spec.backend.processes > 1, ("backend", "processes"), "more than one process"),
         (spec.backend.strategy is not None, ("backend", "strategy"), "a distribution strategy"),
     ]
-    return [(place, what) for wanted, place, what in asked if wanted]
+    return [(path, what) for wanted, path, what in asked if wanted]
 
 
 def spec_examples() -> dict[str, Any]:

@@ -146,9 +146,9 @@ class Plans:
         if device is None or sizes is None:
             gpu = device is not None and device.type == "gpu"
             return Need(gpu and described.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted)
-        load, machine = schedule.load(longest), device.machine
+        batch, machine = schedule.get_largest_micro_batch(longest), device.machine
         for recompute in (False, True) if wanted == "auto" else (wanted,):
-            memory = estimate_memory(sizes, spec, load, machine, recompute=recompute, stored=described.bytes)
+            memory = estimate_memory(sizes, spec, batch, machine, recompute=recompute, stored=described.bytes)
             need = Need(recompute, memory, memory.total <= device.bytes)
             if need.fits:
                 break
