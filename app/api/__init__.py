@@ -1,1 +1,1 @@
-"""The HTTP door: one module a resource, and what they share."""
+"""The HTTP API: one module for each resource, and the parts that they share."""

@@ -1,4 +1,4 @@
-"""/adapters"""
+"""/adapters: list, read, download, promote and delete adapters."""
 
 from typing import Annotated
 
@@ -25,7 +25,7 @@ def list_adapters(services: ServicesDep, after: After = None, limit: Limit = 20)
 
 @router.get("/{adapter}", summary="An adapter and its manifest", responses=problems(404))
 def get_adapter(services: ServicesDep, adapter: AdapterReference) -> Adapter:
-    """What it is, and everything needed to make it again. `aliases` holds `default` when it is the promoted one."""
+    """The manifest names everything needed to train it again. `aliases` contains `default` when it is promoted."""
     return services.adapters.get(adapter)
 
 
@@ -44,11 +44,11 @@ def download_adapter(services: ServicesDep, adapter: AdapterReference) -> Stream
 
 @router.post("/{adapter}/promote", summary="Make this the default adapter", responses=problems(404))
 def promote_adapter(services: ServicesDep, adapter: AdapterReference) -> Adapter:
-    """Predictions that name no adapter use it from now on."""
+    """From now on, predictions that name no adapter use it."""
     return services.adapters.promote(adapter)
 
 
 @router.delete("/{adapter}", status_code=204, summary="Delete an adapter", responses=problems(404))
 def delete_adapter(services: ServicesDep, adapter: AdapterReference) -> None:
-    """Unpublish it. The job that made it stays, and claims that are being judged with it are judged to their end."""
+    """Unpublish it. Its job stays. Predictions with it that are running already are finished."""
     services.adapters.delete(adapter)

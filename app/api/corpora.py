@@ -1,4 +1,4 @@
-"""/corpora"""
+"""/corpora: upload, list, search, promote and delete corpora."""
 
 from typing import Annotated
 
@@ -23,14 +23,14 @@ Words = Annotated[
     "",
     status_code=201,
     summary="Upload a corpus",
-    responses={200: {"model": Corpus, "description": "These pages were here already"}, **problems(409)},
+    responses={200: {"model": Corpus, "description": "A corpus with these pages exists already"}, **problems(409)},
     dependencies=[form_of("file", "name")],
 )
 def upload_corpus(
     services: ServicesDep,
     response: Response,
-    file: Annotated[UploadFile, File(description="JSONL: {title, text} or {title, sentences} a line.")],
-    name: Annotated[str | None, Form(description="A unique name; made from the file's when left out.")] = None,
+    file: Annotated[UploadFile, File(description="JSONL; each line is {title, text} or {title, sentences}.")],
+    name: Annotated[str | None, Form(description="A unique name. The default is made from the file's name.")] = None,
 ) -> Corpus:
     """Build a searchable, immutable snapshot of pages. The first corpus becomes the default."""
     with on_disk(file, services.datasets.scratch_file()) as path:
@@ -48,7 +48,7 @@ def list_corpora(services: ServicesDep, after: After = None, limit: Limit = 20) 
 
 @router.get("/{corpus}", summary="A corpus and the account of its upload", responses=problems(404))
 def get_corpus(services: ServicesDep, corpus: CorpusReference) -> Corpus:
-    """`digest` names the snapshot; predictions quote it with every Observation."""
+    """`digest` identifies the snapshot. Predictions give it with every Observation."""
     return services.corpora.get(corpus)
 
 
@@ -57,19 +57,19 @@ def search_corpus(
     services: ServicesDep,
     corpus: CorpusReference,
     q: Words,
-    limit: Annotated[int, Query(ge=1, le=50, description="Most pages to give.")] = 10,
+    limit: Annotated[int, Query(ge=1, le=50, description="Maximum number of pages.")] = 10,
 ) -> Page[Hit]:
-    """Pages by BM25, best first, each with the sentence that has most of the words."""
+    """Rank pages by BM25, best first. Each comes with its sentence that contains most of the words."""
     return Page(data=list(services.corpora.find(corpus, q, limit)), has_more=False)
 
 
 @router.post("/{corpus}/promote", summary="Make this the default corpus", responses=problems(404))
 def promote_corpus(services: ServicesDep, corpus: CorpusReference) -> Corpus:
-    """Predictions that name no corpus search this one from now on."""
+    """From now on, predictions that name no corpus search it."""
     return services.corpora.promote(corpus)
 
 
 @router.delete("/{corpus}", status_code=204, summary="Delete a corpus", responses=problems(404))
 def delete_corpus(services: ServicesDep, corpus: CorpusReference) -> None:
-    """Predictions that were made with it keep the text that they quote."""
+    """Delete its pages. Predictions that were made with it still have the text that they quote."""
     services.corpora.delete(corpus)

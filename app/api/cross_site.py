@@ -1,8 +1,8 @@
-"""Cross-site request forgery: a page of another site must not change anything here through its visitor's browser.
+"""Protection against cross-site request forgery: a page of another site must not write here through a browser.
 
-A browser sends a form or a body-less POST to any address without asking that address first (no CORS preflight), and a
-service without a key cannot tell such a request from its owner's. But the browser says where it comes from: in `Origin`
-and in `Sec-Fetch-Site`, which no page can set. Clients that are no browsers send neither.
+A browser sends a form or a POST without a body to any address, without a CORS preflight. A service without a key cannot
+distinguish such a request from one of its owner. But the browser sends the origin in `Origin` and `Sec-Fetch-Site`, and
+no page can set these headers. Clients other than browsers send neither.
 See https://cheatsheetseries.owasp.org/cheatsheets/Cross-Site_Request_Forgery_Prevention_Cheat_Sheet.html.
 """
 
@@ -18,10 +18,10 @@ _DEFAULT_PORTS = (":80", ":443")
 
 
 def foreign_origin(method: str, headers: Headers, allowed_hosts: Collection[str]) -> str | None:
-    """The site whose page sends a request that could change something; None where there is no such page.
+    """Return the other site whose page sent a writing request, or None if there is none.
 
-    A page is our own when its `Origin` has the host and port that the request is for, or a host that the operator
-    allows (`allowed_hosts`: a proxy may put another name into `Host`).
+    A page is our own if its `Origin` has the host and port of the request's `Host`, or a host in `allowed_hosts`. The
+    operator sets `allowed_hosts` because a proxy may put another name into `Host`.
     """
     if method in SAFE_METHODS:
         return None

@@ -1,4 +1,4 @@
-"""/datasets"""
+"""/datasets: upload, list, preview and delete datasets."""
 
 from typing import Annotated
 
@@ -13,14 +13,14 @@ router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=StrictRout
 
 DatasetReference = Annotated[str, named("dataset")]
 After = Annotated[Annotated[str, IdOf("ds", "a dataset")] | None, AFTER]
-Column = Annotated[str | None, Form(max_length=200, description="The file's own name for this column.")]
+Column = Annotated[str | None, Form(max_length=200, description="The name of this column in the file.")]
 
 
 @router.post(
     "",
     status_code=201,
     summary="Upload a dataset",
-    responses={200: {"model": Dataset, "description": "This content was here already"}, **problems(409)},
+    responses={200: {"model": Dataset, "description": "A dataset with this content exists already"}, **problems(409)},
     dependencies=[form_of("file", "name", "claim_column", "trajectories_column", "label_column", "split_column")],
 )
 def upload_dataset(
@@ -29,16 +29,16 @@ def upload_dataset(
     file: Annotated[
         UploadFile, File(description="CSV, JSONL, JSON, Parquet or text: claim, trajectories[, label, split].")
     ],
-    name: Annotated[str | None, Form(description="A unique name; made from the file's when left out.")] = None,
+    name: Annotated[str | None, Form(description="A unique name. The default is made from the file's name.")] = None,
     claim_column: Column = None,
     trajectories_column: Column = None,
     label_column: Column = None,
     split_column: Column = None,
 ) -> Dataset:
-    """Validate a file row by row and keep what can be trained on.
+    """Validate a file row by row and keep the rows that can be trained on.
 
-    The answer is an exact account: rows kept, repaired, warned about and refused, each finding with its line. One
-    kept row makes a dataset. The same content gives the same dataset again (200).
+    The response counts the rows that were kept, repaired, warned about and refused. Each finding names its line. One
+    kept row is enough for a dataset. Uploading the same content again returns the same dataset (200).
     """
     given = {
         "claim": claim_column,
@@ -62,23 +62,23 @@ def list_datasets(services: ServicesDep, after: After = None, limit: Limit = 20)
 
 @router.get("/{dataset}", summary="A dataset and the account of its upload", responses=problems(404))
 def get_dataset(services: ServicesDep, dataset: DatasetReference) -> Dataset:
-    """Counts, label balance, lengths, and every finding with its line (the first two hundred; counts are exact)."""
+    """Counts, labels, lengths, and the first 200 findings with their lines. The counts cover all findings."""
     return services.datasets.get(dataset)
 
 
-@router.get("/{dataset}/preview", summary="Rows of a dataset, as they were understood", responses=problems(404))
+@router.get("/{dataset}/preview", summary="Rows of a dataset, as they were parsed", responses=problems(404))
 def preview_dataset(
     services: ServicesDep,
     dataset: DatasetReference,
-    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Row number of the last row seen.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=100, description="Most rows to give.")] = 5,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Row number of the last row of the page before.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=100, description="Maximum number of rows.")] = 5,
 ) -> Page[Trajectory]:
-    """Steps, verdict and evidence of the rows that were kept, in the file's order."""
+    """Steps, verdict and evidence of the kept rows, in the file's order."""
     data, more = services.datasets.preview(dataset, after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.delete("/{dataset}", status_code=204, summary="Delete a dataset", responses=problems(404, 409))
 def delete_dataset(services: ServicesDep, dataset: DatasetReference) -> None:
-    """Refused (409) while a job that is not finished uses it."""
+    """Delete its rows. Refused (409) while an unfinished job uses it."""
     services.datasets.delete(dataset)

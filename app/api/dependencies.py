@@ -1,4 +1,4 @@
-"""What routes share: the services, paging, uploads, the idempotency key, pages of answers."""
+"""Dependencies that routes share: services, pages, uploads, the idempotency key."""
 
 import asyncio
 import pathlib
@@ -29,7 +29,7 @@ FILE = "file"
 
 
 class Page(BaseModel, Generic[Item]):
-    """A page of a list. Ask for the next with `after` = the id of the last item here, while `has_more`."""
+    """A page of a list. While `has_more` is true, send the id of its last item as `after` to get the next page."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,7 +38,7 @@ class Page(BaseModel, Generic[Item]):
 
 
 async def services(request: Request) -> Services:
-    # Not a plain `def`: FastAPI would send every request through a thread for it, and then through another.
+    # Asynchronous, because FastAPI runs a plain `def` in a thread, which costs every request a thread switch.
     found: Services = request.app.state.services
     return found
 
@@ -48,7 +48,7 @@ async def raw_body(request: Request) -> bytes:
 
 
 async def watch_disconnect(request: Request) -> AsyncIterator[IsCancelled]:
-    """Whether the client has disconnected, while its request runs. The body has been read by then."""
+    """Yield a function that says whether the client has disconnected. The body must have been read already."""
     disconnected = asyncio.Event()
 
     async def watch() -> None:
@@ -65,24 +65,24 @@ async def watch_disconnect(request: Request) -> AsyncIterator[IsCancelled]:
 ServicesDep = Annotated[Services, Depends(services)]
 RawBody = Annotated[bytes, Depends(raw_body)]
 CancelledByDisconnect = Annotated[IsCancelled, Depends(watch_disconnect)]
-AFTER = Query(description="Id (not name) of the last item of the page before. It need not exist any more.")
+AFTER = Query(description="Id (not name) of the last item of the page before. The item may have been deleted.")
 """The cursor of a list that is paged by id: `Annotated[Annotated[str, IdOf(…)] | None, AFTER]`."""
 
-Limit = Annotated[int, Query(ge=1, le=100, description="Items on a page.")]
-Seq = Annotated[int, Query(ge=0, le=2**31 - 1, description="Number of the last one earlier.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items on a page.")]
+Seq = Annotated[int, Query(ge=0, le=2**31 - 1, description="Number of the last item of the page before.")]
 IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         min_length=1,
         max_length=255,
-        description="The same key and body give the first answer again, for a day. A stream takes no notice of it.",
+        description="For a day, the same key and body return the first response again. A stream ignores it.",
     ),
 ]
 
 
 class IdOf:
-    """Metadata of a string that has to be spelled like an id with this prefix."""
+    """Annotates a string that must have the form of an id with this prefix."""
 
     def __init__(self, prefix: str, resource: str) -> None:
         self._pattern = id_pattern(prefix)
@@ -103,30 +103,30 @@ class IdOf:
 
 
 def named(what: str, example: str = "demo") -> Any:
-    """A path parameter that refers to a resource by id or name; `example` is one that the demo leaves."""
+    """A path parameter that refers to a resource by id or name. `example` names one that the demo creates."""
     return Path(
         min_length=1,
         max_length=200,
         description=f"Id or name of the {what}.",
-        openapi_examples={example: {"value": example, "summary": f"the {what} that `make demo` leaves"}},
+        openapi_examples={example: {"value": example, "summary": f"the {what} that `make demo` creates"}},
     )
 
 
 _WORDS = {
     404: "Not found",
-    409: "The present state forbids it",
+    409: "The resource's state does not allow it",
     429: "Busy; try again after `Retry-After` seconds",
-    503: "A part is away; try again after `Retry-After` seconds",
+    503: "A part of the service is unavailable; try again after `Retry-After` seconds",
 }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses for the errors of one route. `app.api.schema` adds those of every route."""
+    """OpenAPI responses for the errors of one route. `app.api.schema` adds the errors that all routes share."""
     return {status: problem_response(_WORDS[status]) for status in statuses}
 
 
 def event_stream(data: dict[str, Any], event: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """OpenAPI content of a stream: the schema of one server-sent event, whose data is JSON of the schema `data`."""
+    """OpenAPI content of a stream: the schema of one server-sent event. Its data is JSON of the schema `data`."""
     fields = {
         "event": {"type": "string", **event},
         "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
@@ -136,7 +136,7 @@ def event_stream(data: dict[str, Any], event: dict[str, Any], **more: Any) -> di
 
 
 def form_of(*known: str) -> Any:
-    """A dependency that refuses form fields which are unknown, sent twice, or hold what no text here may hold."""
+    """A dependency that refuses form fields that are unknown, repeated, or contain a forbidden character."""
 
     async def check(request: Request) -> None:
         earlier: set[str] = set()
@@ -154,21 +154,21 @@ def _wrong_field(
 ) -> Problem | None:
     text = value if isinstance(value, str) else value.filename or ""
     if bad := forbidden_character(name) or forbidden_character(text):
-        return Problem((name,), f"the field holds {bad}", "remove it and send again")
+        return Problem((name,), f"the field contains {bad}", "remove it and send again")
     if name not in known:
-        return Problem((name,), "there is no such field", did_you_mean(name, known))
+        return Problem((name,), "there is no such form field", did_you_mean(name, known))
     if name in earlier:
-        return Problem((name,), "the field stands more than once", "send it once")
+        return Problem((name,), "the field is given more than once", "give it once")
     if name == FILE and isinstance(value, str):
-        return Problem((name,), "the field holds text where a file is expected", "with curl: -F file=@PATH")
+        return Problem((name,), "the field contains text where a file is expected", "with curl: -F file=@PATH")
     return None
 
 
 @contextmanager
 def on_disk(file: UploadFile, target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The upload as a file of its own for as long as the block lasts, copied in constant memory.
+    """Copy the upload to `target`, in constant memory, and delete it when the block ends.
 
-    What the block finds wrong without saying where is wrong with the file.
+    An InvalidError of the block that names no place gets the form field of the file as its place.
     """
     try:
         with target.open("wb") as out:

@@ -1,4 +1,4 @@
-"""Errors → `application/problem+json` (RFC 9457). Never a stack trace, never an HTML page."""
+"""Turns errors into `application/problem+json` (RFC 9457), never into a stack trace or an HTML page."""
 
 import traceback
 from dataclasses import replace
@@ -31,7 +31,7 @@ from app.domain.spec_parser import list_problems
 MEDIA_TYPE = "application/problem+json"
 MOST_PROBLEMS = 100
 LONGEST_TEXT = 1_000
-LONGEST_PLACE = 100
+LONGEST_LOC_PART = 100
 log = structlog.get_logger(__name__)
 
 STATUS: tuple[tuple[type[VerituneError], int], ...] = (
@@ -46,7 +46,7 @@ STATUS: tuple[tuple[type[VerituneError], int], ...] = (
 
 
 class ProblemError(BaseModel):
-    """One thing wrong at one place of the input."""
+    """One error in the input. `loc` is its path in the document."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -56,7 +56,7 @@ class ProblemError(BaseModel):
 
 
 class ProblemDocument(BaseModel):
-    """What every error looks like. `code` is stable; `detail` is for people."""
+    """The body of every error response. Programs test `code`, which is stable; people read `detail`."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -95,38 +95,38 @@ def status_of(error: VerituneError) -> int:
 
 
 def problem(instance: str, status: int, code: str, detail: str, found: tuple[Problem, ...] = ()) -> dict[str, Any]:
-    """The document, as JSON types. What a user sent and gets back here is cut to a readable length."""
+    """Build the document, as JSON types. Quoted input is cut to a readable length."""
     return {
         "type": f"urn:veritune:problem:{code}",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": _shown(detail),
-        "instance": _shown(instance),
+        "detail": _printable(detail),
+        "instance": _printable(instance),
         "code": code,
         "errors": [_entry(one) for one in found[:MOST_PROBLEMS]],
     }
 
 
 def _entry(found: Problem) -> dict[str, Any]:
-    place = [part if isinstance(part, int) else _shown(part, LONGEST_PLACE) for part in found.loc]
-    hint = None if found.hint is None else _shown(found.hint)
-    return {"loc": place, "message": _shown(found.message), "hint": hint}
+    loc = [part if isinstance(part, int) else _printable(part, LONGEST_LOC_PART) for part in found.loc]
+    hint = None if found.hint is None else _printable(found.hint)
+    return {"loc": loc, "message": _printable(found.message), "hint": hint}
 
 
-def _shown(text: str, most: int = LONGEST_TEXT) -> str:
-    """`text` without what cannot be encoded (a lone surrogate in a given value must not break the answer), cut."""
+def _printable(text: str, max_length: int = LONGEST_TEXT) -> str:
+    """Cut `text`, and replace characters that cannot be encoded: a lone surrogate must not break the response."""
     plain = text.encode("utf-8", "replace").decode()
-    return plain if len(plain) <= most else f"{plain[: most - 1]}…"
+    return plain if len(plain) <= max_length else f"{plain[: max_length - 1]}…"
 
 
 def unexpected(error: Exception, instance: str) -> dict[str, Any]:
-    """Log an error that is our own, and say no more about it than that. The trace holds no values of variables."""
+    """Log an error of ours with its trace, and return a document without details. The trace shows no values."""
     log.error("unexpected_error", path=instance, exception="".join(traceback.format_exception(error)))
-    return problem(instance, 500, "internal_error", "something went wrong on our side; the log has the details")
+    return problem(instance, 500, "internal_error", "the service failed unexpectedly; its log has the details")
 
 
 def problem_response(description: str) -> dict[str, Any]:
-    """An OpenAPI response that holds a problem."""
+    """An OpenAPI response with a problem document."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}
     return {"description": description, "content": content}
 
@@ -150,7 +150,7 @@ async def _on_veritune(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
-    """Places inside the body stand as they are; others begin with path, query or header."""
+    """A `loc` in the body is relative to the body. Any other begins with path, query or header."""
     assert isinstance(error, RequestValidationError)
     body = dict(error.body) if isinstance(error.body, FormData) else error.body
     sent = {"body": body, "query": dict(request.query_params), "path": request.path_params, "header": {}}
@@ -165,7 +165,7 @@ async def _on_validation(request: Request, error: Exception) -> JSONResponse:
 
 
 def _body_model(request: Request) -> type[BaseModel] | None:
-    """What the route reads its body as, when that is a model."""
+    """The model that the route reads its body as, if it has one."""
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
@@ -173,7 +173,7 @@ def _body_model(request: Request) -> type[BaseModel] | None:
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    words = {404: "there is no such route; GET /docs lists them", 405: "this route does not take that method"}
+    words = {404: "there is no such route; GET /docs lists them", 405: "this route does not accept that method"}
     codes = {400: "bad_body", 404: "no_route", 405: "wrong_method", 413: "too_large", 415: "unsupported_media_type"}
     status = error.status_code
     detail = words.get(status, str(error.detail))
@@ -183,7 +183,7 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _allowed(request: Request) -> dict[str, str]:
-    """The Allow header over all routes of this path; each of them knows only its own method."""
+    """The Allow header. It lists the methods of all routes with this path, since each route knows only its own."""
     path = getattr(request.scope.get("route"), "path", "")
     operations = request.app.openapi()["paths"].get(path, {})
     methods = {method.upper() for method in operations} | ({"HEAD"} if "get" in operations else set())

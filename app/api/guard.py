@@ -1,7 +1,7 @@
-"""What every request passes before any route sees it: Host, origin, bearer key, sizes, JSON that can be read safely.
+"""Checks every request before it reaches a route: Host, origin, bearer key, size, and whether JSON is safe to parse.
 
-A pure ASGI middleware: it keeps no upload in memory, and hands on a JSON body that it has read to check. Which
-content type a route takes is the route's own affair (`app.api.routing`).
+It is a pure ASGI middleware. It does not buffer uploads. It reads a JSON body to check it, and passes it on.
+`app.api.routing` checks the content type, which depends on the route.
 """
 
 import hmac
@@ -23,11 +23,11 @@ from app.domain.strict_json import RepeatedKeyError, parse_json
 from app.settings import LOOPBACK, Settings
 
 DEEPEST_JSON = 64
-CHECKED_AT_ONCE = 1 << 14
-"""Bytes of JSON that are checked on the event loop; more are checked in a thread."""
+CHECKED_ON_LOOP_BYTES = 1 << 14
+"""A JSON body up to this size is checked on the event loop, a larger one in a thread."""
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/docs", "/openapi.json"})
-"""What needs no key: probes, and the documentation in which a key is typed. None of it tells what is stored here."""
+"""Paths that need no key: probes, and the documentation in which a user types the key. They expose no stored data."""
 
 OPEN_FOLDER = "/static/swagger/"
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]*)(?::\d*)?")
@@ -66,31 +66,31 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers) -> dict[str, Any] | None:
         path: str = scope["path"]
         host = headers.get("host", "")
-        if not self._serves(host):
+        if not self._serves_host(host):
             detail = f"the Host {host[:60]!r} is not served here; add it to VERITUNE_ALLOWED_HOSTS"
             return problem(path, 400, "wrong_host", detail)
         if origin := foreign_origin(scope["method"], headers, self._allowed_origins):
             detail = (
-                f"a page of {origin[:60]!r} sent this, and pages of other sites may change nothing here; "
+                f"a page of {origin[:60]!r} sent this request; pages of other sites may change nothing here; "
                 "add its host to VERITUNE_ALLOWED_HOSTS if it is yours"
             )
             return problem(path, 403, "foreign_origin", detail)
-        if not self._knows(path, headers.get("authorization", "")):
+        if not self._is_authorized(path, headers.get("authorization", "")):
             return problem(path, 401, "unauthorized", "send the key as: Authorization: Bearer …")
-        for place, holds_nul in (("path", "\0" in path), ("query", b"%00" in scope["query_string"])):
-            if holds_nul:
-                detail = f"the {place} holds a NUL character"
-                found = (Problem((place,), "holds a NUL character", "remove it and send again"),)
+        for part, has_nul in (("path", "\0" in path), ("query", b"%00" in scope["query_string"])):
+            if has_nul:
+                detail = f"the {part} contains a NUL character"
+                found = (Problem((part,), "contains a NUL character", "remove it and send again"),)
                 return problem(path, 422, "forbidden_character", detail, found)
         return None
 
-    def _serves(self, host: str) -> bool:
+    def _serves_host(self, host: str) -> bool:
         if self._any_host:
             return True
         match = _HOST.fullmatch(host.lower())
         return match is not None and match.group(1).strip("[]") in self._hosts
 
-    def _knows(self, path: str, given: str) -> bool:
+    def _is_authorized(self, path: str, given: str) -> bool:
         if self._key is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return True
         scheme, _, token = given.partition(" ")
@@ -98,27 +98,27 @@ class Guard:
         return same and scheme.lower() == "bearer"
 
     async def _checked(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
-        """`receive`, bounded; for JSON, read and checked."""
+        """Return `receive` with a size limit. A JSON body is read and checked first."""
         kind = media_type(headers)
         announced = headers.get("content-length", "")
         length = int(announced) if announced.isdecimal() else None
         if kind == "multipart/form-data":
-            return _bounded(receive, length, self._settings.max_upload_bytes)
-        receive = _bounded(receive, length, self._settings.max_json_bytes)
+            return _limit_size(receive, length, self._settings.max_upload_bytes)
+        receive = _limit_size(receive, length, self._settings.max_json_bytes)
         if scope["method"] != "POST" or not is_json(kind) or not announces_body(headers):
             return receive
-        body = await _read(receive)
-        if len(body) > CHECKED_AT_ONCE:
+        body = await _read_body(receive)
+        if len(body) > CHECKED_ON_LOOP_BYTES:
             await run_in_threadpool(_check_json, body)
         else:
             _check_json(body)
-        return _again(body, receive)
+        return _replay(body, receive)
 
 
 def _check_json(body: bytes) -> None:
-    """Raises InvalidError unless `body` is UTF-8 JSON.
+    """Check that `body` is UTF-8 JSON: not too deep, with no repeated key and no forbidden character.
 
-    It must not be too deep, name a key twice, or hold a character that no text here may hold.
+    Raises InvalidError.
     """
     try:
         text = body.decode()
@@ -134,16 +134,16 @@ def _check_json(body: bytes) -> None:
     except RecursionError:
         raise _too_deep() from None
     except ValueError:  # more digits than Python turns into an integer
-        raise InvalidError("the body holds a number of more than 4,300 digits", code="bad_json") from None
+        raise InvalidError("the body contains a number of more than 4,300 digits", code="bad_json") from None
     if _deeper_than(document, DEEPEST_JSON):
         raise _too_deep()
-    if _ESCAPED_FORBIDDEN.search(text):  # in JSON such a character can only stand escaped
+    if _ESCAPED_FORBIDDEN.search(text):  # JSON allows these characters only as escapes
         reject_forbidden(document)
 
 
-def _deeper_than(document: Any, most: int) -> bool:
+def _deeper_than(document: Any, max_depth: int) -> bool:
     level = [document] if isinstance(document, dict | list) else []
-    for _ in range(most):
+    for _ in range(max_depth):
         if not level:
             return False
         level = [
@@ -159,10 +159,10 @@ def _too_deep() -> InvalidError:
     return InvalidError(f"the JSON is nested more than {DEEPEST_JSON} deep", code="too_deep")
 
 
-def _bounded(receive: Receive, length: int | None, limit: int) -> Receive:
-    """`receive` that raises as soon as more than `limit` bytes are sent, or announced.
+def _limit_size(receive: Receive, length: int | None, limit: int) -> Receive:
+    """Return a `receive` that raises once the client sends, or announces, more than `limit` bytes.
 
-    It raises an HTTPException: that is the one error which FastAPI lets through while it reads a form.
+    It raises HTTPException, the only error that FastAPI passes on while it reads a form.
     """
     refusal = HTTPException(413, f"the body is larger than {limit:,} bytes, which is this deployment's limit")
     if length is not None and length > limit:
@@ -171,28 +171,28 @@ def _bounded(receive: Receive, length: int | None, limit: int) -> Receive:
 
     async def counted() -> Message:
         nonlocal received
-        part = await receive()
-        received += len(part.get("body", b""))
+        message = await receive()
+        received += len(message.get("body", b""))
         if received > limit:
             raise refusal
-        return part
+        return message
 
     return counted
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read_body(receive: Receive) -> bytes:
     body = bytearray()
     while True:
-        part = await receive()
-        if part["type"] == "http.disconnect":
+        message = await receive()
+        if message["type"] == "http.disconnect":
             raise InvalidError("the request ended before its body did", code="cut_off")
-        body += part.get("body", b"")
-        if not part.get("more_body", False):
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
             return bytes(body)
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body that was read, and then whatever follows (a disconnect)."""
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that first gives the body that was read, and then the next message (a disconnect)."""
     given = False
 
     async def once() -> Message:

@@ -1,4 +1,4 @@
-"""/health and /metrics"""
+"""/health and /metrics: probes and Prometheus metrics of the API process."""
 
 from typing import Literal
 
@@ -28,22 +28,24 @@ class Ready(BaseModel):
 
 @router.get("/health/live", summary="The API process answers")
 def get_liveness() -> Live:
-    """For a liveness probe: it says nothing of the other parts."""
+    """For a liveness probe. It does not check the other parts."""
     return Live()
 
 
-@router.get("/health/ready", summary="API, a trainer, inference and a base model are usable", responses=problems(503))
+@router.get(
+    "/health/ready", summary="The service is ready: API, a trainer, inference and a base model", responses=problems(503)
+)
 def get_readiness(services: ServicesDep) -> Ready:
-    """503 until everything that a job and a prediction need is there; `errors` names what is not.
+    """503 until everything that jobs and predictions need is available. `errors` names the missing parts.
 
-    Suspended inference counts as available: it resumes by itself, and everything else works.
+    Suspended inference counts as available, because it resumes by itself.
     """
     trainer = services.devices.trainer()
     parts = {
         "base_model": None
         if services.base_models.list_base_models()
-        else ("is not there", "run: veritune models fetch"),
-        "trainer": None if trainer and trainer.online else ("is not there", "start one: python -m worker"),
+        else ("no base model is listed", "run: veritune models fetch"),
+        "trainer": None if trainer and trainer.online else ("no trainer is online", "start one: python -m worker"),
         "inference": _inference(services),
     }
     missing = tuple(Problem((part,), *wrong) for part, wrong in parts.items() if wrong)
@@ -54,12 +56,12 @@ def get_readiness(services: ServicesDep) -> Ready:
 
 
 def _inference(services: Services) -> tuple[str, str] | None:
-    """Why inference does not answer, as a prediction would be told, and what to do; None if it does or is suspended."""
+    """(the reason why inference is unavailable, what to do). None if it is available or suspended."""
     try:
         services.predictions.check()
     except VerituneError as error:
         if not services.ledger.inference_is_suspended():
-            return error.detail, "where it does not run, start it: python -m worker.inference"
+            return error.detail, "if it does not run, start it: python -m worker.inference"
     return None
 
 
@@ -70,5 +72,5 @@ def _inference(services: Services) -> tuple[str, str] | None:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "In the text format"}},
 )
 def get_metrics() -> Response:
-    """Of this process, for a scraper."""
+    """Metrics of this API process, for a scraper."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

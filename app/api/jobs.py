@@ -1,4 +1,4 @@
-"""/jobs"""
+"""/jobs: plan, submit, follow and steer jobs; their events, metrics, checkpoints and artifacts."""
 
 import json
 from collections.abc import AsyncIterator
@@ -40,18 +40,20 @@ Spec = Annotated[
 JobReference = Annotated[str, named("job")]
 After = Annotated[Annotated[str, IdOf("job", "a job")] | None, AFTER]
 WaitingJobReference = Annotated[str, named("job", example="demo-later")]
-Many = Annotated[int, Query(ge=1, le=1_000, description="Items on a page.")]
+LongLimit = Annotated[int, Query(ge=1, le=1_000, description="Maximum number of items on a page.")]
 LastEventId = Annotated[
     int | None,
-    Header(alias="Last-Event-ID", ge=0, le=2**31 - 1, description="In a stream, goes before `after`."),
+    Header(alias="Last-Event-ID", ge=0, le=2**31 - 1, description="In a stream, it replaces `after`."),
 ]
 Update = Annotated[
     int,
     Path(
         ge=1,
         le=2**31 - 1,
-        description="The update whose checkpoint it is.",
-        openapi_examples={"the last": {"value": "30", "summary": "the last update of the job that `make demo` leaves"}},
+        description="The update that the checkpoint was written after.",
+        openapi_examples={
+            "the last": {"value": "30", "summary": "the last update of the job that `make demo` creates"}
+        },
     ),
 ]
 Publish = Annotated[
@@ -68,26 +70,26 @@ ArtifactName = Annotated[
     ),
 ]
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-On = Annotated[
+PlanDevice = Annotated[
     str | None,
     Query(
         min_length=1,
         max_length=200,
-        description=f"Name of a device of `GET /devices`, or a card: {', '.join(CARDS)}. Else the trainer's device.",
+        description=f"Name of a device of `GET /devices`, or a card: {', '.join(CARDS)}. Default: the trainer's.",
         openapi_examples={name: {"value": name, "summary": card.model} for name, card in CARDS.items()},
     ),
 ]
-Rows = Annotated[
+OverlengthRows = Annotated[
     Literal["first", "all"],
     Query(
-        description="Over-length rows that are listed: the first 100, or all, of which 10,000 are noted.",
+        description="Which over-length rows are listed: the first 100, or all (at most 10,000).",
         openapi_examples={"all": {"value": "all"}, "first": {"value": "first"}},
     ),
 ]
 _EVENTS = event_stream(
     {"$ref": "#/components/schemas/Event"},
     {"description": "The event's kind"},
-    id={"type": "string", "description": "The event's seq, to come back with as Last-Event-ID"},
+    id={"type": "string", "description": "The event's seq; send it as Last-Event-ID to continue after it"},
 )
 KEEP_ALIVE = ": still here\n\n"
 
@@ -97,20 +99,21 @@ KEEP_ALIVE = ": still here\n\n"
     summary="What a job would take",
     responses={200: {"content": {"application/json": {"example": plan_example()}}}, **problems(404)},
 )
-def plan_job(services: ServicesDep, spec: Spec, device: On = None, rows: Rows = "first") -> Plan:
-    """Rows, tokens, what the policy does to over-length rows, updates, memory by part, time. Nothing is queued.
+def plan_job(services: ServicesDep, spec: Spec, device: PlanDevice = None, rows: OverlengthRows = "first") -> Plan:
+    """Estimate rows, tokens, truncation, updates, memory by part, and time. Nothing is queued.
 
-    `fits` says whether the memory suffices; where it does not, `remedies` are changes of the config with which it does.
+    `fits` says whether the device has enough memory. If it has not, `remedies` lists changes with which the job fits.
     """
     return services.jobs.plan(spec, device, every_row=rows == "all")
 
 
 @router.post("", status_code=201, summary="Submit a job", response_model=Job, responses=problems(404, 409))
 def submit_job(services: ServicesDep, spec: Spec, body: RawBody, key: IdempotencyKey = None) -> Response:
-    """Queue a training job from a declarative config; only `dataset` is required.
+    """Queue a training job from a declarative config. Only `dataset` is required.
 
-    Unknown keys are refused with a did-you-mean; what this version does not run yet is refused with
-    `code: not_yet_supported`; what the trainer's memory does not hold with `code: does_not_fit` and changes that help.
+    An unknown key is refused with a suggestion. A feature that this version lacks is refused with
+    `code: not_yet_supported`. A job that does not fit the trainer's memory is refused with `code: does_not_fit`, and
+    with changes that help.
     """
 
     def work() -> tuple[int, dict[str, Any]]:
@@ -134,7 +137,7 @@ def list_jobs(
 
 @router.get("/{job}", summary="A job, its progress and its end", responses=problems(404))
 async def get_job(services: ServicesDep, job: JobReference) -> Job:
-    """Poll this. `queue_position` is set while it waits, `progress` while it runs, `error` when it failed."""
+    """Poll it. `queue_position` is set while the job waits, `progress` while it runs, `error` when it has failed."""
     return await services.job_snapshots.get(job)
 
 
@@ -146,19 +149,19 @@ def delete_job(services: ServicesDep, job: JobReference) -> None:
 
 @router.post("/{job}/pause", summary="Pause a job after a checkpoint", responses=problems(404, 409))
 def pause_job(services: ServicesDep, job: WaitingJobReference) -> Job:
-    """At once when it waits; when it runs, it writes a checkpoint first and leaves the device."""
+    """A waiting job pauses at once. A running job writes a checkpoint first, and then frees the device."""
     return services.jobs.request_action(job, JobAction.PAUSE)
 
 
 @router.post("/{job}/resume", summary="Resume a paused job", responses=problems(404, 409))
 def resume_job(services: ServicesDep, job: WaitingJobReference) -> Job:
-    """It goes on from its newest checkpoint."""
+    """Continue it from its newest checkpoint."""
     return services.jobs.request_action(job, JobAction.RESUME)
 
 
 @router.post("/{job}/cancel", summary="Cancel a job", responses=problems(404, 409))
 def cancel_job(services: ServicesDep, job: WaitingJobReference) -> Job:
-    """At once when it waits; within seconds when it runs. A finished job cannot be cancelled (409)."""
+    """A waiting job ends at once, a running job within seconds. A finished job cannot be cancelled (409)."""
     return services.jobs.request_action(job, JobAction.CANCEL)
 
 
@@ -168,7 +171,7 @@ def cancel_job(services: ServicesDep, job: WaitingJobReference) -> Job:
     response_model=Page[Event],
     responses={
         200: {"content": _EVENTS, "description": "Events, oldest first"},
-        204: {"description": "Stream only: the job has ended and every event was sent before; do not reconnect"},
+        204: {"description": "Stream only: the job has ended and all its events were sent; do not reconnect"},
         **problems(404),
     },
 )
@@ -177,22 +180,22 @@ async def list_job_events(
     services: ServicesDep,
     job: JobReference,
     after: Seq = 0,
-    limit: Many = 100,
+    limit: LongLimit = 100,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """With `Accept: text/event-stream` the events come as they happen, from the one after `Last-Event-ID` on."""
+    """With `Accept: text/event-stream`, stream the events after `Last-Event-ID` as they happen."""
     if "text/event-stream" not in request.headers.get("accept", ""):
         found, more = await run_in_threadpool(services.jobs.events, job, after, limit)
         page = Page[Event](data=found, has_more=more)
         return JSONResponse(page.model_dump(mode="json"))
     start = after if last_event_id is None else last_event_id
-    if await run_in_threadpool(_nothing_follows, services, job, start):
+    if await run_in_threadpool(_has_no_more_events, services, job, start):
         return Response(status_code=204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_stream(services, job, start), media_type="text/event-stream", headers=headers)
 
 
-def _nothing_follows(services: Services, job: str, after: int) -> bool:
+def _has_no_more_events(services: Services, job: str, after: int) -> bool:
     """Whether the job has ended and has no event after number `after`."""
     return services.jobs.get(job).status in TERMINAL and not services.jobs.events(job, after, 1)[0]
 
@@ -206,17 +209,19 @@ async def _stream(services: Services, job: str, after: int) -> AsyncIterator[str
 
 
 @router.get("/{job}/metrics", summary="A job's metrics, one row an update", responses=problems(404))
-def list_job_metrics(services: ServicesDep, job: JobReference, after: Seq = 0, limit: Many = 1_000) -> Page[Metric]:
-    """Loss, learning rate, gradient norm, tokens and pace, oldest first. Skipped updates say so."""
+def list_job_metrics(
+    services: ServicesDep, job: JobReference, after: Seq = 0, limit: LongLimit = 1_000
+) -> Page[Metric]:
+    """Loss, learning rate, gradient norm, tokens and tokens per second, oldest first. Skipped updates are marked."""
     data, more = services.jobs.metrics(job, after, limit)
     return Page(data=data, has_more=more)
 
 
 @router.get("/{job}/checkpoints", summary="A job's resumable states", responses=problems(404))
 def list_checkpoints(services: ServicesDep, job: JobReference) -> Page[Checkpoint]:
-    """Newest first. A paused or interrupted job goes on from the first of them; `best` has the lowest validation loss.
+    """Newest first. A paused or interrupted job resumes from the newest. `best` has the lowest validation loss.
 
-    The last two and the best are kept, and go some time after the job has ended.
+    The last two and the best are kept. They are deleted some time after the job has ended.
     """
     return Page(data=services.jobs.checkpoints(job), has_more=False)
 
@@ -231,7 +236,7 @@ def list_checkpoints(services: ServicesDep, job: JobReference) -> Page[Checkpoin
 def publish_checkpoint(
     services: ServicesDep, job: JobReference, update: Update, asked: Publish, body: RawBody, key: IdempotencyKey = None
 ) -> Response:
-    """The weights of that update become an adapter of their own, while the job runs or after it."""
+    """Publish that update's weights as an adapter of its own, while the job runs or after it has ended."""
 
     def work() -> tuple[int, dict[str, Any]]:
         return 201, services.checkpoints.publish(job, update, asked.name).model_dump(mode="json")
@@ -243,9 +248,9 @@ def publish_checkpoint(
 
 @router.get("/{job}/artifacts", summary="Files that a job left", responses=problems(404))
 def list_artifacts(services: ServicesDep, job: JobReference) -> Page[Artifact]:
-    """By name: `rows.jsonl`, the loss that was last seen of each row; `events.out.tfevents`, for TensorBoard.
+    """Sorted by name: `events.out.tfevents` for TensorBoard; `rows.jsonl` with the latest loss of each row.
 
-    They come when an attempt ends, well or not, and are replaced when the next one does.
+    They are written when an attempt ends, whether it succeeded or not, and replaced when the next attempt ends.
     """
     return Page(data=services.artifacts.list_artifacts(job), has_more=False)
 
@@ -257,7 +262,7 @@ def list_artifacts(services: ServicesDep, job: JobReference) -> Page[Artifact]:
     responses={200: {"content": _BYTES, "description": "The file"}, **problems(404)},
 )
 def download_artifact(services: ServicesDep, job: JobReference, name: ArtifactName) -> StreamingResponse:
-    """`rows.jsonl`: JSON lines of {line, part, tokens, labelled_tokens, loss, update}, for each row that was kept."""
+    """Each line of `rows.jsonl` is {line, part, tokens, labelled_tokens, loss, update} of one kept row."""
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return StreamingResponse(
         services.artifacts.stream(job, name), media_type="application/octet-stream", headers=headers

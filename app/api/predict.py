@@ -1,4 +1,4 @@
-"""/predict: the ReAct loop, whole or streamed; /predictions: what was kept of it."""
+"""/predict: run the ReAct loop, whole or streamed. /predictions: list, read and delete stored predictions."""
 
 import json
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ router = APIRouter(tags=["predictions"], route_class=StrictRoute)
 After = Annotated[Annotated[str, IdOf("pred", "a stored prediction")] | None, AFTER]
 
 MOST_CLAIMS = 1_000
-PASSING = (429, 503)
+TRANSIENT_STATUSES = (429, 503)
 
 _ASK = {
     "the promoted adapter": {"value": {"claim": "The Danube flows into the Black Sea."}},
@@ -52,21 +52,21 @@ _ASK_MANY = {
     }
 }
 _EVENT_DATA = {
-    "description": "{event, step, thought}, {event, step, action}, {event, step, observation}, {event, prediction} "
-    "last; or in its place an error, which is a ProblemDocument",
+    "description": "{event, step, thought}, {event, step, action}, {event, step, observation}; the last one is "
+    "{event, prediction}, or, if that failed, a ProblemDocument",
     "type": "object",
 }
 _STREAM = event_stream(_EVENT_DATA, {"enum": ["thought", "action", "observation", "prediction", "error"]})
 
 
 class BatchRequest(Frozen):
-    """Many claims, asked alike."""
+    """Up to 1,000 requests."""
 
     requests: Annotated[list[PredictRequest], Field(min_length=1, max_length=MOST_CLAIMS)]
 
 
 class BatchAnswer(BaseModel):
-    """In the order asked: a prediction, or the problem that kept it from being made."""
+    """One entry for each request, in order: its prediction, or the problem that prevented it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -86,14 +86,14 @@ def predict(
     is_cancelled: CancelledByDisconnect,
     key: IdempotencyKey = None,
 ) -> Response:
-    """Verdict, its probability, the steps taken and the sentences read.
+    """Return the verdict, its probability, the steps, and the sentences that were read as evidence.
 
-    The model writes Thoughts and chooses Actions; Observations come from the corpus, never from the model. With
-    `stream: true` the steps come as server-sent events, the prediction last.
+    The model writes Thoughts and chooses Actions. Observations come from the corpus, never from the model. With
+    `stream: true`, each step is a server-sent event, and the prediction is the last one.
     """
     if ask.stream:
         events = services.predictions.stream(ask, is_cancelled)
-        first = next(events)  # raises here, before any header is sent, when the request cannot be served
+        first = next(events)  # an error here is raised before the headers are sent
         return StreamingResponse(_stream(chain([first], events)), media_type="text/event-stream")
 
     def work() -> tuple[int, dict[str, Any]]:
@@ -111,7 +111,7 @@ def _stream(events: Iterator[PredictionEvent]) -> Iterator[str]:
             yield f"event: {event.event}\ndata: {event.model_dump_json()}\n\n"
     except VerituneError as error:
         yield _error_event(document_of(error, "/predict"))
-    except Exception as error:  # the status is sent already; the stream itself must say that it failed
+    except Exception as error:  # the status 200 is sent already, so an event reports it
         yield _error_event(unexpected(error, "/predict"))
 
 
@@ -129,29 +129,29 @@ def predict_batch(
     is_cancelled: CancelledByDisconnect,
     key: IdempotencyKey = None,
 ) -> Response:
-    """Several run at a time. One that cannot be judged leaves a problem in its place."""
+    """Judge several claims at a time. A claim that cannot be judged has a problem as its entry."""
     if any(request.stream for request in ask.requests):
-        raise InvalidError("a batch is not streamed; leave stream out", code="batch_not_streamed")
+        raise InvalidError("a batch cannot be streamed; leave out stream", code="batch_not_streamed")
     _refuse_repeated_names([request.name for request in ask.requests])
 
     def work() -> tuple[int, dict[str, Any]]:
         answers = services.predictions.predict_batch(ask.requests, is_cancelled if key is None else never_cancelled)
         return 200, BatchAnswer(data=[_batch_entry(answer) for answer in answers]).model_dump(mode="json")
 
-    status, answer = services.idempotency.run_once("POST /predict/batch", key, body, work, _final)
+    status, answer = services.idempotency.run_once("POST /predict/batch", key, body, work, _is_final)
     return JSONResponse(answer, status)
 
 
 def _refuse_repeated_names(names: list[str | None]) -> None:
-    repeated = [place for place, name in enumerate(names) if name is not None and name in names[:place]]
+    repeated = [index for index, name in enumerate(names) if name is not None and name in names[:index]]
     if repeated:
-        found = tuple(Problem(("requests", place, "name"), "an earlier claim has this name") for place in repeated)
-        raise InvalidError("each claim of a batch has a name of its own, or none", code="name_repeated", problems=found)
+        found = tuple(Problem(("requests", index, "name"), "an earlier claim has this name") for index in repeated)
+        raise InvalidError("the names of a batch's claims must differ", code="name_repeated", problems=found)
 
 
-def _final(answer: dict[str, Any]) -> bool:
-    """Whether no claim of a batch failed for a reason that passes: asked again, it may be judged."""
-    return not any(one.get("status") in PASSING for one in answer["data"])
+def _is_final(answer: dict[str, Any]) -> bool:
+    """Whether a retry would change nothing: no claim of the batch failed for a transient reason."""
+    return not any(entry.get("status") in TRANSIENT_STATUSES for entry in answer["data"])
 
 
 def _batch_entry(answer: Prediction | VerituneError) -> Prediction | ProblemDocument:
@@ -169,7 +169,7 @@ def list_predictions(services: ServicesDep, after: After = None, limit: Limit = 
 
 @router.get("/predictions/{prediction}", summary="A stored prediction", responses=problems(404))
 def get_prediction(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> Prediction:
-    """Stored when asked with `store: true`, and named when asked with a `name` besides."""
+    """A request with `store: true` stores its prediction. Its `name`, if it has one, can be used here."""
     return services.stored_predictions.get(prediction)
 
 
@@ -177,5 +177,5 @@ def get_prediction(services: ServicesDep, prediction: Annotated[str, named("pred
     "/predictions/{prediction}", status_code=204, summary="Delete a stored prediction", responses=problems(404)
 )
 def delete_prediction(services: ServicesDep, prediction: Annotated[str, named("prediction")]) -> None:
-    """Forget it; its name is free again."""
+    """Delete it. Its name is free again."""
     services.stored_predictions.delete(prediction)

@@ -1,7 +1,7 @@
-"""Routes that refuse what they do not read: unknown or repeated query parameters (422), other content types (415).
+"""Routes that refuse unknown or repeated query parameters (422) and wrong content types (415).
 
-Both are refused before any of the body is read. A form that is posted to a JSON route would otherwise be gathered in
-memory, as large as an upload may be.
+The check comes before the body is read. Otherwise a form that is posted to a JSON route would be buffered in memory, up
+to the size limit of uploads.
 """
 
 from collections.abc import Callable, Coroutine
@@ -51,15 +51,15 @@ def _check_query(query: QueryParams, known: list[str]) -> None:
 
 
 def _unknown_parameter(name: str, known: list[str]) -> Problem:
-    hint = did_you_mean(name, known) or "this route has none; leave it out"
-    return Problem(("query", name), f"there is no query parameter {name[:60]!r} here", hint)
+    hint = did_you_mean(name, known) or "the route takes no query parameters; leave it out"
+    return Problem(("query", name), f"there is no query parameter {name[:60]!r} on this route", hint)
 
 
 def _check_content_type(kind: str, takes_form: bool) -> None:
     if takes_form and kind != FORM:
-        raise HTTPException(415, f"the content type {kind[:60]!r} is not read here; send the file as {FORM}")
+        raise HTTPException(415, f"this route does not read the content type {kind[:60]!r}; send the file as {FORM}")
     if not takes_form and not is_json(kind):
-        raise HTTPException(415, f"the content type {kind[:60]!r} is not read here; send application/json")
+        raise HTTPException(415, f"this route does not read the content type {kind[:60]!r}; send application/json")
 
 
 def media_type(headers: Headers) -> str:

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI derives from the routes, with the errors that every route may answer."""
+"""The OpenAPI document: FastAPI derives it from the routes; the errors that all routes share are added here."""
 
 from typing import Any
 
@@ -9,22 +9,25 @@ from app.api.cross_site import SAFE_METHODS
 from app.api.errors import problem_response
 
 _COMMON = {
-    "400": "The request is cut off, malformed, or for a Host that is not served here",
-    "422": "The input is not understood; `errors` names each place",
+    "400": "The request is cut off or malformed, or its `Host` is not served",
+    "422": "The input is invalid; `errors` names each place",
     "default": "Any other error",
 }
-_WITH_BODY = {"413": "The body is larger than this deployment's limit", "415": "The content type is not read here"}
+_WITH_BODY = {
+    "413": "The body is larger than this deployment's limit",
+    "415": "The route does not read this content type",
+}
 _CHANGES = {"403": "A page of another site sent the request (`Origin`, `Sec-Fetch-Site`)"}
 _PROBES = "/health/"
 
 
 def operation_id(route: APIRoute) -> str:
-    """The route function's name, as in `list_jobs`: generated clients call their methods by it."""
+    """The route function's name, such as `list_jobs`. Generated clients name their methods after it."""
     return str(route.name)
 
 
 class DocumentedApp(FastAPI):
-    """`keyed`: whether requests need a bearer key."""
+    """The FastAPI application. `keyed`: whether requests need a bearer key."""
 
     def __init__(self, *, keyed: bool, **arguments: Any) -> None:
         super().__init__(generate_unique_id_function=operation_id, **arguments)

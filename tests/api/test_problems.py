@@ -329,6 +329,7 @@ def test_every_error_of_the_tree_has_a_status() -> None:
         "UnavailableError": 503,
         "CutOffError": 400,
         "LeaseLostError": 500,
+        "StorageError": 503,
     }
 
 

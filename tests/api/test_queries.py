@@ -37,4 +37,4 @@ def test_an_unknown_query_parameter_gets_a_hint(door: TestClient) -> None:
     (error,) = problem(door.get("/jobs?stauts=failed"), 422)["errors"]
     assert error["hint"] == "did you mean 'status'?"
     (error,) = problem(door.get("/devices?page=2"), 422)["errors"]
-    assert error["hint"] == "this route has none; leave it out"
+    assert error["hint"] == "the route takes no query parameters; leave it out"
