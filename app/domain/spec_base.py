@@ -1,4 +1,4 @@
-"""What every part of a spec is made of: a model that takes no field it does not know, references, names, numbers."""
+"""Building blocks of a spec: the base model, references, names and numbers."""
 
 import re
 from collections.abc import Hashable
@@ -11,20 +11,20 @@ from pydantic_core import PydanticCustomError
 from app.domain.claims import forbidden_character, to_one_line
 
 SPEC_CODES = frozenset({"base_would_change"})
-"""Codes of their own, for what the vocabulary allows and this combination forbids."""
+"""Error codes of forbidden combinations. All other mistakes have the code `invalid_spec`."""
 
 NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,4})?", re.ASCII)
 
 
 def build_disagreement(message: str, *path: str, code: str = "disagreement") -> PydanticCustomError:
-    """What a validator of several fields raises: the message, and the path of the field to change."""
+    """The error for fields that contradict each other. `path`: of the field to change."""
     return PydanticCustomError(code, "{message}", {"message": message, "path": path})
 
 
 class Spec(BaseModel):
-    """Frozen. An unknown key is an error. A null is the default, but where null is a value of its own.
+    """A frozen model. An unknown key is an error. null means the default, except where null is a value of its own.
 
-    A number may be written as a string, as YAML reads 2e-4. A boolean is no number.
+    A number may be a string, because YAML reads 2e-4 as one. A boolean is not a number.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -43,14 +43,14 @@ class Spec(BaseModel):
 
 
 def _members(annotation: Any) -> set[Any]:
-    """The types inside a union; others stand for themselves."""
+    """The member types of a union; for another type, the type itself."""
     if get_origin(annotation) in (Annotated, Union, UnionType):
         return {member for one in get_args(annotation) for member in _members(one)}
     return {annotation} if isinstance(annotation, Hashable) else set()
 
 
 def _read_number(value: Any) -> Any:
-    """The number that a string spells. Other values, such as the word auto, are left to the field."""
+    """The number that a string spells. Other values, such as `auto`, stay; the field validates them."""
     if isinstance(value, bool):
         raise PydanticCustomError("boolean_number", "true and false are no numbers")
     if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):

@@ -1,7 +1,7 @@
-"""TrainSpec: what the user asked for, in Ludwig's vocabulary, with nothing dropped in silence.
+"""TrainSpec: a training job's config, in Ludwig's vocabulary. No key is ignored.
 
-The whole vocabulary is parsed here. What this version cannot run yet is named by `not_yet_supported` and refused at
-submit.
+All of the vocabulary is parsed. `not_yet_supported` lists the options that this version cannot run; a job with one is
+refused when it is submitted.
 """
 
 import json
@@ -32,7 +32,7 @@ class JobKind(StrEnum):
 
 
 class Feature(Spec):
-    """A column of the dataset. Only text in and text out: `claim`, `trajectories`, or columns mapped to them."""
+    """A column of the dataset: `claim`, `trajectories`, or a column mapped to one of them. The type is always text."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
     type: Literal["text"] = "text"
@@ -45,13 +45,16 @@ class Prompt(Spec):
     @model_validator(mode="after")
     def _renders(self) -> Self:
         if self.template.count(PLACEHOLDER) != 1:
-            raise ValueError("the template must hold {claim} exactly once")
+            raise ValueError("the template must contain {claim} exactly once")
         ReactFormat(template=self.template)
         return self
 
 
 class Split(Spec):
-    """Shares of train, validation and test rows; or `fixed`, by the values 0, 1, 2 of a column, `split` by default."""
+    """Random: shares of train, validation and test rows.
+
+    Fixed: by the values 0, 1, 2 of a column, by default `split`.
+    """
 
     type: Literal["random", "fixed"] = "random"
     probabilities: tuple[Fraction, Fraction, Fraction] = (1.0, 0.0, 0.0)
@@ -91,10 +94,11 @@ class Optimizer(Spec):
 
 
 class Trainer(Spec):
-    """`batch_size` caps the rows of a micro-batch; `auto` caps tokens instead. The product of it and
-    `gradient_accumulation_steps` is the effective batch; three numbers that disagree are refused.
+    """`batch_size`: most rows of a micro-batch; `auto` limits its tokens instead.
 
-    `early_stop`: so many evaluations in a row without a lower validation loss end the training; -1 and 0 never do.
+    The effective batch is `batch_size` × `gradient_accumulation_steps`. Three numbers that contradict each other are
+    refused. `early_stop`: training ends after so many evaluations in a row without a lower validation loss; -1 and 0
+    disable it.
     """
 
     type: Literal["finetune"] = "finetune"
@@ -133,7 +137,7 @@ class Trainer(Spec):
 
     @property
     def effective_rows(self) -> int:
-        """Trajectories an update."""
+        """Effective batch size: trajectories per update."""
         if self.effective_batch_size:
             return self.effective_batch_size
         if self.batch_size != "auto" and self.gradient_accumulation_steps:
@@ -142,7 +146,7 @@ class Trainer(Spec):
 
 
 class Generation(Spec):
-    """How a model writes. `max_new_tokens` bounds one Thought."""
+    """Sampling parameters. `max_new_tokens` limits one Thought."""
 
     temperature: Annotated[Real, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[Real, Field(gt=0, le=1)] = 1.0
@@ -169,7 +173,7 @@ Metadata = Annotated[dict[str, JsonValue], AfterValidator(_bounded)]
 
 
 class TrainSpec(Spec):
-    """A training job. Only `dataset` is required; every default runs."""
+    """A training job. Only `dataset` is required."""
 
     kind: Literal["train"] = "train"
     name: Name | None = None
@@ -226,7 +230,7 @@ class TrainSpec(Spec):
 
 
 def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
-    """(path, what) of everything in the spec that parses but that this version does not run."""
+    """(path, name) of each option in the spec that this version parses but cannot run."""
     asked: list[tuple[bool, tuple[str, ...], str]] = [
         (spec.backend.processes > 1, ("backend", "processes"), "more than one process"),
         (spec.backend.strategy is not None, ("backend", "strategy"), "a distribution strategy"),
@@ -235,7 +239,7 @@ def not_yet_supported(spec: TrainSpec) -> list[tuple[tuple[str, ...], str]]:
 
 
 def spec_examples() -> dict[str, Any]:
-    """Configurations for the documentation; the first runs against the demo's state."""
+    """Example configs for the documentation. The first one runs after `veritune demo`."""
     return {
         "the least": {"dataset": "demo"},
         "named": {"dataset": "demo", "base_model": "smollm2-135m", "trainer": {"epochs": 1}},

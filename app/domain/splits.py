@@ -1,11 +1,11 @@
-"""Parts of a dataset: what is trained on, what is looked at while training, what is held back for the end."""
+"""Splits of a dataset: train, validation (evaluated during training) and test (evaluated at the end)."""
 
 from collections.abc import Sequence
 from enum import StrEnum
 
 
 class SplitName(StrEnum):
-    """In the order of the numbers 0, 1, 2 by which a column may name them."""
+    """A split. A column may also name them 0, 1 and 2, in this order."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -17,21 +17,21 @@ _WORDS = {str(number): part for number, part in enumerate(SPLIT_NAMES)} | {part.
 
 
 def read_split_name(value: object) -> SplitName | None:
-    """The part that a column's value names, None for an empty one. Raises ValueError for anything else."""
+    """The split that a column's value names, None for an empty value. Raises ValueError for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     word = "" if value is None else str(value).strip().lower()
     if not word:
         return None
     if word not in _WORDS:
-        raise ValueError(f"{str(value)[:40]!r} is no part; write 0, 1, 2 or train, validation, test")
+        raise ValueError(f"{str(value)[:40]!r} is not a split; write 0, 1, 2 or train, validation, test")
     return _WORDS[word]
 
 
 def draw_split(drawn: float, probabilities: Sequence[float]) -> SplitName:
-    """The part that `drawn`, from 0 to below 1, falls into when each has its share of that range."""
+    """The split for a random number `drawn` in [0, 1), by the splits' shares of that range."""
     for part, share in zip(SPLIT_NAMES, probabilities, strict=True):
         if drawn < share:
             return part
         drawn -= share
-    return SplitName.TRAIN  # the shares are a rounding error short of 1
+    return SplitName.TRAIN  # rounding: the shares may add up to a little less than 1

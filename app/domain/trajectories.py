@@ -1,4 +1,4 @@
-"""Steps and trajectories: what a fact-checker thought, did and saw on the way from a claim to a verdict."""
+"""Steps and trajectories: thoughts, actions and observations from a claim to a verdict (ReAct, arXiv:2210.03629)."""
 
 import re
 from enum import StrEnum
@@ -11,10 +11,10 @@ from app.domain.frozen import Frozen
 from app.domain.splits import SplitName
 
 ARGUMENT_LIMIT = 100
-"""Longest argument of an action that serving lets a model write, in characters."""
+"""Longest argument of an action that a model may write, in characters."""
 
 DATASET_ARGUMENT_LIMIT = 300
-"""Longest argument accepted in a dataset: a little more than a model may write, so that real rows are kept."""
+"""Longest argument in a dataset, in characters. It is more than a model may write, so that real rows are accepted."""
 
 
 class ActionName(StrEnum):
@@ -35,7 +35,7 @@ def _one_line(text: str) -> str:
 
 def _argument(text: str) -> str:
     if "[" in text or "]" in text:
-        raise ValueError("an action's argument holds no brackets")
+        raise ValueError("an action's argument must not contain brackets")
     if not text:
         raise ValueError("an action needs an argument")
     if len(text) > DATASET_ARGUMENT_LIMIT:
@@ -48,7 +48,7 @@ Argument = Annotated[Line, AfterValidator(_argument)]
 
 
 class Action(Frozen):
-    """What a step does: look a page up, look a word up on the open page, or finish with a verdict."""
+    """The action of a step: search for a page, look up a word on the open page, or finish with a verdict."""
 
     name: ActionName
     argument: Argument
@@ -67,14 +67,14 @@ _ACTION = re.compile(r"(\w+)\s*\[(.*)\]\.?", re.DOTALL)
 
 
 def parse_action(text: str) -> Action:
-    """`Search[…]`, `Lookup[…]` or `Finish[…]` as an Action. Raises ValueError for anything else."""
+    """Parses `Search[…]`, `Lookup[…]` or `Finish[…]`. Raises ValueError for anything else."""
     match = _ACTION.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text[:60]!r} is not an action; write Search[…], Lookup[…] or Finish[…]")
     try:
         name = ActionName(match.group(1).capitalize())
     except ValueError:
-        raise ValueError(f"{match.group(1)[:40]!r} is no action; there are Search, Lookup and Finish") from None
+        raise ValueError(f"{match.group(1)[:40]!r} is not an action; write Search, Lookup or Finish") from None
     argument = to_one_line(match.group(2))
     if name is ActionName.FINISH and (verdict := parse_verdict(argument)):
         argument = verdict.value
@@ -82,7 +82,7 @@ def parse_action(text: str) -> Action:
 
 
 class Step(Frozen):
-    """One Thought, Action and Observation. Only the last step, whose action is Finish, has no observation."""
+    """One Thought, Action and Observation. Only the last step has no observation; its action is Finish."""
 
     thought: Line
     action: Action
@@ -99,16 +99,16 @@ class Step(Frozen):
 
 
 class Evidence(Frozen):
-    """A sentence that the verdict rests on: page title and the sentence's index on that page, from 0."""
+    """A sentence that supports the verdict: the page's title, and the sentence's index on the page, from 0."""
 
     page: Line
     sentence: int
 
 
 class Trajectory(Frozen):
-    """A claim's steps and verdict. The last step, and only the last, is Finish with that verdict.
+    """A claim's steps and verdict. Only the last step is Finish, with that verdict.
 
-    `split`: the part of the dataset that its uploader put it in, None where the upload has no such column.
+    `split`: from the upload's split column, None if there is no such column.
     """
 
     claim: Claim

@@ -1,6 +1,6 @@
-"""The tuning methods: full fine-tuning or an adapter (PEFT), over a base that is quantised or not.
+"""The tuning methods: full fine-tuning or a PEFT adapter, over a base that is quantised or not.
 
-Which adapter goes with which quantisation is one table, `PAIRINGS`.
+The table `PAIRINGS` says which adapter may have which quantisation.
 """
 
 from typing import Annotated, Literal, Self
@@ -15,7 +15,10 @@ Rank = Annotated[Integer, Field(ge=1, le=MAX_RANK)]
 
 
 class _Adapter(Spec):
-    """`pretrained_adapter_weights`: a published adapter of the same shape, by id or name, to start from."""
+    """`pretrained_adapter_weights`: id or name of a published adapter of the same shape.
+
+    Its weights are the initial ones.
+    """
 
     pretrained_adapter_weights: Reference | None = None
 
@@ -24,7 +27,11 @@ TargetModules = Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_len
 
 
 class LoraAdapter(_Adapter):
-    """Low-rank adaptation. `alpha` defaults to twice the rank."""
+    """LoRA (arXiv:2106.09685). `alpha` is twice the rank by default.
+
+    `use_rslora`: rsLoRA (arXiv:2312.03732). `use_dora`: DoRA (arXiv:2402.09353). `init_lora_weights`: `pissa` is
+    arXiv:2404.02948, `olora` is arXiv:2406.01775.
+    """
 
     type: Literal["lora"] = "lora"
     r: Rank = 16
@@ -36,12 +43,12 @@ class LoraAdapter(_Adapter):
     init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
 
     @model_validator(mode="after")
-    def _begins_soundly(self) -> Self:
+    def _initialiser_is_valid(self) -> Self:
         if self.init_lora_weights not in ("pissa", "olora"):
             return self
         if self.r > MAX_RANK // 2:
             raise build_disagreement(
-                f"what begins as {self.init_lora_weights} is published as plain LoRA of twice the rank, which may be "
+                f"{self.init_lora_weights} adapters are published as plain LoRA of twice the rank, which is at most "
                 f"{MAX_RANK}; use an r of at most {MAX_RANK // 2}",
                 "r",
             )
@@ -59,7 +66,7 @@ class LoraAdapter(_Adapter):
 
 
 class AdaloraAdapter(_Adapter):
-    """LoRA with a rank budget that is spent where it helps."""
+    """AdaLoRA (arXiv:2303.10512): LoRA that moves a rank budget to the layers where it matters most."""
 
     type: Literal["adalora"]
     target_r: Rank = 8
@@ -69,7 +76,7 @@ class AdaloraAdapter(_Adapter):
     target_modules: TargetModules = "all-linear"
 
     @model_validator(mode="after")
-    def _shrinks(self) -> Self:
+    def _rank_shrinks(self) -> Self:
         if self.target_r >= self.init_r:
             raise build_disagreement(
                 f"adalora begins with init_r {self.init_r} ranks and ends with fewer, but target_r says "
@@ -90,7 +97,10 @@ class AdaloraAdapter(_Adapter):
 
 
 class Ia3Adapter(_Adapter):
-    """Learned scales of activations. `feedforward_modules`: those of `target_modules` whose input is scaled."""
+    """IA3 (arXiv:2205.05638): learned scales of activations.
+
+    `feedforward_modules`: the members of `target_modules` whose inputs are scaled. The others' outputs are scaled.
+    """
 
     type: Literal["ia3"]
     target_modules: Annotated[tuple[str, ...], Field(min_length=1, max_length=MODULE_LIMIT)] | None = None
@@ -111,7 +121,7 @@ class Ia3Adapter(_Adapter):
 
 
 class AdaptionPromptAdapter(_Adapter):
-    """LLaMA-Adapter: learned prompts gated into the upper layers."""
+    """LLaMA-Adapter (arXiv:2303.16199): learned prompts with a gate, in the upper layers."""
 
     type: Literal["adaption_prompt"]
     adapter_len: Annotated[Integer, Field(ge=1, le=256)] = 10
@@ -122,7 +132,10 @@ AdapterSpec = Annotated[LoraAdapter | AdaloraAdapter | Ia3Adapter | AdaptionProm
 
 
 class Quantization(Spec):
-    """How the frozen base is held. `quant_type` and `double_quant` matter at 4 bits only."""
+    """Quantisation of the frozen base: QLoRA (arXiv:2305.14314) at 4 bits, LLM.int8() (arXiv:2208.07339) at 8.
+
+    `quant_type` and `double_quant` count at 4 bits only.
+    """
 
     bits: Annotated[Literal[4, 8], Number] = 4
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -138,13 +151,16 @@ def name_quantization(quantization: Quantization | None) -> str:
 
 
 def servable_by(adapter: AdapterSpec | None) -> tuple[str, ...]:
-    """Who can serve what such a job publishes. vLLM takes whole models and plain LoRA; AdaLoRA is published as that."""
+    """The servers that can serve what such a job publishes.
+
+    vLLM serves whole models and plain LoRA. AdaLoRA is published as plain LoRA.
+    """
     plain = adapter is None or adapter.type == "adalora" or (adapter.type == "lora" and not adapter.use_dora)
     return ("veritune", "vllm") if plain else ("veritune",)
 
 
 def shares_its_base(adapter: AdapterSpec | None) -> bool:
-    """Whether adapters of this kind can lie beside each other over one served base, and be switched there."""
+    """Whether one loaded base can serve several adapters of this kind."""
     return adapter is not None and adapter.type in ("lora", "adalora")
 
 
@@ -162,4 +178,4 @@ PAIRINGS: dict[str, dict[str, str | None]] = {
     "ia3": {"none": None, "4-bit": _IA3_NEEDS_PLAIN, "8-bit": _IA3_NEEDS_PLAIN},
     "adaption_prompt": {"none": None, "4-bit": None, "8-bit": None},
 }
-"""Adapter × quantisation → None when the pair is sound, else why not and the nearest pair that is."""
+"""Adapter × quantisation → None if the pair works, else why not and the nearest pair that works."""

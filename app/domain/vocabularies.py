@@ -1,7 +1,7 @@
-"""What other trainers call a key of ours: TRL, transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth, OpenAI and Ludwig.
+"""Keys of other trainers and ours for them: TRL, transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth, OpenAI, Ludwig.
 
-Words are mapped by meaning. Where a word differs from our key in unit or in shape, a note says so. Where we have no key
-for a word, the note says what happens instead. A word with a dot counts in that section only: `generation.max_length`.
+Keys are mapped by meaning. A note says how another trainer's key differs from ours in unit or form. If we have no such
+key, the note says what happens instead. A key with a dot counts in that section only: `generation.max_length`.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from app.domain.spelling import normalise_word
 
 
 class ForeignKey(NamedTuple):
-    """Our dotted key, or None where there is none; and what has to be said about the difference."""
+    """Our dotted key, or None if we have none, and a note about the difference."""
 
     key: str | None
     note: str | None = None
@@ -224,5 +224,5 @@ _BY_PLAIN_WORD = {normalise_word(word): meaning for word, meaning in FOREIGN_KEY
 
 
 def find_foreign_key(word: str, section: str = "") -> ForeignKey | None:
-    """What others mean by `word`, in `section` or anywhere; however it is cased and hyphenated."""
+    """Our key for another trainer's key `word`, in `section` or anywhere. Case and hyphens do not count."""
     return _BY_PLAIN_WORD.get(normalise_word(f"{section}.{word}")) or _BY_PLAIN_WORD.get(normalise_word(word))

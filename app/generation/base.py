@@ -1,4 +1,4 @@
-"""What generation is asked and what it answers: token ids in, token ids out. Knows no prompt format."""
+"""The interface to an inference server: token ids in, token ids out."""
 
 from typing import Literal, Protocol
 
@@ -8,10 +8,10 @@ from app.domain.frozen import Frozen
 
 
 class GenerationRequest(Frozen):
-    """One continuation. `model` is a digest: an adapter's, or a served base's.
+    """A request for one completion. `model`: digest of an adapter or of a served base.
 
-    `logprobs`: how many of the first token's alternatives to tell, from the distribution left after
-    `allowed_token_ids`. `regex` bounds what may be written; `stop` ends it before the string.
+    `logprobs`: number of alternatives to return for the first token, after masking by `allowed_token_ids`.
+    `regex`: the completion must match it. `stop`: the text ends before the first of these strings.
     """
 
     model: str
@@ -27,7 +27,10 @@ class GenerationRequest(Frozen):
 
 
 class GenerationResult(Frozen):
-    """`text` ends before the stop string; `ids` are all the ids that were sampled, those of the stop included."""
+    """A completion.
+
+    `text` ends before the stop string. `ids` are all sampled ids, those of the stop string included.
+    """
 
     ids: tuple[int, ...]
     text: str
@@ -39,10 +42,10 @@ class GenerationResult(Frozen):
 
 class Generator(Protocol):
     def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Raises UnavailableError or BusyError (try again) and InvalidError (never will work)."""
+        """Raises UnavailableError or BusyError if a retry may work, InvalidError if it cannot."""
 
     def check(self) -> None:
-        """Ask whether the server would answer now. Raises what `generate` would."""
+        """Checks that the server is up. Raises the errors of `generate`."""
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Closes all connections."""

@@ -1,6 +1,6 @@
-"""Generation within one process, from a script: what ships beside the real thing, for tests and for embedding.
+"""A generator that returns scripted text, for tests and for embedding. It needs no inference server.
 
-It keeps the same contract: stop strings, allowed tokens, length, ids that decode to the text.
+It follows the same contract: stop strings, allowed tokens, length, ids that decode to the text.
 """
 
 import math
@@ -11,7 +11,7 @@ from app.domain.encoding import Tokenization
 from app.generation.base import GenerationRequest, GenerationResult
 
 Script = Callable[[str, GenerationRequest], str]
-"""(the prompt as text, the request) → what the model would write if nothing stopped it."""
+"""(prompt as text, request) → the text that the model would write without a limit."""
 
 
 class ScriptedGenerator:
@@ -34,7 +34,7 @@ class ScriptedGenerator:
         return _generated(request, kept, self._tokens.decode(kept), "stop" if kept == ids else "length")
 
     def _allowed(self, request: GenerationRequest, written: str) -> GenerationResult:
-        """The allowed token that begins what the script wrote, else the first; it takes nine tenths."""
+        """The allowed token that begins the script's text, else the first allowed one. Its probability is 0.9."""
         allowed = request.allowed_token_ids or ()
         wanted = self._tokens.encode(written)[:1]
         chosen = wanted[0] if wanted and wanted[0] in allowed else allowed[0]

@@ -1,4 +1,4 @@
-"""An httpx transport that threads may share: each connection serves one request at a time."""
+"""A thread-safe httpx transport. Each connection serves one request at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -10,13 +10,13 @@ SocketOption = tuple[int, int, int]
 
 
 class ExclusiveTransport(httpx.BaseTransport):
-    """At most `connections` connections to a server. A request closes no connection but the one that it uses.
+    """At most `connections` connections to a server. A request closes no connection except its own.
 
-    httpcore's own pool does: it may close an idle connection that it has just given to another thread, which then reads
-    from a closed descriptor (encode/httpcore issue 1110). So every connection has a pool of its own here. A
-    request takes it out of the queue and puts it back when its response is closed.
+    httpcore's pool may close an idle connection that it has just assigned to another thread. That thread then reads
+    from a closed descriptor (encode/httpcore issue 1110). So each connection has its own pool here. A request takes
+    one from a queue and puts it back when its response is closed.
 
-    A connection that was idle for more than `idle_seconds` is replaced when it is taken out again.
+    A connection that was idle for longer than `idle_seconds` is replaced when a request takes it.
     """
 
     def __init__(self, connections: int, idle_seconds: float, socket_options: Iterable[SocketOption] = ()) -> None:
@@ -42,7 +42,7 @@ class ExclusiveTransport(httpx.BaseTransport):
         return response
 
     def close(self) -> None:
-        """Close the free connections now, and each of the others when its response is closed."""
+        """Closes the free connections now, and each busy one when its response is closed."""
         self._closed = True
         with suppress(Empty):
             while True:
@@ -66,7 +66,7 @@ class ExclusiveTransport(httpx.BaseTransport):
 
 
 class _ReturningStream(httpx.SyncByteStream):
-    """A response's bytes. `give_back` is called once, when the stream is closed."""
+    """A response's byte stream. It calls `give_back` once, when it is closed."""
 
     def __init__(self, stream: httpx.SyncByteStream, give_back: Callable[[], None]) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""A base model's tokenizer blob → how this project encodes and decodes."""
+"""Loads a base model's tokenizer.json."""
 
 from app.tokenizers.text_encoder import TextEncoder
 from app.tokenizers.tokenization import load_tokenization

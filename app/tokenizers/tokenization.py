@@ -1,4 +1,4 @@
-"""tokenizer.json → `Tokenization`, with the `tokenizers` library and no torch."""
+"""Loads a tokenizer.json as a `Tokenization`, with the `tokenizers` library and without torch."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -6,11 +6,11 @@ from functools import cache
 from tokenizers import Tokenizer
 
 from app.domain.encoding import Tokenization
-from app.tokenizers.text_encoder import SENTINEL, TextEncoder, behind_sentinel, get_sentinel
+from app.tokenizers.text_encoder import SENTINEL, TextEncoder, encode_behind_sentinel, get_sentinel
 
 
 def load_tokenization(tokenizer_json: bytes, *, bos_id: int | None, eos_id: int) -> Tokenization:
-    """Raises ValueError when the bytes are not a tokenizer. `bos_id` None: sequences begin without one."""
+    """Raises ValueError if the bytes are not a tokenizer.json. `bos_id` None: sequences have no BOS token."""
     try:
         tokenizer = Tokenizer.from_buffer(tokenizer_json)
     except Exception as error:  # the library raises a bare Exception
@@ -40,22 +40,23 @@ def _decoder(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
 
 
 def _template_encoder(tokenizer: Tokenizer, text: TextEncoder) -> Callable[[str], Sequence[int]]:
-    """Encodes a prompt template, whose control tokens are meant. Few templates have any.
+    """Returns a function that encodes a prompt template. Control tokens in a template keep their ids.
 
-    Only they need a tokenizer of their own: `encode_special_tokens` belongs to a tokenizer, which threads share.
+    A template with control tokens needs a second tokenizer, because `encode_special_tokens` is a setting of the
+    tokenizer that threads share. Few templates have any.
     """
 
     @cache
-    def get_reader() -> tuple[Tokenizer, list[int]]:
-        reader = Tokenizer.from_str(tokenizer.to_str())
-        return reader, get_sentinel(reader)
+    def get_template_tokenizer() -> tuple[Tokenizer, list[int]]:
+        copy = Tokenizer.from_str(tokenizer.to_str())
+        return copy, get_sentinel(copy)
 
     def encode_template(template: str) -> Sequence[int]:
         if not text.names_control_token(template):
             return text.encode(template)
-        reader, sentinel = get_reader()
-        return behind_sentinel(
-            lambda piece: list(reader.encode(piece, add_special_tokens=False).ids), template, sentinel
+        template_tokenizer, sentinel = get_template_tokenizer()
+        return encode_behind_sentinel(
+            lambda piece: list(template_tokenizer.encode(piece, add_special_tokens=False).ids), template, sentinel
         )
 
     return encode_template

@@ -87,10 +87,10 @@ def test_an_action_is_read_as_people_write_it(written: str, action: str) -> None
     ("written", "says"),
     [
         ("Login", "not an action"),
-        ("Think[hard]", "no action"),
+        ("Think[hard]", "is not an action"),
         ("Search[Ada] on the web", "not an action"),
         ("Search[]", "needs an argument"),
-        ("Search[a [b]]", "no brackets"),
+        ("Search[a [b]]", "must not contain brackets"),
         ("Search[" + "x" * 301 + "]", "300"),
         ("Finish[DONE]", "SUPPORTS, REFUTES or NOT ENOUGH INFO"),
         ("Search[Thought 1: x]", "begins a step"),
