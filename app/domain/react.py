@@ -108,11 +108,11 @@ class ReactFormat(Frozen):
         if self.name != FORMAT_NAME:
             raise ValueError(f"the format {self.name!r} is not known here; this version writes {FORMAT_NAME!r}")
         if self.template.count(PLACEHOLDER) != 1:
-            raise ValueError("the template must hold {claim} exactly once")
+            raise ValueError("the template must contain {claim} exactly once")
         if len(self.template) > TEMPLATE_LIMIT:
             raise ValueError(f"the template has more than {TEMPLATE_LIMIT:,} characters")
         if STEP_MARKER.search(self.template):
-            raise ValueError("the template holds a step marker such as 'Thought 1:'")
+            raise ValueError("the template contains a step marker such as 'Thought 1:'")
         return self
 
     def render_instructions(self, claim: str) -> list[Segment]:
