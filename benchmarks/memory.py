@@ -26,6 +26,7 @@ from benchmarks.machine import ROOT, head
 from worker.environment import for_tensors
 from worker.processor import cpu_here
 from worker.training.batches import Batch, collate
+from worker.training.memory import peak_resident_bytes, return_free_memory
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 CACHE = Path(os.environ.get("VERITUNE_CACHE", ROOT / ".cache" / "veritune"))
@@ -72,6 +73,7 @@ def train_here(base: Path, rows: int, length: int, rank: int, *, recompute: bool
     precision = precision_here(device, "unknown")
     before = process.memory_info().rss
     trainable = load_trainable_model(base, spec_of(rank, recompute=recompute), 1, precision, device, lambda _: None)
+    return_free_memory()
     masters = MasterWeights(trainable.method.parameters(), precision.compute)
     optimizer = torch.optim.AdamW([masters.flat], lr=1e-4)
     loaded = process.memory_info().rss
@@ -86,7 +88,7 @@ def train_here(base: Path, rows: int, length: int, rank: int, *, recompute: bool
         optimizer.step()
         masters.reset()
         masters.by_name()
-    return {"before": before, "loaded": loaded, "peak": _peak(), "labelled": labelled}
+    return {"before": before, "loaded": loaded, "peak": peak_resident_bytes(), "labelled": labelled}
 
 
 def mixed_rows(rows: int, length: int, seed: int) -> Batch:
@@ -103,11 +105,6 @@ def mixed_rows(rows: int, length: int, seed: int) -> Batch:
     )
 
 
-def _peak() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
 def measured(base: Path, stored: int, **setting: Any) -> dict[str, Any]:
     """One setting: what the plan says, and what a fresh process was seen to take at its peak."""
     command = [sys.executable, "-m", "benchmarks.memory", "--child", str(base), json.dumps(setting)]
@@ -116,7 +113,7 @@ def measured(base: Path, stored: int, **setting: Any) -> dict[str, Any]:
     tokens = setting["rows"] * setting["length"]
     here = Machine("cpu", 2 if cpu_here().fast_bf16 else 4)
     spec = spec_of(setting["rank"], recompute=setting["recompute"])
-    load = MicroBatchSize(tokens, setting["length"], seen["labelled"])
+    load = MicroBatchSize(tokens, setting["length"], seen["labelled"], UPDATES)
     planned = estimate_memory(SMALL, spec, load, here, recompute=setting["recompute"], stored=stored)
     return {**setting, **seen, "planned": planned.model_dump(), "ratio": round(planned.total / seen["peak"], 3)}
 

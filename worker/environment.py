@@ -2,6 +2,8 @@
 
 import os
 
+from app.domain.memory import MMAP_FROM
+
 TENSORS = {
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -9,12 +11,14 @@ TENSORS = {
     # to wake for a 10 µs kernel. So they spin for about as long as waking takes.
     "GOMP_SPINCOUNT": "10000",
     # Activations of a megabyte come and go thousands of times an update. Handed back to the system each time, they are
-    # paid for in page faults: element-wise kernels were seen to take twenty times as long.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    # paid for in page faults: element-wise kernels were seen to take twenty times as long. Larger blocks, such as
+    # logits over a vocabulary, do go back: in the heap they leave holes, which grew a process from 3 to 7 GB.
+    "MALLOC_MMAP_THRESHOLD_": str(MMAP_FROM),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     # In pages of 2 MB, where the system gives them to those who ask: a fiftieth of the faults.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    # Kernels made for one shape take 300 to 400 kB each, and rows come in ever new lengths: oneDNN would keep 1,024.
+    # Kernels compiled for one shape take 300 to 400 kB each, with AMX 900 kB, and rows come in ever new lengths: oneDNN
+    # would keep 1,024.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }
 

@@ -1,8 +1,8 @@
 """Estimates the device memory that a training job needs, from sizes alone. Pure arithmetic: no tensors, no device.
 
-The estimate errs on one side: it is never below a run's measured peak, and at most a quarter above, except for the
-smallest jobs on a CPU. `docs/plan.md` has the measurements. The terms follow `worker.training`: the
-fields of `llama_forward.SavedActivations`, and the tensors that `master_weights` and `loss` allocate.
+The estimate is meant to be 1.0 to 1.25 of a run's measured peak. `docs/plan.md` has the measurements. The terms follow
+`worker.training`: the fields of `llama_forward.SavedActivations`, and the tensors that `master_weights` and `loss`
+allocate.
 """
 
 import math
@@ -43,26 +43,44 @@ TOKEN_MULTIPLE = 32
 """Our Llama forward pads a micro-batch to a multiple of this many tokens. Each new shape costs kernels that are
 compiled for it, and memory: blocks of ever new sizes fit into no hole that others left."""
 
-PROCESS_BYTES = {"cpu": 1_500 << 20, "gpu": 1_100 << 20}
-"""Bytes of a process without its tensors.
+PROCESS_BYTES = {"cpu": 450 << 20, "gpu": 1_100 << 20}
+"""Bytes of a process before its first tensor.
 
-On a CPU: the libraries, heap that loading left behind, and oneDNN kernels for each shape. On a GPU: the CUDA context,
-kernels and workspaces.
+On a CPU: the imported libraries, 104 MiB of them mapped files. On a GPU: the CUDA context, kernels and workspaces.
 """
 
-FRAGMENTATION = {"cpu": 0.30, "gpu": 0.20}
-"""Share of the temporary memory that the allocator loses to fragmentation: more in malloc than in torch's allocator."""
+GPU_FRAGMENTATION = 0.20
+"""Share of the temporary memory that torch's CUDA allocator loses to fragmentation."""
+
+KERNEL_BYTES = 225 << 20
+"""Bytes of the kernels that oneDNN compiles on a CPU, once its cache of 256 kernels is full: about 0.9 MB each with
+AMX, and 0.3 to 0.4 MB without."""
+
+KERNELS_FULL_AFTER = 5
+"""Updates after which that cache is full: about 16 micro-batches, each of another shape."""
+
+HOLES = (0.25, 1.6)
+"""Bytes of holes in a CPU's heap for each byte of activations and kernels: with an empty kernel cache, and with a full
+one. A kernel stays where it was allocated, between blocks that come and go. Blocks of `MMAP_FROM` bytes and more leave
+no holes."""
+
+MMAP_FROM = 32 << 20
+"""On a CPU, a block of at least this many bytes gets a mapping of its own, and `free` returns it to the system: logits
+over a vocabulary, master weights."""
 
 
 class MemoryEstimate(Frozen):
     """Bytes by purpose, and `total`, the peak.
 
+    `weights`: the base in the process's own memory: packed, dequantised or converted. `mapped_files`: on a CPU, the
+    base's files. The system may reclaim their pages, but resident memory includes them.
     `activations`: saved activations, and the working memory of one layer's backward pass. `checkpoint`: copies of
-    master weights and moments. `reserve`: the process and fragmentation. `logits`, the working memory with
-    `quantization_buffers`, and `checkpoint` are never in memory together, so `total` may be less than the sum.
+    master weights and moments. `reserve`: the process, compiled kernels and fragmentation. `logits`, the working memory
+    with `quantization_buffers`, and `checkpoint` are never in memory together, so `total` may be less than the sum.
     """
 
     weights: int
+    mapped_files: int = 0
     adapter: int
     gradients: int
     optimizer: int
@@ -76,11 +94,15 @@ class MemoryEstimate(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchSize:
-    """Size of a micro-batch: its tokens, the tokens of its longest row, and its positions with a loss."""
+    """Size of a micro-batch: its tokens, the tokens of its longest row, and its positions with a loss.
+
+    `updates`: how many updates the job has.
+    """
 
     tokens: int
     longest: int
     labelled: int
+    updates: int = KERNELS_FULL_AFTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +130,8 @@ def estimate_memory(
     is_full = spec.adapter is None
     packed = None if machine.kind == "cpu" and stored <= KEEP_DEQUANTIZED_UP_TO else spec.quantization
     persistent = {
-        "weights": _weights(sizes, packed, compute),
+        "weights": _weights(sizes, spec, packed, machine, stored),
+        "mapped_files": stored if machine.kind == "cpu" else 0,
         "adapter": trained * (FLOAT32_BYTES if is_full else FLOAT32_BYTES + compute),
         "gradients": trained * (FLOAT32_BYTES + compute),
         "optimizer": trained * 2 * FLOAT32_BYTES,
@@ -122,7 +145,8 @@ def estimate_memory(
     logits = _logits(sizes, batch, compute)
     checkpoint = trained * 3 * FLOAT32_BYTES
     temporary = max(saved + max(logits, working + buffers), checkpoint)
-    reserve = PROCESS_BYTES[machine.kind] + int(FRAGMENTATION[machine.kind] * temporary)
+    in_heap = saved + working + buffers + (logits if _loss_block(sizes, batch) < MMAP_FROM else 0)
+    reserve = _reserve(machine, batch, temporary, in_heap)
     return MemoryEstimate(
         **persistent,
         activations=saved + working,
@@ -134,7 +158,35 @@ def estimate_memory(
     )
 
 
-def _weights(sizes: Architecture, packed: Quantization | None, compute: int) -> int:
+def _loss_block(sizes: Architecture, batch: MicroBatchSize) -> int:
+    """Bytes of a chunk's logits in float32."""
+    return min(LOSS_CHUNK, batch.labelled) * sizes.vocabulary * 4
+
+
+def _reserve(machine: Machine, batch: MicroBatchSize, temporary: int, in_heap: int) -> int:
+    """Bytes beside the tensors. `in_heap`: bytes of the temporary memory in a CPU's heap."""
+    if machine.kind == "gpu":
+        return PROCESS_BYTES["gpu"] + int(GPU_FRAGMENTATION * temporary)
+    full = min(1.0, batch.updates / KERNELS_FULL_AFTER)
+    kernels = full * KERNEL_BYTES
+    holes = HOLES[0] + full * (HOLES[1] - HOLES[0])
+    return PROCESS_BYTES["cpu"] + int(kernels + holes * (in_heap + kernels))
+
+
+def _weights(sizes: Architecture, spec: TrainSpec, packed: Quantization | None, machine: Machine, stored: int) -> int:
+    """Bytes of the base in the process's own memory.
+
+    On a CPU, tensors in the stored number format stay in the mapped file: embeddings, head and norms beside quantised
+    layers, and the whole of an unquantised base.
+    """
+    if machine.kind == "gpu" or round(stored / sizes.parameters) != machine.compute:
+        return _loaded_weights(sizes, packed, machine.compute)
+    if spec.quantization is None:
+        return sizes.parameters * machine.compute if spec.adapter is None else 0
+    return _loaded_weights(sizes, packed, machine.compute) - sizes.other_parameters * machine.compute
+
+
+def _loaded_weights(sizes: Architecture, packed: Quantization | None, compute: int) -> int:
     """Bytes of the base's weights.
 
     4 bits (QLoRA, arXiv:2305.14314): each block of 64 weights has a scale, a float32. With double quantisation the

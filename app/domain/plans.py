@@ -17,6 +17,9 @@ TOKENS_PER_MICRO_BATCH = {"cpu": 768, "gpu": 4_096}
 More is not faster on a CPU. 4,096 tokens of a 7B model fit a 16 GB card with gradient checkpointing.
 """
 
+DENSER_MICRO_BATCH = 1.25
+"""How much greater a micro-batch's share of tokens with a loss may be than the share of all rows."""
+
 
 class TokenLengths(Frozen):
     """Order statistics of sequence lengths, in tokens. All are zero for no sequences."""
@@ -92,11 +95,15 @@ class Schedule(Frozen):
         """Whether the validation rows are evaluated after this update."""
         return self.evaluate_every > 0 and update > 0 and (update % self.evaluate_every == 0 or update == self.updates)
 
-    def get_largest_micro_batch(self, longest: int) -> MicroBatchSize:
-        """The largest possible micro-batch, if the longest row has `longest` tokens."""
+    def get_largest_micro_batch(self, longest: int, labelled_share: float = 1.0) -> MicroBatchSize:
+        """The largest possible micro-batch, if the longest row has `longest` tokens.
+
+        `labelled_share`: share of the rows' tokens with a loss.
+        """
         rows = self.rows_per_update if self.max_rows is None else min(self.max_rows, self.rows_per_update)
         tokens = max(longest, min(self.max_tokens, rows * longest))
-        return MicroBatchSize(tokens, longest, tokens)
+        labelled = math.ceil(tokens * min(1.0, labelled_share * DENSER_MICRO_BATCH))
+        return MicroBatchSize(tokens, longest, labelled, self.updates)
 
 
 class Remedy(Frozen):

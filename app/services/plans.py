@@ -130,7 +130,7 @@ class Plans:
         check_parts(spec, summary)
         on: Literal["cpu", "gpu"] = "gpu" if device is not None and device.type == "gpu" else "cpu"
         schedule = Schedule.for_spec(spec, summary.trained, summary.longest, on, summary.validation)
-        need = self._need(spec, base, device, schedule, summary.longest)
+        need = self._need(spec, base, device, schedule, summary)
         name = device.name if device else "unknown"
         plan = _plan(spec, base.name, dataset, name, limit, summary, schedule)
         costs = self._costs(spec, base, device, schedule, summary, need)
@@ -138,7 +138,12 @@ class Plans:
         return Prepared(spec, dataset, base, start, device, rows, summary, schedule, limit, need, whole)
 
     def _need(
-        self, spec: TrainSpec, base: BaseModelRow, device: NamedDevice | None, schedule: Schedule, longest: int
+        self,
+        spec: TrainSpec,
+        base: BaseModelRow,
+        device: NamedDevice | None,
+        schedule: Schedule,
+        summary: EncodingSummary,
     ) -> Need:
         """`auto` recomputes activations only where they would not fit otherwise: it costs another forward pass."""
         described, sizes = self._base_models.describe(base), self._base_models.sizes(base)
@@ -146,7 +151,8 @@ class Plans:
         if device is None or sizes is None:
             gpu = device is not None and device.type == "gpu"
             return Need(gpu and described.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted)
-        batch, machine = schedule.get_largest_micro_batch(longest), device.machine
+        labelled_share = summary.labelled_tokens / max(1, summary.tokens)
+        batch, machine = schedule.get_largest_micro_batch(summary.longest, labelled_share), device.machine
         for recompute in (False, True) if wanted == "auto" else (wanted,):
             memory = estimate_memory(sizes, spec, batch, machine, recompute=recompute, stored=described.bytes)
             need = Need(recompute, memory, memory.total <= device.bytes)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from app.domain.architectures import PUBLISHED_ARCHITECTURES, Architecture
-from app.domain.memory import GPU16, Machine, MemoryEstimate, MicroBatchSize, estimate_memory
+from app.domain.memory import GPU16, PROCESS_BYTES, Machine, MemoryEstimate, MicroBatchSize, estimate_memory
 from app.domain.specs import TrainSpec
 from app.domain.trainables import count_trainable_parameters
 
@@ -126,6 +126,29 @@ def test_a_small_base_stays_unpacked_on_a_cpu() -> None:
         estimate_memory(small, spec, load, Machine("cpu", 2), recompute=False, stored=stored)
         for stored in (1 << 28, LARGE)
     )
-    assert (dense.weights, dense.quantization_buffers) == (2 * small.parameters, 0)
+    assert (dense.weights, dense.quantization_buffers) == (2 * small.linear_parameters, 0)
     assert packed.weights < dense.weights
     assert packed.quantization_buffers > 0
+
+
+def on_a_cpu(updates: int = 5, compute: int = 2, **spec: Any) -> MemoryEstimate:
+    asked = TrainSpec.model_validate({"dataset": "d", **spec})
+    small, batch = PUBLISHED_ARCHITECTURES["SmolLM2-135M"], MicroBatchSize(768, 256, 200, updates)
+    return estimate_memory(small, asked, batch, Machine("cpu", compute), recompute=False, stored=2 * small.parameters)
+
+
+def test_a_cpu_counts_the_mapped_file_and_holds_in_memory_what_it_converts() -> None:
+    parameters = PUBLISHED_ARCHITECTURES["SmolLM2-135M"].parameters
+    mapped, converted = (on_a_cpu(compute=compute, quantization=None) for compute in (2, 4))
+    assert (mapped.mapped_files, mapped.weights) == (2 * parameters, 0)
+    assert (converted.mapped_files, converted.weights) == (2 * parameters, 4 * parameters)
+    assert taken().mapped_files == 0
+
+
+def test_full_fine_tuning_on_a_cpu_computes_with_a_copy_beside_the_mapped_file() -> None:
+    assert on_a_cpu(adapter=None, quantization=None).weights == 2 * PUBLISHED_ARCHITECTURES["SmolLM2-135M"].parameters
+
+
+def test_a_cpus_heap_grows_with_the_first_updates_and_no_further() -> None:
+    reserves = [on_a_cpu(updates).reserve for updates in (1, 3, 5, 500)]
+    assert PROCESS_BYTES["cpu"] < reserves[0] < reserves[1] < reserves[2] == reserves[3]

@@ -30,6 +30,7 @@ from worker.training.errors import TrainingError
 from worker.training.evaluation import Evaluation, HeldOut
 from worker.training.loss_trend import noted
 from worker.training.lr_schedule import learning_rate
+from worker.training.memory import return_free_memory
 from worker.training.model import TrainableModel, load_trainable_model
 from worker.training.publishing import write_files, write_published
 from worker.training.run_metrics import best_metrics, package_versions, run_totals, run_warnings
@@ -58,6 +59,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
         lambda text: channel.tell(LogMessage(message=text)),
         order.start_from,
     )
+    return_free_memory()
     every_row = read_rows(order.rows, trainable.vocab_size)
     rows, validation, test = _parts(order, every_row)
     torch.manual_seed(spec.seed)

@@ -1,11 +1,11 @@
 """Figures of a run: what its events and its adapter's manifest say of it."""
 
-import resource
 from importlib.metadata import version
 
 import torch
 
 from worker.training import loss_trend
+from worker.training.memory import peak_resident_bytes
 from worker.training.state import RunState
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -36,7 +36,7 @@ def run_warnings(state: RunState) -> tuple[str, ...]:
 def run_totals(state: RunState) -> dict[str, float]:
     """Figures of the whole job, over all its attempts, but for the memory: bytes at this attempt's peak."""
     progress = state.progress
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident_bytes()
     if state.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(state.device)
     totals: dict[str, float] = {
