@@ -1,4 +1,4 @@
-# Every target sets up what it needs from the package index; state stays inside the checkout.
+# Every target installs what it needs from the package index. State stays inside the checkout.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
-setup: $(READY) ## The environment in .venv, every version pinned
+setup: $(READY) ## Create the environment in .venv, with pinned versions
 
 $(READY): pyproject.toml constraints.txt
 	@mkdir -p .cache
@@ -30,40 +30,40 @@ $(READY): pyproject.toml constraints.txt
 		> .cache/install.log 2>&1 || { cat .cache/install.log; exit 1; }
 	@touch $@
 
-model: $(READY) ## The small base model, fetched and converted once
+model: $(READY) ## Fetch and convert the small base model, once
 	@$(BIN)/python -m worker.models fetch smollm2-135m --cache $(VERITUNE_CACHE) > /dev/null
 
-demo: model ## The whole promise: upload, train, publish, judge held-out claims
+demo: model ## Upload, train, publish, and judge held-out claims
 	@$(BIN)/veritune demo
 
 up: model ## Run the service until Ctrl-C: http://127.0.0.1:8000/docs
 	@$(BIN)/veritune up
 
-test: model ## Lint, types, imports, and all tests but the slow suites
+test: model ## Check lint, types and imports, and run all tests except the slow suites
 	@$(MAKE) --no-print-directory check
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not chaos and not acceptance and not vllm and not gpu"
 
-check: $(READY) ## Lint, types and import rules
+check: $(READY) ## Check format, lint, types and import rules
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/lint-imports --no-logo > .cache/imports.log 2>&1 || { cat .cache/imports.log; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 
-format: $(READY) ## Put the code in shape
+format: $(READY) ## Format the code
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --fix --quiet .
 
-acceptance: model ## The user's whole CSV, embedded and over Postgres and Redis; jobs and inference at the limit of their memory
+acceptance: model ## Train on the whole example CSV, embedded and over Postgres and Redis; test jobs and inference at the limit of memory
 	@VERITUNE_E2E_ROWS=270 $(BIN)/python -m pytest -q tests/e2e/test_main_job.py tests/e2e/test_too_large.py \
 		tests/e2e/test_two_tenants.py
 
-chaos: model ## Kill every process while jobs run and claims are judged
+chaos: model ## Kill each process while jobs run and claims are judged
 	@$(BIN)/python -m pytest -q -m chaos
 
-gpu: $(READY) ## Serve and train on this machine's GPU; without one these tests fail
+gpu: $(READY) ## Test serving and training on this machine's GPU; the tests fail without one
 	@$(BIN)/python -m pytest -q -m gpu tests/gpu
 
-vllm: model $(VLLM)/.ready ## A real vLLM behind the service: the protocol, the same predictions, verdicts beside the embedded engine's
+vllm: model $(VLLM)/.ready ## Test against a real vLLM: the protocol, and the same predictions and verdicts as the embedded engine
 	@$(BIN)/python -m pytest -q -m vllm --runxfail tests/vllm
 
 $(VLLM)/.ready: $(VLLM_PINS)
@@ -74,18 +74,18 @@ $(VLLM)/.ready: $(VLLM_PINS)
 		> .cache/vllm.log 2>&1 || { cat .cache/vllm.log; exit 1; }
 	@touch $@
 
-bench: model ## Measure, against a peer or a limit in the same run
+bench: model ## Benchmark the service against a peer or a limit
 	@$(BIN)/python -m benchmarks.service
 
-bench-training: model ## Measure training against TRL and the matrix products' own time: about an hour
+bench-training: model ## Benchmark training against TRL and bare matrix products: about an hour
 	@$(BIN)/python -m benchmarks.training
 
-bench-inference: model $(VLLM)/.ready ## Measure serving against vLLM, PEFT and, where it is built, llama.cpp: about 40 minutes
+bench-inference: model $(VLLM)/.ready ## Benchmark serving against vLLM, PEFT and, if it is built, llama.cpp: about 40 minutes
 	@$(BIN)/python -m benchmarks.inference
 	@$(BIN)/python -m benchmarks.served
 	@$(BIN)/python -m benchmarks.decode_step
 
-llama: $(LLAMA)/.ready ## Build llama.cpp's server, a third peer of bench-inference: five minutes, with a C++ compiler
+llama: $(LLAMA)/.ready ## Build llama.cpp's server for bench-inference: five minutes, needs a C++ compiler
 
 $(LLAMA)/.ready:
 	@mkdir -p $(LLAMA)/source
@@ -101,8 +101,8 @@ $(LLAMA)/.ready:
 		cmake --build $(LLAMA)/build --target llama-server; } > .cache/llama.log 2>&1 || { tail -50 .cache/llama.log; exit 1; }
 	@touch $@
 
-bench-gpu: $(READY) ## Measure this machine's GPU at Llama-2-7B's sizes, beside PEFT and the plan: some minutes, 14 GB of disk
+bench-gpu: $(READY) ## Benchmark this machine's GPU at Llama-2-7B's sizes, against PEFT and the plan: some minutes, 14 GB of disk
 	@$(BIN)/python -m benchmarks.gpu
 
-clean: ## Remove state and caches, keep the environment
+clean: ## Remove state and caches, but not the environment
 	@rm -rf .cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""How processes write their logs: one line an event, for people or as JSON, on stderr."""
+"""Logging of all processes: one line per event, as text or JSON, on stderr."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ import structlog
 
 
 def configure_logs(form: Literal["text", "json"]) -> None:
-    """Route structlog and the standard library's loggers to stderr in one form."""
+    """Sends structlog and the standard library's loggers to stderr in the format `form`."""
     renderer: structlog.types.Processor = (
         structlog.processors.JSONRenderer() if form == "json" else structlog.dev.ConsoleRenderer(colors=False)
     )

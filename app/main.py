@@ -1,4 +1,4 @@
-"""create_app(): the API process."""
+"""The API process: `create_app()` builds the FastAPI application."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,18 +37,18 @@ TAGS = [
 ]
 
 EXTRA_THREADS = 16
-"""Threads that serve requests while every prediction slot is taken."""
+"""Threads for other requests while all prediction slots are busy."""
 
 SWAGGER = {
     "tryItOutEnabled": True,
     "displayRequestDuration": True,
     "filter": True,
-    "validatorUrl": None,  # its default sends the address of this page to a third party
+    "validatorUrl": None,  # the default sends this page's URL to a third party
 }
 
 
 def create_app(services: Services | None = None) -> FastAPI:
-    """The application over `services`; without any, over those of the environment's settings."""
+    """The application over `services`, by default over the services of the environment's settings."""
     served = services or compose(read_settings())
 
     @asynccontextmanager
@@ -74,17 +74,17 @@ def create_app(services: Services | None = None) -> FastAPI:
     )
     app.state.services = served
     errors.install(app)
-    # Jobs first: their routes are polled, and routers are tried in this order.
+    # Jobs first: clients poll these routes, and routers are tried in this order.
     for module in (jobs, datasets, adapters, corpora, predict, models, health):
         app.include_router(module.router)
     _serve_docs(app)
     app.add_middleware(Guard, settings=served.settings)
-    app.add_middleware(RequestNormalizer)  # the last one added is the first that a request meets
+    app.add_middleware(RequestNormalizer)  # added last, so it sees a request first
     return app
 
 
 def _serve_docs(app: FastAPI) -> None:
-    """Swagger UI from packaged files, so that it works without a network."""
+    """Serves Swagger UI from packaged files, so that it works without internet access."""
     app.mount("/static/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="swagger")
 
     @app.get("/docs", include_in_schema=False)

@@ -1,4 +1,4 @@
-"""The deployment's settings: environment variables (`VERITUNE_*`) → `Settings`. The job's own are in its spec."""
+"""The deployment's settings, from environment variables (`VERITUNE_*`). A job's settings are in its spec."""
 
 import hashlib
 import socket
@@ -24,23 +24,25 @@ SCHEMES = {
     "storage_url": ("file", "s3", "gs", "az", "memory"),
     "inference_url": ("http", "https"),
 }
-"""What an address may begin with."""
+"""Each address setting → the URL schemes that it accepts."""
 
 _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes, NUL included
 
 
 class Settings(BaseSettings):
-    """Every field is an environment variable in upper case behind `VERITUNE_`."""
+    """Each field is read from the environment variable `VERITUNE_` + its name in upper case."""
 
     model_config = SettingsConfigDict(
         env_prefix="VERITUNE_",
         frozen=True,
         extra="ignore",
-        hide_input_in_errors=True,  # an error about one field would show the others, the key among them
+        hide_input_in_errors=True,  # an error would show the input of all fields, the API key included
     )
 
     home: Path = Field(default=Path("~/.veritune"), description="Directory of all embedded state.")
-    cache: Path | None = Field(default=None, description="Weights and downloads; default is `cache` under home.")
+    cache: Path | None = Field(
+        default=None, description="Directory of weights and downloads; default is `cache` under home."
+    )
     database_url: str | None = Field(
         default=None, description="SQLAlchemy URL (sqlite://, postgresql://); default is SQLite under home."
     )
@@ -52,32 +54,37 @@ class Settings(BaseSettings):
         default=None, description="file://, s3://, gs://, az:// or memory://; default is under home."
     )
 
-    host: str = Field(default="127.0.0.1", description="Where the API listens.")
-    port: int = Field(default=8000, ge=0, le=65535, description="The API's port.")
-    api_key: SecretStr | None = Field(default=None, description="Bearer key; required off loopback.")
-    api_key_file: Path | None = Field(default=None, description="A file that holds the bearer key.")
+    host: str = Field(default="127.0.0.1", description="Host that the API binds.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port that the API binds.")
+    api_key: SecretStr | None = Field(
+        default=None, description="Bearer key of the API; required if host is not loopback."
+    )
+    api_key_file: Path | None = Field(default=None, description="File that contains the bearer key.")
     allowed_hosts: str = Field(
         default="",
         description="Further hosts, comma-separated, that a request may name in Host or come from in Origin; the bind "
         "host always may.",
     )
 
-    inference_host: str = Field(default="127.0.0.1", description="Where the inference front listens.")
-    inference_port: int = Field(default=8001, ge=1, le=65535, description="The inference front's port.")
+    inference_host: str = Field(default="127.0.0.1", description="Host that the inference server binds.")
+    inference_port: int = Field(default=8001, ge=1, le=65535, description="Port that the inference server binds.")
     inference_url: str | None = Field(
-        default=None, description="An OpenAI-completions server; default is the embedded front."
+        default=None,
+        description="URL of a server with OpenAI's completions protocol; default is the embedded inference server.",
     )
     inference_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Number format of the engine; auto follows the device."
+        default="auto", description="Number format of the engine; auto chooses by the device."
     )
     inference_max_batch: int = Field(
-        default=16, ge=1, le=256, description="Sequences that the engine answers at once; others wait."
+        default=16, ge=1, le=256, description="Most sequences in one decode batch; further ones wait."
     )
-    inference_secret: SecretStr | None = Field(default=None, description="Shared secret of API and inference.")
+    inference_secret: SecretStr | None = Field(
+        default=None, description="Shared secret of the API and the inference server."
+    )
 
-    default_base_model: str = Field(default="smollm2-135m", description="The base model of a spec without one.")
-    max_upload_bytes: int = Field(default=1 << 30, ge=1, description="Largest upload.")
-    max_json_bytes: int = Field(default=1 << 20, ge=1_024, description="Largest JSON body.")
+    default_base_model: str = Field(default="smollm2-135m", description="Base model of a job whose spec names none.")
+    max_upload_bytes: int = Field(default=1 << 30, ge=1, description="Largest upload, in bytes.")
+    max_json_bytes: int = Field(default=1 << 20, ge=1_024, description="Largest JSON request body, in bytes.")
     prediction_slots: int = Field(
         default=32,
         ge=1,
@@ -86,12 +93,16 @@ class Settings(BaseSettings):
         "any one model; more get 429.",
     )
     max_sequence_length: int = Field(
-        default=2_048, ge=64, description="Cap on the sequence length a spec gets by default."
+        default=2_048, ge=64, description="Upper limit of the default sequence length of a job, in tokens."
     )
     lease_seconds: float = Field(
-        default=30.0, gt=0, description="How long an attempt holds its job without a heartbeat."
+        default=30.0,
+        gt=0,
+        description="Lease of an attempt: another attempt may start after so many seconds without a heartbeat.",
     )
-    poll_seconds: float = Field(default=2.0, gt=0, description="How often a worker looks for work without a doorbell.")
+    poll_seconds: float = Field(
+        default=2.0, gt=0, description="Seconds between two polls of a worker that hears no doorbell."
+    )
     device_policy: Literal["auto", "yield", "exclusive"] = Field(
         default="auto",
         description="Whether inference stays while a job trains: auto, where both fit the device; yield, never; "
@@ -104,21 +115,21 @@ class Settings(BaseSettings):
     )
     warm_start: bool = Field(
         default=True,
-        description="Keep a training process ready while there is no job: one starts 4 s sooner, for 0.5 GB.",
+        description="Keep an idle training process ready. A job then starts 4 s sooner; the process takes 0.5 GB.",
     )
     checkpoint_ttl_hours: float = Field(
-        default=24.0, ge=0, description="How long the checkpoints of a job stay once it has ended."
+        default=24.0, ge=0, description="Hours until the checkpoints of an ended job are deleted."
     )
-    worker_queues: str = Field(default="gpu,cpu", description="Queues a worker serves, comma-separated.")
+    worker_queues: str = Field(default="gpu,cpu", description="Queues that a worker serves, comma-separated.")
     device_name: str | None = Field(
         default=None,
         description="This host's name in GET /devices. Trainer and inference of one name share a device.",
     )
-    log_format: Literal["text", "json"] = Field(default="text", description="How processes write their logs.")
+    log_format: Literal["text", "json"] = Field(default="text", description="Format of the logs.")
 
     @field_validator(*SCHEMES)
     @classmethod
-    def _an_address(cls, url: str | None, info: ValidationInfo) -> str | None:
+    def _has_known_scheme(cls, url: str | None, info: ValidationInfo) -> str | None:
         known = SCHEMES[str(info.field_name)]
         if not url:
             return url
@@ -126,18 +137,18 @@ class Settings(BaseSettings):
             raise ValueError(f"an address begins with one of {', '.join(f'{name}://' for name in known)}")
         try:
             port = urlsplit(url).port
-        except ValueError:  # whose words may hold a part of the password
+        except ValueError:  # its message may contain a part of the password
             port = 0
         if port == 0:
-            raise ValueError("its port is no number from 1 to 65535; a password's / and # are written %2F and %23")
+            raise ValueError("its port is not a number from 1 to 65535; write / and # in a password as %2F and %23")
         return url
 
     @field_validator("worker_queues")
     @classmethod
     def _known_queues(cls, names: str) -> str:
         known = sorted(set(QUEUES.values()))
-        unknown = [name for name in _words(names) if name not in known]
-        if unknown or not _words(names):
+        unknown = [name for name in _split_list(names) if name not in known]
+        if unknown or not _split_list(names):
             raise ValueError(f"names {', '.join(unknown) or 'no queue'}; known are: {', '.join(known)}")
         return names
 
@@ -159,12 +170,14 @@ class Settings(BaseSettings):
 
     @property
     def key(self) -> SecretStr | None:
-        """The bearer key, from the variable or, where that is empty, the file; None: no key is asked for."""
+        """The bearer key from the variable, else from the file. None: the API requires no key."""
         text = self.api_key.get_secret_value().strip() if self.api_key else ""
         if not text and self.api_key_file:
-            text = _key_of(self.api_key_file)
+            text = _read_key_file(self.api_key_file)
         if not (text.isascii() and text.isprintable()):
-            raise ValueError("VERITUNE_API_KEY holds characters that no HTTP header can carry; use printable ASCII")
+            raise ValueError(
+                "VERITUNE_API_KEY contains characters that an HTTP header cannot carry; use printable ASCII"
+            )
         return SecretStr(text) if text else None
 
     @cached_property
@@ -181,7 +194,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def run_path(self) -> Path:
-        """Sockets live here: under home, or in the temporary directory when that path would be too long."""
+        """Directory of sockets: under home, or in the temporary directory if that path is too long for a socket."""
         run = self.home_path / "run"
         if len(str(run / "redis.sock")) <= _LONGEST_SOCKET_PATH:
             return run
@@ -202,7 +215,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def api_url(self) -> str:
-        """Where processes of this machine reach the API."""
+        """The API's URL for processes on this machine."""
         host = EVERY_ADDRESS.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
@@ -212,7 +225,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def queues(self) -> tuple[str, ...]:
-        return _words(self.worker_queues)
+        return _split_list(self.worker_queues)
 
     @cached_property
     def host_name(self) -> str:
@@ -220,30 +233,30 @@ class Settings(BaseSettings):
 
     @cached_property
     def worker_name(self) -> str:
-        """What this host's worker of these queues is called in GET /devices."""
+        """Name of this host's worker in GET /devices."""
         return f"{self.host_name}/{'+'.join(self.queues)}"
 
 
 def read_settings() -> Settings:
-    """What the environment says, for a process's start. Raises SystemExit: what is refused, and why, in one line."""
+    """Reads the settings at a process's start. Exits with one line that names each invalid variable and why."""
     try:
         return Settings()
     except ValidationError as error:
-        told = "; ".join(_told(item["loc"], item["msg"]) for item in error.errors(include_input=False))
-    sys.exit(f"veritune: {told}")
+        errors = "; ".join(_describe_error(item["loc"], item["msg"]) for item in error.errors(include_input=False))
+    sys.exit(f"veritune: {errors}")
 
 
-def _told(place: tuple[int | str, ...], message: str) -> str:
-    """A message of one field does not name it; one of several fields (no place) does."""
-    variable = "".join(f"VERITUNE_{str(field).upper()}: " for field in place[:1])
+def _describe_error(loc: tuple[int | str, ...], message: str) -> str:
+    """Puts the variable's name before a message about one field. A message about several fields names them itself."""
+    variable = "".join(f"VERITUNE_{str(field).upper()}: " for field in loc[:1])
     return variable + message.removeprefix("Value error, ")
 
 
-def _words(listed: str) -> tuple[str, ...]:
+def _split_list(listed: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in listed.split(",") if word.strip())
 
 
-def _key_of(path: Path) -> str:
+def _read_key_file(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

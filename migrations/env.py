@@ -1,4 +1,4 @@
-"""Where Alembic meets the application: its tables and its database URL."""
+"""Alembic's environment: the application's tables and its database URL."""
 
 from typing import Literal
 
@@ -10,11 +10,11 @@ from app.db.base import Base, Instant
 from app.settings import Settings
 
 ONE_AT_A_TIME = 7_041_776
-"""The key of the lock that keeps two processes from migrating one Postgres at once."""
+"""Key of the Postgres advisory lock that serialises concurrent migrations."""
 
 
 def _render(kind: str, item: object, _context: object) -> str | Literal[False]:
-    """Own column types are written as what they are in the database, so that a migration outlives their class."""
+    """Renders our column types as database types, so that old migrations do not depend on our classes."""
     return "sa.Double()" if kind == "type" and isinstance(item, Instant) else False
 
 
@@ -30,7 +30,7 @@ def run() -> None:
                 render_item=_render,
             )
             with context.begin_transaction():
-                if connection.dialect.name == "postgresql":  # SQLite lets one writer in at a time anyway
+                if connection.dialect.name == "postgresql":  # SQLite allows only one writer
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({ONE_AT_A_TIME})"))
                 context.run_migrations()
     finally:

@@ -1,4 +1,4 @@
-"""artifacts of jobs, and what a checkpoint needs to be published
+"""artifacts of jobs; validation loss and manifest of checkpoints
 
 Revision: 0004
 Before it: 0003
@@ -24,7 +24,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_artifacts_job_id_jobs")),
         sa.PrimaryKeyConstraint("job_id", "name", name=op.f("pk_artifacts")),
     )
-    # Nullable: the version before writes neither, and what it wrote can be resumed but not published.
+    # Nullable: the previous version writes neither. Its checkpoints can be resumed but not published.
     with op.batch_alter_table("checkpoints", schema=None) as batch_op:
         batch_op.add_column(sa.Column("validation_loss", sa.Double(), nullable=True))
         batch_op.add_column(sa.Column("manifest", sa.JSON(), nullable=True))

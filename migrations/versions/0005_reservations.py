@@ -14,7 +14,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # The version before knows nothing of it: its trainers and its inference reserve nothing and wait for nobody.
+    # Processes of the previous version ignore this table: they reserve nothing and do not wait.
     op.create_table(
         "reservations",
         sa.Column("host", sa.String(length=200), nullable=False),

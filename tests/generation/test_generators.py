@@ -1,4 +1,4 @@
-"""Both generators keep the same promises: the client of a real front and engine, and the script in memory.
+"""Both generators follow the same contract: the client of a real inference server, and the scripted one.
 
 What takes `asked` and `connect` alone asks for no more than the protocol: `tests/vllm` runs it against vLLM too.
 """
