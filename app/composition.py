@@ -30,9 +30,9 @@ from app.storage import Blobs, open_blobs
 
 @dataclass(frozen=True)
 class Services:
-    """Every service over one deployment's parts. Each is made when it is first asked for.
+    """Every service of one deployment. Each is created at its first use.
 
-    `doorbell` and `generator` may be handed in: that is where embedders and tests put the ones that live in memory.
+    `given_doorbell` and `given_generator` replace the default ones: embedders and tests pass those in memory.
     """
 
     settings: Settings
@@ -131,13 +131,13 @@ class Services:
         return Idempotency(self.database)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-done on this host."""
+        """Delete the partial files of killed processes on this host."""
         self.datasets.sweep()
         self.corpora.sweep()
         self.adapters.sweep()
 
     def close(self) -> None:
-        """Let go of connections; what was never made is not made now."""
+        """Close the connections of the services that were created."""
         for part in ("generator", "database"):
             if part in self.__dict__:
                 self.__dict__[part].close()

@@ -1,4 +1,4 @@
-"""The application's memory."""
+"""The database: tables, repositories, and units of work."""
 
 from app.db.session import Database, Unit
 

@@ -1,4 +1,4 @@
-"""What all tables share: naming convention, JSON and time columns, and the database's own clock."""
+"""Shared parts of all tables: naming convention, JSON and time columns, and the database clock."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -18,7 +18,7 @@ NAMING_CONVENTION = {
 
 
 class Instant(TypeDecorator[datetime]):
-    """An aware UTC datetime, kept as seconds since 1970 so that both databases compare it with their own clock."""
+    """An aware UTC datetime, stored as seconds since 1970, so that a database can compare it with its own clock."""
 
     impl = Double
     cache_ok = True
@@ -36,7 +36,7 @@ class Base(DeclarativeBase):
 
 
 class clock(GenericFunction[float]):
-    """The database's time in seconds since 1970: leases are judged by one clock, not by each worker's own."""
+    """The database's time in seconds since 1970. Leases use this one clock, not the clock of each worker."""
 
     type = Double()
     inherit_cache = True

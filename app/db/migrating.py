@@ -1,4 +1,4 @@
-"""Bringing a database to the tables that this version needs."""
+"""Migrates a database to the tables of this version."""
 
 from importlib.resources import files
 
@@ -18,9 +18,9 @@ def migration_config(url: str) -> Config:
 
 
 def migrate(url: str) -> None:
-    """Upgrade to the newest revision; does nothing when it is there already. Raises UnavailableError."""
+    """Upgrade to the newest revision. Does nothing if the database has it. Raises UnavailableError."""
     try:
         command.upgrade(migration_config(url), "head")
-    except DatabaseError as error:  # also that it is none, or that this user may not change it
+    except DatabaseError as error:  # also if it is no database, or this user may not change it
         reason = str(error.orig).strip().splitlines()[0]
         raise UnavailableError(f"the database cannot be used: {reason}", code="database_away") from error

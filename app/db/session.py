@@ -1,7 +1,7 @@
 """Short units of work over one engine: a `Unit` holds the repositories of one transaction.
 
 No unit is held across generation, upload or streaming. On SQLite a writing transaction opens with BEGIN IMMEDIATE,
-because a read that turns into a write mid-way fails with SQLITE_BUSY no matter how long it would wait.
+because a read that becomes a write fails with SQLITE_BUSY at once, whatever the timeout.
 """
 
 import errno
@@ -28,12 +28,12 @@ from app.db.repositories.rows import WRITES
 from app.disk import disk_error
 from app.domain.errors import InvalidError, StorageError, UnavailableError
 
-POOL = 48
-"""Connections; at least as many as the threads that serve requests, so that no thread waits for another's."""
+POOL_SIZE = 48
+"""Connections: at least as many as request threads, so that no thread waits for a connection."""
 
 
 class Unit:
-    """The repositories, over one transaction."""
+    """The repositories of one transaction."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -92,7 +92,7 @@ class Unit:
 
 
 class Database:
-    """One engine. `read()` and `write()` give a unit; a write commits at the end of its block."""
+    """One engine. `read()` and `write()` give a unit of work. A write commits at the end of its block."""
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
@@ -122,7 +122,7 @@ class Database:
                 ) from error
             except DataError as error:
                 raise InvalidError(
-                    "a text or a number here is one that the database cannot hold", code="bad_value"
+                    "a text or a number in the request is one that the database cannot store", code="bad_value"
                 ) from error
 
     def _full(self) -> StorageError:
@@ -136,7 +136,7 @@ class Database:
 
 
 def _is_full(error: Exception) -> bool:
-    """SQLite says so in words, Postgres by SQLSTATE 53100."""
+    """SQLite reports it in the message, Postgres by SQLSTATE 53100."""
     cause = getattr(error, "orig", None)
     return "disk is full" in str(cause) or getattr(cause, "sqlstate", None) == "53100"
 
@@ -146,17 +146,17 @@ def _engine(url: str) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         if parsed.database and parsed.database != ":memory:":
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, pool_size=POOL, max_overflow=0, connect_args={"timeout": 15})
+        engine = create_engine(parsed, pool_size=POOL_SIZE, max_overflow=0, connect_args={"timeout": 15})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     if parsed.get_backend_name() == "postgresql" and parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    return create_engine(parsed, pool_size=POOL, max_overflow=0, pool_pre_ping=True)
+    return create_engine(parsed, pool_size=POOL_SIZE, max_overflow=0, pool_pre_ping=True)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN would be a deferred one
+    connection.isolation_level = None  # the driver's own BEGIN is deferred
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=15000"):
         cursor.execute(f"PRAGMA {pragma}")

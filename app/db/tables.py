@@ -1,4 +1,4 @@
-"""The tables. Documents that are read whole (specs, reports, manifests) are JSON; what is searched is a column."""
+"""The tables. Documents that are read whole (specs, reports, manifests) are JSON. Searched values are columns."""
 
 from datetime import datetime
 from typing import Any
@@ -58,8 +58,10 @@ class DeviceRow(Base):
 
 
 class ReservationRow(Base):
-    """Bytes of a host's device that a tenant's process has. Both times are the database's; `expected_until`: when its
-    job should end."""
+    """Bytes of a host's device that a tenant's process has reserved.
+
+    Both times are the database's. `expected_until`: when the job should end.
+    """
 
     __tablename__ = "reservations"
 
@@ -122,7 +124,7 @@ class MetricRow(Base):
 
 
 class CheckpointRow(Base):
-    """`manifest`: what an adapter of these weights would say of itself; null in a row of a version that knew none."""
+    """`manifest`: the manifest of an adapter with these weights. Null in rows of versions without it."""
 
     __tablename__ = "checkpoints"
 
@@ -137,7 +139,7 @@ class CheckpointRow(Base):
 
 
 class ArtifactRow(Base):
-    """A file that a job leaves for its user beside the adapter."""
+    """A file that a job writes for its user in addition to the adapter."""
 
     __tablename__ = "artifacts"
 
@@ -149,7 +151,7 @@ class ArtifactRow(Base):
 
 
 class AdapterRow(Base):
-    """`job_id`: the job that ended with it, of which there is one at most; null for a checkpoint that was published."""
+    """`job_id`: the job that published it at its end. Null for a published checkpoint, and if the job was deleted."""
 
     __tablename__ = "adapters"
     __table_args__ = (UniqueConstraint("job_id"),)
@@ -167,7 +169,7 @@ class AdapterRow(Base):
 
 
 class AliasRow(Base):
-    """A name that points at an adapter or a corpus; `default` is what a prediction uses when it names none."""
+    """A name that points at an adapter or a corpus. A prediction that names none uses `default`."""
 
     __tablename__ = "aliases"
 
@@ -186,9 +188,9 @@ class PredictionRow(Base):
 
 
 class IdempotencyRow(Base):
-    """The first answer to a keyed request. `response` is null while that request is under way.
+    """The first answer to a keyed request. `response` is null while that request runs.
 
-    Until then `created_at` is the last sign of life from who works on it; from then on, the time it was answered at.
+    `created_at` is the time of the request's last heartbeat while it runs, and then the time of its answer.
     """
 
     __tablename__ = "idempotency_keys"
@@ -202,9 +204,9 @@ class IdempotencyRow(Base):
 
 
 class EncodingRow(Base):
-    """A dataset's rows as token ids, kept by what they depend on (dataset, tokenizer, format, policy).
+    """A dataset's rows as token ids. `key` is a hash of all that they depend on (dataset, tokenizer, format, policy).
 
-    `dataset` is the digest of the dataset that it goes with; null in a row of a version that did not say so.
+    `dataset` is the dataset's digest. Null in rows of versions without it.
     """
 
     __tablename__ = "encodings"

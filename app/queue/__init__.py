@@ -1,4 +1,4 @@
-"""Handing committed work to workers: a doorbell. The database is the truth; a lost ring only costs a poll."""
+"""The doorbell: it tells workers that a committed job waits. The database is the truth; a lost ring costs one poll."""
 
 from app.queue.base import Doorbell
 from app.queue.celery import CeleryDoorbell

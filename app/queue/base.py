@@ -1,4 +1,4 @@
-"""The doorbell's one verb."""
+"""The doorbell's interface, and the queue of each kind of job."""
 
 from typing import Protocol
 
@@ -15,10 +15,10 @@ QUEUES: dict[JobKind, str] = {
 
 
 def kinds_of(queues: tuple[str, ...]) -> tuple[str, ...]:
-    """The kinds of job that a worker of these queues may take."""
+    """The kinds of job that a worker of these queues may run."""
     return tuple(kind.value for kind, queue in QUEUES.items() if queue in queues)
 
 
 class Doorbell(Protocol):
     def ring(self, job_id: str, kind: JobKind) -> bool:
-        """Tell workers that a committed job waits. False when nobody could be told: they will find it by polling."""
+        """Tell workers that a committed job waits. False if the message was not sent: a worker's poll finds the job."""

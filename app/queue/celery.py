@@ -1,4 +1,4 @@
-"""The doorbell over Celery on Redis: one tiny message a job, whose loss or repetition does no harm."""
+"""The doorbell over Celery on Redis: one small message per job. A lost or repeated message does no harm."""
 
 import structlog
 from celery import Celery
@@ -19,7 +19,7 @@ def celery_app(broker: str) -> Celery:
         task_ignore_result=True,
         task_serializer="json",
         accept_content=["json"],
-        task_acks_late=False,  # a redelivered message would start a second run beside the first
+        task_acks_late=False,  # a redelivered message would start a second run
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
         broker_connection_retry_on_startup=True,
@@ -44,6 +44,6 @@ class CeleryDoorbell:
         try:
             self._application.send_task(TASK, args=[job_id], queue=QUEUES[kind], retry=False, expires=3_600)
         except (OperationalError, RedisError, OSError) as error:
-            log.warning("doorbell_unheard", job=job_id, reason=type(error).__name__)
+            log.warning("doorbell_not_delivered", job=job_id, reason=type(error).__name__)
             return False
         return True

@@ -1,4 +1,4 @@
-"""The doorbell within one process: calls whoever listens. Ships for embedding and tests."""
+"""The doorbell within one process: it calls its listeners. For embedding and tests."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Adapters: published once, listed, downloaded, promoted, put on a host's disk by digest."""
+"""Adapters: publish, list, download, promote, delete, and cache on a host's disk by digest."""
 
 import io
 import json
@@ -35,7 +35,7 @@ from app.storage import Blobs, stale, sweep
 RESOURCE = "adapter"
 DEFAULT = "default"
 DELETED = ".deleted-"
-"""Begins the name of an empty file that says since when the adapter of a directory beside it is deleted."""
+"""Prefix of an empty marker file. Its time says when the adapter of the sibling directory was deleted."""
 
 S = JobStatus
 log = structlog.get_logger(__name__)
@@ -48,12 +48,12 @@ class Adapters:
         self._directory = cache / "adapters"
 
     def sweep(self) -> None:
-        """Remove half-made directories whose process was killed, and those of adapters that were deleted long ago."""
+        """Delete partial directories of killed processes, and directories of adapters deleted long ago."""
         sweep(self._directory, ".partial-*")
         for mark in stale(self._directory, f"{DELETED}*"):
             digest = mark.name.removeprefix(DELETED)
             with self._database.read() as unit:
-                published = unit.adapters.by_digest(digest) is not None  # anew
+                published = unit.adapters.by_digest(digest) is not None  # published again
             if not published:
                 shutil.rmtree(self._directory / digest, ignore_errors=True)
             mark.unlink(missing_ok=True)
@@ -93,7 +93,10 @@ class Adapters:
         )
 
     def _warm_cache(self, digest: str) -> None:
-        """The first prediction need not wait for the files. It brings them itself if this fails."""
+        """Copy the files to this host before the first prediction needs them.
+
+        If this fails, that prediction copies them.
+        """
         try:
             self.on_disk(digest)
         except (VerituneError, OSError) as error:
@@ -113,21 +116,21 @@ class Adapters:
             if row.name != asked:
                 message = f"another adapter is named {asked!r}; this one is published as {row.name!r}"
                 unit.jobs.tell(lease.job_id, "name_taken", message, "warning", {"name": row.name})
-            told = {"adapter_id": row.id, "digest": row.digest}
-            unit.jobs.tell(lease.job_id, "succeeded", f"published as {row.id}", "info", told)
+            data = {"adapter_id": row.id, "digest": row.digest}
+            unit.jobs.tell(lease.job_id, "succeeded", f"published as {row.id}", "info", data)
             if unit.aliases.find_target(RESOURCE, DEFAULT) is None:
                 unit.aliases.point(RESOURCE, DEFAULT, row.id)
         return row.id
 
     def get(self, reference: str) -> Adapter:
         with self._database.read() as unit:
-            row = _found(unit, reference)
-            return _view(row, unit.aliases.names_by_target(RESOURCE))
+            row = _get_row(unit, reference)
+            return _to_adapter(row, unit.aliases.names_by_target(RESOURCE))
 
     def config(self, reference: str) -> dict[str, Any]:
-        """Its adapter_config.json, or a whole model's config.json."""
+        """The adapter's adapter_config.json, or the config.json of a full model."""
         with self._database.read() as unit:
-            row = _found(unit, reference)
+            row = _get_row(unit, reference)
         name = CONFIG_FILE["full" if row.kind == "full" else "peft"]
         document: dict[str, Any] = json.loads(self._blobs.get_bytes(row.files[name]))
         return document
@@ -137,27 +140,27 @@ class Adapters:
         with self._database.read() as unit:
             target = unit.aliases.find_target(RESOURCE, DEFAULT)
             row = unit.adapters.find(target) if target else None
-            return _view(row, unit.aliases.names_by_target(RESOURCE)) if row else None
+            return _to_adapter(row, unit.aliases.names_by_target(RESOURCE)) if row else None
 
     def list_adapters(self, after: str | None, limit: int) -> tuple[list[Adapter], bool]:
         with self._database.read() as unit:
             rows, more = unit.adapters.list_adapters(after, limit)
             aliases = unit.aliases.names_by_target(RESOURCE)
-        return [_view(row, aliases) for row in rows], more
+        return [_to_adapter(row, aliases) for row in rows], more
 
     def promote(self, reference: str) -> Adapter:
         """Make this the adapter that predictions use when they name none."""
         with self._database.write() as unit:
-            unit.aliases.point(RESOURCE, DEFAULT, _found(unit, reference).id)
+            unit.aliases.point(RESOURCE, DEFAULT, _get_row(unit, reference).id)
         return self.get(reference)
 
     def delete(self, reference: str) -> None:
-        """Unpublish. Blobs stay while another adapter shares them: adapter_config.json is often the same.
+        """Unpublish an adapter. Blobs that another row refers to remain: adapter_config.json is often the same.
 
-        Predictions that are under way with it end well: its directory on this host is left to the sweep.
+        Running predictions still end well: `sweep` deletes the directory on this host later.
         """
         with self._database.write() as unit:
-            row = _found(unit, reference)
+            row = _get_row(unit, reference)
             unit.aliases.drop(RESOURCE, row.id)
             unit.adapters.remove(row)
             unit.session.flush()
@@ -168,10 +171,10 @@ class Adapters:
         self.sweep()
 
     def archive(self, reference: str) -> tuple[str, Iterator[bytes]]:
-        """(file name, zip stream) of the adapter's directory, file by file in constant memory."""
+        """(file name, zip stream) of the adapter's files, in constant memory."""
         with self._database.read() as unit:
-            row = _found(unit, reference)
-        for name, digest in row.files.items():  # before the first byte: a stream that breaks off looks like a zip
+            row = _get_row(unit, reference)
+        for name, digest in row.files.items():  # check before the first byte: a truncated stream looks like a zip
             if not self._blobs.exists(digest):
                 raise NotFoundError(f"the stored bytes of {name} are gone", code="blob_lost")
         return f"{row.name}.zip", self._zip(row)
@@ -184,21 +187,21 @@ class Adapters:
         return row
 
     def on_disk(self, digest: str) -> Path:
-        """The adapter's directory on this host, `<cache>/adapters/<digest>`: made when it is not there.
+        """The adapter's directory on this host, `<cache>/adapters/<digest>`. It is created if it is missing.
 
-        Its adapter_config.json names the base by the digest that it is served under, as vLLM's resolver asks for; the
-        stored one, over which the adapter's digest is, names it by name and revision.
+        Its adapter_config.json names the base by its served digest, as vLLM's resolver asks for. The stored file, which
+        the adapter's digest covers, names the base by name and revision.
         """
         row = self.by_digest(digest)
         target = self._directory / digest
         if not target.exists():
             with locked(self._directory / f".lock-{digest[:16]}"):
                 self._write(row, target)
-        _name_served_base(target, row)  # a version before this rule may have made it
+        _name_served_base(target, row)  # an older version may have created it without this
         return target
 
     def _write(self, row: AdapterRow, target: Path) -> None:
-        if target.exists():  # another process was faster
+        if target.exists():  # another process created it first
             return
         partial = Path(tempfile.mkdtemp(dir=self._directory, prefix=".partial-"))
         try:
@@ -210,7 +213,7 @@ class Adapters:
             shutil.rmtree(partial, ignore_errors=True)
 
     def put_on_disk(self, served_base: str) -> None:
-        """Bring the adapters over one served base to this host's disk, for a server that only looks there."""
+        """Copy the adapters of one served base to this host's disk, for a server that reads only the disk."""
         self._directory.mkdir(parents=True, exist_ok=True)
         with self._database.read() as unit:
             rows = unit.adapters.list_all_adapters()
@@ -232,7 +235,7 @@ class Adapters:
 
 
 class _Forward(io.RawIOBase):
-    """A write-only stream without seeking: what is written is taken away at once, so zips stream in constant memory."""
+    """A write-only stream that cannot seek. `drain` empties its buffer, so zips stream in constant memory."""
 
     def __init__(self) -> None:
         self._taken = bytearray()
@@ -264,14 +267,14 @@ def _name_served_base(directory: Path, row: AdapterRow) -> None:
     changed.replace(path)
 
 
-def _found(unit: Unit, reference: str) -> AdapterRow:
+def _get_row(unit: Unit, reference: str) -> AdapterRow:
     row = unit.adapters.find(reference)
     if row is None:
         raise NotFoundError(f"there is no adapter {reference!r}; GET /adapters lists them", code="unknown_adapter")
     return row
 
 
-def _view(row: AdapterRow, aliases: dict[str, list[str]]) -> Adapter:
+def _to_adapter(row: AdapterRow, aliases: dict[str, list[str]]) -> Adapter:
     return Adapter.model_validate(
         {
             "id": row.id,

@@ -1,4 +1,4 @@
-"""Artifacts: files that a job leaves for its user beside the adapter."""
+"""Artifacts: files that a job writes for its user in addition to the adapter."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -19,13 +19,13 @@ class Artifacts:
         self._blobs = blobs
 
     def put(self, lease: Lease, path: Path) -> None:
-        """Store a file under its own name. What an earlier attempt left under that name is replaced."""
+        """Store a file under its own name. It replaces an earlier attempt's file of that name."""
         with staged(self._database, self._blobs) as blobs:
             lost = self._commit(lease, path.name, blobs.put_file(path))
         self._blobs.discard(lost)
 
     def _commit(self, lease: Lease, name: str, blob: Blob) -> set[str]:
-        """Write the artifact's row. Returns the blobs to which nothing refers any more."""
+        """Write the artifact's row. Returns the blobs that are now unreferenced."""
         row = ArtifactRow(
             job_id=lease.job_id, name=name, digest=blob.digest, bytes=blob.size, created_at=datetime.now(UTC)
         )
@@ -38,13 +38,13 @@ class Artifacts:
     def list_artifacts(self, reference: str) -> list[Artifact]:
         """A job's artifacts, by name."""
         with self._database.read() as unit:
-            rows = unit.artifacts.list_artifacts(_found(unit, reference).id)
+            rows = unit.artifacts.list_artifacts(_get_job_row(unit, reference).id)
         return [Artifact(name=row.name, bytes=row.bytes, digest=row.digest, created_at=row.created_at) for row in rows]
 
     def stream(self, reference: str, name: str) -> Iterator[bytes]:
-        """The bytes of one. NotFoundError before the first of them."""
+        """Stream one artifact. Raises NotFoundError before the first byte."""
         with self._database.read() as unit:
-            job = _found(unit, reference)
+            job = _get_job_row(unit, reference)
             rows = unit.artifacts.list_artifacts(job.id)
         found = next((row for row in rows if row.name == name), None)
         if found is None:
@@ -54,7 +54,7 @@ class Artifacts:
         return self._blobs.stream(found.digest)
 
 
-def _found(unit: Unit, reference: str) -> JobRow:
+def _get_job_row(unit: Unit, reference: str) -> JobRow:
     row = unit.jobs.find(reference)
     if row is None:
         raise unknown_job(reference)

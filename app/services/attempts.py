@@ -1,4 +1,4 @@
-"""Jobs as workers see them: lease, heartbeat, record, checkpoint, end. Every write is fenced by the lease's epoch."""
+"""Jobs for workers: lease, heartbeat, record, checkpoint, end. Every write is fenced by the epoch of the lease."""
 
 import shutil
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ CHECKPOINTS_KEPT = 2
 S = JobStatus
 
 _SETTLED = {
-    S.CANCELLED: ("cancelled", "cancelled; its worker had gone", "info"),
-    S.PAUSED: ("paused", "paused; its worker had gone", "info"),
+    S.CANCELLED: ("cancelled", "cancelled; its worker was lost", "info"),
+    S.PAUSED: ("paused", "paused; its worker was lost", "info"),
     S.FAILED: ("failed", f"lost {MAX_ATTEMPTS} workers without a new checkpoint", "error"),
 }
 _RELEASED = {
@@ -35,14 +35,14 @@ _RELEASED = {
 }
 WORKER_LOST = JobError(
     code="worker_lost",
-    message=f"{MAX_ATTEMPTS} attempts ended without a word and without a new checkpoint",
+    message=f"{MAX_ATTEMPTS} attempts were lost without an error and without a new checkpoint",
     hint="look at the worker's log: the kernel may have killed it for memory; a smaller batch_size takes less",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Leased:
-    """A job in an attempt's hands."""
+    """A job that an attempt has leased."""
 
     lease: Lease
     job_id: str
@@ -60,7 +60,7 @@ class Attempts:
         self.lease_seconds = lease_seconds
 
     def lease(self, kinds: tuple[str, ...], owner: str) -> Leased | None:
-        """The next job this worker may run, now running in its name; None when there is none."""
+        """Lease the oldest job that this worker may run. None if no job waits."""
         while True:
             with self._database.write() as unit:
                 row = unit.jobs.lease(kinds, owner, self.lease_seconds)
@@ -68,15 +68,15 @@ class Attempts:
                     return None
                 lease = Lease(job_id=row.id, epoch=row.epoch, owner=owner)
                 if row.status == S.RUNNING:
-                    told = {"worker": owner, "attempt": row.attempts}
-                    unit.jobs.tell(row.id, "started", f"attempt {row.attempts} began", "info", told)
+                    data = {"worker": owner, "attempt": row.attempts}
+                    unit.jobs.tell(row.id, "started", f"attempt {row.attempts} began", "info", data)
                     return _leased(row, lease)
                 _settle(unit, row, lease)
 
     def renew(self, lease: Lease, reservation: OwnedReservation | None = None) -> JobStatus:
         """The heartbeat: renew the lease and return the job's status, which shows what the user asked for.
 
-        `reservation`: of the device; it is renewed with the lease, or reserved again if it had expired.
+        `reservation`: the device's. It is renewed with the lease, or reserved again if it expired.
         """
         with self._database.write() as unit:
             status = unit.jobs.renew(lease, self.lease_seconds)
@@ -85,8 +85,10 @@ class Attempts:
             return status
 
     def prepare(self, leased: Leased, worker: str) -> Prepared:
-        """The spec's references, resolved again for this attempt on the device of `worker`; its encoded rows come from
-        the blob store."""
+        """Resolve the spec's references again, for this attempt on the device of `worker`.
+
+        The encoded rows come from the blob store.
+        """
         return self._plans.prepare(leased.spec.model_dump(mode="json"), worker=worker)
 
     def fetch(self, digest: str, path: Path) -> Path:
@@ -100,7 +102,7 @@ class Attempts:
             unit.jobs.tell(lease.job_id, kind, message, level, data or {})
 
     def record(self, lease: Lease, batch: list[UpdateMetrics], eta_seconds: float | None) -> None:
-        """Write a batch of metrics and the progress they amount to."""
+        """Write a batch of metrics, and the job's progress by the last of them."""
         last = batch[-1]
         loss = next((m.loss for m in reversed(batch) if m.loss is not None), None)
         progress = JobProgress(
@@ -132,7 +134,7 @@ class Attempts:
                 unit.jobs.tell(lease.job_id, "warning", warning, "warning", {})
 
     def evaluated(self, lease: Lease, found: EvaluationFinished) -> None:
-        """Tell what held-out rows say. An update whose metrics are there already learns it from here."""
+        """Record an evaluation as an event. Add it to the metrics of its update, if those are stored already."""
         measured = "not finite" if found.loss is None else f"{found.loss:.4f}"
         message = f"{found.part} loss {measured}, token accuracy {found.accuracy:.1%} at update {found.update}"
         with self._database.write() as unit:
@@ -143,9 +145,9 @@ class Attempts:
                 unit.jobs.add_to_metric(lease.job_id, found.update, values)
 
     def checkpoint(self, lease: Lease, written: CheckpointWritten, manifest: Manifest | None = None) -> None:
-        """Upload a checkpoint and commit its row; of the older ones only the last and the best stay.
+        """Upload a checkpoint and commit its row. Of the older ones, only the newest and the best remain.
 
-        `manifest`: what an adapter of these weights would say of itself.
+        `manifest`: the manifest of an adapter with these weights.
         """
         with staged(self._database, self._blobs) as blobs:
             files = {path.name: blobs.put_file(path) for path in sorted(written.path.iterdir())}
@@ -155,7 +157,7 @@ class Attempts:
     def _commit_checkpoint(
         self, lease: Lease, written: CheckpointWritten, files: dict[str, Blob], manifest: Manifest | None
     ) -> set[str]:
-        """Write the checkpoint's row and drop older ones. Returns the blobs to which nothing refers any more."""
+        """Write the checkpoint's row and drop older ones. Returns the blobs that are now unreferenced."""
         row = CheckpointRow(
             job_id=lease.job_id,
             update=written.update,
@@ -169,17 +171,17 @@ class Attempts:
         with self._database.write() as unit:
             unit.jobs.write(lease, strikes=0)
             unit.jobs.put_checkpoint(row)
-            told = {"update": written.update, "bytes": row.bytes}
-            unit.jobs.tell(lease.job_id, "checkpoint", f"checkpoint at update {written.update}", "info", told)
-            kept = unit.jobs.checkpoints(lease.job_id)
-            stale = [old for old in kept[CHECKPOINTS_KEPT:] if old is not best_of(kept)]
+            data = {"update": written.update, "bytes": row.bytes}
+            unit.jobs.tell(lease.job_id, "checkpoint", f"checkpoint at update {written.update}", "info", data)
+            checkpoints = unit.jobs.checkpoints(lease.job_id)
+            stale = [old for old in checkpoints[CHECKPOINTS_KEPT:] if old is not best_of(checkpoints)]
             for old in stale:
                 unit.jobs.drop_checkpoint(old)
             unit.session.flush()
             return unit.blob_references.unreferenced({blob for old in stale for blob in old.files.values()})
 
     def restore(self, lease: Lease, directory: Path) -> Path | None:
-        """Copy the newest checkpoint under `directory`; None if there is none. A lost or damaged one is passed over."""
+        """Copy the newest checkpoint into `directory`. Skip a lost or damaged one. None if there is none."""
         with self._database.read() as unit:
             rows = unit.jobs.checkpoints(lease.job_id)
         for row in rows:
@@ -187,16 +189,16 @@ class Attempts:
             try:
                 for name, digest in row.files.items():
                     self._blobs.fetch(digest, target / name)
-            except NotFoundError as error:  # an older checkpoint will do; a full disk would take that one, too
+            except NotFoundError as error:  # of this checkpoint alone; a full disk would fail the older ones, too
                 shutil.rmtree(target, ignore_errors=True)
-                told = {"update": row.update, "reason": error.code}
-                self.tell(lease, "checkpoint_damaged", "a checkpoint could not be read", "warning", told)
+                data = {"update": row.update, "reason": error.code}
+                self.tell(lease, "checkpoint_damaged", "a checkpoint could not be read", "warning", data)
                 continue
             return target
         return None
 
     def fail(self, lease: Lease, error: JobError) -> None:
-        """End the job as failed. A job asked to cancel ends as cancelled instead."""
+        """End the job as failed, or as cancelled if the user asked to cancel."""
         with self._database.write() as unit:
             document = error.model_dump(mode="json")
             if unit.jobs.end(lease, (S.RUNNING, S.PAUSING), S.FAILED, error=document):
@@ -205,7 +207,7 @@ class Attempts:
                 unit.jobs.tell(lease.job_id, "cancelled", "cancelled", "info", {})
 
     def release(self, lease: Lease, reason: str, *, strike: bool, error: JobError = WORKER_LOST) -> None:
-        """Put a job back into the queue, or where the user's wish leads.
+        """Put a job back into the queue, or pause or cancel it as the user asked.
 
         `strike`: the attempt was lost, not ended on purpose. Too many strikes without a checkpoint fail the job, with
         `error`.
@@ -236,7 +238,7 @@ def _leased(row: JobRow, lease: Lease) -> Leased:
 
 
 def _settle(unit: Unit, row: JobRow, lease: Lease) -> None:
-    """Finish what the lease query decided about a job that nobody held."""
+    """Write the end that the lease query chose for a job whose worker was lost."""
     status = JobStatus(row.status)
     kind, message, level = _SETTLED[status]
     values: dict[str, Any] = {"owner": None, "lease_until": None}

@@ -1,4 +1,4 @@
-"""Base models: the deployment's allow-list. Written by the operator's CLI, read by everybody."""
+"""Base models: the deployment's allow-list. The operator's CLI writes it, and every process reads it."""
 
 import json
 from datetime import UTC, datetime
@@ -43,7 +43,7 @@ class BaseModels:
         self._sizes = lru_cache(maxsize=64)(self._load_sizes)
 
     def register(self, description: BaseModelDescription) -> None:
-        """Write the row of a model that `python -m worker.models` has put on this host."""
+        """Write the row of a model that `python -m worker.models` stored on this host."""
         directory = Path(description.path)
         tokenizer = self._blobs.put_file(directory / "tokenizer.json").digest
         config = self._blobs.put_file(directory / "config.json").digest
@@ -60,7 +60,7 @@ class BaseModels:
 
     def list_base_models(self) -> list[BaseModelView]:
         with self._database.read() as unit:
-            return [self._view(row) for row in unit.base_models.list_base_models()]
+            return [self._to_response(row) for row in unit.base_models.list_base_models()]
 
     def get(self, name: str | None) -> BaseModelRow:
         """The row of `name`, or of the deployment's default."""
@@ -81,11 +81,11 @@ class BaseModels:
         return BaseModelDescription.model_validate(row.description)
 
     def sizes(self, row: BaseModelRow) -> Architecture | None:
-        """What config.json tells of the layers; None for an architecture that names them otherwise."""
+        """The layer sizes by config.json. None for an architecture that uses other keys."""
         return self._sizes(row.config)
 
     def served_digest(self, row: BaseModelRow, quantization: Quantization | None) -> str:
-        """What inference is asked for when the base itself is to answer."""
+        """The model name at inference for the base without an adapter."""
         return served_base_digest(row.digest, quantization)
 
     def by_digest(self, digest: str) -> BaseModelRow:
@@ -108,7 +108,7 @@ class BaseModels:
     def _load_sizes(self, digest: str) -> Architecture | None:
         return Architecture.from_config(json.loads(self._blobs.get_bytes(digest)))
 
-    def _view(self, row: BaseModelRow) -> BaseModelView:
+    def _to_response(self, row: BaseModelRow) -> BaseModelView:
         known = self.describe(row)
         return BaseModelView(
             name=row.name,

@@ -1,4 +1,4 @@
-"""Checkpoints after they are written: which are kept and for how long, and how one becomes an adapter."""
+"""Stored checkpoints: publish one as an adapter, and delete the expired ones."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -35,13 +35,13 @@ class Checkpoints:
         self._adapters = adapters
 
     def publish(self, reference: str, update: int, name: str | None) -> Adapter:
-        """Make the weights of one of a job's updates an adapter of its own, while the job runs or after it.
+        """Publish a checkpoint of a job as an adapter of its own, while the job runs or after it.
 
-        The checkpoint's files are shared, not copied; the adapter stays when the checkpoint goes.
+        The files are shared, not copied. The adapter remains when the checkpoint is deleted.
         """
         check_name(name)
         with self._database.read() as unit:
-            job, checkpoint = _found(unit, reference, update)
+            job, checkpoint = _get_rows(unit, reference, update)
             named = name or f"{job.name}-{update}"
             _refuse_taken(unit, named)  # before anything is stored
         if checkpoint.manifest is None:
@@ -59,19 +59,20 @@ class Checkpoints:
     def _commit(self, row: AdapterRow, job_id: str, update: int) -> None:
         try:
             with self._database.write() as unit:
-                _found(unit, job_id, update)  # its files are there as long as its row, or the adapter's
+                # The blobs exist as long as the row of the checkpoint or of the adapter.
+                _get_rows(unit, job_id, update)
                 _refuse_taken(unit, row.name)
                 unit.adapters.add(row)
-                told = {"adapter_id": row.id, "digest": row.digest, "update": update}
+                data = {"adapter_id": row.id, "digest": row.digest, "update": update}
                 message = f"the checkpoint of update {update} was published as {row.id}"
-                unit.jobs.tell(job_id, "checkpoint_published", message, "info", told)
-        except IntegrityError:  # taken at the same instant
-            raise _taken("an adapter", row.name) from None
+                unit.jobs.tell(job_id, "checkpoint_published", message, "info", data)
+        except IntegrityError:  # another request took the name at the same time
+            raise _name_taken("an adapter", row.name) from None
 
     def _row(self, checkpoint: CheckpointRow, manifest: Manifest, name: str, blobs: Blobs) -> AdapterRow:
         weights, config = WEIGHTS_FILE[manifest.kind], CONFIG_FILE[manifest.kind]
-        belonging = (weights, config, *EXTRA_FILES[manifest.kind])
-        files = {file: checkpoint.files[file] for file in belonging if file in checkpoint.files}
+        names = (weights, config, *EXTRA_FILES[manifest.kind])
+        files = {file: checkpoint.files[file] for file in names if file in checkpoint.files}
         size = sum(self._blobs.size(digest) for digest in files.values())
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
         for file, text in ((MANIFEST_FILE, document), (MODEL_CARD_FILE, render_model_card(name, manifest))):
@@ -91,39 +92,39 @@ class Checkpoints:
         )
 
     def expire(self, hours: float) -> int:
-        """Remove the checkpoints of jobs that ended so many hours ago or longer; how many there were."""
+        """Delete the checkpoints of jobs that ended at least `hours` ago. Returns how many were deleted."""
         before = datetime.now(UTC) - timedelta(hours=hours)
         with self._database.read() as unit:
             if not unit.jobs.has_checkpoints_of_ended(before):
                 return 0
         with self._database.write() as unit:
-            gone = unit.jobs.drop_checkpoints_of_ended(before)
-            lost = unit.blob_references.unreferenced({blob for files in gone for blob in files.values()})
+            deleted = unit.jobs.drop_checkpoints_of_ended(before)
+            lost = unit.blob_references.unreferenced({blob for files in deleted for blob in files.values()})
         self._blobs.discard(lost)
-        return len(gone)
+        return len(deleted)
 
 
-def _found(unit: Unit, reference: str, update: int) -> tuple[JobRow, CheckpointRow]:
+def _get_rows(unit: Unit, reference: str, update: int) -> tuple[JobRow, CheckpointRow]:
     job = unit.jobs.find(reference)
     if job is None:
         raise unknown_job(reference)
     found = unit.jobs.find_checkpoint(job.id, update)
     if found is None:
-        there = ", ".join(str(row.update) for row in unit.jobs.checkpoints(job.id)) or "none"
+        known = ", ".join(str(row.update) for row in unit.jobs.checkpoints(job.id)) or "none"
         raise NotFoundError(
-            f"{job.name} has no checkpoint of update {update}; kept are: {there}", code="unknown_checkpoint"
+            f"{job.name} has no checkpoint of update {update}; it has: {known}", code="unknown_checkpoint"
         )
     return job, found
 
 
 def _refuse_taken(unit: Unit, name: str) -> None:
-    """ConflictError where an adapter has the name, or a job that will yet publish one under it."""
+    """Raise ConflictError if an adapter has the name, or a job that will publish its adapter under it."""
     if unit.adapters.find(name) is not None:
-        raise _taken("an adapter", name)
+        raise _name_taken("an adapter", name)
     job = unit.jobs.find(name)
     if job is not None and job.status not in TERMINAL:
-        raise _taken("a job that has not ended", name)
+        raise _name_taken("a job that has not ended", name)
 
 
-def _taken(what: str, name: str) -> ConflictError:
+def _name_taken(what: str, name: str) -> ConflictError:
     return ConflictError(f"there is {what} named {name!r} already; choose another name", code="name_taken")

@@ -1,4 +1,4 @@
-"""Corpora: sets of pages, built once into an immutable file, fetched by digest to wherever they are searched."""
+"""Corpora: sets of pages. Each is one immutable file, which every host that searches it copies by its digest."""
 
 import tempfile
 from collections import OrderedDict
@@ -33,8 +33,8 @@ from app.storage.blobs import hash_file
 RESOURCE = "corpus"
 DEFAULT = "default"
 OPEN_AT_ONCE = 16
-NAMED_AT_MOST = 5
-"""Corpora that are named to who has named none."""
+SUGGESTED = 5
+"""Names of corpora in the error for a request that names none."""
 
 
 class Corpus(Frozen):
@@ -52,21 +52,21 @@ class Corpus(Frozen):
 
 
 class Corpora:
-    """The first corpus becomes the default, which a prediction searches when it names none."""
+    """Creates, lists and opens corpora. The first one is the default, which predictions search if they name none."""
 
     def __init__(self, database: Database, blobs: Blobs, cache: Path) -> None:
         self._database = database
         self._blobs = blobs
         self._directory = cache / "corpora"
-        self._open: OrderedDict[str, CorpusFile] = OrderedDict()
+        self._open_files: OrderedDict[str, CorpusFile] = OrderedDict()
         self._lock = Lock()
 
     def sweep(self) -> None:
-        """Remove half-built and half-fetched files whose process was killed."""
+        """Delete partial files whose process was killed."""
         sweep(self._directory, ".build-*", ".*.sqlite.*")
 
     def create(self, upload: Path, filename: str, name: str | None) -> tuple[Corpus, bool]:
-        """(the corpus, whether it is new): the same pages give the same corpus again, and have one name."""
+        """(the corpus, whether it is new). The same pages give the same corpus, under its first name."""
         check_name(name)
         filename = shown_filename(filename)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -75,9 +75,9 @@ class Corpora:
             report = _build(upload, built)
             digest, size = hash_file(built)
             with self._database.read() as unit:
-                if same := self._same(unit, digest, name):
+                if same := self._find_existing(unit, digest, name):
                     return same, False
-                _choose(unit, name, filename, digest)  # refused before the pages are stored
+                _choose_name(unit, name, filename, digest)  # refuse before the pages are stored
             with staged(self._database, self._blobs) as blobs:
                 blobs.put_file(built)
                 return self._add(report, digest, size, filename, name)
@@ -87,11 +87,11 @@ class Corpora:
     ) -> tuple[Corpus, bool]:
         try:
             with self._database.write() as unit:
-                if same := self._same(unit, digest, name):
+                if same := self._find_existing(unit, digest, name):
                     return same, False
                 row = CorpusRow(
                     id=new_id("corp"),
-                    name=_choose(unit, name, filename, digest),
+                    name=_choose_name(unit, name, filename, digest),
                     digest=digest,
                     bytes=size,
                     pages=report.pages,
@@ -101,74 +101,74 @@ class Corpora:
                 unit.corpora.add(row)
                 if unit.aliases.find_target(RESOURCE, DEFAULT) is None:
                     unit.aliases.point(RESOURCE, DEFAULT, row.id)
-        except IntegrityError:  # the same pages, or the same name, came in twice at once
+        except IntegrityError:  # another upload committed the same pages or the same name
             with self._database.read() as unit:
-                same = self._same(unit, digest, name)
+                same = self._find_existing(unit, digest, name)
             if same is None:
                 raise ConflictError("that name was taken meanwhile; try again", code="name_taken") from None
             return same, False
         return self.get(row.id), True
 
-    def _same(self, unit: Unit, digest: str, name: str | None) -> Corpus | None:
-        """The corpus that has these pages. ConflictError where the name that is asked for means another one."""
+    def _find_existing(self, unit: Unit, digest: str, name: str | None) -> Corpus | None:
+        """The corpus with these pages, if any. Raises ConflictError if `name` belongs to another corpus."""
         known = unit.corpora.by_digest(digest)
         if known is None:
             return None
         if name not in (None, known.name) and unit.corpora.find(name) is not None:
             raise taken_by_another(name, known.name, known.id, "corpus")
-        return self._view(unit, known)
+        return self._to_corpus(unit, known)
 
     def get(self, reference: str) -> Corpus:
         with self._database.read() as unit:
-            return self._view(unit, _found(unit, reference))
+            return self._to_corpus(unit, _get_row(unit, reference))
 
     def list_corpora(self, after: str | None, limit: int) -> tuple[list[Corpus], bool]:
         with self._database.read() as unit:
             rows, more = unit.corpora.list_corpora(after, limit)
-            return [self._view(unit, row) for row in rows], more
+            return [self._to_corpus(unit, row) for row in rows], more
 
     def promote(self, reference: str) -> Corpus:
-        """Make this the corpus that predictions search when they name none."""
+        """Make this the default corpus, which predictions search if they name none."""
         with self._database.write() as unit:
-            unit.aliases.point(RESOURCE, DEFAULT, _found(unit, reference).id)
+            unit.aliases.point(RESOURCE, DEFAULT, _get_row(unit, reference).id)
         return self.get(reference)
 
     def delete(self, reference: str) -> None:
         with self._database.write() as unit:
-            row = _found(unit, reference)
+            row = _get_row(unit, reference)
             unit.aliases.drop(RESOURCE, row.id)
             unit.corpora.remove(row)
         with self._lock:
-            self._open.pop(row.digest, None)
+            self._open_files.pop(row.digest, None)
         (self._directory / f"{row.digest}.sqlite").unlink(missing_ok=True)
         self._blobs.discard((row.digest,))
 
     def find(self, reference: str, query: str, limit: int) -> tuple[Hit, ...]:
-        """Pages by free text, best first."""
+        """Search pages by free text, best first."""
         return self.open(reference)[1].find(query, limit)
 
     def open(self, reference: str | None) -> tuple[str, KnowledgeSource]:
-        """(id, the source) of a corpus, or of the default one when none is named."""
+        """(id, source) of a corpus, or of the default one if none is named."""
         with self._database.read() as unit:
             wanted = reference or unit.aliases.find_target(RESOURCE, DEFAULT)
             if wanted is None:
-                raise _none_named(there=[row.name for row in unit.corpora.list_corpora(None, NAMED_AT_MOST)[0]])
-            row = _found(unit, wanted)
-        return row.id, self._file(row)
+                raise _no_default(names=[row.name for row in unit.corpora.list_corpora(None, SUGGESTED)[0]])
+            row = _get_row(unit, wanted)
+        return row.id, self._open_file(row)
 
-    def _file(self, row: CorpusRow) -> CorpusFile:
+    def _open_file(self, row: CorpusRow) -> CorpusFile:
         with self._lock:
-            if known := self._open.get(row.digest):
-                self._open.move_to_end(row.digest)
+            if known := self._open_files.get(row.digest):
+                self._open_files.move_to_end(row.digest)
                 return known
             path = self._blobs.fetch(row.digest, self._directory / f"{row.digest}.sqlite")
             opened = CorpusFile(path, row.id, row.digest)
-            self._open[row.digest] = opened
-            if len(self._open) > OPEN_AT_ONCE:
-                self._open.popitem(last=False)
+            self._open_files[row.digest] = opened
+            if len(self._open_files) > OPEN_AT_ONCE:
+                self._open_files.popitem(last=False)
             return opened
 
-    def _view(self, unit: Unit, row: CorpusRow) -> Corpus:
+    def _to_corpus(self, unit: Unit, row: CorpusRow) -> Corpus:
         document: dict[str, Any] = {
             "id": row.id,
             "name": row.name,
@@ -198,10 +198,10 @@ def _build(upload: Path, out: Path) -> CorpusReport:
         raise InvalidError(str(error), code="bad_corpus") from None
 
 
-def _none_named(there: list[str]) -> InvalidError:
+def _no_default(names: list[str]) -> InvalidError:
     way_out = (
-        f"name one ({', '.join(there)}), or POST /corpora/{there[0]}/promote"
-        if there
+        f"name one ({', '.join(names)}), or POST /corpora/{names[0]}/promote"
+        if names
         else "POST /corpora one (the first becomes the default), or run: veritune corpora fetch wiki-leads"
     )
     return InvalidError(
@@ -211,15 +211,15 @@ def _none_named(there: list[str]) -> InvalidError:
     )
 
 
-def _choose(unit: Unit, name: str | None, filename: str, digest: str) -> str:
+def _choose_name(unit: Unit, name: str | None, filename: str, digest: str) -> str:
     def taken(wanted: str) -> bool:
         row = unit.corpora.find(wanted)
-        return row is not None and row.digest != digest  # the same pages may come in several times at once
+        return row is not None and row.digest != digest  # another upload may store the same pages now
 
     return choose_name(name, filename, taken, "corpus")
 
 
-def _found(unit: Unit, reference: str) -> CorpusRow:
+def _get_row(unit: Unit, reference: str) -> CorpusRow:
     row = unit.corpora.find(reference)
     if row is None:
         raise NotFoundError(f"there is no corpus {reference!r}; GET /corpora lists them", code="unknown_corpus")

@@ -21,7 +21,7 @@ from app.storage import Blobs, sweep
 
 
 class Dataset(Frozen):
-    """A dataset as the API shows it. `report` is the account of the upload that made it."""
+    """A dataset as the API shows it. `report` is of the upload that created it."""
 
     id: str
     object: Literal["dataset"] = "dataset"
@@ -41,30 +41,30 @@ class Datasets:
         self._scratch = scratch
 
     def scratch_file(self) -> Path:
-        """A private place on this host for an upload on its way in."""
+        """A private file on this host for an incoming upload."""
         self._scratch.mkdir(parents=True, exist_ok=True)
-        self.sweep()  # right after a start, what was left there was too young to be told from work in hand
+        self.sweep()  # at start, leftovers may have been too young to delete
         handle = tempfile.NamedTemporaryFile(dir=self._scratch, prefix="upload-", delete=False)  # noqa: SIM115
         handle.close()
         return Path(handle.name)
 
     def sweep(self) -> None:
-        """Remove uploads, of datasets and of corpora, whose process was killed."""
+        """Delete uploads, of datasets and of corpora, whose process was killed."""
         sweep(self._scratch, "upload-*", "ingest-*")
 
     def create(
         self, upload: Path, filename: str, content_type: str | None, name: str | None, columns: dict[str, str]
     ) -> tuple[Dataset, bool]:
-        """(the dataset, whether it is new): the same content gives the same dataset again, and has one name."""
+        """(the dataset, whether it is new). The same content gives the same dataset, under its first name."""
         check_name(name)
         filename = shown_filename(filename)
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ingest-") as directory:
             read = ingest(upload, filename, content_type, Path(directory), columns=columns)
             with self._database.read() as unit:
-                if same := _same(unit, read.digest, name):
+                if same := _find_existing(unit, read.digest, name):
                     return same, False
-                _choose(unit, name, filename, read.digest)  # refused before the content is stored
+                _choose_name(unit, name, filename, read.digest)  # refuse before the content is stored
             with staged(self._database, self._blobs) as blobs:
                 size = blobs.put_file(read.canonical).size
                 return self._add(read.report, read.digest, size, filename, name)
@@ -74,11 +74,11 @@ class Datasets:
     ) -> tuple[Dataset, bool]:
         try:
             with self._database.write() as unit:
-                if same := _same(unit, digest, name):
+                if same := _find_existing(unit, digest, name):
                     return same, False
                 row = DatasetRow(
                     id=new_id("ds"),
-                    name=_choose(unit, name, filename, digest),
+                    name=_choose_name(unit, name, filename, digest),
                     digest=digest,
                     filename=filename,
                     bytes=size,
@@ -87,27 +87,27 @@ class Datasets:
                     created_at=datetime.now(UTC),
                 )
                 unit.datasets.add(row)
-        except IntegrityError:  # the same content, or the same name, came in twice at once
+        except IntegrityError:  # another upload committed the same content or the same name
             with self._database.read() as unit:
-                same = _same(unit, digest, name)
+                same = _find_existing(unit, digest, name)
             if same is None:
                 raise ConflictError("that name was taken meanwhile; try again", code="name_taken") from None
             return same, False
-        return _view(row), True
+        return _to_dataset(row), True
 
     def get(self, reference: str) -> Dataset:
         with self._database.read() as unit:
-            return _view(_found(unit, reference))
+            return _to_dataset(_get_row(unit, reference))
 
     def list_datasets(self, after: str | None, limit: int) -> tuple[list[Dataset], bool]:
         with self._database.read() as unit:
             rows, more = unit.datasets.list_datasets(after, limit)
-        return [_view(row) for row in rows], more
+        return [_to_dataset(row) for row in rows], more
 
     def preview(self, reference: str, after: int, limit: int) -> tuple[list[Trajectory], bool]:
-        """Rows behind row number `after`, and whether more follow."""
+        """(rows after row number `after`, whether more follow)."""
         with self._database.read() as unit:
-            row = _found(unit, reference)
+            row = _get_row(unit, reference)
         shown: list[Trajectory] = []
         rest = b""
         number = 0
@@ -122,13 +122,13 @@ class Datasets:
         return shown, False
 
     def delete(self, reference: str) -> None:
-        """Forget a dataset. A conflict while a job that is not finished uses it."""
+        """Delete a dataset. Raises ConflictError while an unfinished job uses it."""
         with self._database.write() as unit:
-            row = _found(unit, reference)
-            users = unit.datasets.list_unfinished_job_ids(row.id)
-            if users:
+            row = _get_row(unit, reference)
+            job_ids = unit.datasets.list_unfinished_job_ids(row.id)
+            if job_ids:
                 raise ConflictError(
-                    f"{row.name} is used by {', '.join(users[:5])}; wait for them, or cancel them first",
+                    f"{row.name} is used by {', '.join(job_ids[:5])}; wait for them, or cancel them first",
                     code="dataset_in_use",
                 )
             unit.datasets.remove(row)
@@ -136,32 +136,32 @@ class Datasets:
         self._blobs.discard((row.digest, *encoded))
 
 
-def _same(unit: Unit, digest: str, name: str | None) -> Dataset | None:
-    """The dataset that has this content. ConflictError where the name that is asked for means another one."""
+def _find_existing(unit: Unit, digest: str, name: str | None) -> Dataset | None:
+    """The dataset with this content, if any. Raises ConflictError if `name` belongs to another dataset."""
     known = unit.datasets.by_digest(digest)
     if known is None:
         return None
     if name not in (None, known.name) and unit.datasets.find(name) is not None:
         raise taken_by_another(name, known.name, known.id, "dataset")
-    return _view(known)
+    return _to_dataset(known)
 
 
-def _choose(unit: Unit, name: str | None, filename: str, digest: str) -> str:
+def _choose_name(unit: Unit, name: str | None, filename: str, digest: str) -> str:
     def taken(wanted: str) -> bool:
         row = unit.datasets.find(wanted)
-        return row is not None and row.digest != digest  # the same content may come in several times at once
+        return row is not None and row.digest != digest  # another upload may store the same content now
 
     return choose_name(name, filename, taken, "dataset")
 
 
-def _found(unit: Unit, reference: str) -> DatasetRow:
+def _get_row(unit: Unit, reference: str) -> DatasetRow:
     row = unit.datasets.find(reference)
     if row is None:
         raise NotFoundError(f"there is no dataset {reference!r}; GET /datasets lists them", code="unknown_dataset")
     return row
 
 
-def _view(row: DatasetRow) -> Dataset:
+def _to_dataset(row: DatasetRow) -> Dataset:
     document: dict[str, Any] = {
         "id": row.id,
         "name": row.name,

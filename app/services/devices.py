@@ -1,4 +1,4 @@
-"""Devices: rows that workers upsert, so that a plan knows what its job would run on."""
+"""Devices: workers report them, and plans read what their job would run on."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -17,7 +17,7 @@ class Devices:
         self._ledger = ledger
 
     def report(self, name: str, description: DeviceDescription) -> None:
-        """Say that this host is here. Measured paces of earlier reports are kept."""
+        """Upsert a worker's device. Paces that earlier reports measured remain."""
         with self._database.write() as unit:
             known = {row.name: row.description for row in unit.devices.list_devices()}
             paces = known.get(name, {}).get("tokens_per_second", {}) | description.tokens_per_second
@@ -25,7 +25,7 @@ class Devices:
             unit.devices.put(name, merged.model_dump(mode="json"))
 
     def measured(self, name: str, served_base: str, tokens_per_second: float) -> None:
-        """Remember a job's pace over a served base, if this host has reported itself."""
+        """Record a job's pace over a served base, if this worker has reported its device."""
         with self._database.write() as unit:
             known = {row.name: row.description for row in unit.devices.list_devices()}
             if name in known:
@@ -37,12 +37,12 @@ class Devices:
         return next((device for device in self.list_devices() if device.name == name), None)
 
     def named(self, name: str) -> NamedDevice:
-        """The device of that name, or the card of that kind. Raises InvalidError for what is neither."""
+        """The device of that name, or the card of that kind. Raises InvalidError if there is neither."""
         found = self.find(name) or CARDS.get(name)
         if found is None:
             known = [*(device.name for device in self.list_devices()), *CARDS]
             hint = did_you_mean(name, known) or ""
-            problem = Problem(("query", "device"), f"no worker reported {name!r}, and no card is called so", hint)
+            problem = Problem(("query", "device"), f"no worker reported {name!r}, and no card has that name", hint)
             raise InvalidError(f"the device {name!r} is not known; {hint}", code="unknown_device", problems=(problem,))
         return found
 
@@ -62,7 +62,7 @@ class Devices:
         }
 
     def list_devices_with_reservations(self) -> list[Device]:
-        """All of them, with what is reserved of each."""
+        """All devices, each with its reservations."""
         reserved = self._ledger.by_host()
         return [
             device.model_copy(update={"reservations": reserved.get(device.host, ())})
@@ -72,14 +72,14 @@ class Devices:
         ]
 
     def room(self, name: str) -> int | None:
-        """Bytes of a worker's memory that nobody has reserved. None where they need not be counted: on a GPU a process
-        that only waits has none, and of what did not report itself nothing is known."""
+        """Unreserved bytes of a worker's memory. None on a GPU, where a waiting process takes none, and for an unknown
+        worker."""
         device = self.find(name)
         if device is None or device.type == "gpu":
             return None
         return device.bytes - sum(one.bytes for one in self._ledger.by_host().get(device.host, ()))
 
     def trainer(self) -> Device | None:
-        """The device a training job would run on: an online one that serves the gpu queue."""
+        """The device that a training job would run on: an online one that serves the gpu queue."""
         fitting = [device for device in self.list_devices() if "gpu" in device.queues]
         return next((device for device in fitting if device.online), fitting[0] if fitting else None)

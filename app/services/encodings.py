@@ -1,6 +1,6 @@
-"""A dataset's rows as token ids: made once per (dataset, tokenizer, format, policy), kept as a blob.
+"""A dataset's rows as token ids: encoded once per (dataset, tokenizer, format, policy), and stored as a blob.
 
-The plan counts them and the training child reads them, so what was planned is what is trained.
+The plan counts them and the training child reads them, so the trained rows are the planned ones.
 """
 
 import hashlib
@@ -26,16 +26,15 @@ from app.domain.trajectories import Trajectory
 from app.storage import Blobs
 from app.storage.blobs import hash_file
 
-NOTES_KEPT = 10_000
+MAX_NOTES = 10_000
 REVISION = 4
-"""Raised when the same inputs would give other ids, so that blobs of an older version are not reused."""
+"""Increase it if the same inputs give other ids, so that blobs of older versions are not reused."""
 
 
 class EncodingSummary(Frozen):
-    """What encoding a dataset under one policy gave. `notes` lists at most 10,000 rows; the counts are exact.
+    """The counts of one encoding. `notes` lists at most 10,000 rows; the counts are exact.
 
-    `branches`, `tokens`, `labelled_tokens` and `lengths` are those of the rows that are trained on, `longest` is that
-    of all.
+    `branches`, `tokens`, `labelled_tokens` and `lengths` count the rows of the train part, `longest` all rows.
     """
 
     rows: int
@@ -54,13 +53,13 @@ class EncodingSummary(Frozen):
     notes: tuple[OverlengthRow, ...]
 
     @property
-    def kept(self) -> int:
-        """Rows of all parts that are not dropped."""
+    def usable_rows(self) -> int:
+        """Rows of all parts that were not dropped."""
         return self.trained + self.validation + self.test
 
 
 class Encodings:
-    """Encodes datasets and remembers the result."""
+    """Encodes datasets and stores the result."""
 
     def __init__(self, database: Database, blobs: Blobs) -> None:
         self._database = database
@@ -81,33 +80,34 @@ class Encodings:
         if known is not None and known.dataset and self._blobs.exists(known.blob):
             return known.blob, EncodingSummary.model_validate(known.summary)
         with tempfile.NamedTemporaryFile(prefix="veritune-rows-") as file:
-            summary = _encode(self._lines(dataset), spec, limit, encoder(), file)
+            summary = _encode(self._read_lines(dataset), spec, limit, encoder(), file)
             file.flush()
-            return self._keep(key, dataset.digest, Path(file.name), summary), summary
+            return self._store(key, dataset.digest, Path(file.name), summary), summary
 
-    def _keep(self, key: str, dataset: str, file: Path, summary: EncodingSummary) -> str:
-        """The row comes before its blob, so that no blob is ever without one: `of` makes a missing blob again."""
+    def _store(self, key: str, dataset: str, file: Path, summary: EncodingSummary) -> str:
+        """Write the row, then its blob, so that no blob is without a row. `get_or_encode` encodes again if a blob is
+        missing."""
         blob, _ = hash_file(file)
         row = EncodingRow(key=key, dataset=dataset, blob=blob, summary=summary.model_dump(mode="json"))
         with self._database.write() as unit:
             if unit.datasets.by_digest(dataset) is None:
-                raise _deleted()
+                raise _dataset_deleted()
             unit.encodings.put(row)
         self._blobs.put_file(file)
-        self._take_back_if_deleted(key, blob)
+        self._undo_if_deleted(key, blob)
         return blob
 
-    def _take_back_if_deleted(self, key: str, blob: str) -> None:
-        """A dataset that is deleted between row and blob takes the row along and finds no blob yet."""
+    def _undo_if_deleted(self, key: str, blob: str) -> None:
+        """Delete the blob again if the dataset was deleted between row and blob: that deletion found no blob yet."""
         with self._database.read() as unit:
             if unit.encodings.get(key) is not None:
                 return
             unreferenced = unit.encodings.unreferenced({blob})
         self._blobs.discard(unreferenced)
-        raise _deleted()
+        raise _dataset_deleted()
 
-    def _lines(self, dataset: DatasetRow) -> Iterator[bytes]:
-        """The canonical JSONL's lines, without holding the whole of it."""
+    def _read_lines(self, dataset: DatasetRow) -> Iterator[bytes]:
+        """The lines of the canonical JSONL, as a stream."""
         rest = b""
         for chunk in self._blobs.stream(dataset.digest):
             *lines, rest = (rest + chunk).split(b"\n")
@@ -116,7 +116,7 @@ class Encodings:
             yield rest
 
 
-def _deleted() -> NotFoundError:
+def _dataset_deleted() -> NotFoundError:
     return NotFoundError("the dataset was deleted while its rows were encoded", code="unknown_dataset")
 
 
@@ -137,7 +137,7 @@ def _key(dataset: str, spec: TrainSpec, tokenizer: str, limit: int) -> str:
 
 
 class _Tally:
-    """Counts while rows stream by."""
+    """Counts over a stream of rows."""
 
     def __init__(self) -> None:
         self.rows = self.trimmed = self.protected = self.dropped = self.refused = self.branches = 0
@@ -147,7 +147,7 @@ class _Tally:
         self.notes: list[OverlengthRow] = []
 
     def note(self, note: OverlengthRow) -> None:
-        if len(self.notes) < NOTES_KEPT:
+        if len(self.notes) < MAX_NOTES:
             self.notes.append(note)
 
     def row(self, row: EncodedRow, labelled: int) -> EncodedRow:
@@ -165,10 +165,10 @@ def _encode(lines: Iterator[bytes], spec: TrainSpec, limit: int, encoder: Encode
     tally = _Tally()
     for number, line in enumerate(lines, start=1):
         tally.rows += 1
-        trajectory = _fitted(read_canonical(line), number, spec, limit, encoder, tally)
+        trajectory = _fit_to_limit(read_canonical(line), number, spec, limit, encoder, tally)
         if trajectory is None:
             continue
-        row = _row(trajectory, number, spec, encoder, tally)
+        row = _encode_row(trajectory, number, spec, encoder, tally)
         out.write(row.model_dump_json(exclude_defaults=True).encode() + b"\n")
     return EncodingSummary(
         rows=tally.rows,
@@ -188,25 +188,27 @@ def _encode(lines: Iterator[bytes], spec: TrainSpec, limit: int, encoder: Encode
     )
 
 
-def _fitted(
+def _fit_to_limit(
     trajectory: Trajectory, line: int, spec: TrainSpec, limit: int, encoder: Encoder, tally: _Tally
 ) -> Trajectory | None:
-    """The trajectory as the over-length policy leaves it; None when it is dropped. The ending is never cut."""
+    """The trajectory after the over-length policy; None if it is dropped. Its end is never cut."""
     policy = spec.preprocessing.overlength
-    whole = _encoded(trajectory, spec, encoder)
+    whole = _encode_trajectory(trajectory, spec, encoder)
     before = len(whole.ids)
     if policy == "trim_observations":
         shorter = encoder.trim_observations(trajectory, limit)
-        left = _encoded(shorter.trajectory, spec, encoder) if shorter.observations else whole
+        left = _encode_trajectory(shorter.trajectory, spec, encoder) if shorter.observations else whole
         if len(left.ids) <= limit:
             if shorter.observations:
                 tally.trimmed += 1
                 tally.protected += shorter.protected
                 action = "protected" if shorter.protected else "trimmed"
                 lost = whole.labelled - left.labelled
-                kept = len(left.ids)
+                kept_tokens = len(left.ids)
                 tally.note(
-                    OverlengthRow(line=line, tokens=before, kept_tokens=kept, action=action, labelled_tokens_lost=lost)
+                    OverlengthRow(
+                        line=line, tokens=before, kept_tokens=kept_tokens, action=action, labelled_tokens_lost=lost
+                    )
                 )
             return shorter.trajectory
     elif before <= limit:
@@ -222,13 +224,13 @@ def _fitted(
     return None
 
 
-def _encoded(trajectory: Trajectory, spec: TrainSpec, encoder: Encoder) -> EncodedSequence:
+def _encode_trajectory(trajectory: Trajectory, spec: TrainSpec, encoder: Encoder) -> EncodedSequence:
     observations = spec.trainer.train_on_observations
     return encoder.encode(encoder.form.render_trajectory(trajectory, train_on_observations=observations))
 
 
-def _row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, tally: _Tally) -> EncodedRow:
-    whole, part = _encoded(trajectory, spec, encoder), _part(trajectory, line, spec)
+def _encode_row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, tally: _Tally) -> EncodedRow:
+    whole, part = _encode_trajectory(trajectory, spec, encoder), _choose_part(trajectory, line, spec)
     if not _has_branch(line, spec):
         return tally.row(EncodedRow(line=line, ids=whole.ids, trained=whole.trained, part=part), whole.labelled)
     branch = encoder.encode(encoder.form.render_labelled_branch(trajectory))
@@ -240,25 +242,25 @@ def _row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, t
 
 
 def _has_branch(line: int, spec: TrainSpec) -> bool:
-    """Whether a row carries the labelled verdict branch: a fixed share, drawn by seed and row."""
-    return _drawn(f"{spec.seed}:{line}") < spec.trainer.verdict_branch
+    """Whether a row has the labelled verdict branch. A fixed share of rows has it, drawn by seed and row."""
+    return _draw_uniform(f"{spec.seed}:{line}") < spec.trainer.verdict_branch
 
 
-def _part(trajectory: Trajectory, line: int, spec: TrainSpec) -> SplitName:
-    """The part that a row belongs to: the one that it says, or one drawn by seed and row."""
+def _choose_part(trajectory: Trajectory, line: int, spec: TrainSpec) -> SplitName:
+    """The part that a row belongs to: its own `split`, or one drawn by seed and row."""
     split = spec.preprocessing.split
     if split.type == "fixed":
         return trajectory.split or SplitName.TRAIN
-    return draw_split(_drawn(f"{spec.seed}:{line}:part"), split.probabilities)
+    return draw_split(_draw_uniform(f"{spec.seed}:{line}:part"), split.probabilities)
 
 
-def _drawn(text: str) -> float:
-    """A number from 0 to below 1 that depends on `text` alone, and on no machine."""
+def _draw_uniform(text: str) -> float:
+    """A number in [0, 1), the same on every machine: a hash of `text`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**32
 
 
 def refuse_overlength(summary: EncodingSummary, limit: int) -> None:
-    """InvalidError when the policy is `refuse` and rows were too long, or when no row is left."""
+    """Raise InvalidError if the policy is `refuse` and rows were too long, or if no row is left."""
     if summary.refused:
         found = tuple(
             Problem(("dataset", "rows", n.line), f"{n.tokens} tokens; at most {limit} fit")
@@ -270,7 +272,7 @@ def refuse_overlength(summary: EncodingSummary, limit: int) -> None:
             code="rows_too_long",
             problems=found,
         )
-    if summary.kept == 0:
+    if summary.usable_rows == 0:
         raise InvalidError(
             f"no row fits {limit} tokens; raise preprocessing.global_max_sequence_length", code="no_row_fits"
         )

@@ -1,4 +1,4 @@
-"""Following a job's events: one poller a process, fanned out to however many clients listen."""
+"""Streams of job events: one poller per process serves all listening clients."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,12 +10,12 @@ from app.services.jobs import Jobs
 
 PERIOD = 0.25
 PAGE = 500
-QUIET = 15.0
-"""Seconds after which a listener is told that nothing happened: proxies close what is silent for long."""
+KEEP_ALIVE = 15.0
+"""Seconds without an event after which a listener gets a None: proxies close idle connections."""
 
 
 class EventFeed:
-    """Lives on the API's event loop. The database is asked once a period for all followed jobs together."""
+    """Runs on the API's event loop. One query per PERIOD reads the newest event numbers of all followed jobs."""
 
     def __init__(self, database: Database, jobs: Jobs) -> None:
         self._database = database
@@ -24,9 +24,9 @@ class EventFeed:
         self._poller: asyncio.Task[None] | None = None
 
     async def follow(self, reference: str, after: int) -> AsyncIterator[Event | None]:
-        """Events behind number `after` as they come. Ends with the last event of a finished job, or when it is deleted.
+        """Yield the events after number `after` as they come, until the job has ended or is deleted.
 
-        None stands for a while in which nothing happened: listeners may tell their clients that they are still there.
+        Yields None after KEEP_ALIVE seconds without an event, so that listeners can keep their connections open.
         """
         job = await asyncio.to_thread(self._jobs.get, reference)
         news = asyncio.Event()
@@ -35,7 +35,7 @@ class EventFeed:
         self._wake()
         try:
             while True:
-                if not await _within(news, QUIET):
+                if not await _wait_for(news, KEEP_ALIVE):
                     yield None
                     self._wake()
                 news.clear()
@@ -64,27 +64,27 @@ class EventFeed:
             self._poller = asyncio.create_task(self._poll())
 
     async def _poll(self) -> None:
-        seen: dict[str, int | None] = {}
+        latest_by_job: dict[str, int | None] = {}
         while self._followed:
             try:
                 latest = await asyncio.to_thread(self._latest, list(self._followed))
-            except UnavailableError:  # the database is away for a moment; listeners stay
+            except UnavailableError:  # the database is unavailable for a moment; listeners remain
                 latest = {}
             for job_id, seq in latest.items():
-                if seen.get(job_id) != seq:
-                    seen[job_id] = seq
+                if latest_by_job.get(job_id) != seq:
+                    latest_by_job[job_id] = seq
                     for news in self._followed.get(job_id, ()):
                         news.set()
             await asyncio.sleep(PERIOD)
 
     def _latest(self, job_ids: list[str]) -> dict[str, int | None]:
-        """Job id → the number of its newest event; None for a job that was deleted."""
+        """Job id → the number of its newest event. None for a deleted job."""
         with self._database.read() as unit:
             return dict.fromkeys(job_ids) | unit.jobs.latest_events(job_ids)
 
 
-async def _within(news: asyncio.Event, seconds: float) -> bool:
-    """Whether there was news within so many seconds."""
+async def _wait_for(news: asyncio.Event, seconds: float) -> bool:
+    """Whether `news` was set within so many seconds."""
     try:
         async with asyncio.timeout(seconds):
             await news.wait()

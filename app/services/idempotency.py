@@ -1,4 +1,4 @@
-"""Idempotency keys: a repeated POST gives the first answer again instead of doing the work twice."""
+"""Idempotency keys: a repeated POST gets the first answer again, and its work runs once."""
 
 import hashlib
 import threading
@@ -12,20 +12,20 @@ from app.db import Database
 from app.domain.errors import ConflictError, InvalidError, Problem, VerituneError
 
 LONGEST_KEY = 255
-PATIENCE = 60.0
-"""Seconds without a sign of life after which a request's process counts as gone and its key may be taken over."""
+KEY_LEASE_SECONDS = 60.0
+"""Seconds without a heartbeat after which a request counts as lost, and another may take its key over."""
 
-BEATS = 6
-"""Signs of life in that time: a busy database may swallow some of them."""
+HEARTBEATS_PER_LEASE = 6
+"""Heartbeats in that time: a busy database may miss some of them."""
 
 Answer = tuple[int, dict[str, Any]]
 log = structlog.get_logger(__name__)
 
 
 class Idempotency:
-    def __init__(self, database: Database, patience: float = PATIENCE) -> None:
+    def __init__(self, database: Database, lease_seconds: float = KEY_LEASE_SECONDS) -> None:
         self._database = database
-        self._patience = patience
+        self._lease_seconds = lease_seconds
 
     def run_once(
         self,
@@ -35,34 +35,34 @@ class Idempotency:
         work: Callable[[], Answer],
         final: Callable[[dict[str, Any]], bool] = lambda _answer: True,
     ) -> Answer:
-        """`work`'s (status, answer), or the answer that this key had before.
+        """Run `work` and store its (status, answer), or return the stored answer of this key.
 
-        An error is not kept, nor an answer that is not `final`: try again.
+        An error is not stored, nor an answer that is not `final`: a repeated request runs again.
         """
         if key is None:
             return work()
-        _check(key)
+        _check_key(key)
         digest = hashlib.sha256(body).hexdigest()
-        if known := self._known(route, key, digest):
+        if known := self._find_answer(route, key, digest):
             return known
         with self._database.write() as unit:
-            stamp = unit.keys.take(route, key, digest, self._patience)
+            stamp = unit.keys.acquire(route, key, digest, self._lease_seconds)
         if stamp is None:
-            return self._known(route, key, digest) or _under_way()
-        held = _Held(self._database, route, key, stamp)
+            return self._find_answer(route, key, digest) or _refuse_concurrent()
+        owned = _OwnedKey(self._database, route, key, stamp)
         try:
-            with held.beating(self._patience / BEATS):
+            with owned.heartbeat(self._lease_seconds / HEARTBEATS_PER_LEASE):
                 status, answer = work()
         except BaseException:
-            held.forget()
+            owned.release()
             raise
         if final(answer):
-            held.settle(status, answer)
+            owned.save_answer(status, answer)
         else:
-            held.forget()
+            owned.release()
         return status, answer
 
-    def _known(self, route: str, key: str, digest: str) -> Answer | None:
+    def _find_answer(self, route: str, key: str, digest: str) -> Answer | None:
         with self._database.read() as unit:
             row = unit.keys.get(route, key)
         if row is None:
@@ -76,8 +76,8 @@ class Idempotency:
         return None if row.status is None or row.response is None else (row.status, row.response)
 
 
-class _Held:
-    """A key that this request has, as long as its stamp is the newest."""
+class _OwnedKey:
+    """A key that this request owns, as long as the row has its stamp."""
 
     def __init__(self, database: Database, route: str, key: str, stamp: float) -> None:
         self._database = database
@@ -86,10 +86,10 @@ class _Held:
         self._stamp = stamp
 
     @contextmanager
-    def beating(self, period: float) -> Iterator[None]:
-        """Give signs of life while the block runs: a batch takes minutes, and nothing else tells it from a dead one."""
+    def heartbeat(self, period: float) -> Iterator[None]:
+        """Renew the key while the block runs: a batch takes minutes, and must not count as lost."""
         over = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(period, over), name="idempotency-key", daemon=True)
+        thread = threading.Thread(target=self._renew, args=(period, over), name="idempotency-key", daemon=True)
         thread.start()
         try:
             yield
@@ -97,31 +97,31 @@ class _Held:
             over.set()
             thread.join()
 
-    def settle(self, status: int, answer: dict[str, Any]) -> None:
+    def save_answer(self, status: int, answer: dict[str, Any]) -> None:
         with self._database.write() as unit:
-            unit.keys.settle(self._route, self._key, self._stamp, status, answer)
+            unit.keys.save_answer(self._route, self._key, self._stamp, status, answer)
 
-    def forget(self) -> None:
+    def release(self) -> None:
         with self._database.write() as unit:
-            unit.keys.forget(self._route, self._key, self._stamp)
+            unit.keys.release(self._route, self._key, self._stamp)
 
-    def _beat(self, period: float, over: threading.Event) -> None:
+    def _renew(self, period: float, over: threading.Event) -> None:
         while not over.wait(period):
             try:
                 with self._database.write() as unit:
-                    stamp = unit.keys.beat(self._route, self._key, self._stamp)
+                    stamp = unit.keys.renew(self._route, self._key, self._stamp)
             except VerituneError as error:
-                log.warning("sign_of_life_missed", route=self._route, reason=error.code)
+                log.warning("idempotency_heartbeat_missed", route=self._route, reason=error.code)
                 continue
             if stamp is None:
                 return
             self._stamp = stamp
 
 
-def _check(key: str) -> None:
+def _check_key(key: str) -> None:
     if not key or len(key) > LONGEST_KEY or not key.isprintable():
         raise InvalidError(f"Idempotency-Key takes 1 to {LONGEST_KEY} printable characters", code="bad_idempotency_key")
 
 
-def _under_way() -> Answer:
+def _refuse_concurrent() -> Answer:
     raise ConflictError("the first request with this Idempotency-Key is still under way", code="request_under_way")

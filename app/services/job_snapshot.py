@@ -1,7 +1,7 @@
-"""Jobs as many clients poll them: whoever asks while a read is under way is answered by the next, with all others.
+"""Reads jobs for many polling clients: requests that arrive during one read share the next one.
 
-A thread for each question costs several times what the reading does, because threads wait for one another at every
-step of it. Nothing is kept from one read for the next, so an answer is never older than its question.
+A thread per request would cost several times as much as the read, because the threads contend for the interpreter
+lock. No result is cached between reads, so an answer is never older than its request.
 """
 
 import asyncio
@@ -10,10 +10,10 @@ from itertools import islice
 from app.domain.jobs import Job
 from app.services.jobs import Jobs, unknown_job
 
-MOST = 500
-"""References of one read: databases bound the parameters of a statement."""
+MAX_REFERENCES = 500
+"""References in one read. Databases limit the parameters of a statement."""
 
-_Answer = asyncio.Future[Job | Exception]
+_PendingAnswer = asyncio.Future[Job | Exception]
 
 
 class JobSnapshots:
@@ -21,31 +21,32 @@ class JobSnapshots:
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
-        self._asked: dict[str, list[_Answer]] = {}
+        self._waiting: dict[str, list[_PendingAnswer]] = {}
         self._reader: asyncio.Task[None] | None = None
 
     async def get(self, reference: str) -> Job:
-        """The job as `Jobs.get` gives it."""
-        answer: _Answer = asyncio.get_running_loop().create_future()
-        self._asked.setdefault(reference, []).append(answer)
+        """The same job, or the same error, as `Jobs.get`."""
+        answer: _PendingAnswer = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(reference, []).append(answer)
         if self._reader is None or self._reader.done():
-            self._reader = asyncio.create_task(self._read())
+            self._reader = asyncio.create_task(self._answer_all())
         found = await answer
         if isinstance(found, Exception):
             raise found
         return found
 
-    async def _read(self) -> None:
-        """Read for those who have asked, until nobody has."""
-        while asked := {reference: self._asked.pop(reference) for reference in list(islice(self._asked, MOST))}:
-            found = await asyncio.to_thread(self._found, list(asked))
-            for reference, answers in asked.items():
+    async def _answer_all(self) -> None:
+        """Answer the waiting requests, batch by batch, until none is left."""
+        while references := list(islice(self._waiting, MAX_REFERENCES)):
+            batch = {reference: self._waiting.pop(reference) for reference in references}
+            found = await asyncio.to_thread(self._read_jobs, references)
+            for reference, answers in batch.items():
                 for answer in answers:
-                    if not answer.done():  # who asked may be gone
+                    if not answer.done():  # a cancelled request has a future that is done
                         answer.set_result(found[reference])
 
-    def _found(self, references: list[str]) -> dict[str, Job | Exception]:
-        """Each reference's job, or why it has none."""
+    def _read_jobs(self, references: list[str]) -> dict[str, Job | Exception]:
+        """Reference → its job, or the error that its request gets."""
         try:
             jobs = self._jobs.get_jobs(references)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Jobs as users see them: submit, list, follow, cancel, pause, resume. What workers do is in `attempts`."""
+"""Jobs for users: submit, list, follow, cancel, pause, resume, delete. Workers use `attempts`."""
 
 import json
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from app.services.naming import check_name
 from app.services.plans import Plans, Prepared
 from app.storage import Blobs
 
-_TOLD = {
+_MESSAGES = {
     JobStatus.CANCELLED: "cancelled before it ran",
     JobStatus.CANCELLING: "asked to cancel",
     JobStatus.PAUSED: "paused",
@@ -47,8 +47,8 @@ _PROGRESS: TypeAdapter[JobProgress | None] = TypeAdapter(JobProgress | None)
 _ERROR: TypeAdapter[JobError | None] = TypeAdapter(JobError | None)
 _NOTHING = "null"
 
-READ_ONCE = 256
-"""Documents of each kind that are kept as they were read."""
+PARSED_DOCUMENTS = 256
+"""Size of the cache of parsed documents, for each kind."""
 
 
 class Jobs:
@@ -59,34 +59,33 @@ class Jobs:
         self._doorbell = doorbell
 
     def plan(self, data: Any, device: str | None = None, *, every_row: bool = False) -> Plan:
-        """What a job with this config would take, on `device` or on the deployment's trainer. Queues nothing.
+        """Plan a job with this config, on `device` or on the deployment's trainer. Queues nothing.
 
-        `every_row`: list all over-length rows that were noted, not the first only.
+        `every_row`: list all over-length rows that were noted, not only the first ones.
         """
         prepared = self._plans.with_remedies(self._plans.prepare(data, device=device))
         listed = {"overlength": prepared.summary.notes} if every_row else {}
         return prepared.plan.model_copy(update=listed)
 
     def submit(self, data: Any) -> Job:
-        """Queue a job. The worker is told only after the row is committed.
+        """Queue a job. The doorbell rings after the row is committed.
 
-        Raises InvalidError for a name that cannot be one, and, with what would fit, where the trainer's memory does not
-        hold it.
+        Raises InvalidError for an invalid name. Raises it, with remedies, if the job does not fit the trainer's memory.
         """
         prepared = self._plans.with_remedies(self._plans.prepare(data))
         check_name(prepared.spec.name)
-        _refuse_what_does_not_fit(prepared.plan)
+        _refuse_if_too_large(prepared.plan)
         row = _row(prepared)
         try:
             with self._database.write() as unit:
-                _refuse_adapters_name(unit, row.name)
+                _refuse_name_of_adapter(unit, row.name)
                 unit.jobs.add(row)
-                told = {"total_updates": prepared.schedule.updates, "rows": prepared.summary.trained}
-                unit.jobs.tell(row.id, "queued", "waiting for a worker", "info", told)
+                details = {"total_updates": prepared.schedule.updates, "rows": prepared.summary.trained}
+                unit.jobs.tell(row.id, "queued", "waiting for a worker", "info", details)
                 for warning in prepared.plan.warnings:
                     unit.jobs.tell(row.id, "plan_warning", warning, "warning", {})
         except IntegrityError:
-            self._check_dataset_is_there(row)
+            self._check_dataset_exists(row)
             raise ConflictError(
                 f"there is a job named {row.name!r} already; choose another name or leave it out",
                 code="name_taken",
@@ -94,7 +93,7 @@ class Jobs:
         self._doorbell.ring(row.id, JobKind(row.kind))
         return self.get(row.id)
 
-    def _check_dataset_is_there(self, row: JobRow) -> None:
+    def _check_dataset_exists(self, row: JobRow) -> None:
         with self._database.read() as unit:
             if row.dataset_id is not None and unit.datasets.find(row.dataset_id) is None:
                 raise NotFoundError("the dataset was deleted while the job was submitted", code="unknown_dataset")
@@ -106,20 +105,20 @@ class Jobs:
         return found
 
     def get_jobs(self, references: Sequence[str]) -> dict[str, Job]:
-        """Reference → its job, for those that name one. An id goes before a name that is spelled like it."""
+        """Reference → its job. Unknown references are left out. An id wins over an equal name."""
         with self._database.read() as unit:
-            jobs = [_view(row) for row in unit.jobs.get_jobs(references)]
+            jobs = [_to_job(row) for row in unit.jobs.get_jobs(references)]
         return {job.name: job for job in jobs} | {job.id: job for job in jobs}
 
     def list_jobs(self, after: str | None, limit: int, status: JobStatus | None) -> tuple[list[Job], bool]:
         with self._database.read() as unit:
             rows, more = unit.jobs.list_jobs(after, limit, status)
-        return [_view(row) for row in rows], more
+        return [_to_job(row) for row in rows], more
 
     def request_action(self, reference: str, action: JobAction) -> Job:
-        """Cancel, pause or resume. Asking twice is fine; asking what the state forbids is a conflict."""
+        """Cancel, pause or resume. A repeated request changes nothing. Raises ConflictError if the state forbids it."""
         with self._database.write() as unit:
-            row = _found(unit, reference)
+            row = _get_row(unit, reference)
             status = JobStatus(row.status)
             following = ACTION_TRANSITIONS[action].get(status)
             if following is None:
@@ -130,7 +129,7 @@ class Jobs:
                 )
             if following is not status:
                 unit.jobs.move(row.id, status, following)
-                unit.jobs.tell(row.id, following.value, _TOLD[following], "info", {})
+                unit.jobs.tell(row.id, following.value, _MESSAGES[following], "info", {})
         if following is JobStatus.QUEUED:
             self._doorbell.ring(row.id, JobKind(row.kind))
         return self.get(row.id)
@@ -141,7 +140,7 @@ class Jobs:
         Raises ConflictError for a job that has not ended.
         """
         with self._database.write() as unit:
-            row = _found(unit, reference)
+            row = _get_row(unit, reference)
             if row.status not in TERMINAL:
                 raise ConflictError(
                     f"{row.id} is {row.status}; only a job that has ended can be deleted: cancel it first, or wait",
@@ -152,9 +151,9 @@ class Jobs:
             self._blobs.delete(digest)
 
     def events(self, reference: str, after: int, limit: int) -> tuple[list[Event], bool]:
-        """Events behind number `after`, oldest first, and whether more follow."""
+        """(the events after number `after`, oldest first; whether more follow)."""
         with self._database.read() as unit:
-            job = _found(unit, reference)
+            job = _get_row(unit, reference)
             rows = unit.jobs.events(job.id, after, limit + 1)
         found = [
             Event.model_validate(
@@ -172,15 +171,15 @@ class Jobs:
         return found[:limit], len(found) > limit
 
     def metrics(self, reference: str, after: int, limit: int) -> tuple[list[Metric], bool]:
-        """Metrics of the updates behind `after`, oldest first, and whether more follow."""
+        """(the metrics of the updates after `after`, oldest first; whether more follow)."""
         with self._database.read() as unit:
-            job = _found(unit, reference)
+            job = _get_row(unit, reference)
             rows = unit.jobs.metrics(job.id, after, limit + 1)
         return [Metric.model_validate(values) for values in rows[:limit]], len(rows) > limit
 
     def checkpoints(self, reference: str) -> list[Checkpoint]:
         with self._database.read() as unit:
-            job = _found(unit, reference)
+            job = _get_row(unit, reference)
             rows = unit.jobs.checkpoints(job.id)
         best = best_of(rows)
         return [
@@ -197,7 +196,7 @@ class Jobs:
 
 
 def best_of(rows: Sequence[CheckpointRow]) -> CheckpointRow | None:
-    """The checkpoint with the lowest validation loss; None where none was evaluated."""
+    """The checkpoint with the lowest validation loss. None if none was evaluated."""
     return min(
         (row for row in rows if row.validation_loss is not None),
         key=lambda row: (row.validation_loss, row.update),
@@ -205,14 +204,14 @@ def best_of(rows: Sequence[CheckpointRow]) -> CheckpointRow | None:
     )
 
 
-def _found(unit: Unit, reference: str) -> JobRow:
+def _get_row(unit: Unit, reference: str) -> JobRow:
     row = unit.jobs.find(reference)
     if row is None:
         raise unknown_job(reference)
     return row
 
 
-def _refuse_adapters_name(unit: Unit, name: str) -> None:
+def _refuse_name_of_adapter(unit: Unit, name: str) -> None:
     if unit.adapters.find(name) is not None:
         raise ConflictError(
             f"there is an adapter named {name!r} already, and a job's adapter gets its name; choose another one",
@@ -220,13 +219,13 @@ def _refuse_adapters_name(unit: Unit, name: str) -> None:
         )
 
 
-def _refuse_what_does_not_fit(plan: Plan) -> None:
+def _refuse_if_too_large(plan: Plan) -> None:
     if plan.fits is not False or plan.memory is None or plan.device_bytes is None:
         return
     takes = f"{_gibibytes(plan.memory.total)}, and {plan.device} has {_gibibytes(plan.device_bytes)}"
     found = tuple(
         Problem(
-            _place(remedy.change),
+            _first_key_path(remedy.change),
             f"takes {takes}",
             f"with {json.dumps(remedy.change)} it takes {_gibibytes(remedy.bytes)}",
         )
@@ -236,10 +235,10 @@ def _refuse_what_does_not_fit(plan: Plan) -> None:
     raise InvalidError(f"the job takes {takes}{way_out}", code="does_not_fit", problems=found)
 
 
-def _place(change: Change) -> Loc:
-    """The innermost key that a change begins with."""
+def _first_key_path(change: Change) -> Loc:
+    """The path of the first key that a change sets."""
     key, value = next(iter(change.items()))
-    return (key, *_place(value)) if isinstance(value, dict) and value else (key,)
+    return (key, *_first_key_path(value)) if isinstance(value, dict) and value else (key,)
 
 
 def _gibibytes(size: int) -> str:
@@ -269,7 +268,7 @@ def _row(prepared: Prepared) -> JobRow:
     )
 
 
-def _view(row: Any) -> Job:
+def _to_job(row: Any) -> Job:
     return Job(
         id=row.id,
         kind=JobKind(row.kind),
@@ -288,14 +287,14 @@ def _view(row: Any) -> Job:
     )
 
 
-# A job's spec and plan never change, and clients poll: a text that was read once is not read again.
+# A job's spec and plan never change, and clients poll: cache the parsed documents by their text.
 
 
-@lru_cache(READ_ONCE)
+@lru_cache(PARSED_DOCUMENTS)
 def _read_spec(text: str) -> TrainSpec:
     return TrainSpec.model_validate_json(text)
 
 
-@lru_cache(READ_ONCE)
+@lru_cache(PARSED_DOCUMENTS)
 def _read_plan(text: str | None) -> Plan | None:
     return _PLAN.validate_json(text or _NOTHING)

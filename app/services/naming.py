@@ -1,4 +1,4 @@
-"""Names for what was uploaded, and the name of the file it came in."""
+"""Names of uploads, and the file names that clients send."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ LONGEST_FILENAME = 255
 
 
 def check_name(asked: str | None) -> None:
-    """InvalidError for a name that cannot be one."""
+    """Raise InvalidError for an invalid name."""
     if asked is None or (re.fullmatch(NAME_PATTERN, asked) and not looks_like_id(asked)):
         return
     message = "a name has 1 to 100 letters, digits, dots, dashes or underscores and begins with a letter or digit"
@@ -22,19 +22,19 @@ def check_name(asked: str | None) -> None:
 
 
 def taken_by_another(asked: str, name: str, identity: str, what: str) -> ConflictError:
-    """What is here already is asked for under a name that means another one."""
+    """The error for an upload that exists already, under a name that another one has."""
     message = f"another {what} is named {asked!r}, and this is the {what} {name!r} ({identity}) already; refer to it so"
     return ConflictError(message, code="name_taken", problems=(Problem(("name",), message),))
 
 
 def shown_filename(given: str) -> str:
-    """The last component of the name that a client gave, printable and not too long; nothing is opened by it."""
+    """The last component of a client's file name, printable and not too long. It is only shown, never opened."""
     last = re.split(r"[/\\]", given)[-1]
     return to_one_line("".join(c for c in last if c.isprintable()))[:LONGEST_FILENAME] or "upload"
 
 
 def choose_name(asked: str | None, filename: str, taken: Callable[[str], bool], what: str) -> str:
-    """The name asked for; or one made from the file's, with a number behind it where that is taken."""
+    """The requested name, or a free one made from the file name. Raises ConflictError if `asked` is taken."""
     if asked is not None:
         if taken(asked):
             raise ConflictError(f"there is a {what} named {asked!r} already; choose another name", code="name_taken")
@@ -44,7 +44,7 @@ def choose_name(asked: str | None, filename: str, taken: Callable[[str], bool], 
 
 
 def free_name(stem: str, taken: Callable[[str], bool]) -> str:
-    """The stem; or, where that is taken or spelled like an id, the stem with a number behind it."""
+    """The stem; with a number appended if it is taken or spelled like an id."""
     number = 1
     name = stem
     while taken(name) or looks_like_id(name):

@@ -1,4 +1,4 @@
-"""Plans: a config is read, its references are resolved, its rows are encoded and counted. Nothing is queued."""
+"""Plans: parse a config, resolve its references, encode and count its rows. Nothing is queued."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -25,15 +25,15 @@ from app.services.splits import check_parts, check_split_column, empty_parts
 from app.services.targets import check_targets
 
 CHECKPOINTING_FROM = 1_000_000_000
-"""Parameters of the base from which `enable_gradient_checkpointing: auto` means yes where memory cannot be reckoned."""
+"""Parameters of the base from which `enable_gradient_checkpointing: auto` means yes if memory cannot be estimated."""
 
 ROWS_LISTED = 100
-"""Over-length rows that a plan lists unless all are asked for: a job carries its plan through every answer."""
+"""Over-length rows that a plan lists by default. Every answer about a job contains its plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a job takes on a device. `memory` and `fits` are None where that cannot be known."""
+    """The memory that a job needs on a device. `memory` and `fits` are None if they cannot be estimated."""
 
     recompute: bool
     memory: MemoryEstimate | None = None
@@ -41,7 +41,7 @@ class Need:
 
     @property
     def bytes(self) -> int | None:
-        """Of the device, at the peak."""
+        """Peak device memory."""
         return self.memory.total if self.memory else None
 
 
@@ -64,12 +64,12 @@ class Prepared:
 
     @property
     def seconds_an_update(self) -> float | None:
-        """By the pace of the last job over this base here; None where there was none."""
+        """By the pace of the last job over this base on this device; None if there was none."""
         return None if self.plan.seconds is None else self.plan.seconds / self.schedule.updates
 
     @property
     def ordered(self) -> TrainSpec:
-        """The spec as a child gets it: what `auto` left to the plan is decided."""
+        """The spec for the child: the plan has replaced each `auto`."""
         decided = self.spec.trainer.model_copy(update={"enable_gradient_checkpointing": self.need.recompute})
         return self.spec.model_copy(update={"trainer": decided})
 
@@ -94,10 +94,10 @@ class Plans:
         self._cap = max_sequence_length
 
     def prepare(self, data: Any, *, worker: str | None = None, device: str | None = None) -> Prepared:
-        """Everything that can be known before the job runs. Raises InvalidError with every problem's place.
+        """Plan a job before it runs. Raises InvalidError with the path of every problem.
 
-        `worker`: the trainer that the job is to run on, when that is settled; `device`: the one, or the card, that was
-        asked about. Without both it is the deployment's trainer.
+        `worker`: the trainer that leased the job. `device`: a device or card that the user named. By default, it is the
+        deployment's trainer.
         """
         spec = read_spec(data)
         dataset = self._dataset(spec)
@@ -106,7 +106,7 @@ class Plans:
         return self._prepare(spec, dataset, base, target)
 
     def with_remedies(self, prepared: Prepared) -> Prepared:
-        """The same; where the job does not fit its device, with changes that were planned again and do fit."""
+        """Add remedies if the job does not fit its device: changes that were planned again and fit."""
         if prepared.need.fits is not False:
             return prepared
         remedies = tuple(self._remedies(prepared))
@@ -145,7 +145,7 @@ class Plans:
         schedule: Schedule,
         summary: EncodingSummary,
     ) -> Need:
-        """`auto` recomputes activations only where they would not fit otherwise: it costs another forward pass."""
+        """`auto` recomputes activations only if the job does not fit otherwise: it costs another forward pass."""
         described, sizes = self._base_models.describe(base), self._base_models.sizes(base)
         wanted = spec.trainer.enable_gradient_checkpointing
         if device is None or sizes is None:
@@ -184,22 +184,22 @@ class Plans:
         }
 
     def _remedies(self, prepared: Prepared) -> list[Remedy]:
-        """One for each kind of change that suffices alone; else the least of several together."""
+        """One remedy for each kind of change that suffices alone; else the mildest combined change."""
         longest, spec = prepared.summary.longest, prepared.spec
         alone = list_changes_by_kind(spec, prepared.schedule, longest, recompute=prepared.need.recompute)
-        if found := [remedy for family in alone if (remedy := self._mildest(prepared, family))]:
+        if found := [remedy for family in alone if (remedy := self._first_that_fits(prepared, family))]:
             return found
-        remedy = self._mildest(prepared, list_combined_changes(spec, longest))
+        remedy = self._first_that_fits(prepared, list_combined_changes(spec, longest))
         return [remedy] if remedy else []
 
-    def _mildest(self, prepared: Prepared, family: list[Change]) -> Remedy | None:
-        """The first change of a family with which the job fits."""
+    def _first_that_fits(self, prepared: Prepared, family: list[Change]) -> Remedy | None:
+        """The first change of the list with which the job fits."""
         for change in family:
             try:
                 spec = apply_change(prepared.spec, change)
                 again = self._prepare(spec, prepared.dataset, prepared.base, prepared.device)
             except (ValidationError, InvalidError):
-                continue  # the change does not go with the rest of the config, or leaves no row
+                continue  # the change contradicts the rest of the config, or leaves no row
             if again.need.fits and again.need.memory:
                 return Remedy(change=change, bytes=again.need.memory.total)
         return None
@@ -233,14 +233,14 @@ class Plans:
         return asked or min(context, self._cap)
 
 
-def _check_feature(place: str, feature: Feature, ours: str, theirs: str | None) -> None:
+def _check_feature(section: str, feature: Feature, ours: str, theirs: str | None) -> None:
     named = feature.column or feature.name
     if named not in (ours, theirs):
         known = f"{ours!r}" if theirs in (None, ours) else f"{ours!r} or {theirs!r}"
         raise InvalidError(
-            f"{place}.0.name: the dataset's column is {known}, not {named!r}",
+            f"{section}.0.name: the dataset's column is {known}, not {named!r}",
             code="invalid_spec",
-            problems=(Problem((place, 0, "name"), f"not a column of the dataset: {named!r}", f"write {known}"),),
+            problems=(Problem((section, 0, "name"), f"not a column of the dataset: {named!r}", f"write {known}"),),
         )
 
 
@@ -253,8 +253,8 @@ def _plan(
     summary: EncodingSummary,
     schedule: Schedule,
 ) -> Plan:
-    share = summary.protected / summary.kept
-    warnings = [*empty_parts(spec, summary), *_one_sided(dataset)]
+    share = summary.protected / summary.usable_rows
+    warnings = [*empty_parts(spec, summary), *_warn_of_single_verdict(dataset)]
     if summary.dropped:
         warnings.append(f"{summary.dropped} rows do not fit {limit} tokens and are dropped; see overlength")
     if share > 0.05:
@@ -289,8 +289,8 @@ def _plan(
     )
 
 
-def _one_sided(dataset: DatasetRow) -> list[str]:
-    """A model that never sees another verdict learns to say this one, whatever it reads."""
+def _warn_of_single_verdict(dataset: DatasetRow) -> list[str]:
+    """A warning if all rows end in one verdict: a model that sees no other verdict always gives this one."""
     labels = [label for label, rows in dataset.report["labels"].items() if rows]
     if len(labels) != 1:
         return []

@@ -1,4 +1,4 @@
-"""Predictions: who answers, with what corpus, how many at once, and the answer put together."""
+"""Predictions: resolve the model and the corpus, limit how many run at once, and build the answer."""
 
 import time
 from collections import Counter
@@ -45,7 +45,7 @@ UNGROUNDED_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class PredictionModel:
-    """Who answers: the digest that inference knows, and how that model was trained to be asked."""
+    """The model that answers: its digest at inference, and the format and the limit that it was trained with."""
 
     digest: str
     adapter: str | None
@@ -83,7 +83,7 @@ class Predictions:
         self._cap = max_sequence_length
 
     def predict(self, request: PredictRequest, is_cancelled: IsCancelled = never_cancelled) -> Prediction:
-        """Judge one claim. CutOffError, between two calls of the model, once whoever asked is gone."""
+        """Judge one claim. Raises CutOffError between two model calls if the request is cancelled."""
         model = self._resolve_model(request)
         with self._slots.slot({model.digest}):
             return self._drain(request, model, is_cancelled)
@@ -91,7 +91,7 @@ class Predictions:
     def stream(
         self, request: PredictRequest, is_cancelled: IsCancelled = never_cancelled
     ) -> Generating[PredictionEvent]:
-        """Judge one claim and tell of it on the way; the first event comes after all checks have passed."""
+        """Judge one claim and yield its events. The first event comes after all checks have passed."""
         model = self._resolve_model(request)
         with self._slots.slot({model.digest}):
             yield from self._run(request, model, is_cancelled)
@@ -99,29 +99,32 @@ class Predictions:
     def predict_batch(
         self, requests: Sequence[PredictRequest], is_cancelled: IsCancelled = never_cancelled
     ) -> list[Prediction | VerituneError]:
-        """Judge many claims, several at a time; one that fails leaves its error in its place."""
+        """Judge many claims, several at a time. A claim that fails has its error at its index."""
 
         def one(request: PredictRequest) -> Prediction | VerituneError:
             try:
                 return self._drain(request, self._resolve_model(request), is_cancelled)
-            except ClientDisconnectedError:  # of all of them
+            except ClientDisconnectedError:  # the whole batch is cancelled
                 raise
             except VerituneError as error:
                 return error
 
-        with self._slots.slot(self._models(requests)), ThreadPoolExecutor(min(BATCH_THREADS, len(requests))) as pool:
+        with (
+            self._slots.slot(self._resolve_digests(requests)),
+            ThreadPoolExecutor(min(BATCH_THREADS, len(requests))) as pool,
+        ):
             return list(pool.map(one, requests))
 
     def check(self) -> None:
-        """Raises VerituneError, in inference's own words, where no claim could be judged now."""
+        """Raise VerituneError, with the message of inference, if no claim could be judged now."""
         self._generator.check()
 
-    def _models(self, requests: Sequence[PredictRequest]) -> set[str]:
-        """Those that a batch asks, as far as they are known; each is looked up once, however often it is named."""
+    def _resolve_digests(self, requests: Sequence[PredictRequest]) -> set[str]:
+        """The digests of the models that a batch uses. Each is looked up once. Unknown ones are left out."""
         asked = {(one.adapter, one.base_model, "adapter" in one.model_fields_set): one for one in requests}
         found = set()
         for one in asked.values():
-            with suppress(VerituneError):  # told in the request's place
+            with suppress(VerituneError):  # the batch's answer has this error at the request's index
                 found.add(self._resolve_model(one).digest)
         return found
 
@@ -180,13 +183,13 @@ class Predictions:
 
     def _start_session(self, model: PredictionModel, sample: int | None, is_cancelled: IsCancelled) -> PromptSession:
         generation = model.generation
-        warm = generation.temperature or (0.0 if sample is None else SAMPLING_TEMPERATURE)
+        temperature = generation.temperature or (0.0 if sample is None else SAMPLING_TEMPERATURE)
         room = max(16, model.limit // 4)
         return PromptSession(
             generator=self._generator,
             encoder=self._base_models.encoder(model.base, model.form),
             model=model.digest,
-            temperature=warm,
+            temperature=temperature,
             top_p=generation.top_p,
             max_thought_tokens=min(generation.max_new_tokens, room),
             seed=sample,
@@ -194,7 +197,7 @@ class Predictions:
         )
 
     def _run_ungrounded(self, request: PredictRequest, session: PromptSession, limit: int) -> Run:
-        """Ungrounded: the model writes the whole trajectory, Observations included, within `limit` tokens."""
+        """Ungrounded mode: the model writes the whole trajectory, Observations included, within `limit` tokens."""
         session.start(session.encoder.form.render_instructions(request.claim))
         opening = list(session.ids)
         session.append([build_header("Thought", 1)])
@@ -211,14 +214,14 @@ class Predictions:
 
 
 def _build_steps(text: str) -> list[PredictedStep]:
-    """What a model wrote on its own, as far as its first Finish; nothing about it is believed."""
+    """Parse a trajectory that the model wrote alone, up to its first Finish. Its Observations are the model's own."""
     steps = []
     for raw in parse_steps(text)[1]:
         action = _build_action(raw.action)
-        seen = ObservedText(text=" ".join(raw.observation.split()), source="model") if raw.observation else None
+        observation = ObservedText(text=" ".join(raw.observation.split()), source="model") if raw.observation else None
         done = action is not None and action.name == "Finish"
         thought = " ".join((raw.thought or "").split())
-        steps.append(PredictedStep(thought=thought, action=action, observation=None if done else seen))
+        steps.append(PredictedStep(thought=thought, action=action, observation=None if done else observation))
         if done:
             break
     return steps

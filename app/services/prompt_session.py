@@ -1,7 +1,7 @@
-"""The model's session: one growing prompt of token ids, and the few ways in which a model may add to it.
+"""A prompt session: one growing prompt of token ids, and the few ways in which a model may extend it.
 
-The server appends every fixed atom; the model is asked for a line, a choice or an argument. Ids that it returns are
-kept as they are; a token that holds a stop and something more is replaced by the ids of what stands before the stop.
+The server appends every fixed atom. The model generates a Thought, a choice or an argument. Sampled ids are appended
+unchanged. If a token crosses the stop, it is replaced by the ids of the text before the stop.
 """
 
 import math
@@ -23,7 +23,7 @@ ARGUMENT_TOKENS = 64
 
 @dataclass(slots=True)
 class Meter:
-    """What the calls of one prediction came to."""
+    """Sums over the model calls of one prediction."""
 
     calls: int = 0
     prompt: int = 0
@@ -53,19 +53,19 @@ class Meter:
 
 
 IsCancelled = Callable[[], bool]
-"""Whether whoever asked has gone."""
+"""Whether the request is cancelled: its client disconnected."""
 
 
 def never_cancelled() -> bool:
-    """Whoever asked stays, or comes back for the answer."""
+    """For a request whose answer is wanted in any case: a client may ask again for it by its idempotency key."""
     return False
 
 
 @dataclass(slots=True)
 class PromptSession:
-    """Writes for one model with one format. `ids` is the prompt so far, BOS included.
+    """Prompts one model in one format. `ids` is the prompt so far, BOS included.
 
-    Once whoever asked is `gone`, the model is asked no more: CutOffError.
+    Every call raises CutOffError once `is_cancelled` returns true.
     """
 
     generator: Generator
@@ -87,7 +87,7 @@ class PromptSession:
             self.ids += self.encoder.encode_segment(segment)
 
     def generate_thought(self, room: int) -> str:
-        """Let the model write one Thought of at most `room` tokens. What looks like a step's beginning is cut off."""
+        """Generate one Thought of at most `room` tokens. The text from a step marker on is cut off."""
         answer = self._generate(max_tokens=min(self.max_thought_tokens, room), stop=("\n",))
         text = answer.text.split("\n", 1)[0]
         if marker := STEP_MARKER.search(text):
@@ -96,7 +96,7 @@ class PromptSession:
         return " ".join(text.split())
 
     def choose_action(self, offered: set[ActionName], *, must_finish: bool) -> tuple[ActionName, bool]:
-        """Let the model choose the kind of action; the chosen atom's own ids are appended.
+        """Let the model choose the kind of action, and append the ids of its atom.
 
         Returns (kind, whether Finish was forced on a model that chose otherwise).
         """
@@ -109,14 +109,14 @@ class PromptSession:
         return kind, forced
 
     def generate_argument(self) -> str:
-        """Let the model write an action's argument, up to the closing bracket, which is not appended."""
+        """Generate an action's argument, up to the closing bracket. The bracket is not appended."""
         answer = self._generate(max_tokens=ARGUMENT_TOKENS, regex=ARGUMENT_PATTERN)
         text = answer.text.split("]", 1)[0].replace("[", " ")
         self.ids += self._fit_ids_to_text(answer.ids, text)
         return " ".join(text.split())
 
     def choose_verdict(self) -> Verdict:
-        """Let the model choose the label behind `Finish[`; the label's own ids are appended."""
+        """Let the model choose the label after `Finish[`, and append the ids of the label."""
         labels = self.encoder.map_verdict_tokens()
         answer = self._generate(max_tokens=1, allowed=tuple(labels))
         chosen = labels[answer.ids[0]]
@@ -124,9 +124,9 @@ class PromptSession:
         return chosen
 
     def score_verdicts(self, step: int) -> dict[Verdict, float]:
-        """p(verdict | claim, Observations): a branch with `Finish[` where no Thought has spoken yet.
+        """p(verdict | claim, Observations), scored on a branch that has `Finish[` right after the last Observation.
 
-        `ids` must end behind the last Observation. One forward; nothing is appended.
+        `ids` must end after the last Observation. This is one forward pass, and nothing is appended.
         """
         labels = self.encoder.map_verdict_tokens()
         branch = list(self.ids)
@@ -138,7 +138,7 @@ class PromptSession:
         return {verdict: weights[verdict] / total for verdict in Verdict}
 
     def generate_trajectory(self, max_tokens: int) -> str:
-        """Let the model write on its own until it ends (ungrounded mode)."""
+        """Generate a whole trajectory until the end of sequence (ungrounded mode)."""
         answer = self._generate(max_tokens=max_tokens)
         self.ids += answer.ids
         return answer.text
@@ -154,7 +154,7 @@ class PromptSession:
         prompt: list[int] | None = None,
     ) -> GenerationResult:
         if self.is_cancelled():
-            raise ClientDisconnectedError("the client has gone")
+            raise ClientDisconnectedError("the client disconnected")
         started = time.monotonic()
         answer = self.generator.generate(
             GenerationRequest(
@@ -180,13 +180,15 @@ class PromptSession:
         return answer
 
     def _fit_ids_to_text(self, ids: Sequence[int], text: str) -> list[int]:
-        """The sampled ids that spell `text`: trailing ids that go beyond it are dropped (an end of sequence too), and
-        where one crosses its end, what it had of the text is encoded anew and counted."""
-        kept = [token for token in ids if token != self.encoder.tokens.eos_id]
-        while kept and not text.startswith(self.encoder.tokens.decode(kept)):
-            kept.pop()
-        rest = text[len(self.encoder.tokens.decode(kept)) :]
+        """The sampled ids that decode to `text`. Ids after its end are dropped, an end of sequence too.
+
+        If one id crosses the end of the text, its part of the text is encoded again, and `crossed` counts it.
+        """
+        fitting = [token for token in ids if token != self.encoder.tokens.eos_id]
+        while fitting and not text.startswith(self.encoder.tokens.decode(fitting)):
+            fitting.pop()
+        rest = text[len(self.encoder.tokens.decode(fitting)) :]
         if rest:
             self.meter.crossed += 1
-            kept += self.encoder.tokens.encode(rest)
-        return kept
+            fitting += self.encoder.tokens.encode(rest)
+        return fitting

@@ -1,6 +1,7 @@
-"""The ReAct loop: the model writes Thoughts and chooses Actions; the server runs them and writes what was seen.
+"""The ReAct loop: the model writes Thoughts and chooses Actions; the server runs them and writes the Observations.
 
-One synchronous generator of typed events; `/predict` drains it and the stream forwards it.
+It is one synchronous generator of typed events. `/predict` drains it, and the stream forwards it. ReAct: Yao et al.,
+2022, arXiv 2210.03629.
 """
 
 import time
@@ -26,12 +27,12 @@ from app.services.prompt_session import PromptSession
 
 REPEATED = "This action was already taken. Use what has been observed, or finish."
 TURN_RESERVE = 64
-"""Tokens that a turn may need beside its Thought."""
+"""Tokens that a turn may need in addition to its Thought."""
 
 
 @dataclass(slots=True)
 class Trace:
-    """What one run of the loop came to."""
+    """The result of one run of the loop."""
 
     steps: list[PredictedStep] = field(default_factory=list)
     evidence: list[CitedSentence] = field(default_factory=list)
@@ -76,21 +77,23 @@ class ReactLoop:
             yield from self._act(number, kind)
 
     def _lacks_room(self) -> bool:
-        """Whether the context has no room for this turn and another."""
+        """Whether the context is too full for this turn and one more."""
         room = self._limit - len(self._session.ids)
         return room < self._session.max_thought_tokens + 2 * TURN_RESERVE
 
     def _think(self, number: int) -> Iterator[LoopEvent]:
         self._session.append([build_header("Thought", number)])
-        room = (
-            self._limit - len(self._session.ids) - TURN_RESERVE
-        )  # an Observation may have left less than a Thought takes
+        # An Observation may leave less room than a Thought takes.
+        room = self._limit - len(self._session.ids) - TURN_RESERVE
         self._thought = self._session.generate_thought(max(1, room))
         self._session.append([TURN_END, build_header("Action", number)])
         yield ThoughtWritten(step=number, thought=self._thought)
 
     def _choose_action(self, *, last: bool) -> ActionName:
-        """The kind of action. Lookup is offered only while a page is open; Finish is forced at an end."""
+        """Choose the kind of action. Lookup is offered only while a page is open.
+
+        Finish is forced at the last step, after a repeated action, and if the context is full.
+        """
         offered = {ActionName.SEARCH, ActionName.FINISH}
         if self._explorer.page is not None:
             offered.add(ActionName.LOOKUP)
@@ -104,10 +107,10 @@ class ReactLoop:
         action = PredictedAction(name=kind, argument=argument)
         yield ActionChosen(step=number, action=action)
         self._session.append([CLOSE, TURN_END, build_header("Observation", number)])
-        seen = self._observe(kind, argument)
-        self._session.append([Segment(SegmentKind.OBSERVATION, f" {seen.text}", trained=False), TURN_END])
-        self.trace.steps.append(PredictedStep(thought=self._thought, action=action, observation=seen))
-        yield Observed(step=number, observation=seen)
+        observation = self._observe(kind, argument)
+        self._session.append([Segment(SegmentKind.OBSERVATION, f" {observation.text}", trained=False), TURN_END])
+        self.trace.steps.append(PredictedStep(thought=self._thought, action=action, observation=observation))
+        yield Observed(step=number, observation=observation)
 
     def _observe(self, kind: ActionName, argument: str) -> ObservedText:
         key = (kind, argument.casefold())
@@ -118,21 +121,21 @@ class ReactLoop:
         search = kind is ActionName.SEARCH
         found = self._explorer.search(argument) if search else self._explorer.lookup(argument)
         self.trace.search_seconds += time.monotonic() - started
-        if search or not found.sentences:  # the same Lookup again gives the next result, while there is one
+        if search or not found.sentences:  # a repeated Lookup gives its next result, if there is one
             self._taken_actions.add(key)
         return self._fit_observation(found)
 
     def _fit_observation(self, found: Observation) -> ObservedText:
-        """The observation as the model sees it: inside its token budget, by the rule that training used."""
+        """Trim the observation to its token budget, by the rule that training used."""
         encoder: Encoder = self._session.encoder
         budget = encoder.get_observation_budget(len(self._session.ids), self._limit)
         page = self._explorer.page
         text, ids = found.text, found.sentences
         if page is not None and len(ids) > 1:
             sentences = [page.sentences[i] for i in ids]
-            kept = encoder.count_sentences_that_fit(sentences, budget)
-            ids = ids[: max(1, kept)]
-            text = " ".join(sentences[:kept]) if kept else encoder.clip_sentence(sentences[0], budget)
+            fitting = encoder.count_sentences_that_fit(sentences, budget)
+            ids = ids[: max(1, fitting)]
+            text = " ".join(sentences[:fitting]) if fitting else encoder.clip_sentence(sentences[0], budget)
         else:
             text = encoder.shorten_observation(text, budget)
         if page is not None:
@@ -154,7 +157,7 @@ class ReactLoop:
         ]
 
     def _finish(self, number: int, before: list[int]) -> Iterator[LoopEvent]:
-        """Finish with the model's verdict, and score the three where no Thought had spoken yet."""
+        """Finish with the model's verdict. Then score all three verdicts on the prompt before the last Thought."""
         self.trace.verdict = self._session.choose_verdict()
         action = PredictedAction(name=ActionName.FINISH, argument=self.trace.verdict.value)
         self.trace.steps.append(PredictedStep(thought=self._thought, action=action, observation=None))
@@ -165,7 +168,7 @@ class ReactLoop:
 
 
 def render_trajectory(trace: Trace) -> str:
-    """The trajectory in the user's own notation; what a model wrote into it cannot begin a step."""
+    """The trajectory in the user's notation. Step markers inside Thoughts are removed, so no Thought begins a step."""
     lines = []
     for number, step in enumerate(trace.steps, start=1):
         lines.append(f"Thought {number}: {STEP_MARKER.sub('', step.thought)}")

@@ -1,4 +1,4 @@
-"""How many predictions run at once: so many, of which a crowd at one model leaves some to others."""
+"""Limits how many predictions run at once. One model cannot take all slots."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from threading import Lock
 
 from app.domain.errors import BusyError
 
-KEPT_FOR_OTHERS = 4
-"""One part in so many of the slots that a crowd at one model leaves free."""
+RESERVED_FRACTION = 4
+"""One slot in so many is reserved: a single model cannot take it."""
 
 
 class Slots:
@@ -20,7 +20,7 @@ class Slots:
 
     @contextmanager
     def slot(self, models: set[str]) -> Iterator[None]:
-        """One slot for as long as the block lasts, counted at each of the models. BusyError where none is free."""
+        """Take one slot while the block runs, and count it for each of the models. Raises BusyError if none is free."""
         self._take(models)
         try:
             yield
@@ -33,7 +33,7 @@ class Slots:
         with self._lock:
             if self._taken >= self._most:
                 raise _busy("all prediction slots are taken")
-            most = self._most - self._most // KEPT_FOR_OTHERS
+            most = self._most - self._most // RESERVED_FRACTION
             if any(self._by_model[model] >= most for model in models):
                 raise _busy(f"{most} predictions by this model run already; the other slots are for others")
             self._taken += 1

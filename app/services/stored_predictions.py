@@ -1,4 +1,4 @@
-"""Predictions that were asked for with `store: true`: kept under their ids, and under the names they were given."""
+"""Predictions of requests with `store: true`, found by id or by name."""
 
 from datetime import UTC, datetime
 
@@ -19,41 +19,41 @@ class StoredPredictions:
 
     def get(self, reference: str) -> Prediction:
         with self._database.read() as unit:
-            return _view(_found(unit, reference))
+            return _to_prediction(_get_row(unit, reference))
 
     def delete(self, reference: str) -> None:
         with self._database.write() as unit:
-            unit.predictions.delete(_found(unit, reference))
+            unit.predictions.delete(_get_row(unit, reference))
 
     def list_predictions(self, after: str | None, limit: int) -> tuple[list[Prediction], bool]:
         with self._database.read() as unit:
             rows, more = unit.predictions.list_predictions(after, limit)
-        return [_view(row) for row in rows], more
+        return [_to_prediction(row) for row in rows], more
 
     def refuse_taken(self, name: str | None) -> None:
-        """ConflictError for a name that is taken already: worth asking before a model is run for it.
+        """Raise ConflictError if the name is taken. Called before the model runs, so that no run is wasted.
 
-        InvalidError for one that cannot be a name.
+        Raises InvalidError for an invalid name.
         """
         if name is None:
             return
         check_name(name)
         with self._database.read() as unit:
             if unit.predictions.find(name) is not None:
-                raise _taken(name)
+                raise _name_taken(name)
 
     def add(self, prediction: Prediction) -> None:
-        # The name is a column alone, so that the version before, which knows none, still reads the answer.
+        # The name is only a column: the previous version refuses an answer with a key that it does not know.
         answer = prediction.model_dump(mode="json", exclude={NAME})
         row = PredictionRow(id=prediction.id, name=prediction.name, answer=answer, created_at=datetime.now(UTC))
         try:
             with self._database.write() as unit:
                 unit.predictions.add(row)
         except IntegrityError:  # taken while the model ran
-            raise _taken(prediction.name) from None
+            raise _name_taken(prediction.name) from None
 
 
-def _found(unit: Unit, reference: str) -> PredictionRow:
+def _get_row(unit: Unit, reference: str) -> PredictionRow:
     row = unit.predictions.find(reference)
     if row is None:
         raise NotFoundError(
@@ -63,10 +63,10 @@ def _found(unit: Unit, reference: str) -> PredictionRow:
     return row
 
 
-def _taken(name: str | None) -> ConflictError:
+def _name_taken(name: str | None) -> ConflictError:
     message = f"there is a stored prediction named {name!r} already; choose another name or leave it out"
     return ConflictError(message, code="name_taken", problems=(Problem((NAME,), "taken"),))
 
 
-def _view(row: PredictionRow) -> Prediction:
+def _to_prediction(row: PredictionRow) -> Prediction:
     return Prediction.model_validate(row.answer | {NAME: row.name})

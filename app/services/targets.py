@@ -1,4 +1,4 @@
-"""What a spec asks of its base model's layers, against their sizes."""
+"""Checks of a spec's target modules and rank against the layers of its base model."""
 
 from app.domain.architectures import Architecture
 from app.domain.errors import InvalidError, Problem
@@ -8,40 +8,40 @@ from app.domain.spelling import did_you_mean
 from app.domain.trainables import get_rank, list_lora_targets
 from app.domain.tuning_methods import AdaloraAdapter, LoraAdapter
 
-OTHERS = ("lm_head",)
+OTHER_LINEAR_LAYERS = ("lm_head",)
 """Linear layers outside the decoder's."""
 
 
 def check_targets(spec: TrainSpec, sizes: Architecture | None) -> None:
-    """InvalidError for a layer's name that the base does not have, and for a rank that one of them does not have.
+    """Raise InvalidError for an unknown layer name, and for a rank above the size of a layer.
 
-    Only where the names are known: other architectures are looked at when they are loaded.
+    It checks architectures with known layer names. Others are checked when the model is loaded.
     """
     adapter = spec.adapter
     if sizes is None or not sizes.is_llama_family or not isinstance(adapter, LoraAdapter | AdaloraAdapter):
         return
-    known = (*sizes.linears, *OTHERS)
+    known = (*sizes.linears, *OTHER_LINEAR_LAYERS)
     named = [] if isinstance(adapter.target_modules, str) else adapter.target_modules
     problems = [
         Problem(
-            ("adapter", "target_modules", place),
+            ("adapter", "target_modules", index),
             f"{name!r} names no linear layer of this base model",
             did_you_mean(name, known),
         )
-        for place, name in enumerate(named)
+        for index, name in enumerate(named)
         if name.rpartition(".")[2] not in known
     ]
     if not problems and (narrow := _narrower(sizes, spec)):
         name, (inputs, outputs) = narrow
-        place = "r" if isinstance(adapter, LoraAdapter) else "init_r"
+        key = "r" if isinstance(adapter, LoraAdapter) else "init_r"
         message = f"a rank of {get_rank(spec)} is more than {name} has, which is {inputs} × {outputs}"
         hint = f"use at most {min(inputs, outputs)}, or other target_modules"
-        problems.append(Problem(("adapter", place), message, hint))
+        problems.append(Problem(("adapter", key), message, hint))
     if problems:
         raise InvalidError(build_headline(problems), code="invalid_spec", problems=tuple(problems))
 
 
 def _narrower(sizes: Architecture, spec: TrainSpec) -> tuple[str, tuple[int, int]] | None:
-    """The narrowest layer that the adapter stands beside, where its rank is more than that."""
+    """The narrowest target layer, if the rank is above its size."""
     narrowest = min(list_lora_targets(sizes, spec).items(), key=lambda layer: min(layer[1]), default=None)
     return narrowest if narrowest and get_rank(spec) > min(narrowest[1]) else None

@@ -1,6 +1,6 @@
 """Blobs in one object store: a directory, memory, S3, GCS or Azure, all through obstore's one API.
 
-A blob's key is the SHA-256 of its bytes, so writing twice is harmless and reading can be checked.
+A blob's key is the SHA-256 of its bytes, so a repeated write is harmless and every read can be verified.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def open_blobs(url: str) -> "Blobs":
 
 
 class Blobs:
-    """Puts and gets whole blobs; nothing is ever changed in place. `directory`: of a store on this host's disk.
+    """Puts and gets whole blobs. A blob never changes. `directory`: the store's, if it is on this host's disk.
 
     Every method raises StorageError if the store fails: code `disk` from a local disk, else `storage_away`.
     """
@@ -59,7 +59,7 @@ class Blobs:
         self._directory = directory
 
     def staged(self) -> "StagedBlobs":
-        """The same store, which notes the blobs that are new."""
+        """The same store, which records the blobs that are new."""
         return StagedBlobs(self._store, self._directory)
 
     def put_bytes(self, content: bytes) -> Blob:
@@ -92,23 +92,23 @@ class Blobs:
         return True
 
     def size(self, digest: str) -> int:
-        """Bytes of the blob. NotFoundError when it is not there."""
+        """Bytes of the blob. Raises NotFoundError if it is missing."""
         try:
             with self._faults_in_words("a blob cannot be looked up"):
                 return int(obstore.head(self._store, _key(digest))["size"])
         except FileNotFoundError:
-            raise _gone(digest) from None
+            raise _blob_lost(digest) from None
 
     def get_bytes(self, digest: str) -> bytes:
         return b"".join(self.stream(digest))
 
     def stream(self, digest: str) -> Iterator[bytes]:
-        """The blob in chunks of about a mebibyte. NotFoundError when it is not there."""
+        """The blob in chunks of about one MiB. Raises NotFoundError if it is missing."""
         try:
             with self._faults_in_words("a blob cannot be read"):
                 chunks = iter(obstore.get(self._store, _key(digest)).stream(min_chunk_size=CHUNK))
         except FileNotFoundError:
-            raise _gone(digest) from None
+            raise _blob_lost(digest) from None
         while True:
             with self._faults_in_words("a blob cannot be read"):
                 chunk = next(chunks, None)
@@ -117,7 +117,7 @@ class Blobs:
             yield bytes(chunk)
 
     def fetch(self, digest: str, path: Path) -> Path:
-        """Copy the blob to `path`, atomically and checked. A file that is there already is trusted."""
+        """Copy the blob to `path` atomically, and verify its digest. An existing file is trusted."""
         if not path.exists():
             with faults_in_words("a blob cannot be copied to this host", path.parent):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,13 +125,13 @@ class Blobs:
         return path
 
     def _fetch(self, digest: str, path: Path) -> None:
-        seen = hashlib.sha256()
+        sha256 = hashlib.sha256()
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
                 for chunk in self.stream(digest):
-                    seen.update(chunk)
+                    sha256.update(chunk)
                     file.write(chunk)
-                if seen.hexdigest() != digest:
+                if sha256.hexdigest() != digest:
                     raise NotFoundError(f"the stored bytes {digest[:12]}… are damaged", code="blob_damaged")
             except BaseException:
                 os.unlink(file.name)
@@ -179,17 +179,17 @@ class StagedBlobs(Blobs):
         self._reused: list[Path | bytes] = []
 
     def put_bytes(self, content: bytes) -> Blob:
-        return self._noted(super().put_bytes(content), content)
+        return self._record(super().put_bytes(content), content)
 
     def put_file(self, path: Path) -> Blob:
-        return self._noted(super().put_file(path), path)
+        return self._record(super().put_file(path), path)
 
     def put_missing(self) -> None:
-        """Store again what was there, but was deleted before the row was committed: nothing referred to it yet."""
+        """Store reused blobs again: another process may have deleted them before the row was committed."""
         for content in self._reused:
             super().put_bytes(content) if isinstance(content, bytes) else super().put_file(content)
 
-    def _noted(self, blob: Blob, content: Path | bytes) -> Blob:
+    def _record(self, blob: Blob, content: Path | bytes) -> Blob:
         if blob.digest not in self.created:
             self._reused.append(content)
         return blob
@@ -208,7 +208,7 @@ def hash_file(path: Path) -> tuple[str, int]:
     return digest, path.stat().st_size
 
 
-def _gone(digest: str) -> NotFoundError:
+def _blob_lost(digest: str) -> NotFoundError:
     return NotFoundError(f"the stored bytes {digest[:12]}… are gone", code="blob_lost")
 
 

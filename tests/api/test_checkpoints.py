@@ -94,7 +94,7 @@ def test_what_cannot_be_published(client: TestClient, served: Services, job: str
     )
     assert client.post(ROUTE.format(job, 1), json={"name": "taken"}).status_code == 201
     before = traces(served)
-    assert "kept are: 2, 1" in problem(client.post(ROUTE.format(job, 3), json={}), 404, "unknown_checkpoint")["detail"]
+    assert "it has: 2, 1" in problem(client.post(ROUTE.format(job, 3), json={}), 404, "unknown_checkpoint")["detail"]
     problem(client.post(ROUTE.format("job_nowhere", 1), json={}), 404, "unknown_job")
     problem(client.post(ROUTE.format(job, 2), json={}), 409, "not_publishable")
     problem(client.post(ROUTE.format(job, 1), json={"name": "a name"}), 422)

@@ -56,7 +56,7 @@ def test_documents_come_back_as_they_were(database: Database) -> None:
 
 def test_a_text_that_postgres_cannot_hold_is_bad_input(postgres_url: str) -> None:
     database = Database(postgres_url)
-    with pytest.raises(InvalidError, match="cannot hold"), database.read() as unit:
+    with pytest.raises(InvalidError, match="cannot store"), database.read() as unit:
         unit.jobs.find("job\x00")
     database.close()
 

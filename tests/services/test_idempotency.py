@@ -1,4 +1,4 @@
-"""Idempotency keys: the work of a key is done once, also when who began it is gone."""
+"""Idempotency keys: the work of a key is done once, also if the process that began it was killed."""
 
 import subprocess
 import sys
@@ -10,11 +10,11 @@ import pytest
 
 from app.composition import Services
 from app.domain.errors import ConflictError
-from app.services.idempotency import BEATS, Idempotency
+from app.services.idempotency import HEARTBEATS_PER_LEASE, Idempotency
 from tests.conftest import ROOT
 
 ROUTE, KEY, BODY = "POST /somewhere", "one", b"a body"
-PATIENCE = 1.2
+LEASE = 1.2
 
 DIES = f"""
 import os, sys
@@ -29,7 +29,7 @@ Idempotency(Database(sys.argv[1])).run_once({ROUTE!r}, {KEY!r}, {BODY!r}, work)
 
 
 class Work:
-    """Work that takes a while and counts how often it was done."""
+    """Work that takes some seconds and counts its runs."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -48,13 +48,13 @@ def patient(services: Services) -> Idempotency:
 
 @pytest.fixture
 def hasty(services: Services) -> Idempotency:
-    """Takes a process for dead that gave no sign for a moment."""
-    return Idempotency(services.database, patience=PATIENCE)
+    """Counts a process as lost after LEASE seconds without a heartbeat."""
+    return Idempotency(services.database, lease_seconds=LEASE)
 
 
 @pytest.fixture
 def dead(services: Services) -> None:
-    """A process began the request, and died."""
+    """A process began the request and was killed."""
     died = subprocess.run([sys.executable, "-c", DIES, services.settings.database], check=False, cwd=ROOT)
     assert died.returncode == 9
 
@@ -65,16 +65,16 @@ def test_a_key_whose_process_died_is_taken_over_after_a_while(patient: Idempoten
     with pytest.raises(ConflictError, match="still under way"):
         patient.run_once(ROUTE, KEY, BODY, work)
     assert work.done == 0
-    time.sleep(PATIENCE)
+    time.sleep(LEASE)
     assert hasty.run_once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
     assert patient.run_once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
 
 
 @pytest.mark.usefixtures("dead")
 def test_several_who_find_it_dead_do_it_once(hasty: Idempotency) -> None:
-    work, ready = Work(1.5 * PATIENCE), threading.Barrier(6)
+    work, ready = Work(1.5 * LEASE), threading.Barrier(6)
     refused: list[str] = []
-    time.sleep(PATIENCE)
+    time.sleep(LEASE)
 
     def ask() -> None:
         ready.wait()
@@ -92,35 +92,35 @@ def test_several_who_find_it_dead_do_it_once(hasty: Idempotency) -> None:
 
 
 def test_a_long_request_that_lives_keeps_its_key(hasty: Idempotency) -> None:
-    work = Work(3 * PATIENCE)
+    work = Work(3 * LEASE)
     first = threading.Thread(target=hasty.run_once, args=(ROUTE, KEY, BODY, work))
     first.start()
     while first.is_alive():
-        time.sleep(PATIENCE / BEATS)
+        time.sleep(LEASE / HEARTBEATS_PER_LEASE)
         if first.is_alive() and work.done:
             with pytest.raises(ConflictError, match="still under way"):
                 hasty.run_once(ROUTE, KEY, BODY, Work())
-            time.sleep(PATIENCE)
+            time.sleep(LEASE)
     assert hasty.run_once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
 
 
 def test_one_that_was_taken_for_dead_changes_nothing(services: Services) -> None:
-    def take(patience: float) -> float | None:
+    def acquire(lease_seconds: float) -> float | None:
         with services.database.write() as unit:
-            return unit.keys.take(ROUTE, KEY, "body", patience)
+            return unit.keys.acquire(ROUTE, KEY, "body", lease_seconds)
 
-    zombie = take(60.0)
+    zombie = acquire(60.0)
     assert zombie is not None
-    assert take(60.0) is None
+    assert acquire(60.0) is None
     time.sleep(0.01)
-    heir = take(0.0)
+    heir = acquire(0.0)
     assert heir is not None
     with services.database.write() as unit:
-        assert unit.keys.beat(ROUTE, KEY, zombie) is None
-        unit.keys.settle(ROUTE, KEY, zombie, 200, {"by": "zombie"})
-        unit.keys.forget(ROUTE, KEY, zombie)
-        unit.keys.settle(ROUTE, KEY, heir, 200, {"by": "heir"})
-    assert take(0.0) is None
+        assert unit.keys.renew(ROUTE, KEY, zombie) is None
+        unit.keys.save_answer(ROUTE, KEY, zombie, 200, {"by": "zombie"})
+        unit.keys.release(ROUTE, KEY, zombie)
+        unit.keys.save_answer(ROUTE, KEY, heir, 200, {"by": "heir"})
+    assert acquire(0.0) is None
     with services.database.read() as unit:
         row = unit.keys.get(ROUTE, KEY)
     assert row is not None
@@ -129,7 +129,7 @@ def test_one_that_was_taken_for_dead_changes_nothing(services: Services) -> None
 
 def test_a_request_that_failed_gives_its_key_back_after_any_number_of_signs(hasty: Idempotency) -> None:
     def fails() -> tuple[int, dict[str, Any]]:
-        time.sleep(PATIENCE / 2)
+        time.sleep(LEASE / 2)
         raise ConflictError("not now")
 
     with pytest.raises(ConflictError, match="not now"):

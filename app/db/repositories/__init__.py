@@ -1,1 +1,1 @@
-"""One repository a resource: rows in, domain words out. They flush and never commit; the unit does."""
+"""One repository per resource. A repository flushes and never commits; the unit of work commits."""

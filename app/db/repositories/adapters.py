@@ -17,12 +17,12 @@ class Adapters:
         self._session.flush()
 
     def find(self, reference: str) -> AdapterRow | None:
-        """By id or by name."""
+        """Find a row by id or by name."""
         wanted = select(AdapterRow).where(or_(AdapterRow.id == reference, AdapterRow.name == reference))
         return first(self._session, wanted)
 
     def by_digest(self, digest: str) -> AdapterRow | None:
-        """The newest of the adapters with these weights."""
+        """The newest adapter with these weights."""
         wanted = select(AdapterRow).where(AdapterRow.digest == digest).order_by(AdapterRow.id.desc())
         return self._session.scalars(wanted).first()
 

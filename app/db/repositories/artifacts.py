@@ -1,4 +1,4 @@
-"""Files that jobs leave beside their adapters."""
+"""Files that jobs write for their users in addition to adapters."""
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -15,6 +15,6 @@ class Artifacts:
         put(self._session, row)
 
     def list_artifacts(self, job_id: str) -> list[ArtifactRow]:
-        """By name."""
+        """The artifacts of a job, sorted by name."""
         wanted = select(ArtifactRow).where(ArtifactRow.job_id == job_id).order_by(ArtifactRow.name)
         return list(self._session.scalars(wanted))

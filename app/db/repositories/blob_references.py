@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from app.db.tables import AdapterRow, ArtifactRow, BaseModelRow, CheckpointRow, CorpusRow, DatasetRow, EncodingRow
 
-ONE_BLOB = (
+SINGLE_BLOB_COLUMNS = (
     ArtifactRow.digest,
     BaseModelRow.config,
     BaseModelRow.tokenizer,
@@ -20,11 +20,11 @@ class BlobReferences:
         self._session = session
 
     def unreferenced(self, blobs: set[str]) -> set[str]:
-        """Those of `blobs` to which no row refers."""
+        """The blobs to which no row refers."""
         left = set(blobs)
-        for column in ONE_BLOB:
+        for column in SINGLE_BLOB_COLUMNS:
             left -= set(self._session.scalars(select(column).where(column.in_(blobs))))
-        for several in (CheckpointRow.files, AdapterRow.files):
-            for files in self._session.scalars(select(several)):
+        for files_column in (CheckpointRow.files, AdapterRow.files):
+            for files in self._session.scalars(select(files_column)):
                 left -= set(files.values())
         return left

@@ -1,7 +1,7 @@
 """Jobs: the lease query, fenced writes, and a job's events, metrics and checkpoints.
 
-Everything an attempt writes names its epoch in the WHERE clause. A zombie (an attempt whose lease ran out and whose
-job another took) therefore changes no row, and learns so by LeaseLostError.
+Every write of an attempt has its epoch in the WHERE clause. A zombie (an attempt whose lease expired and whose job
+another worker leased) therefore changes no row, and gets LeaseLostError.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ JOB_COLUMNS: Select[*tuple[Any, ...]] = select(
     *(cast(_JOBS[name], Text).label(name) for name in ("spec", "plan", "progress", "error")),
     case((_JOBS.status == S.QUEUED, _AHEAD.scalar_subquery())).label("queue_position"),
 )
-"""What is shown of a job, in one statement of plain columns, because clients poll it. Documents are their JSON text;
-`queue_position` is 1 for the next to run, null when the job does not wait."""
+"""The columns of a job's answer, in one statement without ORM rows, because clients poll it. Documents are JSON text.
+`queue_position` is 1 for the next job to run, and null if the job does not wait."""
 
 _REFERENCES: BindParameter[str] = bindparam("references", expanding=True)
 _BY_REFERENCE = JOB_COLUMNS.where(or_(_JOBS.id.in_(_REFERENCES), _JOBS.name.in_(_REFERENCES)))
@@ -57,19 +57,19 @@ class Jobs:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    # What users do.
+    # For users.
 
     def add(self, row: JobRow) -> None:
         self._session.add(row)
         self._session.flush()
 
     def find(self, reference: str) -> JobRow | None:
-        """By id or by name."""
+        """Find a row by id or by name."""
         wanted = select(JobRow).where(or_(JobRow.id == reference, JobRow.name == reference))
         return first(self._session, wanted)
 
     def get_jobs(self, references: Sequence[str]) -> list[Row[*tuple[Any, ...]]]:
-        """The columns of `JOB_COLUMNS` of the jobs with these ids or names, as many as there are, in any order."""
+        """`JOB_COLUMNS` of the jobs with these ids or names, in any order. Unknown references are left out."""
         return list(self._session.execute(_BY_REFERENCE, {"references": references}))
 
     def list_jobs(
@@ -80,17 +80,17 @@ class Jobs:
         return rows[:limit], len(rows) > limit
 
     def move(self, job_id: str, before: JobStatus, after: JobStatus) -> bool:
-        """Change the status if it is still `before`. Whether it was."""
+        """Change the status if it is still `before`. Returns whether it was."""
         values: dict[str, Any] = {"status": after.value}
         if after is S.CANCELLED:
             values["finished_at"] = datetime.now(UTC)
         changed = update(JobRow).where(JobRow.id == job_id, JobRow.status == before.value).values(**values)
-        return _count(self._session.execute(changed)) == 1
+        return _rows_changed(self._session.execute(changed)) == 1
 
     def delete(self, row: JobRow) -> set[str]:
-        """Delete a job with all that belongs to it; the blobs to which its checkpoints and artifacts referred.
+        """Delete a job with its events, metrics, checkpoints and artifacts. Returns the blobs that these referred to.
 
-        Its adapter stays, and no longer refers to it.
+        Its adapter remains, and no longer refers to the job.
         """
         files = delete(CheckpointRow).where(CheckpointRow.job_id == row.id).returning(CheckpointRow.files)
         artifacts = delete(ArtifactRow).where(ArtifactRow.job_id == row.id).returning(ArtifactRow.digest)
@@ -102,13 +102,13 @@ class Jobs:
         self._session.execute(delete(JobRow).where(JobRow.id == row.id))
         return blobs
 
-    # What attempts do.
+    # For attempts.
 
     def lease(self, kinds: Sequence[str], owner: str, seconds: float) -> JobRow | None:
-        """Take the oldest job that waits or whose lease ran out, in one atomic UPDATE; settle wishes on the way.
+        """Lease the oldest job that waits or whose lease expired, in one atomic UPDATE.
 
-        The row returned is `running` for its new owner; or it is `paused`, `cancelled` or `failed`, settled because
-        nobody held it any more: then there is nothing to run and the caller asks again.
+        The returned row is `running` for its new owner. If the lease expired while the job was to pause, to cancel or
+        at its last strike, the row is `paused`, `cancelled` or `failed`, and the caller must ask again.
         """
         expired = and_(JobRow.status.in_([s.value for s in LEASED]), JobRow.lease_until < clock())
         takeable = and_(JobRow.kind.in_(kinds), or_(JobRow.status == S.QUEUED, expired))
@@ -141,21 +141,21 @@ class Jobs:
         return None if job_id is None else self.find(job_id)
 
     def renew(self, lease: Lease, seconds: float) -> JobStatus:
-        """Prolong the lease and hear the user's wish: the job's present status."""
+        """Renew the lease. Returns the job's status, which shows what the user asked for."""
         renewed = update(JobRow).where(*_fence(lease)).values(lease_until=clock() + seconds).returning(JobRow.status)
         status = self._session.scalar(renewed)
         if status is None:
-            raise LeaseLostError(f"{lease.job_id} is no longer held at epoch {lease.epoch}")
+            raise LeaseLostError(f"{lease.job_id} is no longer leased at epoch {lease.epoch}")
         return JobStatus(status)
 
     def write(self, lease: Lease, **values: Any) -> None:
-        """Change columns of a held job."""
-        if _count(self._session.execute(update(JobRow).where(*_fence(lease)).values(**values))) != 1:
-            raise LeaseLostError(f"{lease.job_id} is no longer held at epoch {lease.epoch}")
+        """Change columns of a leased job."""
+        if _rows_changed(self._session.execute(update(JobRow).where(*_fence(lease)).values(**values))) != 1:
+            raise LeaseLostError(f"{lease.job_id} is no longer leased at epoch {lease.epoch}")
 
     def end(self, lease: Lease, from_states: Sequence[JobStatus], to: JobStatus, **values: Any) -> bool:
-        """Leave the job in `to` and let go of it, if its status is one of `from_states`. Whether it was."""
-        self.write(lease, owner=lease.owner)  # raises for a lost lease, and holds the row: no wish lands from here on
+        """Set the status to `to` and end the lease, if the status is one of `from_states`. Returns whether it was."""
+        self.write(lease, owner=lease.owner)  # raises for a lost lease, and locks the row against users' requests
         finished = datetime.now(UTC) if to in (S.SUCCEEDED, S.FAILED, S.CANCELLED) else None
         states = [state.value for state in from_states]
         ended = (
@@ -163,12 +163,12 @@ class Jobs:
             .where(*_fence(lease), JobRow.status.in_(states))
             .values(status=to.value, owner=None, lease_until=None, finished_at=finished, **values)
         )
-        return _count(self._session.execute(ended)) == 1
+        return _rows_changed(self._session.execute(ended)) == 1
 
     # Events, metrics, checkpoints.
 
     def tell(self, job_id: str, kind: str, message: str, level: str, data: dict[str, Any]) -> int:
-        """Append an event. Its number comes from the job's row, so that numbers have no gaps."""
+        """Append an event. Its number is a counter in the job's row, so numbers have no gaps."""
         counted = (
             update(JobRow).where(JobRow.id == job_id).values(event_seq=JobRow.event_seq + 1).returning(JobRow.event_seq)
         )
@@ -182,17 +182,17 @@ class Jobs:
         return list(self._session.scalars(wanted.order_by(EventRow.seq).limit(limit)))
 
     def latest_events(self, job_ids: Sequence[str]) -> dict[str, int]:
-        """Job id → its newest event's number, for those of the jobs that exist."""
+        """Job id → the number of its newest event. Deleted jobs are left out."""
         wanted = select(JobRow.id, JobRow.event_seq).where(JobRow.id.in_(job_ids))
         return {row.id: row.event_seq for row in self._session.execute(wanted)}
 
     def put_metrics(self, job_id: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Write a batch. An update that a resumed attempt repeats replaces the earlier one."""
+        """Write a batch of metrics. If a resumed attempt repeats an update, its row is replaced."""
         for values in rows:
             put(self._session, MetricRow(job_id=job_id, update=values["update"], values=values))
 
     def add_to_metric(self, job_id: str, update: int, values: dict[str, Any]) -> None:
-        """Add to the row of an update, if it is there."""
+        """Add values to the row of an update, if it exists."""
         row = self._session.get(MetricRow, (job_id, update))
         if row is not None:
             row.values = row.values | values
@@ -206,7 +206,7 @@ class Jobs:
         put(self._session, row)
 
     def checkpoints(self, job_id: str) -> list[CheckpointRow]:
-        """Newest first."""
+        """The checkpoints of a job, newest first."""
         wanted = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
         return list(self._session.scalars(wanted.order_by(CheckpointRow.update.desc())))
 
@@ -218,14 +218,14 @@ class Jobs:
         self._session.delete(row)
 
     def has_checkpoints_of_ended(self, before: datetime) -> bool:
-        """Whether a job that ended before then still has one."""
+        """Whether a job that ended before then still has a checkpoint."""
         wanted = select(CheckpointRow.job_id).where(CheckpointRow.job_id.in_(_ended(before))).limit(1)
         return self._session.scalar(wanted) is not None
 
     def drop_checkpoints_of_ended(self, before: datetime) -> list[dict[str, str]]:
-        """Delete those; the files that each had."""
-        gone = delete(CheckpointRow).where(CheckpointRow.job_id.in_(_ended(before))).returning(CheckpointRow.files)
-        return list(self._session.scalars(gone))
+        """Delete the checkpoints of jobs that ended before then. Returns the files of each."""
+        deleted = delete(CheckpointRow).where(CheckpointRow.job_id.in_(_ended(before))).returning(CheckpointRow.files)
+        return list(self._session.scalars(deleted))
 
 
 def _ended(before: datetime) -> Select[str]:
@@ -236,5 +236,5 @@ def _fence(lease: Lease) -> tuple[Any, ...]:
     return (JobRow.id == lease.job_id, JobRow.epoch == lease.epoch, JobRow.owner == lease.owner)
 
 
-def _count(result: Any) -> int:
+def _rows_changed(result: Any) -> int:
     return int(result.rowcount)

@@ -10,7 +10,7 @@ Wanted = TypeVar("Wanted", bound=Select[Any])
 
 
 def page_after(wanted: Wanted, key: SQLColumnExpression[str], after: str | None, limit: int) -> Wanted:
-    """The part of `wanted` behind the cursor `after`: a page and one row more, which tells whether more follow."""
+    """One page of `wanted` after the cursor `after`, and one row more, which shows whether more follow."""
     page = wanted.order_by(key.desc()).limit(limit + 1)
     return page if after is None else page.where(key < after)
 
@@ -18,6 +18,6 @@ def page_after(wanted: Wanted, key: SQLColumnExpression[str], after: str | None,
 def list_newest_first(
     session: Session, table: type[Row], key: SQLColumnExpression[str], after: str | None, limit: int
 ) -> tuple[list[Row], bool]:
-    """(rows behind the cursor `after`, whether more follow)."""
+    """(rows after the cursor `after`, whether more follow)."""
     rows = list(session.scalars(page_after(select(table), key, after, limit)))
     return rows[:limit], len(rows) > limit

@@ -17,7 +17,7 @@ class Predictions:
         self._session.flush()
 
     def find(self, reference: str) -> PredictionRow | None:
-        """By id or by name."""
+        """Find a row by id or by name."""
         wanted = select(PredictionRow).where(or_(PredictionRow.id == reference, PredictionRow.name == reference))
         return first(self._session, wanted)
 

@@ -11,7 +11,7 @@ from app.db.tables import ReservationRow
 from app.domain.ledger import OwnedReservation, Policy, Reservation, Tenant
 
 _LIVE = ReservationRow.lease_until >= clock()
-_SHOWN: Select[*tuple[Any, ...]] = select(
+_COLUMNS: Select[*tuple[Any, ...]] = select(
     ReservationRow.host,
     ReservationRow.owner,
     ReservationRow.tenant,
@@ -37,22 +37,22 @@ class Reservations:
 
     def list_by_host(self, host: str) -> list[OwnedReservation]:
         """The reservations of one host that have not expired."""
-        return [_held(row) for row in self._session.execute(_SHOWN.where(ReservationRow.host == host))]
+        return [_to_reservation(row) for row in self._session.execute(_COLUMNS.where(ReservationRow.host == host))]
 
     def list_all(self) -> list[OwnedReservation]:
-        wanted = _SHOWN.order_by(ReservationRow.host, ReservationRow.tenant, ReservationRow.owner)
-        return [_held(row) for row in self._session.execute(wanted)]
+        wanted = _COLUMNS.order_by(ReservationRow.host, ReservationRow.tenant, ReservationRow.owner)
+        return [_to_reservation(row) for row in self._session.execute(wanted)]
 
-    def put(self, held: OwnedReservation, seconds: float) -> None:
+    def put(self, owned: OwnedReservation, seconds: float) -> None:
         """Reserve or renew: the lease ends `seconds` from now. The expected end of the job does not change."""
-        told = held.reservation
+        reservation = owned.reservation
         fresh = insert_into(self._session, ReservationRow).values(
-            host=held.host,
-            owner=held.owner,
-            tenant=told.tenant.value,
-            bytes=told.bytes,
-            policy=told.policy and told.policy.value,
-            job_id=told.job_id,
+            host=owned.host,
+            owner=owned.owner,
+            tenant=reservation.tenant.value,
+            bytes=reservation.bytes,
+            policy=reservation.policy and reservation.policy.value,
+            job_id=reservation.job_id,
             lease_until=clock() + seconds,
         )
         names = ("tenant", "bytes", "policy", "job_id", "lease_until")
@@ -72,7 +72,7 @@ def _key(host: str, owner: str) -> tuple[Any, ...]:
     return ReservationRow.host == host, ReservationRow.owner == owner
 
 
-def _held(row: Row[*tuple[Any, ...]]) -> OwnedReservation:
+def _to_reservation(row: Row[*tuple[Any, ...]]) -> OwnedReservation:
     reservation = Reservation(
         tenant=Tenant(row.tenant),
         bytes=row.bytes,

@@ -21,7 +21,7 @@ class Datasets:
         self._session.flush()
 
     def find(self, reference: str) -> DatasetRow | None:
-        """By id or by name."""
+        """Find a row by id or by name."""
         wanted = select(DatasetRow).where(or_(DatasetRow.id == reference, DatasetRow.name == reference))
         return first(self._session, wanted)
 
@@ -32,12 +32,12 @@ class Datasets:
         return list_newest_first(self._session, DatasetRow, DatasetRow.id, after, limit)
 
     def list_unfinished_job_ids(self, dataset_id: str) -> list[str]:
-        """Ids of the jobs that still need this dataset."""
+        """Ids of the unfinished jobs that use this dataset."""
         live = JobRow.status.not_in([status.value for status in TERMINAL])
         return list(self._session.scalars(select(JobRow.id).where(JobRow.dataset_id == dataset_id, live)))
 
     def remove(self, row: DatasetRow) -> None:
-        """Delete the row; finished jobs keep their spec and forget the reference."""
+        """Delete the row. The reference of finished jobs becomes null; their spec still names the dataset."""
         for job in self._session.scalars(select(JobRow).where(JobRow.dataset_id == row.id)):
             job.dataset_id = None
         self._session.flush()
@@ -95,7 +95,7 @@ class Devices:
 
 
 class Aliases:
-    """(resource, name) → id. Pointing an alias elsewhere is one row."""
+    """(resource, name) → id. To move an alias changes one row."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -130,10 +130,10 @@ class Encodings:
         put(self._session, row)
 
     def remove(self, dataset: str) -> set[str]:
-        """Delete the encodings of a dataset. The blobs that nobody needs any more: two datasets may share theirs."""
-        gone = delete(EncodingRow).where(EncodingRow.dataset == dataset).returning(EncodingRow.blob)
-        return self.unreferenced(set(self._session.scalars(gone)))
+        """Delete the encodings of a dataset. Returns the blobs that no other encoding has."""
+        deleted = delete(EncodingRow).where(EncodingRow.dataset == dataset).returning(EncodingRow.blob)
+        return self.unreferenced(set(self._session.scalars(deleted)))
 
     def unreferenced(self, blobs: set[str]) -> set[str]:
-        """Those of the blobs that no encoding holds."""
+        """The blobs that no encoding has."""
         return blobs - set(self._session.scalars(select(EncodingRow.blob).where(EncodingRow.blob.in_(blobs))))

@@ -1,4 +1,4 @@
-"""Reading and writing one row so that both databases behave alike when several do it at once."""
+"""Read and write one row, with the same behaviour on both databases under concurrency."""
 
 from typing import Any, TypeVar
 
@@ -10,13 +10,13 @@ from app.db.base import Base
 
 Row = TypeVar("Row")
 WRITES = "veritune_write"
-"""The execution option that tells a writing unit's connection from a reading one's."""
+"""The execution option that marks the connection of a writing unit."""
 
 
 def first(session: Session, wanted: Select[Row]) -> Row | None:
-    """The first row of `wanted`. In a writing unit it is held until the unit ends.
+    """The first row of `wanted`. A writing unit locks it until it ends.
 
-    SQLite lets one writer in at a time; on Postgres what was read could be out of date by the time it is changed.
+    SQLite has one writer at a time. On Postgres, an unlocked row could change between read and write.
     """
     if session.get_bind().get_execution_options().get(WRITES):
         wanted = wanted.with_for_update()
@@ -24,14 +24,14 @@ def first(session: Session, wanted: Select[Row]) -> Row | None:
 
 
 def insert_into(session: Session, table: type[Base]) -> sqlite.Insert | postgresql.Insert:
-    """An INSERT that can say what is done on a conflict, in the words of the session's database."""
+    """An INSERT with ON CONFLICT, in the dialect of the session's database."""
     return sqlite.insert(table) if session.get_bind().dialect.name == "sqlite" else postgresql.insert(table)
 
 
 def put(session: Session, row: Base) -> None:
-    """Insert the row, or replace the one that has its key.
+    """Insert the row, or replace the row with its key.
 
-    One statement: of two that look first and insert then, one would fail on Postgres.
+    It is one statement: of two concurrent transactions that select and then insert, one would fail on Postgres.
     """
     table = inspect(type(row))
     values: dict[str, Any] = {column.key: getattr(row, column.key) for column in table.column_attrs}
