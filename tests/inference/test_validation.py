@@ -50,6 +50,19 @@ def test_of_a_thousand_errors_few_are_made(body: dict[str, Any]) -> None:
     assert raised.value.error_count() <= 4  # one for each shape that a prompt may have
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"model": "a", "prompt": [5], "model": "b"}', "model"),
+        (b'{"model": "a", "prompt": [5], "structured_outputs": {"regex": "a", "regex": "b"}}', "structured_outputs"),
+    ],
+)
+def test_a_repeated_key_is_refused_with_its_name(body: bytes, param: str) -> None:
+    with pytest.raises(APIError, match="is repeated") as raised:
+        parse_request(body)
+    assert (raised.value.status, raised.value.param) == (400, param)
+
+
 def test_what_vllm_knows_may_be_null_and_nothing_else() -> None:
     body = {"model": "long", "prompt": [5], "top_k": None, "best_of": None, "seed": None}
     assert parse_request(json.dumps(body).encode()).seed is None

@@ -124,6 +124,27 @@ def test_a_job_runs_to_a_published_adapter(
     assert not list(services.settings.work_path.glob("job_*"))
 
 
+def test_a_run_whose_loss_rises_is_warned_about_on_the_job_and_on_its_adapter(
+    services: Services, supervisor: Supervisor, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(dataset_jsonl(8))
+    dataset = services.datasets.create(path, "rows.jsonl", None, None, {})[0]
+    trainer = TRAINER | {"learning_rate": 1.0, "learning_rate_scheduler": {"decay": "constant"}}
+    job = services.jobs.submit({"dataset": dataset.id, "adapter": None, "quantization": None, "trainer": trainer})
+
+    assert supervisor.work()
+
+    done = services.jobs.get(job.id)
+    losses = [metric.loss for metric in services.jobs.metrics(job.id, 0, 100)[0]]
+    assert done.progress is not None
+    assert len(done.progress.warnings) == 1, losses
+    (warning,) = done.progress.warnings
+    assert warning.startswith("the loss rose")
+    assert [e.message for e in services.jobs.events(job.id, 0, 100)[0] if e.kind == "warning"] == [warning]
+    assert services.adapters.get(str(done.adapter_id)).manifest.warnings == (warning,)
+
+
 def test_what_held_out_rows_say_is_told_and_decides(services: Services, supervisor: Supervisor, tmp_path: Path) -> None:
     path = tmp_path / "parted.jsonl"
     rows = [json.loads(line) for line in dataset_jsonl(12).splitlines()]

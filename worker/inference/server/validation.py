@@ -5,6 +5,7 @@ What only the model's files can tell is checked in `engine/sequence.py`.
 
 from pydantic import ValidationError
 
+from app.domain.strict_json import RepeatedKeyError, parse_json
 from worker.inference.errors import APIError
 from worker.inference.ipc import MAX_CANDIDATES
 from worker.inference.sampling_params import ServedModel
@@ -18,7 +19,11 @@ tokenizing longer text would only occupy the engine."""
 def parse_request(body: bytes) -> CompletionRequest:
     """Parse a body. Raises APIError, which names the field at fault."""
     try:
-        return CompletionRequest.model_validate_json(body)
+        request = CompletionRequest.model_validate_json(body)
+        parse_json(body.decode())  # pydantic keeps the last value of a repeated key in silence
+        return request
+    except RepeatedKeyError as error:
+        raise APIError(400, str(error), str(error.loc[0])) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         path = ".".join(str(part) for part in first["loc"])
