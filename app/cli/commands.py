@@ -1,4 +1,4 @@
-"""The commands and their options."""
+"""The commands, with their options."""
 
 import os
 from pathlib import Path
@@ -21,9 +21,9 @@ from app.settings import Settings, read_settings
 
 
 class _Commands(TyperGroup):
-    """All commands: what the operator can do something about ends any of them with one line and status 1."""
+    """All commands. An error that the operator can fix ends a command with one line and status 1."""
 
-    def invoke(self, ctx: Any) -> Any:  # typer does not export the type of its parents
+    def invoke(self, ctx: Any) -> Any:  # typer does not export the type of its context
         try:
             return super().invoke(ctx)
         except (CommandError, VerituneError) as error:
@@ -44,18 +44,18 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
 )
 models_application = typer.Typer(help="Base models of this deployment.", no_args_is_help=True)
-corpora_application = typer.Typer(help="Pages to search in.", no_args_is_help=True)
+corpora_application = typer.Typer(help="Corpora: sets of pages that predictions search.", no_args_is_help=True)
 application.add_typer(models_application, name="models")
 application.add_typer(corpora_application, name="corpora")
 
 
-Home = Annotated[Path | None, typer.Option(help="Directory of all embedded state; goes before VERITUNE_HOME.")]
-Host = Annotated[str | None, typer.Option(help="Where the API listens; goes before VERITUNE_HOST.")]
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="The API's port; goes before VERITUNE_PORT.")]
+Home = Annotated[Path | None, typer.Option(help="Directory of all embedded state; overrides VERITUNE_HOME.")]
+Host = Annotated[str | None, typer.Option(help="Address that the API listens on; overrides VERITUNE_HOST.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="The API's port; overrides VERITUNE_PORT.")]
 
 
 def _settings(**options: Path | str | int | None) -> Settings:
-    """The environment's settings; a command's options replace them, also for the processes that it starts."""
+    """Read the settings. Options override the environment, also for the processes that the command starts."""
     given = {f"VERITUNE_{name.upper()}": str(value) for name, value in options.items() if value is not None}
     os.environ.update(given)
     return read_settings()
@@ -75,7 +75,7 @@ def up_command(port: Port = None, host: Host = None, home: Home = None) -> None:
 
 @application.command("api")
 def api_command(port: Port = None, host: Host = None, home: Home = None) -> None:
-    """Run the API process alone (a scaled deployment)."""
+    """Run only the API process (for a scaled deployment)."""
     settings = _settings(port=port, host=host, home=home)
     configure_logs(settings.log_format)
     uvicorn.run(
@@ -91,7 +91,7 @@ def api_command(port: Port = None, host: Host = None, home: Home = None) -> None
 
 @application.command("worker-health")
 def worker_health_command() -> None:
-    """Whether workers of this host serve these queues, as they report to the database; status 1 when they do not."""
+    """Check that workers of this host have lately reported for every queue; otherwise end with status 1."""
     services = compose(read_settings())
     settings = services.settings
     try:
@@ -99,40 +99,40 @@ def worker_health_command() -> None:
     finally:
         services.close()
     if idle := [queue for queue in settings.queues if queue not in served]:
-        raise CommandError(f"no worker of {settings.host_name} has reported of late for the queues {', '.join(idle)}")
+        raise CommandError(f"no worker on {settings.host_name} has lately reported for the queues {', '.join(idle)}")
 
 
 @application.command("migrate")
 def migrate_command(home: Home = None) -> None:
-    """Bring the database's tables to this version."""
+    """Migrate the database to this version."""
     migrate(_settings(home=home).database)
 
 
 @application.command("demo")
 def demo_command(
-    examples: Annotated[Path, typer.Option(help="Directory of the demo's data.")] = Path("examples"),
-    keep: Annotated[bool, typer.Option(help="Leave the service running afterwards.")] = False,
+    examples: Annotated[Path, typer.Option(help="Directory with the demo's data.")] = Path("examples"),
+    keep: Annotated[bool, typer.Option(help="Keep the service running afterwards.")] = False,
     port: Port = None,
     host: Host = None,
     home: Home = None,
 ) -> None:
-    """Upload, train, publish, and judge held-out claims with base and adapter, side by side."""
+    """Upload, train, publish, then judge held-out claims with the base and with the adapter."""
     demo.demo(_settings(port=port, host=host, home=home), examples, keep=keep)
 
 
 @application.command("rerun")
 def rerun_command(job: str, port: Port = None, host: Host = None) -> None:
-    """Submit a job of the running service once more, with everything pinned: the same adapter on the same machine."""
+    """Submit a job again with everything pinned: on the same machine it trains the same adapter."""
     with client_of(_settings(port=port, host=host)) as client:
         again, manifest = rerun(client, job)
     typer.echo(f"{again['id']}  {again['name']}  queued")
     if manifest and (where := manifest["environment"]):
-        typer.echo(f"to the bit the same with {where['precision']} on {where['device']}, {where['threads']} threads")
+        typer.echo(f"bit-identical with {where['precision']} on {where['device']}, {where['threads']} threads")
 
 
 @models_application.command("fetch")
 def models_fetch(name: str, home: Home = None) -> None:
-    """Get a model of the catalogue (smollm2-135m) and list it."""
+    """Download a model of the catalogue (smollm2-135m), convert it, and list it."""
     described = models.fetch(_services(home), name)
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
 
@@ -147,20 +147,20 @@ def models_add(name: str, source: str, home: Home = None) -> None:
 @models_application.command("export")
 def models_export(
     name: str,
-    to: Annotated[Path, typer.Option(help="A directory; the model's own is made in it, named by its digest.")],
+    to: Annotated[Path, typer.Option(help="Parent directory; the model goes into a subdirectory named by its digest.")],
     quantization: Annotated[
-        Literal["nf4", "fp4", "int8", "none"], typer.Option(help="What adapters over it were trained on.")
+        Literal["nf4", "fp4", "int8", "none"], typer.Option(help="Quantisation that its adapters were trained over.")
     ] = "nf4",
     home: Home = None,
 ) -> None:
-    """Write a listed model as it is served, as plain weights that vLLM reads; the last word is its directory."""
+    """Export a listed model as it is served, as plain weights for vLLM. The last word printed is its directory."""
     exported = models.export(_services(home), name, QUANTIZATION_BY_NAME[quantization], to)
     typer.echo(f"{exported.name}  {quantization}  {exported.path}")
 
 
 @models_application.command("list")
 def models_list(home: Home = None) -> None:
-    """The models that jobs may name."""
+    """List the base models that jobs may name."""
     for view in _services(home).base_models.list_base_models():
         mark = "*" if view.default else " "
         typer.echo(f"{mark} {view.name}  {view.parameters:,} parameters  context {view.context_length}")
@@ -168,13 +168,13 @@ def models_list(home: Home = None) -> None:
 
 @corpora_application.command("fetch")
 def corpora_fetch(name: str, home: Home = None) -> None:
-    """Get a corpus of the catalogue (wiki-leads: 10,033 leads of Wikipedia articles, CC BY-SA)."""
+    """Download a corpus of the catalogue (wiki-leads: 10,033 leads of Wikipedia articles, CC BY-SA), and import it."""
     corpus = corpora.fetch(_services(home), name)
     typer.echo(corpora.describe(corpus))
 
 
 @corpora_application.command("add")
 def corpora_add(file: Path, name: Annotated[str | None, typer.Option()] = None, home: Home = None) -> None:
-    """Import pages from a JSONL file: {title, text} or {title, sentences} a line."""
+    """Import pages from a JSONL file. Each line is {title, text} or {title, sentences}."""
     corpus, _new = _services(home).corpora.create(file, file.name, name)
     typer.echo(corpora.describe(corpus))

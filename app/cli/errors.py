@@ -1,5 +1,5 @@
-"""What a command may end with."""
+"""The error that ends a command."""
 
 
 class CommandError(Exception):
-    """Why a command cannot go on, and the way out, in words for the operator. Told as one line, with status 1."""
+    """A command cannot continue. The message says why and what to do; it is printed as one line, with status 1."""

@@ -1,4 +1,4 @@
-"""`veritune models`: the base models of this deployment. The heavy part runs in `python -m worker.models`."""
+"""`veritune models`: the base models of this deployment. `python -m worker.models` does the work with tensors."""
 
 import json
 import subprocess
@@ -12,12 +12,12 @@ from app.domain.tuning_methods import Quantization
 
 
 def fetch(services: Services, name: str) -> BaseModelDescription:
-    """Get a model of the catalogue, convert it once, list it."""
+    """Download a model of the catalogue, convert it once, and list it."""
     return _register(services, ["fetch", name])
 
 
 def add(services: Services, name: str, source: str) -> BaseModelDescription:
-    """List a local directory, or ORG/NAME@REVISION of the hub."""
+    """List a model from a local directory, or from ORG/NAME@REVISION of the Hugging Face hub."""
     return _register(services, ["add", name, source])
 
 
@@ -25,11 +25,11 @@ def fetch_default(services: Services) -> BaseModelDescription:
     return fetch(services, services.settings.default_base_model)
 
 
-def export(services: Services, name: str, held: Quantization | None, to: Path) -> ExportedBase:
-    """Write a listed model as it is served at one quantisation, and put the adapters over it where vLLM looks."""
+def export(services: Services, name: str, quantization: Quantization | None, to: Path) -> ExportedBase:
+    """Export a listed model as it is served at one quantisation, and its adapters to where vLLM looks for them."""
     described = services.base_models.describe(services.base_models.get(name))
     arguments = ["export", described.source.model_dump_json(), "--name", described.name, "--digest", described.digest]
-    arguments += ["--quantization", held.model_dump_json() if held else "null", "--to", str(to)]
+    arguments += ["--quantization", quantization.model_dump_json() if quantization else "null", "--to", str(to)]
     exported = ExportedBase.model_validate_json(_result_line(services, arguments))
     services.adapters.put_on_disk(exported.digest)
     return exported
@@ -42,7 +42,7 @@ def _register(services: Services, arguments: list[str]) -> BaseModelDescription:
 
 
 def _result_line(services: Services, arguments: list[str]) -> str:
-    """The line that `python -m worker.models` answers with. Raises CommandError, with what it says went wrong."""
+    """The result line of `python -m worker.models`. Raises CommandError with its error message."""
     command = [sys.executable, "-m", "worker.models", *arguments]
     command += ["--cache", str(services.settings.cache_path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

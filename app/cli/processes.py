@@ -1,4 +1,4 @@
-"""A set of processes that is kept running: started, restarted with back-off, stopped. Each line carries its name."""
+"""Keeps a set of processes running: starts them, restarts them with back-off, prefixes their output, stops them."""
 
 import contextlib
 import os
@@ -14,15 +14,15 @@ from typing import IO
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 STEADY_SECONDS = 30.0
-"""A process that ran this long and then ended is restarted at once: its back-off begins anew."""
+"""The back-off starts again from `FIRST_PAUSE` for a process that ran longer than this."""
 
-Say = Callable[[str, str], None]
+PrintLine = Callable[[str, str], None]
 """(name of the process, line)"""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """A process to be kept. `grace`: seconds it gets between SIGTERM and SIGKILL."""
+    """A process to keep running. `grace`: seconds between SIGTERM and SIGKILL."""
 
     name: str
     command: Sequence[str]
@@ -31,7 +31,7 @@ class ProcessSpec:
 
 
 @dataclass(slots=True)
-class _KeptProcess:
+class _ManagedProcess:
     spec: ProcessSpec
     process: "subprocess.Popen[bytes]"
     started: float
@@ -41,59 +41,59 @@ class _KeptProcess:
 
 
 class Processes:
-    """Used from one thread. Each part leads a process group of its own, which goes as a whole."""
+    """Use it from one thread. Each process leads a process group, and signals go to the whole group."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
-        self._kept: list[_KeptProcess] = []
+    def __init__(self, print_line: PrintLine) -> None:
+        self._print_line = print_line
+        self._managed: list[_ManagedProcess] = []
 
     def start(self, spec: ProcessSpec) -> None:
-        self._kept.append(self._spawn(spec))
+        self._managed.append(self._spawn(spec))
 
     def pid(self, name: str) -> int:
-        """The id of the running process with this name. Raises StopIteration for a name that was never started."""
-        return next(kept.process.pid for kept in self._kept if kept.spec.name == name)
+        """The process id of the process with this name. Raises StopIteration if none was started with it."""
+        return next(managed.process.pid for managed in self._managed if managed.spec.name == name)
 
     def running(self, name: str) -> bool:
-        return any(kept.spec.name == name and kept.process.poll() is None for kept in self._kept)
+        return any(managed.spec.name == name and managed.process.poll() is None for managed in self._managed)
 
     def restart_ended(self) -> None:
-        """Restart what has ended, once its back-off is over."""
+        """Restart each ended process once its back-off is over."""
         now = time.monotonic()
-        for place, kept in enumerate(self._kept):
-            if kept.process.poll() is None:
+        for index, managed in enumerate(self._managed):
+            if managed.process.poll() is None:
                 continue
-            if kept.restart_at is None:
-                self._schedule_restart(kept, now)
-            elif now >= kept.restart_at:
-                fresh = self._spawn(kept.spec)
-                fresh.pause = min(kept.pause * 2, LONGEST_PAUSE)
-                self._kept[place] = fresh
+            if managed.restart_at is None:
+                self._schedule_restart(managed, now)
+            elif now >= managed.restart_at:
+                fresh = self._spawn(managed.spec)
+                fresh.pause = min(managed.pause * 2, LONGEST_PAUSE)
+                self._managed[index] = fresh
 
     def stop(self) -> None:
-        """SIGTERM to all but the first (which the others need), then to it; SIGKILL what still runs."""
-        for group in (self._kept[1:], self._kept[:1]):
-            for kept in group:
-                _signal(kept.process, signal.SIGTERM)
+        """Send SIGTERM to all but the first, then to the first, which the others need. After `grace`, send SIGKILL."""
+        for group in (self._managed[1:], self._managed[:1]):
+            for managed in group:
+                _signal(managed.process, signal.SIGTERM)
             until = time.monotonic()
-            for kept in group:
+            for managed in group:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    kept.process.wait(max(0.1, until + kept.spec.grace - time.monotonic()))
-                _signal(kept.process, signal.SIGKILL)
-                kept.process.wait()
-                for reader in kept.readers:
+                    managed.process.wait(max(0.1, until + managed.spec.grace - time.monotonic()))
+                _signal(managed.process, signal.SIGKILL)
+                managed.process.wait()
+                for reader in managed.readers:
                     reader.join(1.0)
 
-    def _schedule_restart(self, kept: _KeptProcess, now: float) -> None:
-        _signal(kept.process, signal.SIGKILL)  # what is left of its process group
-        if now - kept.started > STEADY_SECONDS:
-            kept.pause = FIRST_PAUSE
-        kept.restart_at = now + kept.pause
-        status = kept.process.returncode
+    def _schedule_restart(self, managed: _ManagedProcess, now: float) -> None:
+        _signal(managed.process, signal.SIGKILL)  # ends the rest of its process group
+        if now - managed.started > STEADY_SECONDS:
+            managed.pause = FIRST_PAUSE
+        managed.restart_at = now + managed.pause
+        status = managed.process.returncode
         ending = f"signal {-status}" if status < 0 else f"exit status {status}"
-        self._say(kept.spec.name, f"ended ({ending}); starting again in {kept.pause:g} s")
+        self._print_line(managed.spec.name, f"ended ({ending}); starting again in {managed.pause:g} s")
 
-    def _spawn(self, spec: ProcessSpec) -> _KeptProcess:
+    def _spawn(self, spec: ProcessSpec) -> _ManagedProcess:
         process = subprocess.Popen(
             [*_die_with_parent(), *spec.command],
             env=os.environ | spec.environment,
@@ -102,21 +102,21 @@ class Processes:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        kept = _KeptProcess(spec, process, time.monotonic())
+        managed = _ManagedProcess(spec, process, time.monotonic())
         assert process.stdout is not None
         reader = threading.Thread(target=self._forward, args=(spec.name, process.stdout), daemon=True)
         reader.start()
-        kept.readers.append(reader)
-        return kept
+        managed.readers.append(reader)
+        return managed
 
     def _forward(self, name: str, stream: IO[bytes]) -> None:
         with stream:
             for line in stream:
-                self._say(name, line.decode(errors="replace").rstrip("\n"))
+                self._print_line(name, line.decode(errors="replace").rstrip("\n"))
 
 
 def _die_with_parent() -> list[str]:
-    """Where the system has it, a child gets SIGTERM when this process is killed outright."""
+    """A command prefix, where the system has setpriv: the child gets SIGTERM when this process is killed."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
 

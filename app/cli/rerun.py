@@ -1,4 +1,4 @@
-"""`veritune rerun JOB`: a job once more with everything pinned, so that it can give the same adapter to the bit."""
+"""`veritune rerun JOB`: submits a job again with everything pinned, so that its adapter can be bit-identical."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from app.cli.errors import CommandError
 
 
 def rerun(client: httpx.Client, reference: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(the new job, the manifest of what the old one published if it did).
+    """Return (the new job, the manifest of the old job's adapter, if it has one).
 
-    Raises CommandError, also when the base model or the dataset is no longer what the manifest names.
+    Raises CommandError, also if the base model or the dataset has changed since the manifest was written.
     """
     job = get(client, f"/jobs/{reference}")
     manifest = get(client, f"/adapters/{job['adapter_id']}")["manifest"] if job["adapter_id"] else None
@@ -21,7 +21,7 @@ def rerun(client: httpx.Client, reference: str) -> tuple[dict[str, Any], dict[st
 
 
 def pinned(job: dict[str, Any]) -> dict[str, Any]:
-    """The spec that was run, without its name, which is taken, and with the length that the deployment filled in."""
+    """The job's spec without its name, which is taken, and with the sequence length of its plan."""
     spec: dict[str, Any] = job["spec"]
     length = {"global_max_sequence_length": job["plan"]["max_sequence_length"]}
     return spec | {"name": None, "preprocessing": spec["preprocessing"] | length}
@@ -31,6 +31,6 @@ def _check_unchanged(client: httpx.Client, job: dict[str, Any], manifest: dict[s
     base = manifest["base"]
     listed = {model["name"]: model["digest"] for model in get(client, "/base-models")["data"]}
     if listed.get(base["name"]) != base["digest"]:
-        raise CommandError(f"{base['name']} is no longer the base model that {job['name']} was trained on")
+        raise CommandError(f"{base['name']} is no longer the base model that {job['name']} was trained over")
     if get(client, f"/datasets/{job['spec']['dataset']}")["digest"] != manifest["dataset_digest"]:
         raise CommandError(f"the dataset is no longer the one that {job['name']} was trained on")

@@ -1,4 +1,4 @@
-"""`veritune up`: the embedded deployment. Broker, tables, base model, then the four processes, kept until Ctrl-C."""
+"""`veritune up`: the embedded deployment. Starts the broker, migrates, fetches the base model, runs four processes."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ BROKER_SECONDS = 15.0
 
 
 def up(settings: Settings) -> None:
-    """Run until SIGINT or SIGTERM; both stop every process, grandchildren included."""
+    """Run until SIGINT or SIGTERM. Both stop every process, with its children."""
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: over.set())
@@ -39,14 +39,14 @@ def up(settings: Settings) -> None:
     with _lock_home(settings):
         _check_port_is_free(settings)
         environment = _environment(settings)
-        processes = Processes(_say)
+        processes = Processes(_print_line)
         try:
             _start(settings, environment, processes, over)
             _keep_running(settings, processes, over)
         finally:
-            _say("up", "stopping")
+            _print_line("up", "stopping")
             processes.stop()
-            _say("up", "stopped")
+            _print_line("up", "stopped")
 
 
 def _start(settings: Settings, environment: dict[str, str], processes: Processes, over: threading.Event) -> None:
@@ -56,13 +56,13 @@ def _start(settings: Settings, environment: dict[str, str], processes: Processes
         until = time.monotonic() + BROKER_SECONDS
         while not broker_answers(socket_path):
             if not processes.running("broker") or time.monotonic() > until:
-                raise CommandError("the embedded broker did not start; its lines above say why")
+                raise CommandError("the embedded broker did not start; its output above says why")
             time.sleep(0.05)
     migrate(settings.database)
     services = compose(settings)
     try:
         if not services.base_models.list_base_models():
-            _say("up", f"no base model yet; fetching {settings.default_base_model}")
+            _print_line("up", f"no base model yet; fetching {settings.default_base_model}")
             fetch_default(services)
     finally:
         services.close()
@@ -94,7 +94,7 @@ def _keep_running(settings: Settings, processes: Processes, over: threading.Even
             asked_at = time.monotonic()
             announced = _ready(settings)
             if announced:
-                _say("up", f"ready: {settings.api_url}/docs  (Ctrl-C stops everything)")
+                _print_line("up", f"ready: {settings.api_url}/docs  (Ctrl-C stops everything)")
 
 
 def _ready(settings: Settings) -> bool:
@@ -104,7 +104,7 @@ def _ready(settings: Settings) -> bool:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """Variables that every process gets beside this one's own: one home, one secret, one inference port."""
+    """Variables added for every process, so that all have the same home, secret and inference port."""
     environment = {"VERITUNE_HOME": str(settings.home_path), "PYTHONUNBUFFERED": "1"}
     if settings.inference_secret is None:
         environment["VERITUNE_INFERENCE_SECRET"] = secrets.token_urlsafe(32)
@@ -129,7 +129,7 @@ def _check_port_is_free(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _lock_home(settings: Settings) -> Iterator[None]:
-    """One deployment a home directory."""
+    """Lock the home directory: it belongs to one deployment at a time."""
     with (settings.home_path / "up.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,12 +143,12 @@ def _lock_home(settings: Settings) -> Iterator[None]:
         yield
 
 
-_speaking = threading.Lock()
+_print_lock = threading.Lock()
 
 
-def _say(who: str, line: str, out: IO[str] = sys.stdout) -> None:
-    name = f"{who:>9}"
+def _print_line(process: str, line: str, out: IO[str] = sys.stdout) -> None:
+    name = f"{process:>9}"
     if out.isatty():
-        name = f"\x1b[{COLOURS.get(who, 0)}m{name}\x1b[0m"
-    with _speaking:
+        name = f"\x1b[{COLOURS.get(process, 0)}m{name}\x1b[0m"
+    with _print_lock:
         print(f"{name} │ {line}", file=out, flush=True)

@@ -1,4 +1,4 @@
-"""The HTTP door over a whole deployment in this process, with a scripted model where the GPU side would be."""
+"""The HTTP API over a whole deployment in this process, with a scripted model in place of inference."""
 
 import re
 import socket
@@ -40,7 +40,7 @@ CPU = DeviceDescription(type="cpu", model="a cpu", bytes=1 << 33, cores=2, queue
 
 
 def reads_the_page(prompt: str, request: GenerationRequest) -> str:
-    """A model that searches the page which the claim names, and then finishes."""
+    """A scripted model that searches for the page that the claim names, and then finishes."""
     named = re.search(r"Claim: The (\w+)", prompt)
     page = named.group(1) if named else "Nothing"
     number = prompt.count("Thought ")
@@ -63,14 +63,14 @@ def served(services: Services, doorbell: MemoryDoorbell) -> Iterator[Services]:
 
 @pytest.fixture
 def client(served: Services) -> Iterator[TestClient]:
-    """A client that sees an unexpected error as the 500 it would be."""
+    """A client that gets a 500 for an unexpected error, as over HTTP."""
     with TestClient(create_app(served), base_url=HOST, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def refusing(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Iterator[tuple[TestClient, Services]]:
-    """A deployment with a dataset named `rows`. It stores no more than that, because all it ever gets is refused."""
+    """A deployment with a dataset named `rows`. It stores nothing more, because every test request is refused."""
     home = tmp_path_factory.mktemp("door") / "home"
     settings = Settings(home=home, cache=tiny_cache, default_base_model="tiny")
     migrate(settings.database)
@@ -78,13 +78,15 @@ def refusing(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Iter
     composed.base_models.register(BaseModelDescription.model_validate_json((tiny_cache / "tiny.json").read_text()))
     with TestClient(create_app(composed), base_url=HOST, raise_server_exceptions=False) as client:
         assert post_file(client, "/datasets", dataset_jsonl(), name="rows").status_code == 201
-        assert client.post("/jobs/plan", json={"dataset": "rows"}).status_code == 200  # keeps the encoded rows
+        assert (
+            client.post("/jobs/plan", json={"dataset": "rows"}).status_code == 200
+        )  # encodes the rows and caches them
         yield client, composed
 
 
 @pytest.fixture
 def door(refusing: tuple[TestClient, Services]) -> Iterator[TestClient]:
-    """A client whose requests must leave nothing behind."""
+    """A client whose requests must store nothing."""
     client, composed = refusing
     with nothing_left(composed):
         yield client
@@ -121,7 +123,7 @@ Answer = httpx.Response | Any
 
 
 def problem(response: Answer, status: int, code: str | None = None) -> dict[str, Any]:
-    """The problem document of a refusal, checked to be one: RFC 9457's members, the code, no trace, no HTML."""
+    """Return the problem document of a refusal. Checks RFC 9457's members and the code: no trace, no HTML."""
     assert response.status_code == status, response.text[:500]
     assert response.headers["content-type"] == "application/problem+json"
     document: dict[str, Any] = response.json()
@@ -141,12 +143,12 @@ def problem(response: Answer, status: int, code: str | None = None) -> dict[str,
 
 
 def places(document: dict[str, Any]) -> list[str]:
-    """Where the input is wrong, dotted."""
+    """The `loc` of each error, dotted."""
     return [".".join(map(str, error["loc"])) for error in document["errors"]]
 
 
 def traces(services: Services) -> dict[str, int]:
-    """What is stored: rows by table, blobs, files of uploads on their way in."""
+    """What is stored: the number of rows of each table, blobs, scratch files of uploads."""
     with services.database.read() as unit:
         found = {
             table.name: int(unit.session.scalar(select(func.count()).select_from(table)) or 0)
@@ -162,7 +164,7 @@ def traces(services: Services) -> dict[str, int]:
 
 @contextmanager
 def nothing_left(services: Services) -> Iterator[None]:
-    """Whatever happens inside stores nothing."""
+    """Check that the block stores nothing."""
     before = traces(services)
     yield
     assert traces(services) == before
@@ -210,7 +212,7 @@ def job(client: TestClient, dataset: str) -> str:
 
 
 def lease(services: Services) -> Lease:
-    """Take the next job as a worker would."""
+    """Lease the next job, as a worker does."""
     taken = services.attempts.lease(("train",), "worker")
     assert taken is not None
     return taken.lease
@@ -232,7 +234,7 @@ def metric(update: int, loss: float | None = 1.5) -> UpdateMetrics:
 
 
 def manifest_of(services: Services, lease: Lease) -> Manifest:
-    """What an adapter of a leased job says of itself."""
+    """A manifest for the adapter of a leased job."""
     job = services.jobs.get(lease.job_id)
     base = services.base_models.get(job.spec.base_model)
     kind: AdapterKind = "full" if job.spec.adapter is None else "peft"
@@ -264,7 +266,7 @@ def write_adapter(directory: Path, name: str, kind: AdapterKind = "peft") -> Pat
 
 
 def make_adapter(services: Services, lease: Lease, directory: Path, name: str) -> str:
-    """Publish an adapter for a leased job, as the supervisor does at its end; returns its id."""
+    """Publish an adapter for a leased job, as the supervisor does at the end. Returns its id."""
     manifest = manifest_of(services, lease)
     published = services.adapters.publish(lease, name, write_adapter(directory, name, manifest.kind), manifest)
     assert published is not None
@@ -272,7 +274,7 @@ def make_adapter(services: Services, lease: Lease, directory: Path, name: str) -
 
 
 def make_checkpoint(services: Services, lease: Lease, directory: Path, update: int, loss: float | None = None) -> None:
-    """Store a checkpoint of a leased job that can be published."""
+    """Store a publishable checkpoint of a leased job."""
     written = CheckpointWritten(
         update=update,
         path=write_adapter(directory, f"update {update}"),
@@ -285,5 +287,5 @@ def make_checkpoint(services: Services, lease: Lease, directory: Path, update: i
 
 @pytest.fixture
 def adapter(client: TestClient, served: Services, job: str, tmp_path: Path) -> str:
-    """The id of an adapter that the job published; it is the default."""
+    """The id of an adapter that the job published and that is the default."""
     return make_adapter(served, lease(served), tmp_path / "adapter", "first")

@@ -1,4 +1,4 @@
-"""/adapters: listed, read, downloaded, promoted, deleted."""
+"""/adapters: list, read, download, promote and delete."""
 
 import io
 import json
@@ -22,11 +22,16 @@ from tests.api.conftest import lease, make_adapter, nothing_left, problem, trace
 
 
 def test_an_adapter_and_its_manifest(client: TestClient, adapter: str, job: str) -> None:
-    seen = client.get(f"/adapters/{adapter}").json()
-    assert (seen["name"], seen["job_id"], seen["aliases"], seen["base_model"]) == ("first", job, ["default"], "tiny")
-    assert seen["manifest"]["dataset_rows"] == 4
-    assert client.get("/adapters/first").json() == seen
-    assert client.get("/adapters").json() == {"data": [seen], "has_more": False}
+    document = client.get(f"/adapters/{adapter}").json()
+    assert (document["name"], document["job_id"], document["aliases"], document["base_model"]) == (
+        "first",
+        job,
+        ["default"],
+        "tiny",
+    )
+    assert document["manifest"]["dataset_rows"] == 4
+    assert client.get("/adapters/first").json() == document
+    assert client.get("/adapters").json() == {"data": [document], "has_more": False}
 
 
 def test_the_archive_holds_the_directory(client: TestClient, adapter: str) -> None:
@@ -47,17 +52,17 @@ def test_the_archive_holds_the_directory(client: TestClient, adapter: str) -> No
 
 @pytest.fixture
 def twin(client: TestClient, served: Services, adapter: str, dataset: str) -> tuple[Lease, Manifest]:
-    """A running job named `twin` that came to the very weights of the first adapter, and what it has to publish."""
+    """A running job named `twin` whose weights equal the first adapter's, and the manifest to publish."""
     client.post("/jobs", json={"dataset": dataset, "name": "twin"})
-    held = lease(served)
-    return held, served.adapters.get(adapter).manifest.model_copy(update={"job_id": held.job_id})
+    leased = lease(served)
+    return leased, served.adapters.get(adapter).manifest.model_copy(update={"job_id": leased.job_id})
 
 
 def test_files_on_disk_go_with_the_last_adapter_that_has_them(
     client: TestClient, served: Services, adapter: str, twin: tuple[Lease, Manifest], tmp_path: Path
 ) -> None:
-    held, manifest = twin
-    served.adapters.publish(held, "twin", tmp_path / "adapter", manifest)
+    leased, manifest = twin
+    served.adapters.publish(leased, "twin", tmp_path / "adapter", manifest)
     directory = served.settings.cache_path / "adapters" / served.adapters.get(adapter).digest
     assert client.delete("/adapters/first").status_code == 204
     assert (directory / WEIGHTS_FILE["peft"]).is_file()
@@ -71,7 +76,7 @@ def test_files_on_disk_go_with_the_last_adapter_that_has_them(
 
 
 def later(path: Path) -> None:
-    """As if its time were over."""
+    """Make the directory as old as one that expires."""
     os.utime(path, (time.time() - STALE_SECONDS - 60,) * 2)
 
 
@@ -80,8 +85,8 @@ def test_files_of_a_deleted_adapter_stay_for_one_that_is_published_with_them_ane
 ) -> None:
     directory = served.settings.cache_path / "adapters" / served.adapters.get(adapter).digest
     client.delete("/adapters/first")
-    held, manifest = twin
-    served.adapters.publish(held, "twin", tmp_path / "adapter", manifest)
+    leased, manifest = twin
+    served.adapters.publish(leased, "twin", tmp_path / "adapter", manifest)
     later(directory.parent / f"{DELETED}{directory.name}")
     served.sweep()
     assert (directory / WEIGHTS_FILE["peft"]).is_file()
@@ -91,10 +96,10 @@ def test_files_of_a_deleted_adapter_stay_for_one_that_is_published_with_them_ane
 def test_a_job_cancelled_before_it_publishes_leaves_nothing_and_takes_nothing(
     client: TestClient, served: Services, twin: tuple[Lease, Manifest], tmp_path: Path
 ) -> None:
-    held, manifest = twin
+    leased, manifest = twin
     client.post("/jobs/twin/cancel")
     blobs = traces(served)["blobs"]
-    assert served.adapters.publish(held, "twin", tmp_path / "adapter", manifest) is None
+    assert served.adapters.publish(leased, "twin", tmp_path / "adapter", manifest) is None
     assert traces(served)["blobs"] == blobs
     assert client.get("/adapters/first/download").status_code == 200
 
@@ -110,12 +115,12 @@ def test_a_job_is_not_submitted_under_an_adapters_name(
 def test_what_was_trained_is_published_under_another_name_where_an_adapter_has_its_own(
     client: TestClient, served: Services, twin: tuple[Lease, Manifest], tmp_path: Path
 ) -> None:
-    held, manifest = twin
-    published = served.adapters.publish(held, "first", tmp_path / "adapter", manifest)
+    leased, manifest = twin
+    published = served.adapters.publish(leased, "first", tmp_path / "adapter", manifest)
     assert client.get("/adapters/first-2").json()["id"] == published
     assert client.get("/jobs/twin").json()["status"] == "succeeded"
-    told = [event for event in client.get("/jobs/twin/events").json()["data"] if event["level"] == "warning"]
-    assert [(event["kind"], event["data"]) for event in told] == [("name_taken", {"name": "first-2"})]
+    warnings = [event for event in client.get("/jobs/twin/events").json()["data"] if event["level"] == "warning"]
+    assert [(event["kind"], event["data"]) for event in warnings] == [("name_taken", {"name": "first-2"})]
     with zipfile.ZipFile(io.BytesIO(client.get("/adapters/first-2/download").content)) as archive:
         assert b"# first-2\n" in archive.read("README.md")
 

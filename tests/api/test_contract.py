@@ -1,4 +1,4 @@
-"""Requests made up from the OpenAPI document itself: no answer is a 5xx, and every answer is one that it documents."""
+"""Requests generated from the OpenAPI document: no response is a 5xx, and every response is documented."""
 
 import os
 import warnings
@@ -41,7 +41,7 @@ SCHEMA: Any = schemathesis.openapi.from_dict(create_app(compose(Settings(home=Pa
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Iterator[tuple[str, Services]]:
-    """A running server on which everything is named `demo`, as in the document's examples."""
+    """A running server whose resources are named `demo`, as in the document's examples."""
     folder = tmp_path_factory.mktemp("contract")
     chosen = Settings(home=folder / "home", cache=tiny_cache, default_base_model="tiny")
     migrate(chosen.database)

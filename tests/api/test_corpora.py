@@ -1,4 +1,4 @@
-"""/corpora: pages uploaded, searched, promoted."""
+"""/corpora: upload, search, promote and delete."""
 
 import json
 

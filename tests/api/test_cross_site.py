@@ -1,4 +1,4 @@
-"""Pages of other sites, open in the browser of somebody who runs this service, change nothing in it."""
+"""A page of another site, open in the operator's browser, can change nothing in the service."""
 
 import pytest
 from pydantic import SecretStr
@@ -74,12 +74,12 @@ def test_our_own_page_and_what_is_no_browser_are_served(
 
 @pytest.mark.parametrize("headers", FOREIGN)
 def test_reading_is_not_refused(door: TestClient, headers: dict[str, str]) -> None:
-    """A link from another site to /docs works; what a page of another site reads, the browser keeps from it."""
+    """A link from another site to /docs works. The browser's same-origin policy protects what is read."""
     assert door.get("/jobs", headers=headers).status_code == 200
 
 
 def test_a_page_of_a_host_that_the_operator_allows_is_ours(services: Services) -> None:
-    """A proxy puts its own name for the service into Host."""
+    """A proxy may put its own name for the service into Host."""
     settings = services.settings.model_copy(update={"allowed_hosts": "Tune.example"})
     with TestClient(create_app(compose(settings)), base_url=HOST) as client:
         from_proxy = {"Origin": "https://tune.example", "Sec-Fetch-Site": "same-origin"}

@@ -1,4 +1,4 @@
-"""/datasets: uploads, the account they get, and everything that can be wrong with a file."""
+"""/datasets: uploads, their reports, and faulty files."""
 
 import json
 from pathlib import Path
@@ -239,7 +239,7 @@ def test_a_form_without_a_boundary(door: TestClient) -> None:
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning")
 def test_a_form_that_stops_in_its_file(door: TestClient) -> None:
-    """The parser leaves the unfinished part to the garbage collector, which is where the filtered warning is from."""
+    """The parser does not close the truncated file, which is why the ResourceWarning is filtered."""
     problem(door.post("/datasets", content=part("{}" * 100), headers=MULTIPART), 422)
 
 
@@ -256,7 +256,7 @@ def test_a_name_that_is_taken(client: TestClient, served: Services, dataset: str
 def test_a_name_that_is_taken_meanwhile(
     client: TestClient, served: Services, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both uploads saw the name free, and the other was faster: the database itself refuses."""
+    """Two uploads found the name free. The other one stored first, so the database refuses this one."""
     monkeypatch.setattr(datasets_service, "_choose", lambda *_: "rows")
     before = traces(served)
     problem(post_file(client, "/datasets", dataset_jsonl(2)), 409, "name_taken")

@@ -1,4 +1,4 @@
-"""What this deployment has and how it does: base models, devices, health, metrics."""
+"""Base models, devices, health and metrics of a deployment."""
 
 import pytest
 from starlette.testclient import TestClient
@@ -27,9 +27,9 @@ def test_devices(client: TestClient, served: Services) -> None:
 def test_devices_show_who_has_how_much_of_them(client: TestClient, served: Services) -> None:
     served.devices.report("host/gpu", CPU)
     served.ledger.reserve_for_inference("host", "front", 1 << 32)
-    held = served.ledger.reserve_for_training("host", "trainer", "job_1", 1 << 33, 1 << 33).reservation
-    assert held is not None
-    served.ledger.set_expected_end(held, 60.0)
+    reservation = served.ledger.reserve_for_training("host", "trainer", "job_1", 1 << 33, 1 << 33).reservation
+    assert reservation is not None
+    served.ledger.set_expected_end(reservation, 60.0)
     (device,) = client.get("/devices").json()["data"]
     inference, training = sorted(device["reservations"], key=lambda one: one["tenant"])
     nothing = {"policy": None, "job_id": None, "ends_in": None}
@@ -40,9 +40,9 @@ def test_devices_show_who_has_how_much_of_them(client: TestClient, served: Servi
 
 def test_a_job_that_is_late_ends_in_no_time(client: TestClient, served: Services) -> None:
     served.devices.report("host/gpu", CPU)
-    held = served.ledger.reserve_for_training("host", "trainer", "job_1", 1 << 33, 1 << 33).reservation
-    assert held is not None
-    served.ledger.set_expected_end(held, -60.0)
+    reservation = served.ledger.reserve_for_training("host", "trainer", "job_1", 1 << 33, 1 << 33).reservation
+    assert reservation is not None
+    served.ledger.set_expected_end(reservation, -60.0)
     (device,) = client.get("/devices").json()["data"]
     assert [one["ends_in"] for one in device["reservations"]] == [0.0]
 
@@ -52,7 +52,7 @@ def test_live_says_nothing_of_the_other_parts(door: TestClient) -> None:
 
 
 def test_ready_names_what_is_missing(door: TestClient) -> None:
-    """This deployment has a base model, and nobody who trains or answers."""
+    """This deployment has a base model, but no trainer and no inference."""
     response = door.get("/health/ready")
     document = problem(response, 503, "not_ready")
     assert places(document) == ["trainer", "inference"]
@@ -81,7 +81,7 @@ def test_ready(client: TestClient, served: Services) -> None:
 
 
 def test_suspended_inference_counts_as_available(services: Services) -> None:
-    """It comes back by itself; jobs could not be followed if the API were taken out of service for it."""
+    """It resumes by itself. If the API were unready meanwhile, a load balancer would cut off the jobs' routes."""
     services.devices.report("host", CPU)
     with TestClient(create_app(services), base_url=HOST) as client:
         assert places(problem(client.get("/health/ready"), 503, "not_ready")) == ["inference"]

@@ -1,4 +1,4 @@
-"""The OpenAPI document and Swagger UI: valid, complete, offline, and with examples that run as they stand."""
+"""The OpenAPI document and Swagger UI are valid and complete, work offline, and have examples that run unchanged."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def document(refusing: tuple[TestClient, Services]) -> dict[str, Any]:
 
 
 def resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
-    """The schema with the components that its references name."""
+    """The schema, with the components that its references point to."""
     return schema | {"components": document["components"]}
 
 
@@ -60,16 +60,16 @@ def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
 
 def test_every_route_is_described(document: dict[str, Any]) -> None:
     known = {tag["name"] for tag in document["tags"]}
-    seen = set()
+    operation_ids = set()
     for method, path, operation in operations(document):
         assert operation["summary"], path
         assert len(operation.get("description", "")) > 10, (method, path)
         assert set(operation["tags"]) <= known, path
         assert re.fullmatch(r"[a-z_]+", operation["operationId"]), path
-        seen.add(operation["operationId"])
+        operation_ids.add(operation["operationId"])
         for parameter in operation.get("parameters", []):
             assert parameter.get("description"), (path, parameter["name"])
-    assert len(seen) == len(operations(document))
+    assert len(operation_ids) == len(operations(document))
 
 
 def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def test_swagger_ui_comes_from_here_alone(door: TestClient) -> None:
 
 @pytest.fixture
 def demo(tmp_path: Path, tiny_cache: Path) -> Iterator[httpx.Client]:
-    """The state that `make demo` leaves, made by the demo's own functions but for the training and its model."""
+    """The state that `make demo` creates. The demo's own functions create it, except for the training."""
     settings = Settings(home=tmp_path / "home", cache=tiny_cache)
     migrate(settings.database)
     first = compose(settings, doorbell=MemoryDoorbell())
@@ -170,11 +170,11 @@ def demo(tmp_path: Path, tiny_cache: Path) -> Iterator[httpx.Client]:
         upload(client, "/datasets", DEMO, train.name, train.read_bytes())
         ok(client.post("/jobs", json=SPEC | {"name": DEMO}))
         leave_paused(client, train)
-        held = lease(served)
-        make_checkpoint(served, held, tmp_path / "checkpoint", SPEC["trainer"]["train_steps"])
+        leased = lease(served)
+        make_checkpoint(served, leased, tmp_path / "checkpoint", SPEC["trainer"]["train_steps"])
         (tmp_path / "rows.jsonl").write_text("{}")
-        served.artifacts.put(held, tmp_path / "rows.jsonl")
-        make_adapter(served, held, tmp_path / "adapter", DEMO)
+        served.artifacts.put(leased, tmp_path / "rows.jsonl")
+        make_adapter(served, leased, tmp_path / "adapter", DEMO)
         store_prediction(client, DEMO)
         yield client
 
@@ -192,12 +192,12 @@ def test_the_examples_claims_find_their_pages(demo: httpx.Client) -> None:
     body = demo.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
     for example in body["examples"].values():
         if not example["value"].get("stream"):
-            seen = demo.post("/predict", json=example["value"]).json()
-            assert seen["evidence"], example
+            prediction = demo.post("/predict", json=example["value"]).json()
+            assert prediction["evidence"], example
 
 
 def tried_out(client: httpx.Client, one: Operation, **body: Any) -> httpx.Response:
-    """The answer to an operation whose parameters are as the documentation fills them in."""
+    """Send an operation with the parameters of its documented examples."""
     method, path, operation = one
     query = {}
     for parameter in operation.get("parameters", []):
@@ -210,7 +210,7 @@ def tried_out(client: httpx.Client, one: Operation, **body: Any) -> httpx.Respon
 
 
 def test_every_path_runs_with_its_examples(demo: httpx.Client) -> None:
-    """Try it out, from top to bottom; what deletes goes last. Bodies are above, and uploads are exempt."""
+    """Runs every operation, deletions last. Another test covers the bodies. Uploads are exempt."""
     found = [one for one in operations(demo.get("/openapi.json").json()) if "requestBody" not in one[2]]
     for one in sorted(found, key=lambda one: one[0] == "delete"):
         answer = tried_out(demo, one)
@@ -219,7 +219,7 @@ def test_every_path_runs_with_its_examples(demo: httpx.Client) -> None:
 
 
 def test_a_demo_is_repeated_after_its_job_was_deleted(demo: httpx.Client) -> None:
-    """The adapter has the job's name still, so the next job gets another one."""
+    """The adapter still has the job's name, so the next job gets another name."""
     assert demo.delete(f"/jobs/{DEMO}").status_code == 204
     assert ok(demo.post("/jobs", json=demo_spec(demo)))["name"] != DEMO
     assert demo.delete(f"/adapters/{DEMO}").status_code == 204

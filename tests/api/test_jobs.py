@@ -1,4 +1,4 @@
-"""/jobs: what may be asked for, what is refused and where, idempotency, paging, events and metrics."""
+"""/jobs: valid and refused specs, idempotency keys, pages, events and metrics."""
 
 import json
 import threading
@@ -35,7 +35,7 @@ def test_a_job_is_queued_with_its_plan(client: TestClient, doorbell: MemoryDoorb
 
 
 def test_a_job_is_told_alike_by_itself_and_in_the_list(client: TestClient, served: Services, dataset: str) -> None:
-    """Waiting, failed with an error, running with progress: each as the documented Job, byte for byte."""
+    """A waiting, a failed and a running job: each response equals the documented Job, byte for byte."""
     names = ["failed", "running", "waiting"]
     for name in names:
         client.post("/jobs", json={"dataset": "rows", "name": name, "metadata": {"note": "Łódź \u2028"}})
@@ -49,12 +49,12 @@ def test_a_job_is_told_alike_by_itself_and_in_the_list(client: TestClient, serve
         assert answer.headers["content-type"] == "application/json"
         assert answer.json() == client.get(f"/jobs/{job['name']}").json() == job
         assert Job.model_validate_json(answer.content).model_dump_json().encode() == answer.content
-    told = {job["name"]: (job["error"], job["progress"]["update"], job["queue_position"]) for job in listed}
-    assert told == {"failed": (error, 0, None), "running": (None, 1, None), "waiting": (None, 0, 1)}
+    found = {job["name"]: (job["error"], job["progress"]["update"], job["queue_position"]) for job in listed}
+    assert found == {"failed": (error, 0, None), "running": (None, 1, None), "waiting": (None, 0, 1)}
 
 
 def test_a_plan_queues_nothing(client: TestClient, served: Services, dataset: str) -> None:
-    client.post("/jobs/plan", json={"dataset": "rows"})  # encodes the rows, which are kept
+    client.post("/jobs/plan", json={"dataset": "rows"})  # encodes the rows and caches them
     with nothing_left(served):
         plan = client.post("/jobs/plan", json={"dataset": "rows", "trainer": {"train_steps": 7}})
         assert (plan.status_code, plan.json()["total_updates"], plan.json()["device"]) == (200, 7, "unknown")
@@ -70,7 +70,7 @@ def test_a_plan_for_a_card(client: TestClient, dataset: str) -> None:
 
 
 def test_a_job_that_the_trainer_cannot_hold_is_refused(client: TestClient, served: Services, dataset: str) -> None:
-    """Its memory lacks a hundred bytes for four rows at a time; the hints say what would do."""
+    """The device lacks 100 bytes for batches of four rows. The hints name changes with which the job fits."""
     spec = {"dataset": "rows", "trainer": {"batch_size": 4, "enable_gradient_checkpointing": False}}
     served.devices.report("host", CPU)
     size = client.post("/jobs/plan", json=spec).json()["memory"]["total"] - 100
@@ -102,10 +102,10 @@ def test_cancel_pause_and_resume_a_waiting_job(client: TestClient, job: str) -> 
 
 
 def test_a_running_job_is_asked(client: TestClient, served: Services, job: str) -> None:
-    held = lease(served)
+    leased = lease(served)
     assert client.post(f"/jobs/{job}/pause").json()["status"] == "pausing"
     assert client.post(f"/jobs/{job}/cancel").json()["status"] == "cancelling"
-    served.attempts.release(held, "stopped", strike=False)
+    served.attempts.release(leased, "stopped", strike=False)
     assert client.get(f"/jobs/{job}").json()["status"] == "cancelled"
 
 
@@ -117,8 +117,8 @@ def test_a_finished_job_cannot_be_cancelled(client: TestClient, served: Services
 def test_a_failed_job_tells_why_and_cannot_be_cancelled(client: TestClient, served: Services, job: str) -> None:
     error = {"code": "out_of_memory", "message": "no room", "hint": "a smaller batch"}
     served.attempts.fail(lease(served), JobError.model_validate(error))
-    seen = client.get(f"/jobs/{job}").json()
-    assert (seen["status"], seen["error"]) == ("failed", error)
+    document = client.get(f"/jobs/{job}").json()
+    assert (document["status"], document["error"]) == ("failed", error)
     problem(client.post(f"/jobs/{job}/cancel"), 409, "wrong_state")
 
 
@@ -292,8 +292,13 @@ def test_25_jobs_are_paged_newest_first(client: TestClient, many: list[str]) -> 
 def test_metrics_are_paged_oldest_first(client: TestClient, served: Services, job: str) -> None:
     served.attempts.record(lease(served), [metric(update) for update in range(1, 26)], 3.0)
     assert walk(client, f"/jobs/{job}/metrics", 10, "update") == list(range(1, 26))
-    seen = client.get(f"/jobs/{job}").json()["progress"]
-    assert (seen["update"], seen["total_updates"], seen["loss"], seen["eta_seconds"]) == (25, 25, 1.5, 3.0)
+    document = client.get(f"/jobs/{job}").json()["progress"]
+    assert (document["update"], document["total_updates"], document["loss"], document["eta_seconds"]) == (
+        25,
+        25,
+        1.5,
+        3.0,
+    )
 
 
 def test_a_skipped_update_has_no_loss(client: TestClient, served: Services, job: str) -> None:
@@ -304,12 +309,12 @@ def test_a_skipped_update_has_no_loss(client: TestClient, served: Services, job:
 
 
 def test_checkpoints_newest_first(client: TestClient, served: Services, job: str, tmp_path: Path) -> None:
-    held = lease(served)
+    leased = lease(served)
     for update in (2, 4):
         folder = tmp_path / str(update)
         folder.mkdir()
         (folder / "state").write_bytes(b"state %d" % update)
-        served.attempts.checkpoint(held, CheckpointWritten(update=update, path=folder, digest=str(update) * 64))
+        served.attempts.checkpoint(leased, CheckpointWritten(update=update, path=folder, digest=str(update) * 64))
     found = client.get(f"/jobs/{job}/checkpoints").json()
     assert [row["update"] for row in found["data"]] == [4, 2]
     assert not found["has_more"]
@@ -318,8 +323,8 @@ def test_checkpoints_newest_first(client: TestClient, served: Services, job: str
 # Events.
 
 
-def told(client: TestClient, job: str, headers: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """The events of a stream that ends."""
+def stream_events(client: TestClient, job: str, headers: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Read the event stream of an ended job to its end."""
     events = []
     with client.stream("GET", f"/jobs/{job}/events", headers=SSE | (headers or {})) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -333,9 +338,9 @@ def told(client: TestClient, job: str, headers: dict[str, str] | None = None) ->
 
 
 def test_events_are_numbered_without_gaps_and_paged(client: TestClient, served: Services, job: str) -> None:
-    held = lease(served)
+    leased = lease(served)
     for number in range(23):
-        served.attempts.tell(held, "note", f"number {number}")
+        served.attempts.tell(leased, "note", f"number {number}")
     assert walk(client, f"/jobs/{job}/events", 10, "seq") == list(range(1, 26))
     kinds = [event["kind"] for event in client.get(f"/jobs/{job}/events").json()["data"]]
     assert kinds[:3] == ["queued", "started", "note"]
@@ -343,10 +348,10 @@ def test_events_are_numbered_without_gaps_and_paged(client: TestClient, served: 
 
 def test_the_stream_of_a_finished_job_ends(client: TestClient, job: str) -> None:
     client.post(f"/jobs/{job}/cancel")
-    events = told(client, job)
+    events = stream_events(client, job)
     assert [event["kind"] for event in events] == ["queued", "cancelled"]
     assert events == client.get(f"/jobs/{job}/events").json()["data"]
-    assert told(client, job, {"Last-Event-ID": "1"}) == events[1:]
+    assert stream_events(client, job, {"Last-Event-ID": "1"}) == events[1:]
     assert client.get(f"/jobs/{job}/events?after=1", headers=SSE | {"Last-Event-ID": "0"}).text.startswith("id: 1\n")
 
 
@@ -368,6 +373,6 @@ def test_the_stream_of_an_unknown_job(door: TestClient) -> None:
 
 def test_an_adapter_takes_its_place_in_the_job(client: TestClient, served: Services, job: str, tmp_path: Path) -> None:
     published = make_adapter(served, lease(served), tmp_path / "adapter", "first")
-    seen = client.get(f"/jobs/{job}").json()
-    assert (seen["status"], seen["adapter_id"], seen["queue_position"]) == ("succeeded", published, None)
-    assert seen["finished_at"].endswith(("Z", "+00:00"))
+    document = client.get(f"/jobs/{job}").json()
+    assert (document["status"], document["adapter_id"], document["queue_position"]) == ("succeeded", published, None)
+    assert document["finished_at"].endswith(("Z", "+00:00"))

@@ -1,4 +1,4 @@
-"""HEAD is answered like GET, without the body; a trailing slash makes no difference."""
+"""HEAD gets the response of GET without the body. A trailing slash makes no difference."""
 
 import httpx
 import pytest
@@ -20,7 +20,7 @@ def test_head_is_answered_on_every_get_route_as_get_is(door: TestClient) -> None
         head, got = door.head(path), door.get(path)
         assert (head.status_code, head.content) == (got.status_code, b""), path
         assert head.headers["content-type"] == got.headers["content-type"], path
-        if path != "/metrics":  # whose numbers have changed by then
+        if path != "/metrics":  # its numbers change between the requests
             assert head.headers.get("content-length") == got.headers.get("content-length"), path
 
 
@@ -31,7 +31,7 @@ def test_head_without_a_get_route_is_refused(door: TestClient) -> None:
 
 
 def test_head_through_a_socket(server: httpx.Client) -> None:
-    """The connection serves the next request, because nothing of a body is on it."""
+    """The connection serves the next request, because HEAD's response has no body."""
     for _ in range(3):
         head = server.head("/health/live")
         assert (head.status_code, head.headers["content-length"], head.content) == (200, "17", b"")
@@ -39,7 +39,7 @@ def test_head_through_a_socket(server: httpx.Client) -> None:
 
 
 def test_head_of_a_stream_ends(server: httpx.Client, served: Services) -> None:
-    """The job waits, so that its events go on."""
+    """The job waits, so its event stream does not end."""
     post_file(server, "/datasets", dataset_jsonl(), name="rows")
     job = server.post("/jobs", json={"dataset": "rows"}).json()["id"]
     head = server.head(f"/jobs/{job}/events", headers={"Accept": "text/event-stream"})

@@ -1,4 +1,4 @@
-"""What every route refuses: hosts, keys, sizes, types, and JSON that cannot be read safely."""
+"""What every route refuses: wrong hosts, keys, sizes and content types, and unsafe JSON."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ SURROGATE = "\\ud800"  # as JSON escapes it
 
 @pytest.fixture
 def keyed(services: Services) -> Iterator[TestClient]:
-    """A client of a deployment that asks for a key."""
+    """A client of a deployment with an API key."""
     settings = services.settings.model_copy(update={"api_key": SecretStr(KEY)})
     composed = compose(settings, doorbell=MemoryDoorbell())
     with TestClient(create_app(composed), base_url=HOST, raise_server_exceptions=False) as client:
@@ -317,8 +317,8 @@ def test_an_error_of_our_own_tells_nothing(
 
 def test_every_error_of_the_tree_has_a_status() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VerituneError)]
-    seen = {kind.__name__: status_of(kind("x")) for kind in kinds}
-    assert seen == {
+    statuses = {kind.__name__: status_of(kind("x")) for kind in kinds}
+    assert statuses == {
         "VerituneError": 500,
         "InvalidError": 422,
         "NotYetSupportedError": 422,
@@ -327,7 +327,7 @@ def test_every_error_of_the_tree_has_a_status() -> None:
         "ConflictError": 409,
         "BusyError": 429,
         "UnavailableError": 503,
-        "CutOffError": 400,
+        "ClientDisconnectedError": 400,
         "LeaseLostError": 500,
         "StorageError": 503,
     }
@@ -337,7 +337,7 @@ def test_every_error_of_the_tree_has_a_status() -> None:
 def test_no_name_is_spelled_like_an_id(
     client: TestClient, served: Services, job: str, name: str, tmp_path: Path
 ) -> None:
-    """What it would name could be hidden by what has that id."""
+    """A reference would find the resource with that id instead of the one with that name."""
     make_checkpoint(served, lease(served), tmp_path / "1", 1)
     one = {"claim": RHINE, "mode": "ungrounded", "store": True, "name": name}
     with nothing_left(served):

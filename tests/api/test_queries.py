@@ -1,4 +1,4 @@
-"""Query strings: a cursor is an id of its list, and what a route does not know it refuses."""
+"""Query strings: a cursor must be an id of its list, and unknown parameters are refused."""
 
 import pytest
 from starlette.testclient import TestClient
@@ -21,7 +21,7 @@ def test_a_cursor_that_is_no_id_of_the_list(door: TestClient, route: str, cursor
 
 @pytest.mark.parametrize("route", LISTS)
 def test_a_cursor_of_another_list(door: TestClient, route: str) -> None:
-    """The id of a job says nothing of where a page of datasets begins."""
+    """The id of a job is no cursor in a list of datasets."""
     statuses = [door.get(f"{route}?after={prefix}_01m8ep6b0dvxpbkvs2my").status_code for prefix in PREFIXES]
     assert sorted(statuses) == [200] + [422] * (len(PREFIXES) - 1)
 

@@ -1,4 +1,4 @@
-"""What only a real socket shows: requests cut off, lengths that lie, slow clients, streams followed live."""
+"""Tests over a real socket: truncated requests, wrong lengths, slow clients, live streams."""
 
 import json
 import re
@@ -47,15 +47,15 @@ def raw(client: httpx.Client) -> socket.socket:
 
 
 def answer(sock: socket.socket) -> bytes:
-    """The server's first response."""
-    said = b""
+    """Read the server's first response."""
+    response = b""
     while part := sock.recv(1 << 16):
-        said += part
-        headers, found, body = said.partition(b"\r\n\r\n")
+        response += part
+        headers, found, body = response.partition(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", headers.lower())
         if found and length and len(body) >= int(length.group(1)):
             break
-    return said
+    return response
 
 
 @pytest.mark.parametrize("route", ["/datasets", "/corpora"])
@@ -90,13 +90,13 @@ def test_a_spec_cut_off_half_way_makes_no_job(server: httpx.Client, served: Serv
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning")
 def test_a_length_that_is_too_short(server: httpx.Client, served: Services) -> None:
-    """The file ends in the middle. (The parser leaves it to the garbage collector: hence the filtered warning.)"""
+    """The file is truncated. The parser does not close it, which is why the ResourceWarning is filtered."""
     with nothing_left(served), raw(server) as sock:
         body = PART + dataset_jsonl() + END
         sock.sendall(head("/datasets", FORM, f"Content-Length: {len(body) - 50}") + body)
-        said = answer(sock)
-        assert said.startswith(b"HTTP/1.1 422")
-        assert b"urn:veritune:problem:" in said
+        response = answer(sock)
+        assert response.startswith(b"HTTP/1.1 422")
+        assert b"urn:veritune:problem:" in response
 
 
 @pytest.mark.parametrize("length", ["-1", "abc", "1, 2", "99999999999999999999999", "\u00b2"])
@@ -109,20 +109,20 @@ def test_a_length_that_is_none(server: httpx.Client, served: Services, length: s
 
 
 def test_a_request_that_is_no_http(server: httpx.Client) -> None:
-    """Refused by the protocol's own reader, before there is a request to answer with a problem document."""
+    """uvicorn's HTTP parser refuses it before the application runs, so the response is no problem document."""
     with raw(server) as sock:
         sock.sendall(b"\x16\x03\x01\x02\x00 hello\r\n\r\n")
-        said = answer(sock)
-        assert said.startswith(b"HTTP/1.1 400")
-        assert b"<" not in said
+        response = answer(sock)
+        assert response.startswith(b"HTTP/1.1 400")
+        assert b"<" not in response
 
 
 def test_a_request_without_a_host(server: httpx.Client) -> None:
     with raw(server) as sock:
         sock.sendall(b"GET /jobs HTTP/1.0\r\n\r\n")
-        said = answer(sock)
-        assert said.startswith(b"HTTP/1.1 400")
-        assert b"wrong_host" in said
+        response = answer(sock)
+        assert response.startswith(b"HTTP/1.1 400")
+        assert b"wrong_host" in response
 
 
 def pieces(size: int, piece: bytes = b"a" * 65_536) -> Iterator[bytes]:
@@ -137,7 +137,7 @@ def test_a_chunked_json_body_over_the_limit(server: httpx.Client) -> None:
 
 @pytest.fixture
 def narrow(served: Services) -> Iterator[tuple[httpx.Client, Services]]:
-    """A server that takes uploads of a mebibyte and one prediction at a time."""
+    """A server with an upload limit of 1 MiB and one prediction slot."""
     settings = served.settings.model_copy(update={"max_upload_bytes": 1 << 20, "prediction_slots": 1})
     with listening(compose(settings, generator=served.generator)) as client:
         yield client, served
@@ -158,9 +158,9 @@ def test_an_announced_upload_over_the_limit_is_refused_before_it_is_sent(narrow:
     client, served = narrow
     with nothing_left(served), raw(client) as sock:
         sock.sendall(head("/datasets", FORM, "Content-Length: 2000000", "Expect: 100-continue"))
-        said = answer(sock)
-        assert said.startswith(b"HTTP/1.1 413")
-        assert b"application/problem+json" in said
+        response = answer(sock)
+        assert response.startswith(b"HTTP/1.1 413")
+        assert b"application/problem+json" in response
 
 
 def test_a_slow_client_keeps_nobody_waiting(server: httpx.Client, served: Services) -> None:
@@ -178,7 +178,7 @@ def test_a_slow_client_keeps_nobody_waiting(server: httpx.Client, served: Servic
 
 
 class Listener(threading.Thread):
-    """Follows a job's events until the stream ends, or until it has heard `most` of them and hangs up."""
+    """Reads a job's event stream until it ends, or disconnects after `most` events."""
 
     def __init__(self, client: httpx.Client, job: str, last: int | None = None, most: int | None = None) -> None:
         super().__init__()
@@ -206,18 +206,18 @@ def test_events_come_as_they_happen_and_a_listener_may_resume(server: httpx.Clie
     job = server.post("/jobs", json={"dataset": "rows"}).json()["id"]
     whole = Listener(server, job)
     until(lambda: whole.heard == [1])
-    held = lease(served)
+    leased = lease(served)
     until(lambda: whole.heard == [1, 2])
     cut = Listener(server, job, most=5)
     for number in range(10):
-        served.attempts.tell(held, "note", f"number {number}")
+        served.attempts.tell(leased, "note", f"number {number}")
         time.sleep(0.02)
     assert cut.finish() == [1, 2, 3, 4, 5]
     resumed = Listener(server, job, last=5)
     for number in range(10):
-        served.attempts.tell(held, "note", f"number {number}")
+        served.attempts.tell(leased, "note", f"number {number}")
     server.post(f"/jobs/{job}/cancel")
-    served.attempts.release(held, "stopped", strike=False)
+    served.attempts.release(leased, "stopped", strike=False)
     everything = list(range(1, 25))
     assert whole.finish() == everything
     assert cut.heard + resumed.finish() == everything
@@ -237,7 +237,7 @@ def test_many_listeners_hear_the_same(server: httpx.Client, served: Services) ->
 
 @pytest.fixture
 def gated(served: Services) -> Iterator[tuple[httpx.Client, Services, threading.Event]]:
-    """A server with one prediction slot, whose model waits for a gate before its second Thought."""
+    """A server with one prediction slot. Its model waits for an event before its second Thought."""
     gate = threading.Event()
 
     def script(prompt: str, request: GenerationRequest) -> str:
@@ -269,7 +269,7 @@ def test_a_client_that_hangs_up_gives_its_slot_back(gated: tuple[httpx.Client, S
 
 
 def hang_up(client: httpx.Client, route: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
-    """Ask, and be gone before the answer; then the server has seen that."""
+    """Send a request, disconnect before the response, and wait until the server has noticed."""
     with pytest.raises(httpx.ReadTimeout):
         client.post(route, json=body, headers=headers, timeout=1)
     for _ in range(3):

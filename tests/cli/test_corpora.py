@@ -1,4 +1,4 @@
-"""`veritune corpora add`: what it tells of the file."""
+"""`veritune corpora add` prints one line about the corpus."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def add(services: Services, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ("broken", "ending"),
     [(b"", "(default)"), (b'\n{"title": 3}\n{"title": 4}', "(default)  2 of 4 lines refused")],
 )
-def test_it_tells_how_many_lines_were_refused(
+def test_it_prints_the_number_of_refused_lines(
     services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bytes, ending: str
 ) -> None:
     path = tmp_path / "pages.jsonl"

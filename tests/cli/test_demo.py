@@ -1,4 +1,4 @@
-"""The demo's figures."""
+"""The figures that `veritune demo` computes."""
 
 from typing import Any
 

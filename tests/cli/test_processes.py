@@ -1,4 +1,4 @@
-"""Keeping processes running: restart with back-off, prefixed lines, and no process left running at the end."""
+"""`Processes` restarts with back-off, prefixes output lines, and leaves no process running at the end."""
 
 import os
 import signal
@@ -24,59 +24,57 @@ STUBBORN = [
 
 
 @pytest.fixture
-def said() -> list[tuple[str, str]]:
+def lines() -> list[tuple[str, str]]:
     return []
 
 
 @pytest.fixture
-def processes(said: list[tuple[str, str]]) -> Iterator[Processes]:
-    kept = Processes(lambda who, line: said.append((who, line)))
-    yield kept
-    kept.stop()
+def processes(lines: list[tuple[str, str]]) -> Iterator[Processes]:
+    processes = Processes(lambda name, line: lines.append((name, line)))
+    yield processes
+    processes.stop()
 
 
-def test_lines_carry_the_name_of_who_said_them(processes: Processes, said: list[tuple[str, str]]) -> None:
+def test_each_line_carries_the_name_of_its_process(processes: Processes, lines: list[tuple[str, str]]) -> None:
     processes.start(ProcessSpec("one", SLEEPER, {}))
-    until(lambda: ("one", "here") in said)
+    until(lambda: ("one", "here") in lines)
 
 
-def test_a_killed_process_comes_back_after_its_pause(processes: Processes, said: list[tuple[str, str]]) -> None:
+def test_a_killed_process_is_restarted_after_its_pause(processes: Processes, lines: list[tuple[str, str]]) -> None:
     processes.start(ProcessSpec("one", SLEEPER, {}))
-    until(lambda: ("one", "here") in said)
+    until(lambda: ("one", "here") in lines)
     first = processes.pid("one")
     killed_at = time.monotonic()
     os.kill(first, signal.SIGKILL)
 
-    def tended() -> bool:
+    def restarted() -> bool:
         processes.restart_ended()
         return processes.running("one") and processes.pid("one") != first
 
-    until(tended)
+    until(restarted)
     assert time.monotonic() - killed_at >= FIRST_PAUSE
-    assert any("signal 9" in line and "starting again" in line for _who, line in said)
+    assert any("signal 9" in line and "starting again" in line for _name, line in lines)
 
 
-def test_a_process_that_keeps_ending_is_restarted_ever_more_slowly(
-    processes: Processes, said: list[tuple[str, str]]
-) -> None:
+def test_the_pause_doubles_while_a_process_keeps_ending(processes: Processes, lines: list[tuple[str, str]]) -> None:
     processes.start(ProcessSpec("one", [sys.executable, "-c", "raise SystemExit(3)"], {}))
 
     def ended(times: int) -> bool:
         processes.restart_ended()
-        return sum("exit status 3" in line for _who, line in said) >= times
+        return sum("exit status 3" in line for _name, line in lines) >= times
 
     until(lambda: ended(3))
-    pauses = [line.rsplit(" in ", 1)[1] for _who, line in said if "exit status 3" in line]
+    pauses = [line.rsplit(" in ", 1)[1] for _name, line in lines if "exit status 3" in line]
     assert pauses[:3] == ["0.5 s", "1 s", "2 s"]
 
 
-def test_stop_ends_a_stubborn_process_and_its_children(said: list[tuple[str, str]]) -> None:
-    kept = Processes(lambda who, line: said.append((who, line)))
-    kept.start(ProcessSpec("one", STUBBORN, {}, grace=0.5))
-    until(lambda: ("one", "here") in said)
-    leader = psutil.Process(kept.pid("one"))
+def test_stop_kills_a_process_that_ignores_sigterm_and_its_children(lines: list[tuple[str, str]]) -> None:
+    processes = Processes(lambda name, line: lines.append((name, line)))
+    processes.start(ProcessSpec("one", STUBBORN, {}, grace=0.5))
+    until(lambda: ("one", "here") in lines)
+    leader = psutil.Process(processes.pid("one"))
     family = [leader, *leader.children(recursive=True)]
     assert len(family) == 2
-    kept.stop()
-    _gone, left = psutil.wait_procs(family, timeout=5)
+    processes.stop()
+    _ended, left = psutil.wait_procs(family, timeout=5)
     assert left == []

@@ -1,4 +1,4 @@
-"""A job that is run again over HTTP gives the same adapter, and is refused where it could not."""
+"""`veritune rerun` trains the same adapter again, or refuses if the base model or the dataset has changed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def client(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def work(services: Services, reference: str) -> str:
-    """The id of the adapter that a job ends with."""
+    """Train the next job; return the id of its adapter."""
     assert Supervisor(services, "worker-1", ("gpu",)).work()
     job = services.jobs.get(reference)
     assert job.status is JobStatus.SUCCEEDED, job.error
@@ -47,7 +47,7 @@ def work(services: Services, reference: str) -> str:
 
 @pytest.mark.slow
 def test_the_same_spec_data_and_seed_give_the_same_adapter(services: Services, client: httpx.Client) -> None:
-    """Though the deployment's default length has changed since."""
+    """The deployment's default sequence length has changed in between; rerun pins the old one."""
     first = services.adapters.get(work(services, "first"))
     shorter = compose(services.settings.model_copy(update={"max_sequence_length": 64}), doorbell=services.doorbell)
     with listening(shorter) as changed:
@@ -61,7 +61,7 @@ def test_the_same_spec_data_and_seed_give_the_same_adapter(services: Services, c
     assert first.manifest.environment.threads == 1
 
 
-def test_it_is_the_spec_that_was_run(services: Services, client: httpx.Client) -> None:
+def test_the_new_job_has_the_old_jobs_spec(services: Services, client: httpx.Client) -> None:
     job, manifest = rerun(client, "first")
     first, again = services.jobs.get("first"), services.jobs.get(job["id"])
     assert manifest is None
@@ -74,7 +74,7 @@ def test_it_is_the_spec_that_was_run(services: Services, client: httpx.Client) -
 
 
 @pytest.mark.slow
-def test_a_base_model_that_is_another_now_is_refused(services: Services, client: httpx.Client) -> None:
+def test_a_changed_base_model_is_refused(services: Services, client: httpx.Client) -> None:
     work(services, "first")
     described = services.base_models.describe(services.base_models.get("tiny"))
     with services.database.write() as unit:
@@ -86,7 +86,7 @@ def test_a_base_model_that_is_another_now_is_refused(services: Services, client:
         rerun(client, "first")
 
 
-def test_the_command_says_what_it_did_and_what_is_wrong(
+def test_the_command_prints_the_new_job_or_the_error(
     services: Services, client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VERITUNE_HOME", str(tmp_path / "home"))
