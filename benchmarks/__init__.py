@@ -1,1 +1,1 @@
-"""What is fast, measured against a peer or a limit in the same run."""
+"""Speed measurements, each against a peer or a limit in the same run."""

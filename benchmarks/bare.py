@@ -1,9 +1,9 @@
-"""The peer that GET /jobs/{id} is measured against: FastAPI and uvicorn, one static answer, nothing behind it.
+"""The peer of GET /jobs/{id}: FastAPI and uvicorn with one static response.
 
     python -m benchmarks.bare PORT FILE
 
-`/plain` is a plain `def` route that returns FILE's document, as a route of the API does; `/ready` is an `async def`
-route that returns its bytes as they are, the least that FastAPI can do. uvicorn is set as `veritune api` sets it.
+`/plain` is a plain `def` route that returns FILE's document, as a route of the API does. `/ready` is an `async def`
+route that returns the bytes unchanged, which is FastAPI's minimum. uvicorn has the options of `veritune api`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The whole product as a user meets it: claims judged over HTTP, several at a time, by adapters in turn."""
+"""Measures predictions end to end: claims over HTTP, several at a time, with several adapters."""
 
 import time
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Judged = dict[str, Any]
 
 
 def judging(url: str, claims: Sequence[str], adapters: Sequence[str], corpus: str, at_once: int) -> dict[str, Any]:
-    """Claims a second, latencies in seconds, tokens; and each claim's verdict."""
+    """Return claims per second, latencies in seconds, and tokens; and each claim's verdict."""
     transport = ExclusiveTransport(at_once, idle_seconds=0)  # as in `decoding`: no connection serves two requests
     client = httpx.Client(base_url=url, timeout=900, transport=transport)
     with client, ThreadPoolExecutor(at_once) as pool:

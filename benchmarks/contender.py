@@ -1,4 +1,4 @@
-"""One run of one contender: a process that tells JSON lines, when each of them came, and its memory meanwhile."""
+"""Runs one contender: a process that prints JSON lines. Records when each line came, and the process's memory."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ TAIL = 3_000
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What was told, at how many seconds after the start, and the resident bytes then."""
+    """One JSON line, the seconds since the start, and the resident bytes at that moment."""
 
     at: float
     told: dict[str, Any]
@@ -32,21 +32,21 @@ class Line:
 
 @dataclass(slots=True)
 class Run:
-    """A finished run. `peaks`: the most resident bytes from each line to the next one."""
+    """A finished run. `peaks`: the peak of resident bytes between each line and the next."""
 
     lines: list[Line] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
     def first(self, key: str, value: object) -> int:
-        """The place of the first line whose `key` has this value."""
-        for place, line in enumerate(self.lines):
+        """The index of the first line whose `key` has this value."""
+        for index, line in enumerate(self.lines):
             if line.told.get(key) == value:
-                return place
-        raise BenchmarkError(f"a contender never told {key}: {value}")
+                return index
+        raise BenchmarkError(f"a contender never printed {key}: {value}")
 
     def memory(self, imported: int, loaded: int) -> dict[str, float]:
-        """MiB after the imports, after loading, at the peak, and how far the peak is above the imports."""
+        """MiB after the imports, after loading, and at the peak; and the peak minus the imports."""
         before, peak = self.lines[imported].resident, max(self.peaks[imported:])
         return {
             "after_imports_mib": round(before / MIB, 1),
@@ -58,16 +58,16 @@ class Run:
 
 
 def environment(own: dict[str, str], threads: int) -> dict[str, str]:
-    """The processor only, and the same number of threads for everybody."""
+    """Environment variables: CPU only, and the same number of threads for every contender."""
     fixed = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     return {**os.environ, **own, **fixed, "VERITUNE_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 
 
 def run(command: list[str], env: dict[str, str], given: str = "") -> Run:
-    """The process to its end, with `given` as its input. Raises BenchmarkError, with its stderr, when it fails."""
+    """Run the process to its end with `given` as its stdin. Raises BenchmarkError with its stderr if it fails."""
     done, began = Run(), time.perf_counter()
     with tempfile.TemporaryFile() as errors:
-        # A pipe as stdin that stays open: the training child takes its end for the death of its supervisor.
+        # Keep the stdin pipe open: the training child exits at its end, because its supervisor has died then.
         process = subprocess.Popen(
             command, env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
         )
@@ -102,7 +102,7 @@ def _listen(process: "subprocess.Popen[bytes]", done: Run, began: float) -> None
     try:
         for raw in process.stdout:
             if not raw.startswith(b'{"'):
-                continue  # what libraries print
+                continue  # output of libraries
             resident = _resident(watched)
             done.lines.append(Line(round(time.perf_counter() - began, 3), json.loads(raw), resident))
             done.peaks.append(peak[0])
@@ -111,7 +111,7 @@ def _listen(process: "subprocess.Popen[bytes]", done: Run, began: float) -> None
     finally:
         over.set()
         sampler.join()
-    done.peaks = [*done.peaks[1:], peak[0]]  # the first is what came before any line
+    done.peaks = [*done.peaks[1:], peak[0]]  # the first peak is the one before any line
 
 
 def _resident(process: psutil.Process) -> int:
@@ -122,5 +122,5 @@ def _resident(process: psutil.Process) -> int:
 
 
 def adapter_digest(adapter: Path) -> str:
-    """What tells one trained adapter from another: a digest of its weights' file."""
+    """A digest of an adapter's weights file."""
     return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.decode_step`: where a decode step of 16 rows goes, in transformers' forward and in ours.
+"""`python -m benchmarks.decode_step`: profiles a decode step of 16 rows, in transformers' forward and in ours.
 
     --base DIR     a base as plain weights (default: what `benchmarks.inference` exported)
     --adapters DIR its adapters, for the mixed step
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def served(base: Path, adapter: Path | None = None) -> ServedModel:
-    """A base, or an adapter over it."""
+    """A base model, or an adapter over it."""
     return ServedModel(
         digest=adapter.name if adapter else base.name,
         base_digest=base.name,

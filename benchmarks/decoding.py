@@ -1,4 +1,4 @@
-"""Decode throughput of a completions server: rows that ask together, each for the same number of greedy tokens."""
+"""Decode throughput of a completions server: concurrent rows, each with the same number of greedy tokens."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from benchmarks.deployment import BenchmarkError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question: who is to answer it, and its ids."""
+    """One request: its model, and its prompt's token ids."""
 
     model: str
     prompt: list[int]
@@ -47,7 +47,7 @@ OPENAI = Protocol(
 
 
 def llama_cpp(names: Sequence[str]) -> Protocol:
-    """llama.cpp's own: adapters by their places among `names`, and a slot for each row, where its prompt is kept."""
+    """llama.cpp's protocol: an adapter is its index in `names`, and each row has a slot that caches its prompt."""
 
     def body(slot: int, row: Row, tokens: int) -> dict[str, Any]:
         lora = [{"id": names.index(row.model), "scale": 1.0}] if row.model in names else []
@@ -58,10 +58,10 @@ def llama_cpp(names: Sequence[str]) -> Protocol:
 
 
 class Asker:
-    """Asks many rows at once, on a connection for each."""
+    """Sends many rows at once, each over its own connection."""
 
     def __init__(self, url: str, rows: int, protocol: Protocol = OPENAI) -> None:
-        # No connection serves two requests: a server closes an idle one, and a request sent just then gets no answer.
+        # A connection serves one request only: a server may close an idle connection just when a request is sent on it.
         self._client = httpx.Client(base_url=url, timeout=600, transport=ExclusiveTransport(rows, idle_seconds=0))
         self._pool = ThreadPoolExecutor(rows)
         self._protocol = protocol
@@ -90,7 +90,7 @@ class Asker:
 
 
 class Way(NamedTuple):
-    """Rows that are asked of a server, and how."""
+    """Rows to send to a server, and the request options."""
 
     url: str
     rows: Sequence[Row]
@@ -99,7 +99,7 @@ class Way(NamedTuple):
 
 
 def decoding(way: Way, tokens: int, times: int) -> dict[str, Any]:
-    """Tokens a second behind the first one. The prompts are in the server's prefix cache when the time counts."""
+    """Tokens per second after the first token. The prompts are in the server's prefix cache by then."""
     return in_turns({"": way}, tokens, times)[""]
 
 
@@ -123,7 +123,7 @@ def in_turns(ways: Mapping[str, Way], tokens: int, times: int) -> dict[str, dict
 
 
 class _Round(NamedTuple):
-    """Seconds of the first tokens, and of all that were asked for behind them; the answers' ids."""
+    """Seconds until the first tokens, seconds of the tokens after them, and the answers' token ids."""
 
     first: float
     whole: float

@@ -1,4 +1,4 @@
-"""`veritune up` as a user starts it, with the moments at which its parts came up."""
+"""Runs `veritune up` as a user does, and records when each part is up."""
 
 import os
 import signal
@@ -21,11 +21,11 @@ ASK_SECONDS = 0.05
 
 
 class BenchmarkError(Exception):
-    """Why a benchmark could not be carried out."""
+    """A benchmark cannot continue; the message says why."""
 
 
 class Deployment:
-    """A running `veritune up` over `home`. `marks`: seconds from its start to what is named."""
+    """A running `veritune up` over `home`. `marks`: seconds from its start to each named moment."""
 
     def __init__(self, home: Path, cache: Path) -> None:
         self.port = free_port()
@@ -60,7 +60,7 @@ class Deployment:
         return self._ok(self.client.post(path, **arguments))
 
     def until(self, job_id: str, *statuses: str, seconds: float = 120.0) -> Any:
-        """The job, once its status is one of these."""
+        """Wait until the job's status is one of these; return the job."""
         until = time.monotonic() + seconds
         while True:
             job = self.get(f"/jobs/{job_id}")
@@ -71,7 +71,7 @@ class Deployment:
             time.sleep(0.1)
 
     def pid(self, *words: str) -> int:
-        """The one process whose command line ends in these words."""
+        """The process whose command line ends with these words."""
         return self._find(*words).pid
 
     def tail(self) -> str:

@@ -1,4 +1,4 @@
-"""The rows that every contender trains on, as Veritune's own ingest and encoder make them, and how they are packed."""
+"""The rows that every contender trains on. Veritune's ingest and encoder create them."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ PLACES = ("shared", "../shared")
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is trained: `rows` are the file's first ones, `effective` of them an update."""
+    """How much is trained: the file's first `rows` rows, `effective` of them in each update."""
 
     updates: int = 8
     rows: int = 64
@@ -78,7 +78,7 @@ class Work:
         return [rows_of_update(update, self.schedule, self.spec.seed) for update in updates]
 
     def shapes(self) -> list[list[dict[str, Any]]]:
-        """Each update's micro-batches: the lengths of their rows, and how many tokens carry a loss."""
+        """Each update's micro-batches: the lengths of their rows, and the number of labelled tokens."""
         found = []
         for update in range(1, self.schedule.updates + 1):
             batches = batches_of_update(self.chosen, update, self.schedule, self.spec.seed)
@@ -87,7 +87,7 @@ class Work:
 
 
 def prepare(csv: Path, cache: Path, directory: Path, scale: Scale) -> Work:
-    """The work, made in a deployment of its own under `directory`."""
+    """Create the work in a private deployment under `directory`."""
     settings = Settings(home=directory / "home", cache=cache)
     migrate(settings.database)
     services = compose(settings)
@@ -118,7 +118,7 @@ def _work(services: Services, described: BaseModelDescription, cache: Path, dire
 
 
 def base_in(cache: Path) -> BaseModelDescription:
-    """SmolLM2-135M, by its name: a user may have added other models to the cache."""
+    """SmolLM2-135M, found by name, because the cache may contain other models."""
     for path in sorted((cache / "models").glob("*/description.json")):
         described = BaseModelDescription.model_validate(json.loads(path.read_text("utf-8")))
         if described.name == "smollm2-135m":
@@ -127,7 +127,7 @@ def base_in(cache: Path) -> BaseModelDescription:
 
 
 def dataset() -> Path:
-    """The real trajectories. They are not part of the project, whose licence they do not share."""
+    """The path of the real trajectories. They have another licence, so they are not part of the project."""
     for place in PLACES:
         path = ROOT / place / "data" / "react_fever_270.csv"
         if path.exists():

@@ -1,9 +1,9 @@
-"""One evaluation for all contenders: the mean loss of the labelled tokens, by stock transformers and PEFT.
+"""Evaluates all contenders alike: the mean loss of the labelled tokens, with stock transformers and PEFT.
 
     python -m benchmarks.evaluator BASE ROWS ADAPTER…
 
-The base is quantised as in training, then computes in float32, each row alone. Tells one JSON line an adapter; an empty
-name stands for the base.
+The base is quantised as in training and computes in float32, one row at a time. Prints a JSON line for each adapter. An
+empty name means the base.
 """
 
 import json

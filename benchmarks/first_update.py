@@ -1,4 +1,4 @@
-"""From POST /jobs to the first update, split by the job's own events."""
+"""Measures the time from POST /jobs to the first update, split by the job's events."""
 
 import time
 from datetime import datetime
@@ -16,14 +16,14 @@ SPEC: dict[str, Any] = {
     "quantization": {"bits": 4},
     "trainer": {"train_steps": 1, "effective_batch_size": 8, "learning_rate": 1e-3},
 }
-"""The demo's job, of one update."""
+"""The demo's job, with one update."""
 
 LOOK_SECONDS = 0.02
 PATIENCE_SECONDS = 120.0
 
 
 def to_first_update(deployment: Deployment, cache: Path, times: int) -> dict[str, Any]:
-    """Jobs one after the other; between them the limit: import the libraries and load the weights, nothing else."""
+    """Run jobs in sequence. Between them, measure the limit: importing the libraries and loading the weights."""
     digest = next(m["digest"] for m in deployment.get("/base-models")["data"] if m["name"] == SPEC["base_model"])
     weights = str(cache / "models" / digest)
     load = f"{GPU_IMPORTS}; transformers.AutoModelForCausalLM.from_pretrained({weights!r}, dtype=torch.bfloat16)"

@@ -1,4 +1,4 @@
-"""The base and the adapters as llama.cpp reads them: written once by its own scripts, in bfloat16."""
+"""The base and the adapters as GGUF files for llama.cpp, converted once by its scripts, in bfloat16."""
 
 import os
 import subprocess

@@ -124,7 +124,7 @@ def serving(base: Path, adapters: Sequence[Path], device: torch.device) -> dict[
 
 
 class Decoding:
-    """Steps of rows that have `LENGTH` tokens each."""
+    """Measure decode steps of rows with `LENGTH` tokens each."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Decoding:
         self._lengths = [LENGTH] * len(chosen)
 
     def timed(self) -> dict[str, Any]:
-        """Milliseconds a step, and tokens a second."""
+        """Milliseconds per step, and tokens per second."""
         for row in range(len(self._chosen)):
             prefill(self._forward([self._chosen[row]]), self._store, row, _prompt(row))
         taken = median([self._step() for _ in range(STEPS)][4:])
@@ -173,7 +173,7 @@ class Decoding:
 
 
 def _turns(models: LoadedModels, chosen: Sequence[ServedModel]) -> dict[str, Any]:
-    """The same with all that a turn does besides: tokens are chosen, texts decoded, events sent."""
+    """The same with sampling, detokenization and output, as the scheduler's step does them."""
     said: list[EngineOutput] = []
     scheduler = Scheduler(models, SETTINGS, said.append)
     sampling = SamplingParams(max_tokens=4 * STEPS, temperature=0, ignore_eos=True)
@@ -190,7 +190,7 @@ def _turns(models: LoadedModels, chosen: Sequence[ServedModel]) -> dict[str, Any
 
 
 def peft(base: Path, adapters: Sequence[Path], device: torch.device) -> list[dict[str, Any]]:
-    """PEFT over the same base: `generate`, mixed by `adapter_names`."""
+    """PEFT's `generate` over the same base, with `adapter_names` to mix adapters."""
     dtype = precision_here(device, "unknown").compute
     bare = load_base(_served(base), device, dtype).model
     model: Any = PeftModel.from_pretrained(bare, adapters[0], adapters[0].name, autocast_adapter_dtype=False)
@@ -209,7 +209,7 @@ def peft(base: Path, adapters: Sequence[Path], device: torch.device) -> list[dic
 
 @torch.inference_mode()
 def _generated(model: Any, ids: torch.Tensor, names: list[str] | None) -> float:
-    """Seconds that `PEFT_STEPS` decode steps take, the prompts' own time subtracted."""
+    """Seconds of `PEFT_STEPS` decode steps, without the prefill."""
 
     def timed(count: int) -> float:
         began = time.perf_counter()
@@ -229,7 +229,7 @@ def _generated(model: Any, ids: torch.Tensor, names: list[str] | None) -> float:
 
 
 def training(sizes: Architecture, base: Path, device: torch.device) -> list[dict[str, Any]]:
-    """Updates of the recipe: tokens a second, and bytes at the peak beside the plan's."""
+    """Updates of the training recipe: tokens per second, and peak bytes next to the plan's."""
     found = []
     for recompute in (False, True):
         gc.collect()

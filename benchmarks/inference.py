@@ -68,7 +68,7 @@ Table = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is asked of everybody."""
+    """The requests that every server gets."""
 
     found: Published
     adapters: Path
@@ -89,7 +89,7 @@ class Task:
 def main() -> None:
     given = _arguments()
     counts = QUICK if given.quick else Counts()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # raises SystemExit, so that started processes are stopped
     began = time.monotonic()
     found = _step("adapters and corpus", published, given.data, given.cache.resolve())
     task = _task(found, counts)
@@ -133,7 +133,7 @@ def _task(found: Published, counts: Counts) -> Task:
 
 
 def decode(task: Task, directory: Path) -> dict[str, Any]:
-    """Throughput behind the first token, by rows and live adapters."""
+    """Throughput after the first token, by rows and live adapters."""
     most = max(task.counts.rows)
     table, own = directory / "table.json", {}
     table.write_text(json.dumps(_models(task)), encoding="utf-8")
@@ -204,7 +204,7 @@ def _of_four(task: Task) -> list[Row]:
 
 
 def _free_and_held(task: Task, url: str) -> dict[str, Way]:
-    """Rows of 4 adapters, and the same by a grammar."""
+    """Rows of 4 adapters, and the same rows with structured outputs."""
     held = {"structured_outputs": {"regex": REGEX}}
     return {"free": Way(url, _of_four(task)), "held": Way(url, _of_four(task), held)}
 
@@ -216,7 +216,7 @@ def _paces(ways: Mapping[str, Way], counts: Counts, often: int = 1) -> dict[str,
 
 
 def _load(task: Task, url: str) -> float:
-    """Have the many adapters loaded; how many the engine holds then."""
+    """Load the many adapters; return how many the engine has loaded then."""
     for first in range(0, task.counts.loaded, len(task.prompts)):
         numbers = range(first, min(first + len(task.prompts), task.counts.loaded))
         decoding(Way(url, [Row(f"more-{n:04}", task.prompts[0][:8]) for n in numbers]), 1, 1)
@@ -224,7 +224,7 @@ def _load(task: Task, url: str) -> float:
 
 
 def _in_memory(url: str) -> float:
-    """How many adapters the engine holds."""
+    """The number of adapters that the engine has loaded."""
     told = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
     return next(float(line.split()[1]) for line in told if line.startswith("veritune:loaded_adapters "))
 
@@ -269,7 +269,7 @@ def _llama_cpp(task: Task, directory: Path) -> Table:
 
 
 def _same(mine: list[list[int]], theirs: list[list[int]]) -> float:
-    """The share of tokens before an answer first differs: what follows is another text."""
+    """The share of tokens before the first difference between two answers."""
     same = sum(
         next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
         for one, other in zip(mine, theirs, strict=True)
@@ -285,7 +285,7 @@ def react(task: Task, data: Path, cache: Path, directory: Path) -> dict[str, Any
     for name in ("veritune", "vllm"):
         with _server(name, task, cache, directory) as server, application(home, cache, server.url, log) as api:
             ask = (ADAPTERS, CORPUS)
-            judging(api.url, rounds[-1], *ask, 4)  # whoever is asked first loads and compiles
+            judging(api.url, rounds[-1], *ask, 4)  # a first request loads and compiles; keep it out of the figures
             figures[name] = {
                 str(at_once): _step(f"{name}, {at_once} at once", judging, api.url, claims, *ask, at_once)
                 for at_once, claims in zip(task.counts.at_once, rounds, strict=False)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 SHARES = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
-"""Linear layers by the input that they read."""
+"""Linear layers, grouped by the input that they share."""
 
 
 class Shapes:
-    """Sizes of a Llama model as its config names them."""
+    """Sizes of a Llama model, named as in its config."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.layers, self.vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
@@ -110,7 +110,7 @@ class Products:
 
 
 def timed(products: Products, updates: list[list[dict[str, Any]]]) -> Iterator[tuple[float, int]]:
-    """(seconds, operations) of each update. Each is done once unmeasured, so that all memory is there."""
+    """(seconds, operations) of each update. Each runs once before it is measured, so that its memory is allocated."""
     for batches in updates:
         products.run(batches)
         products.operations = 0

@@ -1,6 +1,6 @@
-"""Which tensors are alive while code runs, by the bytes of their storages: on any device, the meta device included.
+"""Counts the bytes of live tensors while code runs, on any device, the meta device included.
 
-Every operation's results are seen; what a kernel takes and gives back within itself is not.
+It counts the results of every operation, but not the temporary memory inside a kernel.
 """
 
 import weakref
@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_iter
 
 
 def bytes_of(tensors: Any) -> int:
-    """Bytes of the unique storages behind the tensors."""
+    """Bytes of the distinct storages of the tensors."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`live`: bytes of what was made while the mode was on and is not gone; `peak`: the most there ever was."""
+    """`live`: bytes of storages allocated in this mode and still alive. `peak`: the maximum of `live`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

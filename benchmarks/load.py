@@ -1,4 +1,4 @@
-"""Many clients that each keep one connection and ask for one address again and again; counts and latencies.
+"""A load generator: many clients, each with one connection, request one path repeatedly.
 
     python -m benchmarks.load PORT PATH [--clients 200] [--seconds 6] [--period 0]
 
@@ -20,7 +20,7 @@ MOST_REQUESTS = 500_000
 
 @dataclass
 class Round:
-    """One round's rules and tallies. Times are the event loop's seconds."""
+    """The settings and counts of one round. Times are seconds of the event loop's clock."""
 
     request: bytes
     period: float
@@ -30,7 +30,7 @@ class Round:
 
 
 class Client(asyncio.Protocol):
-    """One connection: a question, its answer, the next question."""
+    """One connection, which sends a request after each response."""
 
     def __init__(self, of: Round) -> None:
         self._of = of

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: the machine, its load, the versions; and memory while work runs."""
+"""Describes the machine, its load and the versions, and samples memory while work runs."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 def head(what: str, module: str) -> dict[str, Any]:
-    """What every result begins with: how it came about."""
+    """The head of every result: command, commit, machine and versions."""
     return {
         "what": what,
         "command": shlex.join(["python", "-m", module, *map(_without_its_place, sys.argv[1:])]),
@@ -76,12 +76,12 @@ def _git(*words: str) -> str:
 
 
 def busy() -> dict[str, float]:
-    """How busy the machine is with other work: asked for one second, while no benchmark runs."""
+    """The machine's load by other work, measured for one second while no benchmark runs."""
     return {"processor_percent": psutil.cpu_percent(interval=1.0), "load_average": round(os.getloadavg()[0], 2)}
 
 
 def timed_python(code: str) -> float:
-    """Seconds from starting a Python to its end, with `code` in it."""
+    """Seconds that a new Python process takes to run `code`."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
     return time.perf_counter() - began
@@ -118,7 +118,7 @@ class Memory:
 
 @contextmanager
 def watched(pid: int, word: str, period: float = 0.02) -> Iterator[Memory]:
-    """Samples while the block runs."""
+    """Sample memory while the block runs."""
     memory, over = Memory(pid, word), threading.Event()
 
     def sample() -> None:

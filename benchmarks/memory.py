@@ -1,4 +1,4 @@
-"""The memory model against measurements, and beside published figures: `python -m benchmarks.memory`.
+"""`python -m benchmarks.memory`: compares the memory model with measurements and with published figures.
 
 Two ways: resident memory of fresh processes that train SmolLM2-135M on this CPU, and the recipe's update at the sizes
 of models that do not fit here, on the meta device.
@@ -106,7 +106,7 @@ def mixed_rows(rows: int, length: int, seed: int) -> Batch:
 
 
 def measured(base: Path, stored: int, **setting: Any) -> dict[str, Any]:
-    """One setting: what the plan says, and what a fresh process was seen to take at its peak."""
+    """One setting: the planned bytes, and the measured peak of a fresh process."""
     command = [sys.executable, "-m", "benchmarks.memory", "--child", str(base), json.dumps(setting)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=for_tensors())
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -119,7 +119,7 @@ def measured(base: Path, stored: int, **setting: Any) -> dict[str, Any]:
 
 
 def shapes(name: str, tokens: int, length: int, *, recompute: bool, packed: bool, stock: bool) -> dict[str, Any]:
-    """The same for a model's sizes alone, without what a process takes before its first tensor."""
+    """The same on the meta device, from a model's sizes, without a process's own bytes."""
     from benchmarks.shape_only import rows_of, run_update
 
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What can be counted without training: padding, how full micro-batches are, and what the data costs as it grows."""
+"""Counts without training: padding, the fill of micro-batches, and the cost of larger datasets."""
 
 import math
 import tempfile
@@ -55,7 +55,7 @@ def _filling(lengths: list[int], schedule: Schedule, spec: TrainSpec, epochs: in
 
 
 def scaling(rows: Sequence[EncodedRow], spec: TrainSpec, vocab_size: int) -> list[dict[str, float]]:
-    """Microseconds a token of everything that is not the model, for datasets of growing size."""
+    """Microseconds per token of all work outside the model, for datasets of growing size."""
     return [_scaling(rows, spec, vocab_size, size) for size in SIZES]
 
 

@@ -1,9 +1,9 @@
-"""PEFT as a contender: `generate` with `adapter_names`, the way in which it mixes adapters in a batch.
+"""PEFT as a contender: `generate` with `adapter_names`, which mixes adapters in a batch.
 
     python -m benchmarks.peft_peer TASK.json
 
 TASK: `base` (a directory), `adapters` (directories), `rows` (a list of {prompts, names}), `tokens`, `times`, `threads`.
-Tells a JSON line for each of the `rows`.
+Prints a JSON line for each of the `rows`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Clients that poll GET /jobs/{id}, against a bare FastAPI route under the same load in alternating rounds."""
+"""Polls GET /jobs/{id}, and a bare FastAPI route under the same load, in alternating rounds."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from benchmarks.first_update import SPEC
 from benchmarks.machine import ROOT
 
 PERIOD = 1.0
-"""Seconds between the questions of a client that is in no hurry."""
+"""Seconds between the requests of a slow client."""
 
 FIGURES = ("per_second", "p50_ms", "p99_ms", "server_cpu_us")
 
@@ -27,13 +27,13 @@ LONG = {"train_steps": 5_000, "effective_batch_size": 1, "learning_rate": 1e-4}
 """A job that outlasts the rounds. One row an update, so that its pace shows in a few seconds."""
 
 Arms = dict[str, tuple[int, int, str]]
-"""What is asked: name → (process id, port, path)."""
+"""The routes to poll: name → (process id, port, path)."""
 
 Rounds = dict[str, list[dict[str, float]]]
 
 
 def polling(deployment: Deployment, directory: Path, clients: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Without training, then while a job trains: as fast as the clients can, and at one question a second each."""
+    """Poll without training, then while a job trains: at full speed, and once a second for each client."""
     job = deployment.get("/jobs")["data"][0]["id"]
     with _bare(deployment, job, directory) as bare:
         api = deployment.pid("app.cli", "api")
@@ -131,7 +131,7 @@ def _until_it_trains(deployment: Deployment, job: str) -> None:
 
 
 def _pace(deployment: Deployment, job: str, seconds: float) -> float:
-    """Updates a second while nobody asks."""
+    """Training updates per second without any polling."""
     began, before = time.monotonic(), _update(deployment, job)
     time.sleep(seconds)
     return round((_update(deployment, job) - before) / (time.monotonic() - began), 2)

@@ -1,4 +1,4 @@
-"""Where an update's time goes: torch.profiler over one update after a warm one, with Veritune's own code.
+"""Profiles one update of Veritune with torch.profiler, after a warm-up update.
 
     python -m benchmarks.profiling ORDER.json [packed]
 
@@ -53,7 +53,7 @@ def part_of(operator: str) -> str:
 
 
 class Update:
-    """The recipe's update, that can be done again."""
+    """The training recipe's update, repeatable."""
 
     def __init__(self, order: TrainOrder) -> None:
         device = torch.device("cpu")

@@ -1,6 +1,6 @@
-"""What the inference benchmark asks: adapters that jobs have trained on the real trajectories, and a corpus.
+"""Prepares the inference benchmark: adapters that jobs train on the real trajectories, and a corpus.
 
-State is kept under `.cache/bench-inference`: the training is done once.
+The state stays in `.cache/bench-inference`, so the adapters are trained once.
 """
 
 import os
@@ -49,7 +49,7 @@ class Published:
 
 
 def published(data: Path, cache: Path) -> Published:
-    """The deployment's state, made if it is not there."""
+    """Return the deployment's state; create it if it does not exist."""
     home = KEPT / "home"
     deployment = Deployment(home, cache)
     try:
@@ -100,5 +100,5 @@ def many(found: Published, names: Sequence[str]) -> Path:
 
 
 def own_weights(directory: Path) -> str:
-    """The name of the file of weights."""
+    """The name of the weights file."""
     return next(path.name for path in directory.iterdir() if path.suffix == ".safetensors")

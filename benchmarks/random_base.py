@@ -1,4 +1,4 @@
-"""A base model of a known one's sizes and LoRA adapters over it, with random weights: for speed and memory alone."""
+"""Creates a base model of given sizes and LoRA adapters over it, with random weights, to measure speed and memory."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def write_base(sizes: Architecture, directory: Path, device: torch.device) -> Pa
 
 
 def write_adapter(sizes: Architecture, directory: Path, rank: int, device: torch.device) -> Path:
-    """LoRA beside every linear layer."""
+    """A LoRA adapter on every linear layer, with random weights."""
     leaves = sorted(leaf for _, leaf, _, _ in _linears(sizes))
     LoraConfig(r=rank, lora_alpha=rank, target_modules=leaves, task_type="CAUSAL_LM").save_pretrained(str(directory))
     draw = _drawing(device)

@@ -1,4 +1,4 @@
-"""A JSONL of valid rows, as large as asked for: the examples' own, each claim told apart by a number."""
+"""Writes a JSONL file of a given size from the examples' rows. A number makes each claim distinct."""
 
 import json
 from itertools import count
@@ -10,7 +10,7 @@ EXAMPLES = ROOT / "examples" / "train.jsonl"
 
 
 def write_rows(path: Path, size: int) -> int:
-    """At least `size` bytes of rows, no two alike. How many rows."""
+    """Write at least `size` bytes of distinct rows; return the number of rows."""
     examples = [json.loads(line) for line in EXAMPLES.read_text("utf-8").splitlines()]
     parts = []
     for row in examples:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.served`: from a job's success to the first answer of its adapter, over a whole `veritune up`.
+"""`python -m benchmarks.served`: measures the time from a job's success to its adapter's first prediction.
 
     --times N      jobs; the first one's adapter is also the first thing that inference is asked for
     --cache DIR    where the converted base model lies (VERITUNE_CACHE)
@@ -71,7 +71,7 @@ def _timeline(deployment: Deployment, seed: int) -> dict[str, float]:
 
 
 def _succeeded(deployment: Deployment, job: str) -> float:
-    """When the job succeeded, as its event says; returns as soon as the event has come."""
+    """Wait for the job's `succeeded` event; return its timestamp."""
     headers = {"Accept": "text/event-stream"}
     with deployment.client.stream("GET", f"/jobs/{job}/events", headers=headers) as stream:
         for line in stream.iter_lines():

@@ -33,7 +33,7 @@ LIMIT_MIB = 200
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How much is measured. `seconds`: of one polling round."""
+    """How much is measured. `seconds`: duration of one polling round."""
 
     times: int = 3
     clients: int = 200
@@ -51,7 +51,7 @@ def main() -> None:
     default = os.environ.get("VERITUNE_CACHE", str(ROOT / ".cache" / "veritune"))
     parser.add_argument("--cache", type=Path, default=Path(default))
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # raises SystemExit, so that started processes are stopped
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="veritune-bench-") as directory:
         figures = measure(Path(directory), given.cache.resolve(), QUICK if given.quick else Counts())
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure(directory: Path, cache: Path, counts: Counts) -> dict[str, Any]:
-    """Every figure. Before each part the machine's other work is noted."""
+    """Measure all figures. Before each part, note the machine's load by other work."""
     figures: dict[str, Any] = {"other_work": {"importing": busy()}}
     figures["importing"] = _step("importing", importing, counts.times)
     figures["other_work"]["starting"] = busy()

@@ -1,4 +1,4 @@
-"""Inference servers of one run: Veritune's front, vLLM's and llama.cpp's, each over the same base and adapters."""
+"""Starts inference servers over the same base and adapters: Veritune's, vLLM's and llama.cpp's."""
 
 import json
 import os
@@ -23,12 +23,12 @@ VLLM = ROOT / ".cache" / "vllm" / "bin" / "python"
 LLAMA_CPP = ROOT / ".cache" / "llama.cpp" / "build" / "bin" / "llama-server"
 
 SLOT_TOKENS = 512
-"""That a slot of llama.cpp has room for: prompt and answer of one row."""
+"""Tokens of a llama.cpp slot: prompt and completion of one row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One that answers. `seconds`: from its start to then."""
+    """A server that is ready. `seconds`: the time from its start until it was ready."""
 
     url: str
     pid: int

@@ -1,4 +1,4 @@
-"""The training recipe's update at the sizes of models that do not fit here: on the meta device, without one weight."""
+"""Runs the training recipe's update on the meta device, at the sizes of models that do not fit here."""
 
 import warnings
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What it takes to start: importing the API, and everything from `veritune up` to ready."""
+"""Measures start times: importing the API, and `veritune up` until it is ready."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def importing(times: int) -> dict[str, Any]:
-    """`import app.main` against importing the libraries that it stands on, turn and turn about."""
+    """`import app.main` against importing only the libraries that it uses, in alternation."""
     ask = "import app.main, sys, json; print(json.dumps(sorted({n.split('.')[0] for n in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(json.loads(done.stdout))

@@ -48,7 +48,7 @@ CLOSE_LOSS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What the parts of one benchmark share."""
+    """The settings and paths that all parts of the benchmark use."""
 
     work: Work
     directory: Path
@@ -70,7 +70,7 @@ def main() -> None:
     if given.table:
         print(table(json.loads(RESULTS.read_text("utf-8"))))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # raises SystemExit, so that started processes are stopped
     began = time.monotonic()
     scale = Scale(updates=2, rows=4, effective=2) if given.quick else Scale(updates=given.updates)
     with tempfile.TemporaryDirectory(prefix="veritune-bench-") as name:
@@ -118,7 +118,7 @@ def _result(figures: dict[str, Any], scale: Scale, work: Work, seconds: float) -
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Every figure. Before each part the machine's other work is noted."""
+    """Measure all figures. Before each part, note the machine's load by other work."""
     other: dict[str, Any] = {}
     figures: dict[str, Any] = {"other_work": other}
     other["counting"] = busy()
@@ -136,7 +136,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     figures["profile_packed"] = _step("profile, base in 4 bits", _profile, bench, "packed")
     figures["losses"] = _step("losses", _losses, bench, figures["rounds"])
     for told in [*figures["trl_ways"].values(), *(told for r in figures["rounds"] for told in r.values())]:
-        told.pop("adapter", None)  # its directory is gone when this is read
+        told.pop("adapter", None)  # its directory is deleted by the time this is read
     return figures
 
 
@@ -150,7 +150,7 @@ def _step(name: str, work: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def _ways(bench: Bench) -> dict[str, Any]:
-    """A few updates of each way that TRL can be set."""
+    """Run a few updates of each TRL configuration."""
     found = {}
     for name, way in bench.ways.items():
         try:
@@ -177,7 +177,7 @@ def _best(ways: dict[str, Any]) -> str:
 
 
 def _round(bench: Bench, number: int, best: Way) -> dict[str, Any]:
-    """Everybody once, one after the other."""
+    """Run every contender once, in sequence."""
     place = bench.directory / f"round-{number}"
     return {
         "veritune": _step("Veritune", veritune, bench.work, place / "veritune", THREADS),

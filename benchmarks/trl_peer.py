@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as a contender: runs in the venv of its own and tells JSON lines.
+"""TRL's SFTTrainer as a contender. It runs in its own venv and prints JSON lines.
 
     python -m benchmarks.trl_peer TASK.json
 
@@ -111,7 +111,7 @@ class _Counted:
 
 
 def _rows(path: Path, order: list[int]) -> list[dict[str, Any]]:
-    """The encoded rows in the order that is asked for, with -100 where no loss is taken."""
+    """The encoded rows in the given order, with label -100 for tokens without loss."""
     encoded = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     rows = []
     for row in encoded:

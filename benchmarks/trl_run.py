@@ -1,4 +1,4 @@
-"""TRL as a contender: its venv, the ways it can be set, and one run read from what it tells."""
+"""TRL as a contender: its venv, its configurations, and one run, read from its JSON lines."""
 
 import json
 import subprocess
@@ -72,7 +72,7 @@ def trl_python() -> Path:
 def trl(
     work: Work, way: Way, directory: Path, threads: int, *, bf16: bool, updates: int | None = None
 ) -> dict[str, Any]:
-    """One run; with `updates`, only so many of the schedule's."""
+    """Run TRL once. `updates`: run only the first of the schedule's updates."""
     directory.mkdir(parents=True)
     task = directory / "task.json"
     task.write_text(json.dumps(_task(work, way, directory, threads, bf16, updates)), encoding="utf-8")

@@ -57,7 +57,7 @@ APPROACHES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, float]
     "nf4": (LORA, NF4, 1e-3),
     "fp4": (LORA, FP4, 1e-3),
 }
-"""name → adapter, quantisation, learning rate."""
+"""Name → (adapter, quantisation, learning rate)."""
 
 
 def measure(name: str, work: Work, directory: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Uploads of a small and a large JSONL of valid rows: pace, and the memory of the API and of its reading child."""
+"""Uploads a small and a large JSONL file: rows per second, and the memory of the API and of its ingest child."""
 
 import json
 import time
@@ -45,7 +45,7 @@ def _one(deployment: Deployment, path: Path, size_mb: int) -> dict[str, Any]:
 
 
 def _read_plainly(path: Path) -> float:
-    """The limit: what Python needs to read the lines and parse each."""
+    """The limit: the time that Python takes to read and parse each line."""
     began = time.perf_counter()
     with path.open("rb") as file:
         for line in file:

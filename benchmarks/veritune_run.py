@@ -1,4 +1,4 @@
-"""Veritune as a contender: the real training child with a work order, read from the events it tells.
+"""Veritune as a contender: the real training child with a work order, read from its events.
 
 python -m benchmarks.veritune_run     the same child, with the base kept in 4 bits however small it is
 """
@@ -18,7 +18,7 @@ PACKED_CHILD = "benchmarks.veritune_run"
 
 
 def veritune(work: Work, directory: Path, threads: int, *, packed: bool = False) -> dict[str, Any]:
-    """One run. `packed`: without the dequantised copy that a small base gets on a processor."""
+    """Run Veritune once. `packed`: without the dequantised copy that a small base gets on a CPU."""
     directory.mkdir(parents=True)
     module = PACKED_CHILD if packed else CHILD
     order = work.order(directory).model_dump_json() + "\n"
@@ -50,7 +50,7 @@ def _figures(done: Run, adapter: Path) -> dict[str, Any]:
 
 
 def median_pace(updates: list[dict[str, Any]]) -> float:
-    """Real tokens a second: the median over the updates without the first, which warms things up."""
+    """Real tokens per second: the median over all updates but the first, which is a warm-up."""
     counted = updates[1:] or updates
     return round(median(float(update["tokens"] / update["seconds"]) for update in counted), 1)
 
