@@ -89,8 +89,7 @@ def check_claim(text: str) -> str:
         raise ValueError(f"the claim has {len(claim):,} characters; the limit is {CLAIM_LIMIT:,}")
     if marker := STEP_MARKER.search(claim):
         raise ValueError(
-            f"the claim holds {marker.group(0)!r}, which begins a step of a trajectory; "
-            "send the sentence to be judged alone"
+            f"the claim holds {marker.group(0)!r}, which begins a step of a trajectory; send only the sentence to judge"
         )
     return claim
 

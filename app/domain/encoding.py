@@ -131,12 +131,12 @@ class Encoder:
 
     def count_sentences_that_fit(self, sentences: Sequence[str], budget: int) -> int:
         """Number of leading sentences that fit `budget` tokens as one observation."""
-        kept = 0
+        count_that_fits = 0
         for count in range(1, len(sentences) + 1):
             if len(self.tokens.encode(" " + " ".join(sentences[:count]))) > budget:
                 break
-            kept = count
-        return kept
+            count_that_fits = count
+        return count_that_fits
 
     def clip_sentence(self, sentence: str, budget: int) -> str:
         """The longest run of leading words of a sentence that fits `budget` tokens; at least one word.
@@ -156,8 +156,8 @@ class Encoder:
         if len(self.tokens.encode(f" {observation}")) <= budget:
             return observation
         sentences = split_sentences(observation)
-        kept = self.count_sentences_that_fit(sentences, budget)
-        return " ".join(sentences[:kept]) if kept else self.clip_sentence(sentences[0], budget)
+        count = self.count_sentences_that_fit(sentences, budget)
+        return " ".join(sentences[:count]) if count else self.clip_sentence(sentences[0], budget)
 
     def count_tokens(self, segments: Sequence[Segment]) -> int:
         return len(self.encode(segments).ids)
@@ -179,14 +179,14 @@ class Encoder:
                 continue
             used = self._count_tokens_before_observation(trajectory.claim, steps, step)
             budget = self.get_observation_budget(used, limit)
-            kept, guarded = self._shorten_around_quotations(
+            shortened, is_protected = self._shorten_around_quotations(
                 step.observation, budget, _find_quotations(trajectory.steps[number + 1 :])
             )
-            if kept != step.observation:
+            if shortened != step.observation:
                 trimmed += 1
-                tokens += len(self.tokens.encode(step.observation)) - len(self.tokens.encode(kept))
-                protected |= guarded
-            steps.append(step.model_copy(update={"observation": kept}))
+                tokens += len(self.tokens.encode(step.observation)) - len(self.tokens.encode(shortened))
+                protected |= is_protected
+            steps.append(step.model_copy(update={"observation": shortened}))
         shorter = trajectory.model_copy(update={"steps": tuple(steps)})
         return TrimmedTrajectory(shorter, trimmed, tokens, protected)
 

@@ -98,7 +98,7 @@ class JobError(Frozen):
 class JobProgress(Frozen):
     """Progress of a job. `epoch`: passes over the data. `eta_seconds`: estimated from the recent speed.
 
-    `warnings`: what speaks against the result of a job that succeeded, such as a loss that rose.
+    `warnings`: reasons to doubt the result of a job that succeeded, such as a rising loss.
     """
 
     update: int = 0
@@ -181,7 +181,7 @@ class Checkpoint(Frozen):
 
 
 class Artifact(Frozen):
-    """A file that a job leaves beside its adapter. `digest` is its SHA-256."""
+    """A file that a job writes in addition to its adapter. `digest`: its SHA-256."""
 
     name: str
     bytes: int

@@ -70,11 +70,11 @@ def inference_bytes(asked: int | None, device: int) -> int:
     return device // 2 if asked is None else asked
 
 
-def policy_for(setting: PolicySetting, wanted: int | None, beside: int, device: int) -> Policy:
-    """The policy for a job that takes `wanted` bytes (None: unknown). `beside`: bytes that all other tenants use."""
+def policy_for(setting: PolicySetting, wanted: int | None, others: int, device: int) -> Policy:
+    """The policy for a job that takes `wanted` bytes (None: unknown). `others`: bytes that all other tenants use."""
     if setting == "exclusive":
         return Policy.EXCLUSIVE
-    if setting == "yield" or wanted is None or wanted + beside > device:
+    if setting == "yield" or wanted is None or wanted + others > device:
         return Policy.YIELD
     return Policy.SHARE
 
@@ -85,8 +85,8 @@ def bytes_to_reserve(policy: Policy, wanted: int | None, device: int) -> int:
 
 
 def why_unavailable(others: list[Reservation], room: int | None) -> Unavailable | None:
-    """Why inference is suspended beside these tenants; None if it may run. `room`: the most bytes that jobs may use;
-    None skips that check, for an inference that has its reservation already."""
+    """Why inference is suspended while these tenants have the device; None if it may run. `room`: the most bytes that
+    jobs may use; None skips that check, for an inference that has its reservation already."""
     jobs = [other for other in others if other.tenant is Tenant.TRAINING]
     crowded = room is not None and sum(job.bytes for job in jobs) > room
     blocking = [job for job in jobs if crowded or job.policy is not Policy.SHARE]

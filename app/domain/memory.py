@@ -164,7 +164,7 @@ def _loss_block(sizes: Architecture, batch: MicroBatchSize) -> int:
 
 
 def _reserve(machine: Machine, batch: MicroBatchSize, temporary: int, in_heap: int) -> int:
-    """Bytes beside the tensors. `in_heap`: bytes of the temporary memory in a CPU's heap."""
+    """Bytes of the process in addition to its tensors. `in_heap`: bytes of the temporary memory in a CPU's heap."""
     if machine.kind == "gpu":
         return PROCESS_BYTES["gpu"] + int(GPU_FRAGMENTATION * temporary)
     full = min(1.0, batch.updates / KERNELS_FULL_AFTER)

@@ -51,7 +51,7 @@ _KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("adapter.dropout", None, "lora_dropout"),
     ("adapter.target_modules", None, "lora_target_modules"),
     ("adapter.target_modules", "it is all-linear or a list of module names", "lora_target lora_target_linear"),
-    ("adapter.target_modules", "name those to train; the others are left alone", "exclude_modules"),
+    ("adapter.target_modules", "name the modules to train; no others are trained", "exclude_modules"),
     ("adapter.use_rslora", None, "peft_use_rslora"),
     ("adapter.use_dora", None, "peft_use_dora"),
     ("adapter.init_lora_weights", None, "peft_init_lora_weights"),
@@ -89,7 +89,7 @@ _KEYS: tuple[tuple[str, str | None, str], ...] = (
     ),
     (
         "preprocessing.split",
-        "held-out rows stand in the same dataset; a column marks them, with {type: fixed}",
+        "held-out rows belong to the same dataset; a column marks them, with {type: fixed}",
         "validation_file eval_dataset test_datasets eval_file validation_data val_dataset force_split",
     ),
     (
@@ -160,7 +160,7 @@ _KEYS: tuple[tuple[str, str | None, str], ...] = (
 
 _NO_KEY: tuple[tuple[str, str], ...] = (
     # what happens instead, the words of others
-    ("an adapter is published as it is, beside its base; leave it out",
+    ("an adapter is published unmerged, without its base; leave it out",
      "postprocessor merge_lora merge_adapter_into_base_model merge_method save_method"),
     ("results stay with the job and are downloaded; leave it out",
      "output_dir save_dir output_directory push_to_hub hub_token hub_model_id hub_strategy logging_dir"),
@@ -184,7 +184,7 @@ _NO_KEY: tuple[tuple[str, str], ...] = (
     ("rows are shuffled anew every epoch; leave it out", "shuffle should_shuffle shuffle_dataset"),
     ("upload the rows that you want; every row is used",
      "sample_ratio sample_size max_samples max_train_samples oversample_minority undersample_majority"),
-    ("rows are prepared once, beside the training; leave it out",
+    ("rows are encoded once, before the training; leave it out",
      "preprocessing_num_workers dataset_num_proc dataset_processes dataloader_num_workers dataloader_pin_memory"),
     ("batch_size auto is bounded by tokens; leave it out", "max_batch_size auto_find_batch_size"),
     ("only the adapter's own weights are trained; leave it out",

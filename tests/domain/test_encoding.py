@@ -1,4 +1,4 @@
-"""Ids as the contract: what a model is trained on is, token for token, what it is served.
+"""Training ids equal serving ids, token for token.
 
 Three small tokenizers are trained here, one of each family that base models use.
 """
@@ -152,7 +152,7 @@ def test_the_ids_of_a_prompt_begin_the_ids_of_its_continuation(family: str, traj
 @families
 @given(trajectory=trajectories())
 @quick
-def test_an_atom_says_what_it_said(family: str, trajectory: Trajectory) -> None:
+def test_an_encoded_segment_decodes_to_its_text(family: str, trajectory: Trajectory) -> None:
     tokens = _LOADED[family]
     for segment in FORMAT.render_trajectory(trajectory)[:-1]:
         assert tokens.decode(encoder(family).encode_segment(segment)) == segment.text
@@ -161,7 +161,7 @@ def test_an_atom_says_what_it_said(family: str, trajectory: Trajectory) -> None:
 @families
 @given(trajectory=trajectories())
 @quick
-def test_the_learned_spans_are_what_a_model_writes(family: str, trajectory: Trajectory) -> None:
+def test_the_trained_spans_are_the_text_that_a_model_writes(family: str, trajectory: Trajectory) -> None:
     coder = encoder(family)
     segments = FORMAT.render_trajectory(trajectory)
     encoded = coder.encode(segments)
@@ -233,7 +233,7 @@ def _around(words: list[str], observation: str) -> bool:
 
 
 def _budget(coder: Encoder, trimmed: Trajectory, number: int, limit: int) -> int:
-    """What the observation of the step at `number` was given, as serving would work it out."""
+    """Budget of the observation of the step at `number`, computed as serving does."""
     step = trimmed.steps[number]
     opened = [*render_turn(number + 1, step.thought, step.action), TURN_END, build_header("Observation", number + 1)]
     used = coder.count_tokens([*FORMAT.render_prompt(trimmed.claim, trimmed.steps[:number]), *opened])
@@ -322,7 +322,7 @@ def test_a_shortened_observation_begins_the_whole_one(observation: str, budget: 
     assert coder.shorten_observation(kept, budget) == kept
 
 
-def test_the_budget_looks_only_at_what_stands_before() -> None:
+def test_the_budget_depends_only_on_the_tokens_before() -> None:
     coder = encoder("gpt2")
     assert coder.get_observation_budget(100, 1096) == 450
     assert coder.get_observation_budget(1090, 1096) == MIN_OBSERVATION_BUDGET

@@ -1,4 +1,4 @@
-"""Ids tell the order in which they were made."""
+"""Ids sort by the time of their creation."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""The memory model's own arithmetic: sizes from a config.json, and what more of anything costs."""
+"""The memory estimate: sizes from a config.json, and the bytes of each term."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_sizes_are_read_from_a_config() -> None:
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"])
-def test_a_config_that_does_not_tell_gives_no_sizes(missing: str) -> None:
+def test_a_config_without_a_key_gives_no_sizes(missing: str) -> None:
     config = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -74,7 +74,7 @@ def test_a_config_that_does_not_tell_gives_no_sizes(missing: str) -> None:
         (None, SEVEN.parameters),
     ],
 )
-def test_trainable_parameters_are_those_that_peft_prints(adapter: Any, parameters: int) -> None:
+def test_trainable_parameters_equal_what_peft_prints(adapter: Any, parameters: int) -> None:
     spec = TrainSpec.model_validate({"dataset": "d", "adapter": adapter, "quantization": None})
     assert count_trainable_parameters(SEVEN, spec) == parameters
 
@@ -96,30 +96,30 @@ def test_what_is_trained_costs_twenty_bytes_a_parameter_in_sixteen_bits() -> Non
     assert memory.adapter + memory.gradients + memory.optimizer == 20 * 39_976_960
 
 
-def test_recomputing_keeps_a_layers_input_and_no_more() -> None:
+def test_recompute_saves_only_a_layers_input() -> None:
     whole, inputs = taken().activations, taken(recompute=True).activations
     assert inputs < whole / 4
 
 
-def test_logits_are_paid_for_one_chunk_at_a_time() -> None:
+def test_logits_take_the_memory_of_one_chunk() -> None:
     assert taken(MicroBatchSize(4096, 512, 512)).logits == taken(MicroBatchSize(4096, 512, 4096)).logits
     assert taken(MicroBatchSize(4096, 512, 256)).logits == taken(MicroBatchSize(4096, 512, 512)).logits // 2
 
 
-def test_parts_that_take_turns_are_not_added_up() -> None:
+def test_terms_that_are_never_in_memory_together_are_not_summed() -> None:
     memory = taken()
     parts = sum(memory.model_dump(exclude={"total"}).values())
     assert memory.total < parts
     assert memory.total > memory.weights + memory.adapter + memory.gradients + memory.optimizer + memory.activations
 
 
-def test_full_fine_tuning_holds_one_copy_of_the_weights_beside_the_masters() -> None:
+def test_full_fine_tuning_has_master_weights_and_one_copy() -> None:
     memory = taken(adapter=None, quantization=None)
     assert memory.weights == 2 * SEVEN.parameters
     assert memory.adapter == 4 * SEVEN.parameters
 
 
-def test_a_small_base_stays_unpacked_on_a_cpu() -> None:
+def test_a_small_base_stays_dequantised_on_a_cpu() -> None:
     small = PUBLISHED_ARCHITECTURES["SmolLM2-135M"]
     spec, load = TrainSpec.model_validate({"dataset": "d"}), MicroBatchSize(768, 256, 200)
     dense, packed = (

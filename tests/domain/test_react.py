@@ -1,4 +1,4 @@
-"""The prompt format: writing, continuing and reading back are inverse to each other."""
+"""The prompt format: parsing is the inverse of rendering, and a prompt is a prefix of its continuations."""
 
 from itertools import pairwise
 
@@ -54,7 +54,7 @@ def test_a_trajectory_is_written_in_the_users_own_notation() -> None:
 
 
 @given(trajectories())
-def test_what_is_written_is_read_back(trajectory: Trajectory) -> None:
+def test_a_rendered_trajectory_is_parsed_back(trajectory: Trajectory) -> None:
     written = join_text(FORMAT.render_trajectory(trajectory))
     row = SourceRow(1, {"claim": trajectory.claim, "trajectories": written})
     reading = read_row(row, Columns())
@@ -63,7 +63,7 @@ def test_what_is_written_is_read_back(trajectory: Trajectory) -> None:
 
 
 @given(trajectories())
-def test_the_steps_alone_are_read_back_without_a_repair(trajectory: Trajectory) -> None:
+def test_rendered_steps_are_parsed_back_without_a_repair(trajectory: Trajectory) -> None:
     row = SourceRow(1, {"claim": trajectory.claim, "trajectories": steps_text(trajectory.steps)})
     reading = read_row(row, Columns())
     assert reading.trajectory == trajectory.model_copy(update={"evidence": ()})
@@ -80,7 +80,7 @@ def test_a_prompt_begins_every_continuation(trajectory: Trajectory, data: st.Dat
 
 
 @given(trajectories())
-def test_observations_are_not_learned_unless_asked_for(trajectory: Trajectory) -> None:
+def test_observations_are_trained_only_with_the_option(trajectory: Trajectory) -> None:
     seen = [s for s in FORMAT.render_trajectory(trajectory) if s.kind is SegmentKind.OBSERVATION]
     assert len(seen) == len(trajectory.steps) - 1
     assert not any(segment.trained for segment in seen)
@@ -89,7 +89,7 @@ def test_observations_are_not_learned_unless_asked_for(trajectory: Trajectory) -
 
 
 @given(trajectories())
-def test_what_ends_a_turn_is_always_learned(trajectory: Trajectory) -> None:
+def test_the_end_of_a_turn_is_always_trained(trajectory: Trajectory) -> None:
     segments = FORMAT.render_trajectory(trajectory)
     assert segments[-1] == END
     assert END.trained
@@ -101,7 +101,7 @@ def test_what_ends_a_turn_is_always_learned(trajectory: Trajectory) -> None:
 
 
 @given(trajectories())
-def test_the_prompt_is_never_learned(trajectory: Trajectory) -> None:
+def test_the_instructions_are_never_trained(trajectory: Trajectory) -> None:
     head = FORMAT.render_prompt(trajectory.claim, ())
     assert {segment.kind for segment in head} == {SegmentKind.TEMPLATE, SegmentKind.CLAIM}
     assert not any(segment.trained for segment in head)
@@ -129,7 +129,7 @@ def test_atoms_are_cut_around_arguments() -> None:
     ]
 
 
-def test_markers_are_found_wherever_they_stand_and_their_numbers_are_not_trusted() -> None:
+def test_markers_count_anywhere_and_their_numbers_are_ignored() -> None:
     before, steps = parse_steps("Hi Thought 1: a Action 1: Search[b] Observation 7: c Action 1: d Observation 2: e")
     assert before == "Hi "
     assert [(s.thought, s.action, s.observation) for s in steps] == [

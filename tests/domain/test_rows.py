@@ -1,4 +1,4 @@
-"""One row → a trajectory: what is repaired, what is refused, and what is said."""
+"""Parsing one row: repairs, refusals and their messages."""
 
 import pytest
 from hypothesis import given
@@ -32,7 +32,7 @@ def kept(reading: RowResult) -> Trajectory:
     return reading.trajectory
 
 
-def test_a_good_row_is_kept_without_a_word() -> None:
+def test_a_good_row_has_no_findings() -> None:
     reading = text(GOOD, "SUPPORTS")
     assert steps_text(kept(reading).steps) == (
         "Thought 1: Look.\nAction 1: Search[Ada]\nObservation 1: Ada wrote it.\n"
@@ -64,7 +64,9 @@ def test_the_verdict_comes_from_finish_then_the_label_column_then_the_prefix() -
         (GOOD, "Supports", "verdict_spelling", None),
     ],
 )
-def test_a_repair_is_made_and_said(written: str, label: str | None, code: str, ending: tuple[str, str] | None) -> None:
+def test_a_repair_is_made_and_reported(
+    written: str, label: str | None, code: str, ending: tuple[str, str] | None
+) -> None:
     reading = text(written, label)
     thought, action = ending or ("Yes.", "Finish[SUPPORTS]")
     last = kept(reading).steps[-1]
@@ -141,7 +143,7 @@ def test_a_row_is_refused_for_one_reason_with_a_way_out(written: object, label: 
         ("a\0", "forbidden_character"),
     ],
 )
-def test_a_claim_that_is_none_refuses_its_row(claim: object, code: str) -> None:
+def test_a_row_with_a_bad_claim_is_refused(claim: object, code: str) -> None:
     assert codes(read(claim=claim, trajectories=GOOD)) == [code]
 
 
@@ -175,7 +177,7 @@ def test_a_column_that_happens_to_be_called_steps_is_not_read() -> None:
     assert read(trajectories=GOOD, steps=2).source == "trajectories"
 
 
-def test_keys_of_a_step_that_are_not_read_are_said() -> None:
+def test_unknown_keys_of_a_step_are_reported() -> None:
     reading = read(steps=[STEPS[0] | {"score": 1}, STEPS[1]])
     assert kept(reading)
     assert codes(reading) == ["extra_key"]
@@ -197,7 +199,7 @@ def test_keys_of_a_step_that_are_not_read_are_said() -> None:
         ([STEPS[1], STEPS[1]], "finish_not_last"),
     ],
 )
-def test_steps_that_are_none_refuse_their_row(steps: list[object], code: str) -> None:
+def test_a_row_with_bad_steps_is_refused(steps: list[object], code: str) -> None:
     reading = read(steps=steps)
     assert reading.trajectory is None
     assert codes(reading) == [code]
@@ -222,7 +224,7 @@ def test_steps_that_are_none_refuse_their_row(steps: list[object], code: str) ->
         [[[[[["Ada", 3]]]]]],
     ],
 )
-def test_evidence_that_cannot_be_read_is_warned_of_and_the_row_stays(evidence: object) -> None:
+def test_bad_evidence_is_a_warning(evidence: object) -> None:
     reading = read(steps=STEPS, evidence=evidence)
     assert codes(reading) == ["bad_evidence"]
     assert kept(reading).evidence == ()
@@ -249,7 +251,7 @@ def test_evidence_is_read_as_datasets_nest_it(evidence: object, read_as: list[tu
     assert codes(reading) == []
 
 
-def test_evidence_that_can_be_read_stays_beside_what_cannot() -> None:
+def test_good_evidence_stays_if_other_evidence_is_bad() -> None:
     reading = read(steps=STEPS, evidence=[["Elbe", 0], 7, {"page": "Rhine"}])
     assert [item.page for item in kept(reading).evidence] == ["Elbe"]
     assert "2 items" in reading.findings[0].message
@@ -269,7 +271,7 @@ def test_a_label_before_the_first_step_that_is_none_is_warned_of() -> None:
     assert codes(reading) == ["bad_label"]
 
 
-def test_a_label_alone_in_a_list_is_read() -> None:
+def test_a_label_in_a_list_of_one_is_read() -> None:
     assert kept(read(trajectories=SEEN, label=["REFUTES"])).verdict is Verdict.REFUTES
     assert codes(read(trajectories=GOOD, label=["REFUTES"])) == ["verdict_mismatch"]
 
@@ -304,7 +306,7 @@ UNSEEN = ["\u200b", "\ufeff", "\u3164", "\u2800\u00ad\u2060", "\U000e0020 \u034f
 
 
 @pytest.mark.parametrize("unseen", UNSEEN)
-def test_a_text_that_cannot_be_seen_is_empty(unseen: str) -> None:
+def test_an_invisible_text_is_empty(unseen: str) -> None:
     assert codes(read(trajectories=GOOD, claim=unseen)) == ["missing_claim"]
     assert codes(chat(("user", unseen), ("assistant", GOOD))) == ["missing_claim"]
     assert codes(text(unseen)) == ["missing_trajectory"]
@@ -371,7 +373,7 @@ def test_a_chat_may_have_a_claim_and_a_label_of_its_own() -> None:
         ([("user", "x\0"), ("assistant", GOOD)], "forbidden_character"),
     ],
 )
-def test_a_chat_that_is_none_refuses_its_row(messages: list[tuple[str, object]], code: str) -> None:
+def test_a_row_with_a_bad_chat_is_refused(messages: list[tuple[str, object]], code: str) -> None:
     assert codes(chat(*messages)) == [code]
 
 

@@ -1,4 +1,4 @@
-"""Claims, verdicts, actions, steps and trajectories: what is allowed, and what each refusal says."""
+"""Claims, verdicts, actions, steps and trajectories: valid values, and the messages about invalid ones."""
 
 import pytest
 from hypothesis import given
@@ -28,7 +28,7 @@ SEARCH = Action(name=ActionName.SEARCH, argument="Ada")
         ("a\ud800b", r"U\+D800"),
     ],
 )
-def test_a_claim_that_is_none_is_refused(claim: str, says: str) -> None:
+def test_a_bad_claim_is_refused(claim: str, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         CLAIM.validate_python(claim)
 
@@ -96,7 +96,7 @@ def test_an_action_is_read_as_people_write_it(written: str, action: str) -> None
         ("Search[Thought 1: x]", "begins a step"),
     ],
 )
-def test_an_action_that_is_none_is_refused(written: str, says: str) -> None:
+def test_a_bad_action_is_refused(written: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse_action(written)
 

@@ -33,7 +33,7 @@ Asked = Callable[..., GenerationRequest]
 
 
 class Connect(Protocol):
-    """Makes clients of a real server that is guarded; without a secret they have the right one."""
+    """Makes clients of a real server that requires a secret. By default they have the right one."""
 
     def __call__(self, secret: SecretStr | None = None) -> CompletionsGenerator: ...
 
@@ -83,7 +83,7 @@ def generator(request: pytest.FixtureRequest, tokens: Tokenization) -> Generator
 
 @pytest.fixture
 def asked(tokens: Tokenization, model: str) -> Asked:
-    """Makes requests for the served base: twelve greedy tokens after the same words, unless told otherwise."""
+    """Makes requests for the served base: by default twelve greedy tokens after the same prompt."""
     usual = {"model": model, "prompt": tokens.encode("Thought 1: I need to search"), "max_tokens": 12}
     return lambda **more: GenerationRequest.model_validate(usual | more)
 
@@ -117,7 +117,7 @@ def test_one_of_the_allowed_tokens_comes_and_all_are_weighed(
     assert math.isclose(sum(map(math.exp, answer.first_logprobs.values())), 1.0, abs_tol=1e-3)
 
 
-def test_a_server_that_answers_has_nothing_to_say_of_itself(generator: Generator) -> None:
+def test_the_check_of_a_healthy_server_passes(generator: Generator) -> None:
     generator.check()
 
 
@@ -150,7 +150,7 @@ def test_what_was_read_before_is_counted_and_changes_no_score(
         assert math.isclose(value, again.first_logprobs[token], abs_tol=1e-3)
 
 
-def test_weights_of_a_colder_choice_are_not_cooled(connect: Connect, asked: Asked) -> None:
+def test_logprobs_do_not_depend_on_top_p(connect: Connect, asked: Asked) -> None:
     scoring = asked(max_tokens=1, allowed_token_ids=(70, 80, 90), logprobs=3, top_p=0.5)
     answer = connect().generate(scoring)
     assert answer.first_logprobs.keys() == {70, 80, 90}
@@ -166,7 +166,7 @@ def test_weights_of_a_colder_choice_are_not_cooled(connect: Connect, asked: Aske
         ({"regex": "(a"}, "unclosed"),
     ],
 )
-def test_what_never_works_is_refused_in_words(
+def test_an_invalid_request_is_refused_with_a_message(
     connect: Connect, asked: Asked, more: dict[str, object], words: str
 ) -> None:
     with pytest.raises(InvalidError, match=words) as raised:
