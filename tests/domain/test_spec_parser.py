@@ -119,7 +119,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [("adapter", "published unmerged"), ("trainer", "published as it is"), ("", "published as it is")],
+    [("adapter", "published unmerged"), ("trainer", "published unmerged"), ("", "published unmerged")],
 )
 def test_a_word_without_a_key_is_answered_by_what_happens_instead(place: str, words: str) -> None:
     inner: dict[str, Any] = {"postprocessor": 1}
