@@ -1,8 +1,52 @@
-"""A training process's resident memory."""
+"""A real job's resident memory on this machine's processor, beside its plan."""
 
+import json
 from pathlib import Path
 
+import pytest
+
+from app.domain.architectures import Architecture
+from app.domain.attempts import EncodedRow, TrainingFailed, TrainingFinished
+from app.domain.memory import Machine, estimate_memory
+from tests.conftest import catalogue_model
+from tests.training.conftest import OrderFactory
+from worker.child import Child
+from worker.processor import cpu_here
 from worker.training.memory import peak_resident_bytes, return_free_memory
+
+SMOLLM2 = catalogue_model("smollm2-135m")
+LONGEST, LABELLED = 256, 0.4
+
+
+def rows() -> list[EncodedRow]:
+    """Rows of 240 to 256 tokens: three fill a micro-batch of 768. The last 40 % of each carry a loss."""
+    lengths = [LONGEST - 8 * (number % 3) for number in range(12)]
+    return [
+        EncodedRow(line=number, ids=(5,) * length, trained=((length - round(LABELLED * length), length),))
+        for number, length in enumerate(lengths, start=1)
+    ]
+
+
+@pytest.mark.skipif(SMOLLM2 is None, reason="the small model is not here")
+@pytest.mark.skipif(not cpu_here().fast_bf16, reason="only processors that compute in bfloat16 were measured")
+def test_a_small_job_takes_at_most_what_was_planned_and_no_less_than_four_fifths(make_order: OrderFactory) -> None:
+    assert SMOLLM2 is not None
+    spec = {"adapter": {"type": "lora", "r": 16}, "trainer": {"effective_batch_size": 6}}
+    order = make_order(spec, updates=2, rows=rows(), base=SMOLLM2.path)
+    schedule = order.schedule.model_copy(update={"max_tokens": 768})
+    child = Child("worker.training")
+    try:
+        child.begin(order.model_copy(update={"schedule": schedule}).model_dump_json())
+        while not isinstance(event := child.next(300), TrainingFinished | TrainingFailed):
+            assert event is not None
+    finally:
+        child.kill()
+    assert isinstance(event, TrainingFinished)
+    sizes = Architecture.from_config(json.loads((SMOLLM2.path / "config.json").read_text()))
+    assert sizes is not None
+    batch = schedule.get_largest_micro_batch(LONGEST, LABELLED)
+    planned = estimate_memory(sizes, order.spec, batch, Machine("cpu", 2), recompute=False, stored=SMOLLM2.bytes)
+    assert 0.8 * planned.total <= event.metrics["peak_memory_bytes"] <= planned.total
 
 
 def test_the_peak_is_this_processs_own_and_at_least_what_is_resident_now() -> None:
