@@ -1,4 +1,4 @@
-"""The migrations give the tables that the code describes, on both databases, whoever runs them and how often."""
+"""The migrations give the tables that the code describes, on both databases, whatever process runs them."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A dataset's rows as token ids: made once, gone with the dataset, and never half there."""
+"""A dataset's rows as token ids: encoded once, deleted with the dataset, and never incomplete."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Many clients that poll: one read answers all who asked before it, and none who asked while it was under way."""
+"""Many polling clients: one read answers all requests before it, and none that arrived during it."""
 
 import asyncio
 import threading
@@ -26,35 +26,35 @@ def jobs(services: Services, upload: Path) -> list[Job]:
 
 @contextmanager
 def reads_of(services: Services, each: Any = None) -> Iterator[list[str]]:
-    """The statements that read jobs while the block runs; `each` is called behind every one of them."""
-    seen: list[str] = []
+    """The statements that read jobs while the block runs. `each` is called after every one."""
+    statements: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         if "queue_position" in statement:
-            seen.append(statement)
+            statements.append(statement)
             if each:
                 each()
 
     event.listen(services.database.engine, "after_cursor_execute", note)
     try:
-        yield seen
+        yield statements
     finally:
         event.remove(services.database.engine, "after_cursor_execute", note)
 
 
-def test_those_who_ask_at_once_are_answered_by_one_read(services: Services, jobs: list[Job]) -> None:
+def test_concurrent_requests_are_answered_by_one_read(services: Services, jobs: list[Job]) -> None:
     async def ask() -> list[Job]:
         names = ["first", "second", jobs[0].id] * 20
         return await asyncio.gather(*(services.job_snapshots.get(name) for name in names))
 
-    with reads_of(services) as seen:
+    with reads_of(services) as statements:
         answers = asyncio.run(ask())
     assert answers == [jobs[0], jobs[1], jobs[0]] * 20
-    assert len(seen) == 1
+    assert len(statements) == 1
 
 
 def test_an_answer_is_never_older_than_its_question(services: Services, jobs: list[Job]) -> None:
-    """The second question comes behind a wish that the read under way has not seen."""
+    """The second request follows a pause that the running read did not see."""
     has_read, may_answer = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -76,7 +76,7 @@ def test_an_answer_is_never_older_than_its_question(services: Services, jobs: li
     assert (before.status, after.status) == (JobStatus.QUEUED, JobStatus.PAUSED)
 
 
-def test_an_unknown_job_is_told_to_who_asked_for_it(services: Services, jobs: list[Job]) -> None:
+def test_only_the_request_for_an_unknown_job_gets_the_error(services: Services, jobs: list[Job]) -> None:
     async def ask() -> list[Job | BaseException]:
         asked = (services.job_snapshots.get(name) for name in ("first", "nowhere"))
         return await asyncio.gather(*asked, return_exceptions=True)
@@ -87,17 +87,17 @@ def test_an_unknown_job_is_told_to_who_asked_for_it(services: Services, jobs: li
     assert "'nowhere'" in unknown.detail
 
 
-def test_one_who_went_away_keeps_nobody_waiting(services: Services, jobs: list[Job]) -> None:
+def test_a_cancelled_request_does_not_delay_the_others(services: Services, jobs: list[Job]) -> None:
     async def ask() -> Job:
-        gone, stays = (asyncio.create_task(services.job_snapshots.get("first")) for _ in range(2))
+        cancelled, waiting = (asyncio.create_task(services.job_snapshots.get("first")) for _ in range(2))
         await asyncio.sleep(0)
-        gone.cancel()
-        return await asyncio.wait_for(stays, 20)
+        cancelled.cancel()
+        return await asyncio.wait_for(waiting, 20)
 
     assert asyncio.run(ask()) == jobs[0]
 
 
-def test_a_database_that_is_away_is_told_to_all_and_each_time(services: Services, tmp_path: Path) -> None:
+def test_every_request_gets_the_error_of_an_unavailable_database(services: Services, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     away = Database(f"sqlite:///{tmp_path / 'folder'}")
     polls = JobSnapshots(Jobs(away, services.blobs, services.plans, services.doorbell))

@@ -1,4 +1,4 @@
-"""The device ledger, on both databases: who gets bytes, who waits for whom, and what a killed process leaves."""
+"""The device ledger, on both databases: which tenant gets bytes, which one waits, and what a killed process leaves."""
 
 import threading
 import time

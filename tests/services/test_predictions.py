@@ -1,4 +1,4 @@
-"""The grounded loop over a real corpus file, with a scripted model: who writes what, and when the server steps in."""
+"""The grounded loop over a real corpus file, with a scripted model: what each side writes, and what forces Finish."""
 
 import json
 from collections.abc import Callable, Iterator

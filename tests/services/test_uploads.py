@@ -1,4 +1,4 @@
-"""Uploads of the same content at once, on both databases: one is kept, and all get it."""
+"""Uploads of the same content at once, on both databases: one is stored, and all get it."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
