@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from tests.conftest import ROOT
 from tests.inference.conftest import ENGINE
 from worker.inference.ipc import (
@@ -16,6 +18,7 @@ from worker.inference.ipc import (
     encode_message,
     request_id_of,
 )
+from worker.inference.model.batch_invariance import is_batch_invariant
 from worker.inference.sampling_params import SamplingParams, ServedModel
 from worker.inference.server.engine_client import EngineClient
 
@@ -33,7 +36,16 @@ def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:
         engine.stdin.close()
 
     assert [message.id for message in said if isinstance(message, Failed)] == ["odd", ""]
-    assert any(isinstance(message, Ready) for message in said)
+    (ready,) = (message for message in said if isinstance(message, Ready))
+    assert ready.batch_invariant is is_batch_invariant(torch.device(ready.device), getattr(torch, ready.dtype))
+
+
+def test_the_client_learns_whether_answers_depend_on_other_requests() -> None:
+    for batch_invariant in (True, False):
+        link = EngineClient(ENGINE, lambda _: None)
+        ready = Ready(pid=1, device="cpu", dtype="bfloat16", batch_invariant=batch_invariant)
+        link._handle_line(encode_message(ready), time.monotonic())
+        assert link.batch_invariant is batch_invariant
 
 
 def test_an_answer_that_cannot_be_read_fails_whoever_waits_for_it() -> None:

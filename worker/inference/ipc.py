@@ -96,12 +96,16 @@ class Cancel(Frozen):
 
 
 class Ready(Frozen):
-    """Engine to server, once: it accepts requests."""
+    """Engine to server, once: it accepts requests.
+
+    `batch_invariant`: whether the kernels passed the self-check, so that an answer does not depend on other requests.
+    """
 
     event: Literal["ready"] = "ready"
     pid: int
     device: str
     dtype: str
+    batch_invariant: bool = False
 
 
 class Chunk(Frozen):

@@ -32,6 +32,7 @@ from worker.inference.ipc import (
     encode_message,
     request_id_of,
 )
+from worker.inference.model.batch_invariance import is_batch_invariant
 from worker.inference.model.loaded_models import LoadedModels
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def main() -> None:
     settings = configure(inbox)
     models = LoadedModels(settings)
     dtype = str(models.dtype).removeprefix("torch.")
-    writer.send(Ready(pid=os.getpid(), device=str(models.device), dtype=dtype))
+    invariant = is_batch_invariant(models.device, models.dtype)
+    writer.send(Ready(pid=os.getpid(), device=str(models.device), dtype=dtype, batch_invariant=invariant))
     scheduler = Scheduler(models, settings, writer.send, on_loaded=lambda: inbox.put(None))
     run(inbox, scheduler, writer, settings.heartbeat)
 

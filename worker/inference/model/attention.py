@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from worker.inference.cache.forward_batch import BatchSegment
 from worker.inference.cache.kv_cache import LayerKVCache
+from worker.inference.model.batch_invariance import product_shapes, row_blocks
 
 SMALL_PRODUCT = 16**3
 """Up to this many multiplications, torch computes a product by another kernel, which sums in another order."""
@@ -97,11 +98,17 @@ def attend(
         q, k, v, hidden = (tensor[None] for tensor in (queries, keys, values, mask))
         attn_out = functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=scaling)[0]
         return attn_out if out is None else out.copy_(attn_out)
-    padding = SMALL_PRODUCT // (heads * keys.shape[1] * head_dim) + 1 - num_queries
+    max_rows = product_shapes(queries).max_rows
+    min_queries = 1 if max_rows is None else 2  # AMX kernels sum one query in another order
+    padding = max(min_queries, SMALL_PRODUCT // (heads * keys.shape[1] * head_dim) + 1) - num_queries
     if padding > 0:
         mask = functional.pad(mask.expand(-1, num_queries, -1), (0, 0, 0, padding))
         padded = functional.pad(queries, (0, 0, 0, padding))
         attn_out = attend(padded, keys, values, mask, scaling)[:, :num_queries]
         return attn_out if out is None else out.copy_(attn_out)
     scores = torch.bmm(queries, keys.transpose(1, 2))  # [heads, queries, positions]
-    return torch.bmm(torch.add(mask, scores, alpha=scaling).softmax(-1), values, out=out)
+    weights = torch.add(mask, scores, alpha=scaling).softmax(-1)
+    if max_rows is None or num_queries <= max_rows:
+        return torch.bmm(weights, values, out=out)
+    attn_out = torch.cat([torch.bmm(weights[:, block], values) for block in row_blocks(num_queries, max_rows)], 1)
+    return attn_out if out is None else out.copy_(attn_out)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from worker.inference.model.batch_invariance import add_by_row_blocks, by_row_blocks, product_shapes
+
 TYPICAL_DECODE_ROWS = 16
 """The kernel chooses its weight layout for this many rows. Any other number works with it too."""
 
@@ -30,18 +32,25 @@ class PackedLinear:
         self._bias = bias
         self._packed = self._kernels._reorder_linear_weight(weight, TYPICAL_DECODE_ROWS) if can_pack(weight) else None
         self._weight = weight
+        self._max_rows = product_shapes(weight).max_rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in] → [num_tokens, out]."""
         if self._packed is None:
             return functional.linear(x, self._weight, self._bias)
-        out: torch.Tensor = self._kernels._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return out
+        return by_row_blocks(self._multiply, x, self._max_rows)
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`out` [num_tokens, out] + x·Wᵀ, in place, without the bias."""
         if self._packed is None:
             return out.addmm_(x, self._weight.t())
+        return add_by_row_blocks(self._multiply_and_add, out, x, self._max_rows)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self._kernels._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return product
+
+    def _multiply_and_add(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         added: torch.Tensor = self._kernels._linear_pointwise.binary(x, out, self._packed, None, "add")
         return added
 

@@ -19,12 +19,12 @@ from worker.inference.cache.forward_batch import BatchSegment, ForwardBatch, dec
 from worker.inference.cache.kv_cache import KVCache, LayerKVCache, power_of_two
 from worker.inference.model.adapter_slots import AdapterSlots
 from worker.inference.model.attention import Attention
+from worker.inference.model.batch_invariance import product_shapes
 from worker.inference.model.linear import PackedLinear, SeparateLinears
 from worker.inference.model.lora import LayerLora, LoraBatch, LoraPair, PackedLayerLora, PackedLoraPair, read_lora
 
-TOKENS_MULTIPLE, MIN_TOKENS = 2, 4
-"""On a CPU, a step is padded to a multiple of tokens, because a product over one row sums in another order (decision
-16), and to a minimum, because products over four rows take less time than over two."""
+MIN_TOKENS = 4
+"""Of a step on a CPU: products over four rows take less time than over two."""
 
 
 class LlamaForward:
@@ -43,6 +43,7 @@ class LlamaForward:
         self._layers = [_DecoderLayer(module) for module in causal_lm.model.layers]
         self._norm = _RMSNorm(causal_lm.model.norm)
         self._on_cpu = self._like.device.type == "cpu"
+        self._token_multiple = product_shapes(self._like).token_multiple
         self._capture = capture
         self._identity = object()  # in a KV cache's graphs, which may outlive this model
 
@@ -72,8 +73,9 @@ class LlamaForward:
         return logits[: len(batch.logits_indices)].float()
 
     def _pad(self, tokens: torch.Tensor) -> torch.Tensor:
-        """On a CPU, pad to an even number of tokens, at least 4. What is computed for the padding is discarded."""
-        missing = max(MIN_TOKENS - len(tokens), -len(tokens) % TOKENS_MULTIPLE) if self._on_cpu else 0
+        """On a CPU, pad to the multiple of tokens that batch-invariant products need (decision 16), at least 4. What is
+        computed for the padding is discarded."""
+        missing = max(MIN_TOKENS - len(tokens), -len(tokens) % self._token_multiple) if self._on_cpu else 0
         return torch.cat([tokens, tokens.new_zeros(missing, *tokens.shape[1:])]) if missing else tokens
 
     def _logits(

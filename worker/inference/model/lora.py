@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch.nn import functional
 
 from worker.inference.errors import LoraError
+from worker.inference.model.batch_invariance import add_by_row_blocks, by_row_blocks, product_shapes
 from worker.inference.model.linear import PackedLinear
 
 INPUT_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -34,11 +35,14 @@ class LoraPair(NamedTuple):
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         """x·Aᵀ, [num_tokens, in] → [num_tokens, Σ rank]. Copies the weights to the device of `x` if need be."""
-        return functional.linear(x, self.lora_A.to(x.device))
+        weight = self.lora_A.to(x.device)
+        return by_row_blocks(lambda block: functional.linear(block, weight), x, product_shapes(x).max_rows)
 
     def add_up(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`out` [num_tokens, Σ out] + x·B, in place; `x` is [num_tokens, Σ rank]."""
-        return out.addmm_(x, self.lora_B.to(x.device))
+        weight = self.lora_B.to(x.device)
+        max_rows = product_shapes(x).max_rows
+        return add_by_row_blocks(lambda to, block: to.addmm_(block, weight), out, x, max_rows)
 
 
 class PackedLoraPair:
@@ -143,6 +147,8 @@ def _fuse(number: int, group: tuple[str, ...], pairs: dict[str, LoraPair], linea
     if not adapted:
         return None
     lora_A = torch.cat([pair.lora_A for pair in adapted])
+    missing_ranks = -len(lora_A) % product_shapes(linears[names[0]].weight).rank_multiple
+    lora_A = functional.pad(lora_A, (0, 0, 0, missing_ranks))
     lora_B = lora_A.new_zeros(lora_A.shape[0], sum(linears[name].out_features for name in names))
     rank = column = 0
     for name in names:

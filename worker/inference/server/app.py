@@ -66,6 +66,7 @@ def _add_routes(app: FastAPI, service: CompletionService) -> None:
     async def metrics() -> Response:
         service.metrics.engine_up.set(service.engine.ready)
         service.metrics.engine_suspended.set(service.engine.suspended)
+        service.metrics.batch_invariant.set(service.engine.batch_invariant)
         service.metrics.engine_starts.set(service.engine.starts)
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -45,6 +45,10 @@ SUSPEND_GRACE = 1.0  # the same if a training job waits for its memory
 MISSED_HEARTBEATS = 10  # an engine counts as stuck after so many
 START_LIMIT = 300.0  # seconds until ready: what it imports may come once from a cold or distant disk
 STARTING = "the inference engine is starting; try again soon"
+INVARIANCE_WORDS = {
+    True: "the engine's kernels are batch-invariant: an answer at temperature 0 does not depend on other requests",
+    False: "the engine's kernels are not batch-invariant: at a near tie, an answer may depend on other requests",
+}
 
 Listener = Callable[[EngineOutput], None]
 
@@ -66,7 +70,7 @@ class EngineClient:
         self._on_stats = on_stats
         self._in_flight: dict[str, _InFlight] = {}
         self._process: Process | None = None
-        self._ready = self._stopping = False
+        self._ready = self._stopping = self.batch_invariant = False
         self._may_run = asyncio.Event()
         self._may_run.set()
         self._reason = STARTING
@@ -237,7 +241,9 @@ class EngineClient:
         if isinstance(message, Ready):
             self._ready = True
             self._start_seconds = time.monotonic() - began
+            self.batch_invariant = message.batch_invariant
             log.info("engine %d is ready on %s in %s", message.pid, message.device, message.dtype)
+            log.info(INVARIANCE_WORDS[message.batch_invariant])
         elif isinstance(message, Stats):
             self._on_stats(message)
         else:

@@ -38,6 +38,9 @@ class Metrics:
         self.engine_suspended = Gauge(
             "veritune:engine_suspended", "1 while the engine is suspended for training", registry=self._registry
         )
+        self.batch_invariant = Gauge(
+            "veritune:batch_invariant", "1 if the engine's kernels passed the self-check", registry=self._registry
+        )
         self.engine_starts = Gauge("veritune:engine_starts", "Engines started", registry=self._registry)
         self.success = Counter(
             "vllm:request_success", "Completions finished", ["finished_reason"], registry=self._registry

@@ -1,0 +1,63 @@
+"""The self-check that decides whether answers are promised to be the same in any company."""
+
+import torch
+
+from worker.inference.model.batch_invariance import (
+    BLOCKED,
+    PLAIN,
+    add_by_row_blocks,
+    by_row_blocks,
+    is_batch_invariant,
+    passes_check,
+)
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A product that no order of summing shows in."""
+    return (x.double() @ weight.double().t()).bfloat16()
+
+
+def split_beyond_32_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What AMX kernels do: over more rows, two sums that are added in float32."""
+    if len(x) <= 32:
+        return exact(x, weight)
+    half = x.shape[1] // 2
+    first, second = (x[:, part].double() @ weight[:, part].double().t() for part in (slice(half), slice(half, None)))
+    return (first.float() + second.float()).bfloat16()
+
+
+def other_bits_for_few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return exact(x, weight) + (len(x) < 32)
+
+
+def test_kernels_that_sum_alike_need_no_blocks() -> None:
+    assert passes_check(PLAIN, exact)
+
+
+def test_kernels_that_split_sums_over_many_rows_pass_in_blocks_only() -> None:
+    assert not passes_check(PLAIN, split_beyond_32_rows)
+    assert passes_check(BLOCKED, split_beyond_32_rows)
+
+
+def test_kernels_that_sum_alike_in_no_known_shapes_give_no_promise() -> None:
+    assert not passes_check(PLAIN, other_bits_for_few_rows)
+    assert not passes_check(BLOCKED, other_bits_for_few_rows)
+
+
+def test_only_bfloat16_on_a_cpu_is_promised() -> None:
+    assert not is_batch_invariant(torch.device("cpu"), torch.float32)
+    assert not is_batch_invariant(torch.device("cuda"), torch.bfloat16)
+
+
+def test_blocks_of_rows_are_computed_one_by_one_and_joined_in_order() -> None:
+    x, out, sizes = torch.arange(70.0)[:, None], torch.ones(70, 1), list[int]()
+
+    def double(block: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(block))
+        return 2 * block
+
+    assert torch.equal(by_row_blocks(double, x, 32), 2 * x)
+    assert torch.equal(add_by_row_blocks(lambda to, block: to + double(block), out, x, 32), 2 * x + 1)
+    assert sizes == [32, 32, 6] * 2
+    assert torch.equal(by_row_blocks(double, x, None), 2 * x)
+    assert sizes[-1] == 70
