@@ -127,7 +127,7 @@ class Attempt:
         """The whole life of a child. On return it has ended and its memory is free."""
         child = start()
         try:
-            child.begin(order.model_dump_json())
+            child.begin(order)
             self._follow(child, watch, results)
             watch.status = child.wait()
         finally:

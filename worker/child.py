@@ -1,4 +1,4 @@
-"""A child process that owns the tensors: started in its own group, spoken to by lines, ended for certain."""
+"""A child process that owns the tensors: in a process group of its own, over JSON lines, and surely killed."""
 
 import contextlib
 import os
@@ -10,24 +10,25 @@ from queue import SimpleQueue
 from typing import IO
 
 import structlog
-from pydantic import ValidationError
+from pydantic import BaseModel
 
-from app.domain.attempts import CHILD_EVENT, ChildCommand, ChildEvent
+from app.domain.attempts import CHILD_EVENT, ChildCommand, ChildEvent, TrainOrder
 from worker.environment import for_tensors
+from worker.json_lines import MessageWriter, read_messages
 
 GRACE = 3.0
 """Seconds between asking a child to stop and killing its group."""
 
 SPARE_BYTES = 512 << 20
-"""What a child takes of its host while it waits for work, at most."""
+"""The most memory that a child uses while it waits for work."""
 
 log = structlog.get_logger(__name__)
 
 
 class Child:
-    """`python -m MODULE`: an order and then commands down its stdin, events up its stdout, stderr to ours.
+    """`python -m MODULE`. It reads a work order and then commands from stdin, and writes events to stdout.
 
-    Its stdin closes with this process, however that ends, and the child leaves when it does.
+    However this process ends, the child's stdin closes, and the child ends then.
     """
 
     def __init__(self, module: str) -> None:
@@ -51,34 +52,32 @@ class Child:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def begin(self, order: str) -> None:
-        """Hand it its work, one line of JSON. Once in its life, before any command."""
-        self._write(order)
+    def begin(self, order: TrainOrder) -> None:
+        """Send the work order. Once per child, before any command."""
+        self._send(order)
 
     def _read(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            try:
-                self._events.put(CHILD_EVENT.validate_json(line))
-            except ValidationError:
-                log.warning("child_said_nonsense", line=line[:200].decode(errors="replace"))
+        read_messages(stream, CHILD_EVENT.validate_json, self._events.put, self._reject)
         self._events.put(None)
 
+    def _reject(self, line: bytes) -> None:
+        log.warning("child_message_unparseable", line=line[:200].decode(errors="replace"))
+
     def next(self, timeout: float) -> ChildEvent | None:
-        """The next event. Raises queue.Empty after `timeout` seconds; None when there will be no more."""
+        """The next event; None at the end. Raises queue.Empty after `timeout` seconds."""
         return self._events.get(timeout=timeout)
 
     def tell(self, command: ChildCommand) -> None:
-        """Send a command. A child that is gone hears nothing, which its end will tell."""
-        self._write(command.model_dump_json())
+        """Send a command. If the child has ended, this does nothing."""
+        self._send(command)
 
-    def _write(self, line: str) -> None:
+    def _send(self, message: BaseModel) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: it was killed, and the pipe is closed
+            MessageWriter(self._process.stdin).send(message)
 
     def wait(self) -> int:
-        """Exit status, negative for a signal; call when `next` gave None."""
+        """Exit status, negative for a signal. Call it once `next` has returned None."""
         try:
             return self._process.wait(GRACE)
         except subprocess.TimeoutExpired:
@@ -97,23 +96,23 @@ class Child:
 
 
 class Spares:
-    """Children that have been started before there is work for them: importing takes them seconds, and half a gigabyte.
+    """Children that were started before there is work, because their imports take seconds and half a gigabyte.
 
-    One for each module, for one thread at a time.
+    At most one per module. For one thread at a time.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[str, Child] = {}
 
     def keep(self, module: str) -> None:
-        """Have one wait, unless one does."""
+        """Start one, unless one waits."""
         waiting = self._waiting.get(module)
         if waiting is None or not waiting.running:
             self._end(module)
             self._waiting[module] = Child(module)
 
     def take(self, module: str) -> Child:
-        """The one that waits, or a new one."""
+        """The waiting one, or a new one."""
         waiting = self._waiting.get(module)
         if waiting is not None and waiting.running:
             return self._waiting.pop(module)

@@ -15,12 +15,12 @@ from worker.inference.ipc import (
     Generate,
     Ready,
     decode_engine_output,
-    encode_message,
     request_id_of,
 )
 from worker.inference.model.batch_invariance import is_batch_invariant
 from worker.inference.sampling_params import SamplingParams, ServedModel
 from worker.inference.server.engine_client import EngineClient
+from worker.json_lines import encode_message
 
 
 def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:

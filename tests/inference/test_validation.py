@@ -8,10 +8,11 @@ from pydantic import ValidationError
 
 from tests.inference.conftest import Server
 from worker.inference.errors import APIError
-from worker.inference.ipc import MAX_CANDIDATES, MAX_LINE, Generate, RankedToken, decode_engine_input, encode_message
+from worker.inference.ipc import MAX_CANDIDATES, MAX_LINE, Generate, RankedToken, decode_engine_input
 from worker.inference.sampling_params import MAX_ALLOWED_IDS, MAX_DEPTH, ServedModel
 from worker.inference.server.protocol import CompletionRequest
 from worker.inference.server.validation import check_request, parse_request
+from worker.json_lines import encode_message
 
 LONG = ServedModel(digest="long", base_digest="long", base_path="/nowhere", max_model_len=131_072)
 MANY = 1_000

@@ -36,7 +36,7 @@ def test_a_small_job_takes_at_most_what_was_planned_and_no_less_than_four_fifths
     schedule = order.schedule.model_copy(update={"max_tokens": 768})
     child = Child("worker.training")
     try:
-        child.begin(order.model_copy(update={"schedule": schedule}).model_dump_json())
+        child.begin(order.model_copy(update={"schedule": schedule}))
         while not isinstance(event := child.next(300), TrainingFinished | TrainingFailed):
             assert event is not None
     finally:

@@ -175,11 +175,6 @@ _TO_ENGINE: TypeAdapter[EngineInput] = TypeAdapter(Annotated[EngineInput, Field(
 _TO_FRONT: TypeAdapter[EngineOutput] = TypeAdapter(Annotated[EngineOutput, Field(discriminator="event")])
 
 
-def encode_message(message: EngineInput | EngineOutput) -> bytes:
-    """A message as one line of JSON."""
-    return message.model_dump_json(by_alias=True, exclude_defaults=False).encode() + b"\n"
-
-
 def decode_engine_input(raw: bytes) -> EngineInput:
     """Parse a line from the server. Raises pydantic's ValidationError."""
     return _TO_ENGINE.validate_json(raw)

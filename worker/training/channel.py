@@ -6,15 +6,13 @@ what they print goes to stderr. When stdin ends, the supervisor is dead and so i
 """
 
 import os
-import sys
 import threading
 from collections import deque
 from queue import SimpleQueue
 from typing import BinaryIO
 
-from pydantic import ValidationError
-
 from app.domain.attempts import ChildCommand, ChildEvent, LogMessage
+from worker.json_lines import MessageWriter, read_messages, take_stdin, take_stdout
 
 SUPERVISOR_DEAD = 3
 """The exit status when stdin ended or stdout broke."""
@@ -24,30 +22,22 @@ class Channel:
     """An order and commands in, events out; commands wait here until the recipe asks for them."""
 
     def __init__(self, out: BinaryIO, commands: BinaryIO) -> None:
-        self._out = out
+        self._writer = MessageWriter(out)
         self._in = commands
-        self._lock = threading.Lock()
         self._order: SimpleQueue[bytes] = SimpleQueue()
         self._waiting: deque[ChildCommand] = deque()
 
     @classmethod
     def open(cls) -> "Channel":
         """The channel over this process's stdin and stdout; from now on a `print` goes to stderr."""
-        sys.stdout.flush()
-        out = os.fdopen(os.dup(1), "wb")
-        os.dup2(2, 1)
-        # Unbuffered: Python cannot shut down while a thread waits inside a buffered stdin.
-        channel = cls(out, os.fdopen(0, "rb", buffering=0, closefd=False))
+        channel = cls(take_stdout(), take_stdin())
         threading.Thread(target=channel._watch, name="commands", daemon=True).start()
         return channel
 
     def tell(self, event: ChildEvent) -> None:
         """Send one event as one line."""
-        line = event.model_dump_json().encode() + b"\n"
         try:
-            with self._lock:
-                self._out.write(line)
-                self._out.flush()
+            self._writer.send(event)
         except BrokenPipeError:
             os._exit(SUPERVISOR_DEAD)
 
@@ -74,9 +64,8 @@ class Channel:
     def _watch(self) -> None:
         if order := self._in.readline():
             self._order.put(order)
-        for line in self._in:
-            try:
-                self._waiting.append(ChildCommand.model_validate_json(line))
-            except ValidationError:
-                self.tell(LogMessage(level="warning", message=f"a command was not understood: {line[:200]!r}"))
+        read_messages(self._in, ChildCommand.model_validate_json, self._waiting.append, self._reject)
         os._exit(SUPERVISOR_DEAD)
+
+    def _reject(self, line: bytes) -> None:
+        self.tell(LogMessage(level="warning", message=f"unparseable command: {line[:200]!r}"))

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import torch
-from pydantic import ValidationError
 from transformers.utils import logging as transformers_logging
 
 from worker.inference.engine.scheduler import Scheduler
@@ -29,11 +28,11 @@ from worker.inference.ipc import (
     Ready,
     Stats,
     decode_engine_input,
-    encode_message,
     request_id_of,
 )
 from worker.inference.model.batch_invariance import is_batch_invariant
 from worker.inference.model.loaded_models import LoadedModels
+from worker.json_lines import MessageWriter, read_messages, take_stdin, take_stdout
 
 log = logging.getLogger(__name__)
 
@@ -43,28 +42,15 @@ Inbox = queue.SimpleQueue[EngineInput | None]
 """The server's messages; None when a base has been loaded."""
 
 
-class MessageWriter:
-    """Writes one JSON line a message to stdout. What libraries print goes to stderr."""
-
-    def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def send(self, message: EngineOutput) -> None:
-        """Write one message. Any thread may call it, because a line is one write."""
-        self._out.write(encode_message(message))
-        self._out.flush()
-
-
-def read_messages(source: BinaryIO, inbox: Inbox, send: Callable[[EngineOutput], None]) -> None:
+def listen(source: BinaryIO, inbox: Inbox, send: Callable[[EngineOutput], None]) -> None:
     """Put the server's messages into the inbox; end the process at the end of the input."""
+
+    def reject(line: bytes) -> None:
+        log.error("the server sent an unparseable message: %r", line[:200])
+        send(Failed(id=request_id_of(line), status=500, message="the engine cannot read this request"))
+
     try:
-        for raw in source:
-            try:
-                inbox.put(decode_engine_input(raw))
-            except ValidationError:
-                log.error("the server sent an unparseable message: %r", raw[:200])
-                send(Failed(id=request_id_of(raw), status=500, message="the engine cannot read this request"))
+        read_messages(source, decode_engine_input, inbox.put, reject)
     finally:
         os._exit(0)  # not sys.exit: the model thread may be deep in a forward
 
@@ -115,9 +101,9 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="engine: %(levelname)s %(message)s")
     untyped: Any = transformers_logging
     untyped.disable_progress_bar()
-    writer, inbox = MessageWriter(), Inbox()
-    reader_args = (sys.stdin.buffer, inbox, writer.send)
-    threading.Thread(target=read_messages, args=reader_args, name="reader", daemon=True).start()
+    writer, inbox = MessageWriter(take_stdout()), Inbox()
+    reader_args = (take_stdin(), inbox, writer.send)
+    threading.Thread(target=listen, args=reader_args, name="reader", daemon=True).start()
     settings = configure(inbox)
     models = LoadedModels(settings)
     dtype = str(models.dtype).removeprefix("torch.")

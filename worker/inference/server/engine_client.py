@@ -28,11 +28,11 @@ from worker.inference.ipc import (
     Ready,
     Stats,
     decode_engine_output,
-    encode_message,
     request_id_of,
 )
 from worker.inference.sampling_params import ServedModel
 from worker.inference.server.engine_process import kill_group, start_engine
+from worker.json_lines import encode_message
 
 log = logging.getLogger(__name__)
 
