@@ -179,7 +179,8 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slot(small: Se
     (before,) = small.settled("vllm:generation_tokens_total")
 
     with small.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: an iterator that is dropped closes the connection
+        next(lines)
         with stopped(small):
             assert small.front.engine.in_flight == 1
             response.close()
