@@ -1,6 +1,6 @@
-"""What trains and what serves: the processes that hold tensors, and those that look after them."""
+"""Training and serving: the processes that own tensors, and those that supervise them."""
 
 import logging
 
-# On a processor with AVX512_BF16 it advises whoever reads the log to install a package that it would fetch code with.
+# On a processor with AVX512_BF16, bitsandbytes logs advice to install a package that downloads code.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

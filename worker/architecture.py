@@ -1,4 +1,4 @@
-"""What a model's configuration says about its layers. Knows no weights."""
+"""Properties of a model's layers, read from its configuration alone."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ from app.domain.architectures import LLAMA_MODEL_TYPES
 
 
 def window_of(config: Any) -> int | None:
-    """How far back a token looks at most; None without such a bound."""
+    """The sliding attention window in tokens; None if there is none."""
     window: int | None = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None
 
 
 def windows_of(config: Any) -> dict[str, int | None]:
-    """Kind of layer → how far it looks back, for a model whose layers differ in that; else nothing.
+    """Kind of layer → its attention window, if the model's layers differ in that; else empty.
 
-    Raises ValueError for kinds that are no attention.
+    Raises ValueError for layers other than attention.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := kinds - {"full_attention", "sliding_attention"}:
@@ -27,7 +27,7 @@ def windows_of(config: Any) -> dict[str, int | None]:
 
 
 def is_llama(config: Any) -> bool:
-    """Whether every layer is norm, attention over rotary positions, norm and gated linear unit, without dropout."""
+    """Whether every layer is RMSNorm, attention with RoPE, RMSNorm and SwiGLU, without dropout."""
     return (
         config.model_type in LLAMA_MODEL_TYPES
         and config.hidden_act == "silu"

@@ -1,4 +1,4 @@
-"""A base model's weights on this host: found in the cache by digest, or brought there by `python -m worker.models`."""
+"""A base model's weights on this host: in the cache by digest, or fetched into it by `python -m worker.models`."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from app.domain.errors import UnavailableError
 
 
 def ensure_base(described: BaseModelDescription, cache: Path) -> Path:
-    """The directory with config.json, tokenizer.json and safetensors. Raises UnavailableError with the way out."""
+    """The directory with config.json, tokenizer.json and safetensors. Raises UnavailableError (`base_missing`)."""
     target = cache / "models" / described.digest
     if target.is_dir():
         return target
@@ -22,7 +22,7 @@ def ensure_base(described: BaseModelDescription, cache: Path) -> Path:
     if done.returncode != 0 or "path" not in answer:
         error = answer.get("error") or {"message": f"exit status {done.returncode}"}
         raise UnavailableError(
-            f"the weights of {described.name} cannot be had on this host: {error['message']}",
+            f"the weights of {described.name} cannot be fetched to this host: {error['message']}",
             code="base_missing",
         )
     return Path(answer["path"])

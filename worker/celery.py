@@ -1,7 +1,7 @@
 """The worker's composition root: `celery -A worker.celery worker -Q gpu` or, the same, `veritune worker gpu`.
 
-Celery only carries the doorbell. The slot's own threads find work and report the device, so a broker that is away,
-now or at start-up, stops nothing.
+Celery carries the doorbell only. The slot's threads find work and report the device, so the worker runs without a
+broker, too.
 """
 
 import os
@@ -40,5 +40,5 @@ def _begin(**_signal: Any) -> None:
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _leave(**_signal: Any) -> None:
-    # The signal arrives in Celery's signal handler: the wait for the child must not happen there.
+    # In a thread: Celery calls this in its signal handler, which must not wait for the child.
     threading.Thread(target=slot.leave, name="leave").start()

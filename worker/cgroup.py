@@ -1,4 +1,4 @@
-"""How much memory this process's control groups leave it: a container's or a service manager's limit, on Linux."""
+"""The memory limit of this process's control groups (cgroup v1 and v2): a container's or a service manager's."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -8,8 +8,8 @@ MOUNT = Path("/sys/fs/cgroup")
 
 
 def memory_limit(cgroups: Path = CGROUPS, mount: Path = MOUNT) -> int | None:
-    """The least limit in bytes of the groups above this process, in either version of the kernel's interface; None
-    where there is none. What limits nothing may be a number, larger than any machine's memory."""
+    """The lowest limit of all groups above this process, in bytes; None if there is none. "No limit" may also be a
+    number that is larger than any machine's memory."""
     limits = [
         int(text) for directory, name in _groups(cgroups, mount) if (text := _text(directory / name).strip()).isdigit()
     ]

@@ -1,4 +1,4 @@
-"""What this host is, found out without loading a GPU library."""
+"""This host's device, described without loading a GPU library."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from worker.cgroup import memory_limit
 from worker.processor import cpu_here
 
 WORKER_ITSELF = 256 << 20
-"""Bytes that a worker takes beside its child, which come out of the same limit."""
+"""Memory of the worker process itself, in bytes. Its child shares the same limit."""
 
 
 def describe_device(queues: tuple[str, ...]) -> DeviceDescription:
@@ -39,7 +39,7 @@ def describe_device(queues: tuple[str, ...]) -> DeviceDescription:
 
 
 def host_memory() -> int:
-    """The machine's, or what its container leaves to a child."""
+    """Bytes of host memory that a child may use: the machine's, or its container's limit less the worker's own."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = memory_limit()
     return physical if limit is None or limit >= physical else max(0, limit - WORKER_ITSELF)

@@ -1,4 +1,4 @@
-"""What a process that owns tensors is started with; the operator's own settings go before it."""
+"""Environment variables of a process that owns tensors. The operator's own values take precedence."""
 
 import os
 
@@ -7,18 +7,18 @@ from app.domain.memory import MMAP_FROM
 TENSORS = {
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Threads that spin for ever while they wait starve the process beside them; threads that sleep at once take 50 µs
-    # to wake for a 10 µs kernel. So they spin for about as long as waking takes.
+    # OpenMP threads that always spin starve other processes. Threads that sleep at once take 50 µs to wake for a
+    # 10 µs kernel. So they spin for about as long as waking takes.
     "GOMP_SPINCOUNT": "10000",
-    # Activations of a megabyte come and go thousands of times an update. Handed back to the system each time, they are
-    # paid for in page faults: element-wise kernels were seen to take twenty times as long. Larger blocks, such as
-    # logits over a vocabulary, do go back: in the heap they leave holes: 2.1 GB of heap with 0.4 GB in use.
+    # An update allocates and frees activations of a megabyte thousands of times. If malloc returns each to the system,
+    # page faults slow element-wise kernels down twenty times, as measured. Larger blocks, such as logits over a
+    # vocabulary, are returned: they fragment the heap, which had 2.1 GB with 0.4 GB in use.
     "MALLOC_MMAP_THRESHOLD_": str(MMAP_FROM),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    # In pages of 2 MB, where the system gives them to those who ask: a fiftieth of the faults.
+    # Huge pages (2 MB), if the system allows them by request: a fiftieth of the page faults.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    # Kernels compiled for one shape take 300 to 400 kB each, with AMX 900 kB, and rows come in ever new lengths: oneDNN
-    # would keep 1,024.
+    # oneDNN compiles a kernel per shape, of 300 to 400 kB, or 900 kB with AMX. Rows differ in length, so there are many
+    # shapes, and oneDNN would keep 1,024 of them.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from app.domain.jobs import Metric
 
 NAME = "events.out.tfevents"
-"""What TensorBoard knows such a file by."""
+"""TensorBoard recognises event files by this name."""
 
 _FILE_VERSION = "brain.Event:2"
 _TAGS = {
@@ -21,11 +21,11 @@ _TAGS = {
 
 
 def write_event_file(metrics: Iterable[Metric], began: float, path: Path) -> Path:
-    """Write `metrics` to `path`. `began`: seconds since 1970; updates stand as far behind it as they took to compute.
+    """Write `metrics` to `path`. `began`: seconds since 1970; an update's time is `began` plus the seconds of all updates so far.
 
-    What an update has not (a loss that is not finite, no validation) is left out of it.
+    A value that an update lacks (a loss that is not finite, no validation) is left out.
     """
-    # Here, because a runner's supervisor trains nothing, and its image has no library of the trainer's.
+    # Imported here: the image of a CPU worker, which trains nothing, has no TensorBoard.
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter

@@ -1,6 +1,6 @@
-"""Which number format computes here, for training and for serving: a pure policy from what the hardware can do.
+"""The compute dtype on this hardware, for training and for serving.
 
-`is_bf16_supported()` is not asked: it says yes on a T4, which only emulates.
+It does not call `is_bf16_supported()`, which is True on a T4 although a T4 only emulates bfloat16.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from worker.processor import Cpu, cpu_here
 
 
 class Fp16UnsafeError(Exception):
-    """Only float16 is left on this GPU, and the base model overflows in it."""
+    """This GPU computes in float16 only, and the base model overflows in it."""
 
 
 INITIAL_SCALE = 2.0**12
-"""Where the loss scale starts under float16. The usual 2^16 overflows the first updates of a 7B model."""
+"""The initial loss scale under float16. PyTorch's default of 2^16 overflows the first updates of a 7B model."""
 
 
 @dataclass(frozen=True, slots=True)

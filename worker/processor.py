@@ -1,4 +1,4 @@
-"""What this host's processor can do, found out without loading a GPU library."""
+"""This host's processor: its vendor and instruction sets, read from Linux."""
 
 from dataclasses import dataclass
 from pathlib import Path

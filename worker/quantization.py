@@ -1,4 +1,4 @@
-"""How bitsandbytes is told of a quantisation, for training and for serving."""
+"""The bitsandbytes configuration of a quantisation, for training and for serving."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import BitsAndBytesConfig
 
 
 def bitsandbytes_config(bits: int, quant_type: str, *, double_quant: bool, compute: torch.dtype) -> BitsAndBytesConfig:
-    """The configuration to load a model with. At 8 bits there is nothing to choose."""
+    """The configuration to load a model with. 8 bits have no options."""
     untyped: Any = BitsAndBytesConfig
     config: BitsAndBytesConfig = (
         untyped(load_in_8bit=True)

@@ -1,4 +1,4 @@
-"""One slot for one attempt at a time, entered by the doorbell's task and by a thread that polls."""
+"""A worker's slot: one attempt at a time, started by the doorbell's task or by the polling thread."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from worker.supervisor import Supervisor
 
 REPORT_SECONDS = 15.0
 EXPIRE_SECONDS = 60.0
-"""How often checkpoints and deleted adapters are looked for whose time is over."""
+"""Seconds between deletions of expired checkpoints and of deleted adapters' files."""
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ class Slot:
         self._over = threading.Event()
 
     def drain(self) -> None:
-        """Run jobs until there is none. When the slot is taken, whoever has it will look again itself."""
+        """Run jobs until there is none. If the slot is busy, do nothing: its thread will look again."""
         if not self._busy.acquire(blocking=False):
             return
         try:
@@ -38,12 +38,12 @@ class Slot:
             self._busy.release()
 
     def start(self) -> None:
-        """Poll and report from threads of their own, broker or no broker."""
+        """Start the threads that poll and report. They need no broker."""
         threading.Thread(target=self._poll, name="poll", daemon=True).start()
         threading.Thread(target=self._report, name="report", daemon=True).start()
 
     def leave(self) -> None:
-        """Take nothing more and give back what runs; returns when the slot is empty."""
+        """Lease no more jobs and requeue the running one. Returns once the slot is free."""
         self._over.set()
         self._supervisor.leave()
         with self._busy:
@@ -61,8 +61,8 @@ class Slot:
             except VerituneError as error:
                 log.warning("poll_failed", reason=error.detail)
             except Exception:
-                log.exception("attempt_broke")
-                time.sleep(1)  # a fault that repeats must not spin
+                log.exception("poll_broke")
+                time.sleep(1)  # a repeated fault must not use up a core
 
     def _report(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The one task: the doorbell rang, so look for work."""
+"""The only Celery task: the doorbell rang, so look for work."""
 
 from celery import Celery
 
@@ -7,7 +7,7 @@ from worker.slot import Slot
 
 
 def register(application: Celery, slot: Slot) -> None:
-    """Give `application` the task that a ring calls. Its argument only says why it rang; the lease decides."""
+    """Register the task that a ring calls. It ignores the job id: the lease decides which job runs."""
 
     @application.task(name=TASK)  # type: ignore[untyped-decorator]
     def work(_job_id: str) -> None:

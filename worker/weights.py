@@ -1,6 +1,6 @@
-"""A base model's weights as the function that it is served as: the engine loads them so, and export writes them so.
+"""Loading a base model's weights, for the engine and for export, so that both compute the same function.
 
-On a CPU a quantised base is its dequantised weights: the same function, faster.
+On a CPU a quantised base is loaded as its dequantised weights: the same function, but faster.
 """
 
 from pathlib import Path
