@@ -21,7 +21,7 @@ _TAGS = {
 
 
 def write_event_file(metrics: Iterable[Metric], began: float, path: Path) -> Path:
-    """Write `metrics` to `path`. `began`: seconds since 1970; an update's time is `began` plus the seconds of all updates so far.
+    """Write `metrics` to `path`. `began`: Unix time. An update's is `began` plus the seconds of all so far.
 
     A value that an update lacks (a loss that is not finite, no validation) is left out.
     """
