@@ -121,7 +121,7 @@ def test_a_name_that_is_taken_or_bad(client: TestClient, served: Services, corpu
 def test_a_name_that_is_taken_meanwhile(
     client: TestClient, served: Services, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpora_service, "_choose", lambda *_: "pages")
+    monkeypatch.setattr(corpora_service, "_choose_name", lambda *_: "pages")
     problem(post_file(client, "/corpora", page("Nile")), 409, "name_taken")
     assert traces(served)["corpora"] == 1
 

@@ -257,7 +257,7 @@ def test_a_name_that_is_taken_meanwhile(
     client: TestClient, served: Services, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two uploads found the name free. The other one stored first, so the database refuses this one."""
-    monkeypatch.setattr(datasets_service, "_choose", lambda *_: "rows")
+    monkeypatch.setattr(datasets_service, "_choose_name", lambda *_: "rows")
     before = traces(served)
     problem(post_file(client, "/datasets", dataset_jsonl(2)), 409, "name_taken")
     after = traces(served)

@@ -195,9 +195,9 @@ def test_what_models_take_is_known_before_they_are_loaded(shelf: Shelf, dtype: A
     before = models.memory
     models.load(shelf.served("one", shelf.one), [])
     taken = models.memory.minus(before).device
-    assert weights_bytes(shelf.one, models.dtype) < taken <= 2 * weights_bytes(shelf.one, models.dtype), (
-        "B is block-diagonal"
-    )
+    assert taken > weights_bytes(shelf.one, models.dtype)
+    if models.dtype is torch.float32:  # in bfloat16 ranks may be padded
+        assert taken <= 2 * weights_bytes(shelf.one, models.dtype), "B is block-diagonal"
 
 
 def test_an_adapter_with_nan_is_refused(shelf: Shelf, tmp_path: Path) -> None:

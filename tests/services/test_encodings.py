@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from obstore.exceptions import BaseError
 from obstore.store import from_url
 from sqlalchemy import select, update
 
 from app.composition import Services
 from app.db.tables import DatasetRow, EncodingRow
 from app.domain.encoding import Encoder
-from app.domain.errors import NotFoundError
+from app.domain.errors import NotFoundError, StorageError
 from app.domain.react import ReactFormat
 from app.domain.specs import TrainSpec
 from app.services.encodings import Encodings
@@ -121,7 +120,7 @@ def test_a_store_that_fails_leaves_nothing_for_ever(services: Services, dataset:
     path = blob_path(services, services.plans.prepare(SPEC).rows)
     path.unlink()
     (path / "in the way").mkdir(parents=True)
-    with pytest.raises((OSError, BaseError)):
+    with pytest.raises(StorageError, match="cannot be stored"):
         services.plans.prepare(SPEC)
     shutil.rmtree(path)
     assert services.blobs.exists(services.plans.prepare(SPEC).rows)

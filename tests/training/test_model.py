@@ -45,7 +45,7 @@ def test_a_base_too_large_to_keep_dequantised_computes_the_same(
 ) -> None:
     batch = collate([EncodedRow(line=1, ids=tuple(range(40)), trained=())])
     kept = load(tiny_base).hidden(batch)
-    monkeypatch.setattr(memory, "DENSE_LIMIT", 0)
+    monkeypatch.setattr(memory, "KEEP_DEQUANTIZED_UP_TO", 0)
     packed = load(tiny_base)
     assert any(type(module).__name__ == "Linear4bit" for module in packed.method.module.modules())
     torch.testing.assert_close(packed.hidden(batch), kept, rtol=1e-4, atol=1e-4)
