@@ -195,7 +195,7 @@ class Adapters:
         row = self.by_digest(digest)
         target = self._directory / digest
         if not target.exists():
-            with locked(self._directory / f".lock-{digest[:16]}"):
+            with locked(self._directory.parent / f".lock-adapter-{digest[:16]}"):  # not in the folder that vLLM reads
                 self._write(row, target)
         _name_served_base(target, row)  # an older version may have created it without this
         return target
@@ -203,6 +203,7 @@ class Adapters:
     def _write(self, row: AdapterRow, target: Path) -> None:
         if target.exists():  # another process created it first
             return
+        self._directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self._directory, prefix=".partial-"))
         try:
             for name, blob in row.files.items():
