@@ -26,7 +26,7 @@ def adapter(seed: int, rank: int, dtype: torch.dtype = torch.float32) -> list[La
     def lora(widths: tuple[int, int]) -> LoraPair:
         down, up = widths
         drawn = torch.randn(rank, down + up, generator=draw).to(dtype)
-        return LoraPair(drawn[:, :down].contiguous(), drawn[:, down:].contiguous())
+        return LoraPair(drawn[:, :down].contiguous(), drawn[:, down:].contiguous(), rank)
 
     return [LayerLora(*map(lora, WIDTHS)) for _ in range(LAYERS)]
 
@@ -236,11 +236,11 @@ def test_all_that_is_read_comes_to_the_device(steady: bool) -> None:
     """Adapters lie in the host's memory. The other device has no numbers here, but tensors that know where they are."""
     held = AdapterSlots(LAYERS, WIDTHS, torch.zeros(1, device="meta"), steady=steady)
     adapters = {str(n): adapter(n, 4) for n in range(3)}
-    size = sum(part.nbytes for layer in adapters["0"] for lora in layer if lora for part in lora)
+    size = sum(lora.nbytes for layer in adapters["0"] for lora in layer if lora)
     for rows, places in ((["0", "2", None], 2), (["1"], 1)):
         mix = held.select(rows, adapters)
         assert mix is not None
-        parts = [part for layer in mix.layers for lora in layer if isinstance(lora, LoraPair) for part in lora]
+        parts = [part for layer in mix.layers for lora in layer if isinstance(lora, LoraPair) for part in lora[:2]]
         assert {part.device.type for part in parts} == {"meta"}
         assert mix.slots is not None
         assert mix.slots[1] == places

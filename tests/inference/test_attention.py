@@ -51,3 +51,25 @@ def test_company_changes_no_bit_of_scores_that_nearly_cancel(
         assert torch.equal(attend(row[0].repeat(4, 1, 1), longer[0], longer[1], far, 200)[:heads], alone)
         more = torch.cat([torch.randn(heads, 200, width).bfloat16(), row[0]], 1)
         assert torch.equal(attend(more, row[1], row[2], mask, 200)[:, 200:], alone)
+
+
+@to_the_bit
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("positions", [96, 480, 512, 1024])
+def test_company_changes_no_bit_of_values_that_nearly_cancel(heads: int, positions: int) -> None:
+    """Weights of two keys each are alike, and their values differ by the sign but for small terms."""
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        keys = torch.randn(heads, positions // 2, WIDTH, generator=draw).repeat_interleave(2, 1).bfloat16()
+        values = torch.randn(heads, positions // 2, WIDTH, generator=draw).repeat_interleave(2, 1)
+        values[:, 1::2] *= -1
+        order = torch.randperm(positions, generator=draw)
+        keys, values = keys[:, order], (values + 2**-9)[:, order].bfloat16()
+        query = torch.randn(heads, 3, WIDTH, generator=draw).bfloat16()
+        mask = hidden([positions], positions, heads).bfloat16()
+        alone = attend(query, keys, values, mask, 0.1)
+        others = torch.randn(heads, 221, WIDTH, generator=draw).bfloat16()  # 224 with the query's: whole blocks
+        assert torch.equal(attend(torch.cat([others, query], 1), keys, values, mask, 0.1)[:, 221:], alone)
+        longer = [functional.pad(stored, (0, 0, 0, 64)).repeat(4, 1, 1) for stored in (keys, values)]
+        far = hidden([positions, 3, 5, 7], positions + 64, heads).bfloat16()
+        assert torch.equal(attend(query.repeat(4, 1, 1), longer[0], longer[1], far, 0.1)[:heads], alone)

@@ -1,5 +1,6 @@
 """The self-check that decides whether answers are promised to be the same in any company."""
 
+import pytest
 import torch
 
 from worker.inference.model.batch_invariance import (
@@ -18,8 +19,8 @@ def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def split_beyond_32_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What AMX kernels do: over more rows, two sums that are added in float32."""
-    if len(x) <= 32:
+    """What AMX kernels do: over many inputs and more rows, two sums that are added in float32."""
+    if len(x) <= 32 or x.shape[1] < 512:
         return exact(x, weight)
     half = x.shape[1] // 2
     first, second = (x[:, part].double() @ weight[:, part].double().t() for part in (slice(half), slice(half, None)))
@@ -50,14 +51,24 @@ def test_only_bfloat16_on_a_cpu_is_promised() -> None:
 
 
 def test_blocks_of_rows_are_computed_one_by_one_and_joined_in_order() -> None:
-    x, out, sizes = torch.arange(70.0)[:, None], torch.ones(70, 1), list[int]()
+    x, out, sizes = torch.arange(70.0)[:, None].expand(-1, 512), torch.ones(70, 512), list[int]()
 
     def double(block: torch.Tensor) -> torch.Tensor:
         sizes.append(len(block))
         return 2 * block
 
-    assert torch.equal(by_row_blocks(double, x, 32), 2 * x)
-    assert torch.equal(add_by_row_blocks(lambda to, block: to + double(block), out, x, 32), 2 * x + 1)
+    assert torch.equal(by_row_blocks(double, x, BLOCKED), 2 * x)
+    assert torch.equal(add_by_row_blocks(lambda to, block: to + double(block), out, x, BLOCKED), 2 * x + 1)
     assert sizes == [32, 32, 6] * 2
-    assert torch.equal(by_row_blocks(double, x, None), 2 * x)
-    assert sizes[-1] == 70
+    assert torch.equal(by_row_blocks(double, x, PLAIN), 2 * x)
+    assert torch.equal(by_row_blocks(double, x[:, :480], BLOCKED), 2 * x[:, :480])
+    assert sizes[-2:] == [70, 70]
+
+
+@pytest.mark.parametrize(("rank", "padded"), [(1, 8), (8, 8), (9, 16), (24, 32), (32, 32), (33, 64), (96, 96)])
+def test_a_rank_begins_at_a_tile_or_lies_within_one_in_every_slot(rank: int, padded: int) -> None:
+    assert BLOCKED.padded_rank(rank) == padded
+    assert PLAIN.padded_rank(rank) == rank
+    for slot in range(9):
+        first, last = slot * padded, slot * padded + rank - 1
+        assert first % 32 == 0 or first // 32 == last // 32

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from worker.inference.cache.kv_cache import power_of_two
+from worker.inference.model.batch_invariance import product_shapes
 from worker.inference.model.linear import can_pack
 from worker.inference.model.lora import INPUT_GROUPS, LayerLora, LoraBatch, LoraPair, PackedLayerLora, PackedLoraPair
 
@@ -39,6 +40,7 @@ class AdapterSlots:
         `steady`: slots change rarely, and even a lone adapter is read from its slot, so that CUDA graphs stay valid.
         """
         self._num_layers, self._widths, self._like, self._steady = num_layers, widths, like, steady
+        self._min_columns = product_shapes(like).min_columns
         self._ranks_of: dict[str, list[int]] = {}
         self._generation = object()  # a new one for each buffer
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
@@ -78,7 +80,8 @@ class AdapterSlots:
             if name not in self._slots:
                 self._fill_slot(name, wanted, adapters[name])
             self._slots.move_to_end(name)
-        num_read = power_of_two(max(self._slots[name] for name in wanted) + 1)
+        last_slot = max(self._slots[name] for name in wanted)
+        num_read = max(power_of_two(last_slot + 1), self._min_slots(self._ranks))
         own_slot = torch.tensor([-1 if row is None else self._slots[row] for row in rows], device=self._like.device)
         mask = own_slot[:, None] != torch.arange(num_read, device=self._like.device)  # [num_rows, num_slots]
         return LoraBatch(self._first(num_read), mask[..., None], (self._generation, num_read))
@@ -113,7 +116,11 @@ class AdapterSlots:
                 layers, groups = adapters[name], range(len(INPUT_GROUPS))
                 self._ranks_of[name] = [max(_rank(layer[group]) for layer in layers) for group in groups]
         ranks = [max(ranks) for ranks in zip(*(self._ranks_of[name] for name in wanted), strict=True)]
-        return power_of_two(len(wanted)), ranks
+        return max(power_of_two(len(wanted)), self._min_slots(ranks)), ranks
+
+    def _min_slots(self, ranks: Sequence[int]) -> int:
+        """The number of slots, a power of two, that gives each product the columns that it needs."""
+        return power_of_two(max(-(-self._min_columns // rank) for rank in ranks if rank))
 
     def _is_too_small(self, num_slots: int, ranks: Sequence[int]) -> bool:
         return num_slots > self._num_slots or any(need > had for need, had in zip(ranks, self._ranks, strict=True))
@@ -164,7 +171,7 @@ class AdapterSlots:
 
     def _empty(self, height: int, widths: tuple[int, int]) -> LoraPair | None:
         lora_A, lora_B = (self._like.new_zeros(height, width) for width in widths)
-        return LoraPair(lora_A, lora_B) if height else None
+        return LoraPair(lora_A, lora_B, height) if height else None
 
     def _fill_slot(self, name: str, wanted: Sequence[str], adapter: list[LayerLora]) -> None:
         """Copy an adapter into a free slot, or evict the adapter whose slot was used least recently."""
@@ -201,17 +208,18 @@ def _adapters_of(rows: Rows) -> list[str]:
 
 
 def _cut(lora: LoraPair | None, end: int) -> LoraPair | None:
-    return None if lora is None else LoraPair(lora.lora_A[:end], lora.lora_B[:end])
+    return None if lora is None else LoraPair(lora.lora_A[:end], lora.lora_B[:end], end)
 
 
 def _copy_into_slot(target: LoraPair, source: LoraPair | None, start: int, rank: int) -> None:
     """Copy `source` into the `rank` rows from `start` on, and zero the rows behind it."""
     own_rank = _rank(source)
-    for buffer, weights in zip(target, source or (), strict=False):
-        buffer[start : start + own_rank] = weights
-    for buffer in target:
+    if source is not None:
+        target.lora_A[start : start + own_rank] = source.lora_A[:own_rank]
+        target.lora_B[start : start + own_rank] = source.lora_B[:own_rank]
+    for buffer in (target.lora_A, target.lora_B):
         buffer[start + own_rank : start + rank] = 0
 
 
 def _rank(lora: LoraPair | None) -> int:
-    return 0 if lora is None else lora.lora_A.shape[0]
+    return 0 if lora is None else lora.rank

@@ -107,7 +107,7 @@ class AdaptedBase:
             raise ModelError(f"adapter {digest} cannot share its base model with others")
         weights = read_adapter_weights(digest, directory)
         if (fused := self._fuse(digest, config, weights)) is not None:
-            num_bytes = sum(tensor.nbytes for layer in fused for pair in layer if pair for tensor in pair)
+            num_bytes = sum(pair.nbytes for layer in fused for pair in layer if pair)
             make_room(size := adapter_memory(num_bytes, self.base.model.device))
             self._add(digest, fused, size)
             return

@@ -12,6 +12,9 @@ from worker.inference.model.batch_invariance import product_shapes, row_blocks
 SMALL_PRODUCT = 16**3
 """Up to this many multiplications, torch computes a product by another kernel, which sums in another order."""
 
+LONG_SUM = 2_048
+"""AMX kernels split a sum over more positions from fewer rows on."""
+
 
 class Attention:
     """The attention of one step. What is the same in every layer is computed once, here."""
@@ -98,8 +101,13 @@ def attend(
         q, k, v, hidden = (tensor[None] for tensor in (queries, keys, values, mask))
         attn_out = functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=scaling)[0]
         return attn_out if out is None else out.copy_(attn_out)
-    max_rows = product_shapes(queries).max_rows
-    min_queries = 1 if max_rows is None else 2  # AMX kernels sum one query in another order
+    shapes = product_shapes(queries)
+    max_rows = shapes.rows_per_product(keys.shape[1])
+    if max_rows is not None and heads == 1:  # AMX kernels split the sums of a single head by rules of their own
+        q, k, v = (tensor.expand(2, -1, -1) for tensor in (queries, keys, values))
+        attn_out = attend(q, k, v, mask, scaling)[:1]
+        return attn_out if out is None else out.copy_(attn_out)
+    min_queries = 1 if shapes.max_rows is None else 2  # AMX kernels sum one query in another order
     padding = max(min_queries, SMALL_PRODUCT // (heads * keys.shape[1] * head_dim) + 1) - num_queries
     if padding > 0:
         mask = functional.pad(mask.expand(-1, num_queries, -1), (0, 0, 0, padding))
@@ -108,7 +116,8 @@ def attend(
         return attn_out if out is None else out.copy_(attn_out)
     scores = torch.bmm(queries, keys.transpose(1, 2))  # [heads, queries, positions]
     weights = torch.add(mask, scores, alpha=scaling).softmax(-1)
-    if max_rows is None or num_queries <= max_rows:
+    if max_rows is None:
         return torch.bmm(weights, values, out=out)
-    attn_out = torch.cat([torch.bmm(weights[:, block], values) for block in row_blocks(num_queries, max_rows)], 1)
+    blocks = row_blocks(num_queries, max_rows if keys.shape[1] <= LONG_SUM else max_rows // 2)
+    attn_out = torch.cat([torch.bmm(weights[:, block], values) for block in blocks], 1)
     return attn_out if out is None else out.copy_(attn_out)

@@ -18,22 +18,40 @@ class ProductShapes(NamedTuple):
     """Rules for the shapes of matrix products.
 
     - `token_multiple`: a step is padded to a multiple of it.
-    - `max_rows`: of one product, or None for any number. A longer one is computed block by block.
-    - `rank_multiple`: the ranks of a fused LoRA are padded with zeros to a multiple of it.
+    - `max_rows`: of one product over more than `unsplit_inputs` inputs, or None for any number. A longer one is
+      computed block by block.
+    - `unsplit_inputs`: a sum over so many inputs is never split.
+    - `rank_tile`: inputs are added by tiles of so many. A LoRA's ranks must lie in a slot's tiles as they do alone.
+    - `min_columns`: a fused LoRA has at least so many ranks, the last ones zeros.
     """
 
     token_multiple: int = 1
     max_rows: int | None = None
-    rank_multiple: int = 1
+    unsplit_inputs: int = 0
+    rank_tile: int = 1
+    min_columns: int = 1
 
+    def rows_per_product(self, num_inputs: int) -> int | None:
+        """The largest number of rows of a product over so many inputs, or None for any number."""
+        return None if num_inputs <= self.unsplit_inputs else self.max_rows
+
+    def padded_rank(self, rank: int) -> int:
+        """The least rank from `rank` on whose slots, one behind another, begin at a tile or lie within one."""
+        if rank > self.rank_tile:
+            return -(-rank // self.rank_tile) * self.rank_tile
+        return rank if self.rank_tile == 1 else max(MIN_RANK, 1 << (rank - 1).bit_length())
+
+
+MIN_RANK = 8
+"""Of a slot that lies within a tile."""
 
 PLAIN = ProductShapes(token_multiple=2)
 """Enough for oneDNN's AVX512_BF16 kernels (AMD EPYC): only a product of one row sums in another order."""
 
-BLOCKED = ProductShapes(token_multiple=16, max_rows=32, rank_multiple=64)
-"""For oneDNN's AMX kernels (Intel Xeon): they split a sum by the number of rows beyond 32, and by the number of columns
-below 64. They sum by tiles of 32 inputs, so a LoRA must begin at a tile. Fewer than 16 rows of few inputs are computed
-without AMX."""
+BLOCKED = ProductShapes(token_multiple=16, max_rows=32, unsplit_inputs=480, rank_tile=32, min_columns=64)
+"""For oneDNN's AMX kernels (Intel Xeon). They add tiles of 32 inputs in order. From 512 inputs on they split the sum,
+by the number of rows if these are more than 32, and by the number of columns if these are fewer than 40. Fewer than 16
+rows of few inputs are computed without AMX."""
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """x·Wᵀ of `x` [num_rows, in] and `weight` [out, in]."""
@@ -45,18 +63,20 @@ def row_blocks(num_rows: int, max_rows: int) -> list[slice]:
 
 
 def by_row_blocks(
-    multiply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, max_rows: int | None
+    multiply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, shapes: ProductShapes
 ) -> torch.Tensor:
-    """`multiply(x)`, in blocks of at most `max_rows` rows."""
+    """`multiply(x)`, in blocks of rows if these shapes need them."""
+    max_rows = shapes.rows_per_product(x.shape[-1])
     if max_rows is None or len(x) <= max_rows:
         return multiply(x)
     return torch.cat([multiply(x[block]) for block in row_blocks(len(x), max_rows)])
 
 
 def add_by_row_blocks(
-    add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], out: torch.Tensor, x: torch.Tensor, max_rows: int | None
+    add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], out: torch.Tensor, x: torch.Tensor, shapes: ProductShapes
 ) -> torch.Tensor:
-    """`add(out, x)`, which adds a product over `x` to `out`, in blocks of at most `max_rows` rows."""
+    """`add(out, x)`, which adds a product over `x` to `out`, in blocks of rows if these shapes need them."""
+    max_rows = shapes.rows_per_product(x.shape[-1])
     if max_rows is None or len(x) <= max_rows:
         return add(out, x)
     return torch.cat([add(out[block], x[block]) for block in row_blocks(len(x), max_rows)])
@@ -82,8 +102,9 @@ def _find_shapes() -> ProductShapes | None:
     return shapes
 
 
-WIDTHS = ((576, 1536), (64, 1536), (1152, 896))
-"""[out, in] of the check's products: a down projection, a LoRA's A, a fused q, k and v. AMX kernels differ in each."""
+WIDTHS = ((576, 1536), (64, 1536), (1152, 896), (576, 480), (64, 480))
+"""[out, in] of the check's products: a down projection, a LoRA's A, a fused q, k and v, a LoRA's B, attention over
+values. AMX kernels differ in each."""
 
 COMPANY = (4, 33, 64, 256)
 """Rows of the check's batches."""
@@ -101,7 +122,7 @@ def _is_same_in_batches(shapes: ProductShapes, multiply: Product, row: torch.Ten
         padded = max(4, -(-num_rows // shapes.token_multiple) * shapes.token_multiple)
         x = torch.ones(padded, len(row), dtype=row.dtype)
         x[num_rows - 1] = row
-        return by_row_blocks(lambda block: multiply(block, weight), x, shapes.max_rows)[num_rows - 1]
+        return by_row_blocks(lambda block: multiply(block, weight), x, shapes)[num_rows - 1]
 
     alone = last_row(1)
     return all(torch.equal(last_row(num_rows), alone) for num_rows in COMPANY)

@@ -32,19 +32,19 @@ class PackedLinear:
         self._bias = bias
         self._packed = self._kernels._reorder_linear_weight(weight, TYPICAL_DECODE_ROWS) if can_pack(weight) else None
         self._weight = weight
-        self._max_rows = product_shapes(weight).max_rows
+        self._shapes = product_shapes(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in] → [num_tokens, out]."""
         if self._packed is None:
             return functional.linear(x, self._weight, self._bias)
-        return by_row_blocks(self._multiply, x, self._max_rows)
+        return by_row_blocks(self._multiply, x, self._shapes)
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`out` [num_tokens, out] + x·Wᵀ, in place, without the bias."""
         if self._packed is None:
             return out.addmm_(x, self._weight.t())
-        return add_by_row_blocks(self._multiply_and_add, out, x, self._max_rows)
+        return add_by_row_blocks(self._multiply_and_add, out, x, self._shapes)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = self._kernels._linear_pointwise(x, self._packed, self._bias, "none", [], "")

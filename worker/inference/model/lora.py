@@ -28,21 +28,27 @@ class LoraPair(NamedTuple):
 
     - `lora_A`: [Σ rank, in].
     - `lora_B`: [Σ rank, Σ out], scaled by alpha/rank; zero where a rank belongs to another output.
+    - `rank`: how many of these ranks are the adapter's. The others are zeros, for the kernel's sake.
     """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
+    rank: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.lora_A.nbytes + self.lora_B.nbytes
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         """x·Aᵀ, [num_tokens, in] → [num_tokens, Σ rank]. Copies the weights to the device of `x` if need be."""
         weight = self.lora_A.to(x.device)
-        return by_row_blocks(lambda block: functional.linear(block, weight), x, product_shapes(x).max_rows)
+        return by_row_blocks(lambda block: functional.linear(block, weight), x, product_shapes(x))
 
     def add_up(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`out` [num_tokens, Σ out] + x·B, in place; `x` is [num_tokens, Σ rank]."""
         weight = self.lora_B.to(x.device)
-        max_rows = product_shapes(x).max_rows
-        return add_by_row_blocks(lambda to, block: to.addmm_(block, weight), out, x, max_rows)
+        return add_by_row_blocks(lambda to, block: to.addmm_(block, weight), out, x, product_shapes(x))
 
 
 class PackedLoraPair:
@@ -136,7 +142,7 @@ def _scaled(config: LoraConfig, name: str, sides: dict[str, torch.Tensor], linea
     b = b.t() * (alpha / (math.sqrt(rank) if config.use_rslora else rank))
     if not (a.isfinite().all() and b.isfinite().all()):
         raise LoraError(f"{name} has weights beyond {a.dtype}'s range")
-    return LoraPair(a, b)
+    return LoraPair(a, b, rank)
 
 
 def _fuse(number: int, group: tuple[str, ...], pairs: dict[str, LoraPair], linears: Linears) -> LoraPair | None:
@@ -147,8 +153,9 @@ def _fuse(number: int, group: tuple[str, ...], pairs: dict[str, LoraPair], linea
     if not adapted:
         return None
     lora_A = torch.cat([pair.lora_A for pair in adapted])
-    missing_ranks = -len(lora_A) % product_shapes(linears[names[0]].weight).rank_multiple
-    lora_A = functional.pad(lora_A, (0, 0, 0, missing_ranks))
+    shapes = product_shapes(linears[names[0]].weight)
+    padded_rank = shapes.padded_rank(len(lora_A))
+    lora_A = functional.pad(lora_A, (0, 0, 0, max(padded_rank, shapes.min_columns) - len(lora_A)))
     lora_B = lora_A.new_zeros(lora_A.shape[0], sum(linears[name].out_features for name in names))
     rank = column = 0
     for name in names:
@@ -157,4 +164,4 @@ def _fuse(number: int, group: tuple[str, ...], pairs: dict[str, LoraPair], linea
             lora_B[rank : rank + height, column : column + width] = pair.lora_B
             rank += height
         column += linears[name].out_features
-    return LoraPair(lora_A, lora_B)
+    return LoraPair(lora_A, lora_B, padded_rank)
