@@ -183,7 +183,7 @@ class Attempt:
                 self._started(event, results)
             case LogMessage():
                 data = dict(event.data)
-                self._retry(lambda: self._attempts.tell(self._lease, "log", event.message, event.level, data))
+                self._retry(lambda: self._attempts.add_event(self._lease, "log", event.message, event.level, data))
             case TrainingFinished() | TrainingFailed():
                 watch.last = event
 
@@ -191,7 +191,7 @@ class Attempt:
         results.environment = Environment(device=event.device, precision=event.precision, threads=event.threads)
         message = f"{event.precision} on {event.device}, {event.trainable_parameters:,} trainable parameters"
         data = event.model_dump(exclude={"event"})
-        self._retry(lambda: self._attempts.tell(self._lease, "training", message, data=data))
+        self._retry(lambda: self._attempts.add_event(self._lease, "training", message, data=data))
 
     def _flush(self, watch: Watch, *, soon: bool) -> None:
         now = time.monotonic()

@@ -137,6 +137,6 @@ class TrainingReservation:
 
     def _tell(self, message: str, data: dict[str, str | float | None]) -> None:
         try:
-            self._services.attempts.tell(self._leased.lease, "device", message, data=data)
+            self._services.attempts.add_event(self._leased.lease, "device", message, data=data)
         except UnavailableError as error:
             log.warning("event_not_written", job=self._leased.job_id, message=message, reason=error.detail)

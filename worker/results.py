@@ -57,7 +57,7 @@ class Results:
                 raise
             log.exception("artifacts_lost", job=self._leased.job_id)
             message = f"the job's artifacts could not be stored: {error}"
-            self._services.attempts.tell(self._leased.lease, "artifacts_lost", message, "warning")
+            self._services.attempts.add_event(self._leased.lease, "artifacts_lost", message, "warning")
 
     def _began(self) -> float:
         began = self._services.jobs.get(self._leased.job_id).started_at

@@ -94,9 +94,10 @@ class Attempts:
     def fetch(self, digest: str, path: Path) -> Path:
         return self._blobs.fetch(digest, path)
 
-    def tell(
+    def add_event(
         self, lease: Lease, kind: str, message: str, level: str = "info", data: dict[str, Any] | None = None
     ) -> None:
+        """Write an event of the job."""
         with self._database.write() as unit:
             unit.jobs.write(lease, owner=lease.owner)
             unit.jobs.tell(lease.job_id, kind, message, level, data or {})
@@ -192,7 +193,7 @@ class Attempts:
             except NotFoundError as error:  # of this checkpoint alone; a full disk would fail the older ones, too
                 shutil.rmtree(target, ignore_errors=True)
                 data = {"update": row.update, "reason": error.code}
-                self.tell(lease, "checkpoint_damaged", "a checkpoint could not be read", "warning", data)
+                self.add_event(lease, "checkpoint_damaged", "a checkpoint could not be read", "warning", data)
                 continue
             return target
         return None

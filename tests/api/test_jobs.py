@@ -340,7 +340,7 @@ def stream_events(client: TestClient, job: str, headers: dict[str, str] | None =
 def test_events_are_numbered_without_gaps_and_paged(client: TestClient, served: Services, job: str) -> None:
     leased = lease(served)
     for number in range(23):
-        served.attempts.tell(leased, "note", f"number {number}")
+        served.attempts.add_event(leased, "note", f"number {number}")
     assert walk(client, f"/jobs/{job}/events", 10, "seq") == list(range(1, 26))
     kinds = [event["kind"] for event in client.get(f"/jobs/{job}/events").json()["data"]]
     assert kinds[:3] == ["queued", "started", "note"]

@@ -210,12 +210,12 @@ def test_events_come_as_they_happen_and_a_listener_may_resume(server: httpx.Clie
     until(lambda: whole.heard == [1, 2])
     cut = Listener(server, job, most=5)
     for number in range(10):
-        served.attempts.tell(leased, "note", f"number {number}")
+        served.attempts.add_event(leased, "note", f"number {number}")
         time.sleep(0.02)
     assert cut.finish() == [1, 2, 3, 4, 5]
     resumed = Listener(server, job, last=5)
     for number in range(10):
-        served.attempts.tell(leased, "note", f"number {number}")
+        served.attempts.add_event(leased, "note", f"number {number}")
     server.post(f"/jobs/{job}/cancel")
     served.attempts.release(leased, "stopped", strike=False)
     everything = list(range(1, 25))

@@ -99,7 +99,7 @@ def test_an_attempt_of_a_deleted_job_changes_nothing(services: Services, job: Jo
     with pytest.raises(LeaseLostError):
         services.attempts.record(held, [metric(2)], 1.0)
     with pytest.raises(LeaseLostError):
-        services.attempts.tell(held, "note", "still here")
+        services.attempts.add_event(held, "note", "still here")
 
 
 def test_who_follows_the_events_of_a_job_sees_them_end_with_it(services: Services, job: Job) -> None:

@@ -184,7 +184,7 @@ def test_a_zombie_changes_no_row(services: Services, hasty: Attempts, job: Job, 
 
     writes: list[Callable[[], object]] = [
         lambda: hasty.renew(zombie),
-        lambda: hasty.tell(zombie, "log", "still here"),
+        lambda: hasty.add_event(zombie, "log", "still here"),
         lambda: hasty.record(zombie, [metrics(1)], 1.0),
         lambda: hasty.evaluated(zombie, validation(1)),
         lambda: hasty.checkpoint(zombie, CheckpointWritten(update=1, path=directory, digest="0" * 64)),
@@ -326,7 +326,7 @@ def test_a_failure_after_cancel_ends_as_cancelled(services: Services, job: Job) 
 def test_events_have_no_gaps_and_page_forward(services: Services, job: Job) -> None:
     lease = leased(services.attempts).lease
     for number in range(20):
-        services.attempts.tell(lease, "log", f"line {number}")
+        services.attempts.add_event(lease, "log", f"line {number}")
     events, more = services.jobs.events(job.id, 0, 10)
     assert more
     rest, more = services.jobs.events(job.id, events[-1].seq, 100)

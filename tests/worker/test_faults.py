@@ -136,7 +136,7 @@ def test_a_fault_that_passes_costs_no_attempt(
 
         monkeypatch.setattr(services.attempts, name, call)
 
-    names = ("prepare", "fetch", "restore", "record", "checkpoint", "tell")
+    names = ("prepare", "fetch", "restore", "record", "checkpoint", "add_event")
     for name in names:
         fail_twice(name)
     assert Supervisor(services, "worker-1", ("gpu",)).work()
