@@ -17,8 +17,8 @@ TENSORS = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     # Huge pages (2 MB), if the system allows them by request: a fiftieth of the page faults.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    # oneDNN compiles a kernel per shape, of 300 to 400 kB, or 900 kB with AMX. Rows differ in length, so there are many
-    # shapes, and oneDNN would keep 1,024 of them.
+    # oneDNN compiles a kernel per shape: 300 to 400 kB each, and with AMX about 900 kB, as inferred from the heap's
+    # growth. Rows differ in length, so there are many shapes, and oneDNN would keep 1,024 of them.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }
 

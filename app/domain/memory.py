@@ -53,11 +53,14 @@ GPU_FRAGMENTATION = 0.20
 """Share of the temporary memory that torch's CUDA allocator loses to fragmentation."""
 
 KERNEL_BYTES = 225 << 20
-"""Bytes of the kernels that oneDNN compiles on a CPU, once its cache of 256 kernels is full: about 0.9 MB each with
-AMX, and 0.3 to 0.4 MB without."""
+"""Bytes that a CPU's heap keeps in use after 24 micro-batches, each of another shape.
+
+Measured: the growth of the heap in use, 225 MB on an Intel Xeon with AMX. Inferred: that these are the kernels that
+oneDNN compiles. `ONEDNN_PRIMITIVE_CACHE_CAPACITY` keeps 256 of them, so one would have about 0.9 MB. On an AMD EPYC
+without AMX, 0.3 to 0.4 MB a kernel were seen. `docs/log.md` (2026-11-30) has the measurement."""
 
 KERNELS_FULL_AFTER = 5
-"""Updates after which that cache is full: about 16 micro-batches, each of another shape."""
+"""Updates after which the heap holds KERNEL_BYTES of kernels: about 16 micro-batches, each of another shape."""
 
 HOLES = (0.25, 1.6)
 """Bytes of holes in a CPU's heap for each byte of activations and kernels: with an empty kernel cache, and with a full
