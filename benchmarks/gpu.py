@@ -39,7 +39,7 @@ from worker.inference.model.memory_use import base_bytes
 from worker.inference.model.transformers_forward import Forward
 from worker.inference.sampling_params import SamplingParams, ServedModel
 from worker.precision import Precision, precision_here
-from worker.training.batches import Batch, collate
+from worker.training.batches import MicroBatch, collate
 from worker.training.loss import backward_loss
 from worker.training.master_weights import MasterWeights
 from worker.training.model import load_trainable_model
@@ -282,7 +282,7 @@ def _updates(sizes: Architecture, base: Path, spec: TrainSpec, device: torch.dev
     }
 
 
-def _batch() -> Batch:
+def _batch() -> MicroBatch:
     rows, length = BATCH
     spans = ((length - round(LABELLED * length), length),)
     return collate([EncodedRow(line=line, ids=tuple(_prompt(line, length)), trained=spans) for line in range(rows)])

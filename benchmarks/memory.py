@@ -25,7 +25,7 @@ from benchmarks.encoded import base_in
 from benchmarks.machine import ROOT, head
 from worker.environment import for_tensors
 from worker.processor import cpu_here
-from worker.training.batches import Batch, collate
+from worker.training.batches import MicroBatch, collate
 from worker.training.memory import peak_resident_bytes, return_free_memory
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
@@ -91,7 +91,7 @@ def train_here(base: Path, rows: int, length: int, rank: int, *, recompute: bool
     return {"before": before, "loaded": loaded, "peak": peak_resident_bytes(), "labelled": labelled}
 
 
-def mixed_rows(rows: int, length: int, seed: int) -> Batch:
+def mixed_rows(rows: int, length: int, seed: int) -> MicroBatch:
     """As many rows as `rows` of `length` tokens have room for: one that long, the others of any length."""
     draw, left, found = random.Random(seed), rows * length, list[int]()
     while left >= SHORTEST * length:

@@ -21,7 +21,7 @@ from app.domain import memory
 from app.domain.attempts import TrainOrder
 from worker.precision import precision_here
 from worker.training import model as training_model
-from worker.training.batches import Batch, batches_of_update, read_rows
+from worker.training.batches import MicroBatch, batches_of_update, read_rows
 from worker.training.state import RunState
 from worker.training.updates import backward, gradient_norm, step
 
@@ -65,10 +65,10 @@ class Update:
         self._order, self._rows = order, read_rows(order.rows, self.trainable.vocab_size)
         self.state = RunState(order, self.trainable, self._rows, precision, device)
 
-    def batches(self, update: int) -> list[Batch]:
+    def batches(self, update: int) -> list[MicroBatch]:
         return batches_of_update(self._rows, update, self._order.schedule, self._order.spec.seed)
 
-    def run(self, batches: list[Batch]) -> None:
+    def run(self, batches: list[MicroBatch]) -> None:
         backward(self.trainable, self.state, batches, sum(batch.labelled for batch in batches))
         step(self.state, 1e-4, gradient_norm(self.state), 1.0)
         self.state.masters.reset()

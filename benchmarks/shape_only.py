@@ -19,7 +19,7 @@ from app.domain.architectures import Architecture
 from app.domain.attempts import EncodedRow
 from benchmarks.live import LiveBytes, bytes_of, kept_for_backward
 from benchmarks.random_base import config_of
-from worker.training.batches import Batch, collate
+from worker.training.batches import MicroBatch, collate
 from worker.training.llama_forward import build_training_forward
 from worker.training.loss import backward_loss
 from worker.training.master_weights import MasterWeights
@@ -42,7 +42,7 @@ class Seen:
         return self.weights + self.trained + self.growth
 
 
-def rows_of(tokens: int, length: int, labelled: float) -> Batch:
+def rows_of(tokens: int, length: int, labelled: float) -> MicroBatch:
     """A batch of whole rows of `length` tokens, of which the share `labelled` carries a loss."""
     ids = tuple(5 for _ in range(length))
     spans = ((length - max(1, round(labelled * length)), length),)
@@ -50,7 +50,7 @@ def rows_of(tokens: int, length: int, labelled: float) -> Batch:
 
 
 def run_update(
-    sizes: Architecture, config: PeftConfig, batch: Batch, *, recompute: bool, packed: bool, stock: bool
+    sizes: Architecture, config: PeftConfig, batch: MicroBatch, *, recompute: bool, packed: bool, stock: bool
 ) -> Seen:
     """One update of the recipe over a model of these sizes.
 
@@ -152,7 +152,7 @@ def transformers_forward(model: Any, *, recompute: bool) -> Any:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
 
-    def hidden(batch: Batch) -> torch.Tensor:
+    def hidden(batch: MicroBatch) -> torch.Tensor:
         from worker.training.packing import visible_in_batch
 
         mask = visible_in_batch(batch.rows, META)[None, None]

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from app.domain.claims import Verdict
-from app.domain.corpora import Page
+from app.domain.corpora import CorpusPage
 from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory
 from app.knowledge.base import KnowledgeExplorer
 from app.knowledge.memory import MemoryKnowledge
@@ -94,7 +94,7 @@ class Fact:
 class SourcePage:
     """A page of `pages.txt`: claims call it `name`, and `facts` maps an attribute to what it states."""
 
-    page: Page
+    page: CorpusPage
     kind: str
     split: str
     name: str
@@ -138,7 +138,7 @@ def _source_page(lines: Sequence[str], kinds: Mapping[str, Kind]) -> SourcePage:
     kind = next(key for key, kind in kinds.items() if noun in kind.nouns)
     marks = [(i, mark) for i, line in enumerate(lines[1:]) for mark in _FACT.finditer(line)]
     return SourcePage(
-        page=Page(
+        page=CorpusPage(
             title=title,
             sentences=tuple(_FACT.sub(r"\2", line) for line in lines[1:]),
             aliases=tuple(aliases),
@@ -291,7 +291,7 @@ def build() -> dict[str, list[Row]]:
     return files
 
 
-def _page_row(page: Page) -> Row:
+def _page_row(page: CorpusPage) -> Row:
     row: Row = {"title": page.title, "sentences": list(page.sentences)}
     return row | ({"aliases": list(page.aliases)} if page.aliases else {})
 

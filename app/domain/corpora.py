@@ -14,7 +14,7 @@ from app.domain.claims import INVISIBLE, to_one_line
 from app.domain.frozen import Frozen
 
 
-class Page(Frozen):
+class CorpusPage(Frozen):
     """A page of a corpus. It has at least one sentence. A sentence's id is its index, from 0."""
 
     title: str = Field(min_length=1)

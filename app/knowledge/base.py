@@ -6,7 +6,7 @@ page and the position of the current Lookup, as in the ReAct paper's Wikipedia e
 
 from typing import Literal, Protocol
 
-from app.domain.corpora import Observation, Page, clean_page_text, escape_steps, fold_case
+from app.domain.corpora import CorpusPage, Observation, clean_page_text, escape_steps, fold_case
 from app.domain.frozen import Frozen
 
 SENTENCES_SHOWN = 5
@@ -21,7 +21,7 @@ class CorpusUnreadable(Exception):
 class SearchResult(Frozen):
     """The page that a name opens, or the most similar titles, best first."""
 
-    page: Page | None = None
+    page: CorpusPage | None = None
     similar: tuple[str, ...] = ()
 
 
@@ -68,12 +68,12 @@ class KnowledgeExplorer:
 
     def __init__(self, source: KnowledgeSource) -> None:
         self._source = source
-        self._page: Page | None = None
+        self._page: CorpusPage | None = None
         self._keyword = ""
         self._results_shown = 0
 
     @property
-    def page(self) -> Page | None:
+    def page(self) -> CorpusPage | None:
         """The open page; None before the first Search and after one that missed."""
         return self._page
 

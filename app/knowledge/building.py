@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from app.domain.claims import forbidden_character
-from app.domain.corpora import CorpusFinding, CorpusReport, Page, clean_page_text, page_name_key, split_sentences
+from app.domain.corpora import CorpusFinding, CorpusPage, CorpusReport, clean_page_text, page_name_key, split_sentences
 from app.domain.strict_json import RepeatedKeyError, parse_row
 from app.knowledge import index
 
@@ -177,13 +177,13 @@ def _record(line: bytes | None, report: _ReportBuilder) -> dict[str, object]:
     return record
 
 
-def _page(record: dict[str, object], report: _ReportBuilder) -> Page:
+def _page(record: dict[str, object], report: _ReportBuilder) -> CorpusPage:
     title = _title(record, report.limits)
     texts = _texts(record, report)
     sentences = tuple(_sentences(texts, report))
     if not sentences:
         raise _PageRefused("empty_text", f"the page {title!r} has no text")
-    return Page(title=title, sentences=sentences, aliases=_aliases(record, report), url=_url(record, report))
+    return CorpusPage(title=title, sentences=sentences, aliases=_aliases(record, report), url=_url(record, report))
 
 
 def _title(record: dict[str, object], limits: CorpusLimits) -> str:

@@ -8,7 +8,7 @@ import re
 import sqlite3
 from enum import IntEnum
 
-from app.domain.corpora import Page, clean_page_text, fold_case, page_name_key, page_name_key_without_suffix
+from app.domain.corpora import CorpusPage, clean_page_text, fold_case, page_name_key, page_name_key_without_suffix
 from app.knowledge.base import SIMILAR_SHOWN, Hit, SearchResult
 
 APPLICATION_ID = 0x56544350
@@ -53,7 +53,7 @@ def create(connection: sqlite3.Connection) -> None:
     connection.executescript(_SCHEMA)
 
 
-def add(connection: sqlite3.Connection, number: int, page: Page) -> None:
+def add(connection: sqlite3.Connection, number: int, page: CorpusPage) -> None:
     """Adds a cleaned page under the caller's id: 1, 2, 3 …"""
     aliases, sentences = (json.dumps(v, ensure_ascii=False) for v in (page.aliases, page.sentences))
     connection.execute("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", (number, page.title, sentences, aliases, page.url))
@@ -92,7 +92,7 @@ def find(connection: sqlite3.Connection, query: str, limit: int) -> tuple[Hit, .
     return tuple(_hit(_page(connection, number), score, words) for number, score in ranked)
 
 
-def _names(number: int, page: Page) -> list[tuple[str, int, int, str]]:
+def _names(number: int, page: CorpusPage) -> list[tuple[str, int, int, str]]:
     names: list[tuple[str, int, int, str]] = [(page_name_key(page.title), NameKind.TITLE, number, page.title)]
     names += [(page_name_key(alias), NameKind.ALIAS, number, alias) for alias in page.aliases]
     if bare := page_name_key_without_suffix(page.title):
@@ -132,13 +132,13 @@ def _title(connection: sqlite3.Connection, number: int) -> str:
     return str(row[0])
 
 
-def _page(connection: sqlite3.Connection, number: int) -> Page:
+def _page(connection: sqlite3.Connection, number: int) -> CorpusPage:
     query = "SELECT title, sentences, aliases, url FROM pages WHERE id = ?"
     title, sentences, aliases, url = connection.execute(query, (number,)).fetchone()
-    return Page(title=title, sentences=json.loads(sentences), aliases=json.loads(aliases), url=url)
+    return CorpusPage(title=title, sentences=json.loads(sentences), aliases=json.loads(aliases), url=url)
 
 
-def _hit(page: Page, score: float, words: tuple[str, ...]) -> Hit:
+def _hit(page: CorpusPage, score: float, words: tuple[str, ...]) -> Hit:
     wanted = set(words)
     shared = [len(wanted.intersection(_WORD.findall(fold_case(s)))) for s in page.sentences]
     best = shared.index(max(shared))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from threading import Lock
 from typing import Literal
 
-from app.domain.corpora import Page, clean_page_text
+from app.domain.corpora import CorpusPage, clean_page_text
 from app.knowledge import index
 from app.knowledge.base import Hit, SearchResult
 
@@ -22,7 +22,7 @@ class MemoryKnowledge:
 
     kind: Literal["memory"] = "memory"
 
-    def __init__(self, pages: Iterable[Page], corpus: str | None = None) -> None:
+    def __init__(self, pages: Iterable[CorpusPage], corpus: str | None = None) -> None:
         self.corpus = corpus
         self._lock = Lock()
         self._connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
@@ -50,8 +50,8 @@ class MemoryKnowledge:
         self._connection.close()
 
 
-def _cleaned(page: Page) -> Page:
-    return Page(
+def _cleaned(page: CorpusPage) -> CorpusPage:
+    return CorpusPage(
         title=clean_page_text(page.title),
         sentences=tuple(text for sentence in page.sentences if (text := clean_page_text(sentence))),
         aliases=tuple(text for alias in page.aliases if (text := clean_page_text(alias))),

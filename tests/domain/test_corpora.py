@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from app.domain.claims import STEP_MARKER, to_one_line
 from app.domain.corpora import (
-    Page,
+    CorpusPage,
     clean_page_text,
     escape_steps,
     normalise_page_text,
@@ -179,6 +179,6 @@ class TestNames:
 
 def test_a_page_has_a_title_and_a_sentence() -> None:
     with pytest.raises(ValidationError, match="sentences"):
-        Page(title="Empty", sentences=())
+        CorpusPage(title="Empty", sentences=())
     with pytest.raises(ValidationError, match="title"):
-        Page(title="", sentences=("A sentence.",))
+        CorpusPage(title="", sentences=("A sentence.",))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from app.domain.claims import Verdict
-from app.domain.corpora import Page
+from app.domain.corpora import CorpusPage
 from app.domain.trajectories import ActionName, Evidence, Step, Trajectory, parse_action
 from app.ingest.child import ingest
 from app.knowledge.base import SENTENCES_SHOWN, KnowledgeExplorer
@@ -40,15 +40,15 @@ def pages_opened(row: dict[str, Any], source: MemoryKnowledge) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def corpus() -> dict[str, Page]:
+def corpus() -> dict[str, CorpusPage]:
     lines = (EXAMPLES / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
-    pages = [Page.model_validate_json(line) for line in lines]
+    pages = [CorpusPage.model_validate_json(line) for line in lines]
     assert len({page.title for page in pages}) == len(pages)
     return {page.title: page for page in pages}
 
 
 @pytest.fixture(scope="module")
-def source(corpus: dict[str, Page]) -> Iterator[MemoryKnowledge]:
+def source(corpus: dict[str, CorpusPage]) -> Iterator[MemoryKnowledge]:
     knowledge = MemoryKnowledge(corpus.values())
     yield knowledge
     knowledge.close()
@@ -70,14 +70,14 @@ def test_a_check_fails_when_a_file_is_stale(
     assert "train.jsonl: not what the sources give" in capsys.readouterr().out
 
 
-def test_there_are_enough_pages_and_claims(corpus: dict[str, Page]) -> None:
+def test_there_are_enough_pages_and_claims(corpus: dict[str, CorpusPage]) -> None:
     assert len(corpus) >= 66
     assert len(ROWS) >= 330
     assert len(ROWS_BY_SPLIT["heldout"]) >= 60
     assert len({row["claim"] for row in ROWS}) == len(ROWS)
 
 
-def test_pages_are_short_and_go_on_past_what_a_search_shows(corpus: dict[str, Page]) -> None:
+def test_pages_are_short_and_go_on_past_what_a_search_shows(corpus: dict[str, CorpusPage]) -> None:
     for page in corpus.values():
         assert 5 <= len(page.sentences) <= 9, page.title
         assert len(" ".join(page.sentences[:SENTENCES_SHOWN]).split()) <= 45, page.title
@@ -117,7 +117,7 @@ def test_no_held_out_page_is_read_in_training(source: MemoryKnowledge) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["claim"] for row in ROWS])
 def test_a_row_reads_what_the_knowledge_source_answers(
-    row: dict[str, Any], source: MemoryKnowledge, corpus: dict[str, Page]
+    row: dict[str, Any], source: MemoryKnowledge, corpus: dict[str, CorpusPage]
 ) -> None:
     judged = trajectory(row)
     assert judged.verdict == row["label"]
@@ -189,7 +189,7 @@ def whole(value: str, text: str) -> bool:
     return re.search(rf"(?<![\w,]){re.escape(value)}(?![\w,])", text) is not None
 
 
-def last_page(row: dict[str, Any], source: MemoryKnowledge) -> Page:
+def last_page(row: dict[str, Any], source: MemoryKnowledge) -> CorpusPage:
     page = source.search(pages_opened(row, source)[-1]).page
     assert page is not None
     return page
@@ -202,7 +202,7 @@ def test_an_upload_of_it_is_kept_whole_without_a_finding(split: str, tmp_path: P
     assert not result.report.findings
 
 
-def test_the_corpus_is_kept_whole_without_a_finding(corpus: dict[str, Page], tmp_path: Path) -> None:
+def test_the_corpus_is_kept_whole_without_a_finding(corpus: dict[str, CorpusPage], tmp_path: Path) -> None:
     with (EXAMPLES / "corpus.jsonl").open("rb") as lines:
         report = build_corpus(lines, tmp_path / "corpus.db")
     assert report.pages == len(corpus)

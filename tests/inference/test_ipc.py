@@ -11,9 +11,9 @@ from tests.inference.conftest import ENGINE
 from worker.inference.ipc import (
     Configure,
     EngineOutput,
+    EngineReady,
     Failed,
     Generate,
-    Ready,
     decode_engine_output,
     request_id_of,
 )
@@ -36,21 +36,21 @@ def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:
         engine.stdin.close()
 
     assert [message.id for message in said if isinstance(message, Failed)] == ["odd", ""]
-    (ready,) = (message for message in said if isinstance(message, Ready))
+    (ready,) = (message for message in said if isinstance(message, EngineReady))
     assert ready.batch_invariant is is_batch_invariant(torch.device(ready.device), getattr(torch, ready.dtype))
 
 
 def test_the_client_learns_whether_answers_depend_on_other_requests() -> None:
     for batch_invariant in (True, False):
         link = EngineClient(ENGINE, lambda _: None)
-        ready = Ready(pid=1, device="cpu", dtype="bfloat16", batch_invariant=batch_invariant)
+        ready = EngineReady(pid=1, device="cpu", dtype="bfloat16", batch_invariant=batch_invariant)
         link._handle_line(encode_message(ready), time.monotonic())
         assert link.batch_invariant is batch_invariant
 
 
 def test_an_answer_that_cannot_be_read_fails_whoever_waits_for_it() -> None:
     link, heard = EngineClient(ENGINE, lambda _: None), list[EngineOutput]()
-    link._handle_line(encode_message(Ready(pid=1, device="cpu", dtype="float32")), time.monotonic())
+    link._handle_line(encode_message(EngineReady(pid=1, device="cpu", dtype="float32")), time.monotonic())
     model = ServedModel(digest="one", base_digest="one", base_path="/nowhere", max_model_len=8)
     for name in ("mine", "another"):
         link.submit(Generate(id=name, model=model, prompt=[5], sampling=SamplingParams()), heard.append)

@@ -3,10 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from app.domain.corpora import Page
+from app.domain.corpora import CorpusPage
 from app.knowledge.memory import MemoryKnowledge
 
-PAGE = Page(title="Marlow Bridge", sentences=("It is `` old '' .",), aliases=("The Bridge",))
+PAGE = CorpusPage(title="Marlow Bridge", sentences=("It is `` old '' .",), aliases=("The Bridge",))
 
 
 def test_pages_are_cleaned_as_a_build_cleans_them() -> None:
@@ -27,4 +27,4 @@ def test_the_snapshot_is_of_the_pages() -> None:
 
 def test_a_page_without_words_is_an_error() -> None:
     with pytest.raises(ValidationError, match="sentences"):
-        MemoryKnowledge([Page(title="Blank", sentences=(" \u200b",))])
+        MemoryKnowledge([CorpusPage(title="Blank", sentences=(" \u200b",))])

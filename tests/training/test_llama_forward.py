@@ -15,7 +15,7 @@ from tests.tiny import make_tiny_model
 from tests.training.conftest import apart, make_rows
 from worker.precision import FP32
 from worker.training import attention, llama_forward
-from worker.training.batches import Batch, collate
+from worker.training.batches import MicroBatch, collate
 from worker.training.fused_lora import FusedLoraLinear
 from worker.training.llama_forward import LlamaTrainingForward
 from worker.training.model import TrainableModel, load_trainable_model
@@ -57,7 +57,7 @@ def loaded(base: Path, **spec: object) -> TrainableModel:
     return trainable
 
 
-def run(trainable: TrainableModel, hidden: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
+def run(trainable: TrainableModel, hidden: Callable[[MicroBatch], torch.Tensor]) -> list[torch.Tensor]:
     """The hidden states of packed rows, and every parameter's gradient of a weighted sum of them."""
     trainable.method.module.zero_grad()
     states = hidden(collate(ROWS))
@@ -66,10 +66,10 @@ def run(trainable: TrainableModel, hidden: Callable[[Batch], torch.Tensor]) -> l
     return [states.detach(), *(p.grad.clone() for p in trainable.method.parameters().values() if p.grad is not None)]
 
 
-def one_by_one(trainable: TrainableModel) -> Callable[[Batch], torch.Tensor]:
+def one_by_one(trainable: TrainableModel) -> Callable[[MicroBatch], torch.Tensor]:
     """Stock PEFT over each sequence alone; of a branch's sequence only the branch's own tokens are taken."""
 
-    def hidden(_batch: Batch) -> torch.Tensor:
+    def hidden(_batch: MicroBatch) -> torch.Tensor:
         found = []
         sequences = iter(apart(ROWS))
         for row in ROWS:

@@ -10,7 +10,7 @@ from app.domain.attempts import EncodedRow
 from app.domain.specs import TrainSpec
 from tests.training.conftest import apart, make_rows
 from worker.precision import FP32
-from worker.training.batches import Batch, collate, micro_batches, predictions
+from worker.training.batches import MicroBatch, collate, micro_batches, predictions
 from worker.training.loss import backward_loss, measure_loss
 from worker.training.model import TrainableModel, load_trainable_model
 
@@ -33,7 +33,9 @@ def model(tiny_base: Path) -> TrainableModel:
 ROWS = make_rows(8)
 
 
-def backward(model: TrainableModel, batches: list[Batch], chunk: int = 512) -> tuple[float, dict[str, torch.Tensor]]:
+def backward(
+    model: TrainableModel, batches: list[MicroBatch], chunk: int = 512
+) -> tuple[float, dict[str, torch.Tensor]]:
     """(mean loss, gradients) of one update."""
     labelled = sum(batch.labelled for batch in batches)
     model.method.module.zero_grad()

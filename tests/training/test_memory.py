@@ -12,7 +12,7 @@ import torch
 from app.domain.attempts import TrainOrder
 from tests.training.conftest import OrderFactory, make_rows
 from worker.training import model, recipe
-from worker.training.batches import Batch
+from worker.training.batches import MicroBatch
 from worker.training.channel import Channel
 from worker.training.memory import is_out_of_memory, largest_that_fits
 from worker.training.model import TrainableModel
@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         def load(*given: Any) -> TrainableModel:
             trainable = model.load_trainable_model(*given)
 
-            def hidden(batch: Batch) -> torch.Tensor:
+            def hidden(batch: MicroBatch) -> torch.Tensor:
                 if batch.tokens > room:
                     torch.rand(3)  # something was drawn already when the memory ran out
                     raise torch.OutOfMemoryError
@@ -85,7 +85,7 @@ def test_a_single_row_that_does_not_fit_ends_the_job(make_order: OrderFactory, r
 def test_a_probe_finds_what_fits(room: int, wanted: int) -> None:
     """Eight of the longest rows, of 46 tokens, fill 400; of a single one nothing is left to halve."""
 
-    def use(batch: Batch) -> None:
+    def use(batch: MicroBatch) -> None:
         if batch.tokens > room:
             raise torch.OutOfMemoryError
 
@@ -93,7 +93,7 @@ def test_a_probe_finds_what_fits(room: int, wanted: int) -> None:
 
 
 def test_other_errors_pass_through() -> None:
-    def use(_: Batch) -> None:
+    def use(_: MicroBatch) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):

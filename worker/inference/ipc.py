@@ -95,7 +95,7 @@ class Cancel(Frozen):
     id: str
 
 
-class Ready(Frozen):
+class EngineReady(Frozen):
     """Engine to server, once: it accepts requests.
 
     `batch_invariant`: whether the kernels passed the self-check, so that an answer does not depend on other requests.
@@ -169,7 +169,7 @@ class Stats(Frozen):
 
 
 EngineInput = Configure | Generate | Preload | Cancel
-EngineOutput = Ready | Chunk | Finished | Failed | Stats
+EngineOutput = EngineReady | Chunk | Finished | Failed | Stats
 
 _TO_ENGINE: TypeAdapter[EngineInput] = TypeAdapter(Annotated[EngineInput, Field(discriminator="op")])
 _TO_FRONT: TypeAdapter[EngineOutput] = TypeAdapter(Annotated[EngineOutput, Field(discriminator="event")])

@@ -24,7 +24,7 @@ from app.domain.base_models import (
 )
 from app.domain.spec_base import Name
 from app.domain.tuning_methods import Quantization
-from worker.models.errors import ModelError
+from worker.models.errors import BaseModelError
 from worker.models.store import ModelStore
 
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             answer = _run(asked)
     except Exception as raised:
-        error = raised if isinstance(raised, ModelError) else _unexpected(raised)
+        error = raised if isinstance(raised, BaseModelError) else _unexpected(raised)
         told = {"code": error.code, "message": error.message, "hint": error.hint}
         print(json.dumps({"error": told}, ensure_ascii=False), file=out)
         return 1
@@ -44,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _unexpected(raised: Exception) -> ModelError:
+def _unexpected(raised: Exception) -> BaseModelError:
     traceback.print_exception(raised)
-    return ModelError("unexpected", f"{type(raised).__name__}: {raised}", "see the log for where it happened")
+    return BaseModelError("unexpected", f"{type(raised).__name__}: {raised}", "see the log for where it happened")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,11 +88,11 @@ def _run(asked: argparse.Namespace) -> BaseModelDescription | ExportedBase:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ModelError(
+        raise BaseModelError(
             "bad_request", f"{place}: {first['msg']}", "a name is letters, digits, dot, dash and underscore"
         ) from error
     except OSError as error:
-        raise ModelError(
+        raise BaseModelError(
             "cache_unusable",
             f"{error.filename or asked.cache}: {error.strerror or error}",
             "check its free space and permissions",
@@ -101,7 +101,7 @@ def _run(asked: argparse.Namespace) -> BaseModelDescription | ExportedBase:
 
 def _catalogued(name: str) -> ModelSource:
     if name not in FETCHABLE_MODELS:
-        raise ModelError(
+        raise BaseModelError(
             "unknown_model",
             f"{name!r} is not in the catalogue",
             f"known: {', '.join(sorted(FETCHABLE_MODELS))}; add others from a directory or from the hub",
@@ -115,7 +115,7 @@ def _source(text: str) -> ModelSource:
     repository, at, revision = text.partition("@")
     if at and revision and repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
         return HubSource(repository=repository, revision=revision)
-    raise ModelError(
+    raise BaseModelError(
         "bad_source",
         f"{text!r} is neither a directory here nor ORG/NAME@REVISION",
         "name an existing directory, or a hub repository with the revision to pin, such as ORG/NAME@main",

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from app.domain.base_models import BaseModelDescription, ModelSource, canonical_digest
-from worker.models.errors import ModelError
+from worker.models.errors import BaseModelError
 
 COMPANIONS = (
     "config.json",
@@ -34,7 +34,7 @@ def describe(
 ) -> BaseModelDescription:
     """Everything about the model in `directory`. Without a `revision`, the digest's first characters are one.
 
-    Raises ModelError when something needed is missing, broken or not allowed.
+    Raises BaseModelError when something needed is missing, broken or not allowed.
     """
     config = checked_config(directory)
     special = _special_ids(directory, config)
@@ -73,13 +73,13 @@ def checked_config(directory: Path) -> dict[str, Any]:
     """config.json, once it is known to be a plain causal language model that the trainer can load."""
     config = _json(directory / "config.json")
     if "auto_map" in config:
-        raise ModelError(
+        raise BaseModelError(
             "custom_code",
             "config.json asks to run code that comes with the model (auto_map)",
             "use a model of an architecture that transformers ships; code from models is never run",
         )
     if "quantization_config" in config:
-        raise ModelError(
+        raise BaseModelError(
             "already_quantized",
             "the weights are quantised already (quantization_config in config.json)",
             "add the unquantised original; each job quantises as its spec says",
@@ -94,7 +94,7 @@ def weight_files(directory: Path) -> list[str]:
     names = sorted(set(_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
     missing = [name for name in names if "/" in name or not (directory / name).is_file()]
     if missing or not names:
-        raise ModelError(
+        raise BaseModelError(
             "no_safetensors",
             f"the weights are not there as safetensors: {', '.join(missing) or 'the index is empty'}",
             "convert it to safetensors (transformers: save_pretrained); pickled weights are never loaded",
@@ -115,15 +115,15 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(
+        raise BaseModelError(
             "missing_file",
             f"{path.name} is missing",
             "a base model needs config.json, tokenizer.json and its weights as safetensors",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ModelError("broken_file", f"{path.name} is not valid JSON", "fetch the file again") from error
+        raise BaseModelError("broken_file", f"{path.name} is not valid JSON", "fetch the file again") from error
     if not isinstance(content, dict):
-        raise ModelError("broken_file", f"{path.name} is not a JSON object", "fetch the file again")
+        raise BaseModelError("broken_file", f"{path.name} is not a JSON object", "fetch the file again")
     return content
 
 
@@ -134,7 +134,7 @@ def _check_architecture(config: dict[str, Any]) -> None:
     sizes = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
     known = isinstance(model_type, str) and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) in architectures[:1]
     if not known or not all(isinstance(config.get(size), int) for size in sizes):
-        raise ModelError(
+        raise BaseModelError(
             "unsupported_architecture",
             f"model_type {model_type!r} with architectures {architectures!r} is no language model known here",
             "use a text-only decoder such as a Llama, Mistral, Qwen2 or SmolLM model",
@@ -151,18 +151,18 @@ def _tensors(files: list[Path]) -> tuple[int, str]:
                     piece = tensors.get_slice(key)
                     counts[piece.get_dtype()] += math.prod(piece.get_shape())
         except SafetensorError as error:
-            raise ModelError("broken_file", f"{path.name} is not a safetensors file", "fetch it again") from error
+            raise BaseModelError("broken_file", f"{path.name} is not a safetensors file", "fetch it again") from error
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     most = counts.most_common(1)[0][0] if counts else "empty"
     if most not in names:
-        raise ModelError("unsupported_dtype", f"the weights are {most}", "use bfloat16, float16 or float32 weights")
+        raise BaseModelError("unsupported_dtype", f"the weights are {most}", "use bfloat16, float16 or float32 weights")
     return counts.total(), names[most]
 
 
 def _special_ids(directory: Path, config: dict[str, Any]) -> dict[str, int | None]:
     tokenizer = _tokenizer(directory / "tokenizer.json")
     if (largest := max(tokenizer.get_vocab(with_added_tokens=True).values())) >= config["vocab_size"]:
-        raise ModelError(
+        raise BaseModelError(
             "vocabulary_mismatch",
             f"the tokenizer has an id {largest}, but the model embeds only {config['vocab_size']} ids",
             "take config.json, tokenizer.json and weights from the same model",
@@ -171,7 +171,7 @@ def _special_ids(directory: Path, config: dict[str, Any]) -> dict[str, int | Non
     settings = _json(settings_path) if settings_path.exists() else {}
     eos = _id(tokenizer, settings.get("eos_token"), config.get("eos_token_id"))
     if eos is None:
-        raise ModelError(
+        raise BaseModelError(
             "no_eos",
             "neither tokenizer_config.json nor config.json names an end-of-sequence token",
             "set eos_token_id in config.json",
@@ -185,7 +185,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ModelError(
+        raise BaseModelError(
             "broken_file",
             f"tokenizer.json cannot be read: {error}",
             "save it with a current tokenizers library",

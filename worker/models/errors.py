@@ -1,7 +1,7 @@
 """What can go wrong on the way to a base model, in words for the operator."""
 
 
-class ModelError(Exception):
+class BaseModelError(Exception):
     """`code` is stable and machine-readable; `hint` names the way out."""
 
     def __init__(self, code: str, message: str, hint: str) -> None:

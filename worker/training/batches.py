@@ -19,7 +19,7 @@ from worker.training.packing import PackedRow, positions
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class MicroBatch:
     """Rows packed one behind the other.
 
     `ids`, `positions`: [tokens]. `predictors`: indices of the tokens whose next one carries a loss; `targets`: what
@@ -43,11 +43,11 @@ class Batch:
     def labelled(self) -> int:
         return self.targets.numel()
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "MicroBatch":
         ids, places, predictors, targets, owners = (
             t.to(device) for t in (self.ids, self.positions, self.predictors, self.targets, self.owners)
         )
-        return Batch(ids, places, self.rows, predictors, targets, owners, self.lines)
+        return MicroBatch(ids, places, self.rows, predictors, targets, owners, self.lines)
 
 
 def read_rows(path: Path, vocab_size: int) -> list[EncodedRow]:
@@ -146,7 +146,7 @@ def _first_fit(lengths: Sequence[int], max_rows: int | None, max_tokens: int) ->
     return groups
 
 
-def collate(rows: Sequence[EncodedRow]) -> Batch:
+def collate(rows: Sequence[EncodedRow]) -> MicroBatch:
     """One batch of `rows`."""
     ids: list[int] = []
     packed: list[PackedRow] = []
@@ -157,7 +157,7 @@ def collate(rows: Sequence[EncodedRow]) -> Batch:
         packed.append(PackedRow(start, len(row.ids), *branch))
         labels += [(start + place, target, owner) for place, target in predictions(row)]
         ids += row.all_ids
-    return Batch(
+    return MicroBatch(
         ids=torch.tensor(ids, dtype=torch.long),
         positions=torch.tensor([place for row in packed for place in positions(row)], dtype=torch.long),
         rows=tuple(packed),
@@ -168,7 +168,7 @@ def collate(rows: Sequence[EncodedRow]) -> Batch:
     )
 
 
-def batches_of_update(rows: Sequence[EncodedRow], update: int, schedule: Schedule, seed: int) -> list[Batch]:
+def batches_of_update(rows: Sequence[EncodedRow], update: int, schedule: Schedule, seed: int) -> list[MicroBatch]:
     """The micro-batches of one update."""
     chosen = [rows[index] for index in rows_of_update(update, schedule, seed)]
     groups = micro_batches([len(row.all_ids) for row in chosen], schedule.max_rows, schedule.max_tokens)

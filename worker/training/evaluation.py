@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from app.domain.attempts import EncodedRow
-from worker.training.batches import Batch, collate, micro_batches
+from worker.training.batches import MicroBatch, collate, micro_batches
 from worker.training.loss import measure_loss
 from worker.training.model import TrainableModel
 
@@ -62,7 +62,7 @@ class HeldOut:
         seconds = time.perf_counter() - began
         return Evaluation(math.fsum(found) / labelled, right / labelled, lines, found, seconds)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[MicroBatch]:
         for start in range(0, len(self.rows), PACKED_AT_ONCE):
             near = self.rows[start : start + PACKED_AT_ONCE]
             lengths = [len(row.all_ids) for row in near]

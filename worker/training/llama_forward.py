@@ -27,7 +27,7 @@ from worker.training.attention import (
     to_heads,
     to_tokens,
 )
-from worker.training.batches import Batch
+from worker.training.batches import MicroBatch
 from worker.training.fused_lora import FusedLoraLinear
 from worker.training.packing import PackedRow
 
@@ -183,7 +183,7 @@ class LlamaTrainingForward:
         self._group = model.config.num_attention_heads // model.config.num_key_value_heads
         self._recompute = recompute
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
         ids, positions, rows = _padded(batch)
         states = self._model.embed_tokens(ids)
         cos, sin = (angles[0].chunk(2, -1)[0] for angles in self._model.rotary_emb(states, positions[None]))
@@ -197,7 +197,7 @@ class LlamaTrainingForward:
         return out
 
 
-def _padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[PackedRow, ...]]:
+def _padded(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, tuple[PackedRow, ...]]:
     """(ids, positions, rows) of `batch`, padded by a row that nothing reads to a multiple of `TOKEN_MULTIPLE`."""
     missing = -batch.tokens % TOKEN_MULTIPLE
     if not missing:

@@ -10,13 +10,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from app.domain.memory import LOSS_CHUNK
-from worker.training.batches import Batch
+from worker.training.batches import MicroBatch
 
 
 def backward_loss(
     hidden: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
-    batch: Batch,
+    batch: MicroBatch,
     weight: float | torch.Tensor,
     chunk: int = LOSS_CHUNK,
 ) -> torch.Tensor:
@@ -40,7 +40,7 @@ def backward_loss(
 
 
 def measure_loss(
-    hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], batch: Batch, chunk: int = LOSS_CHUNK
+    hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], batch: MicroBatch, chunk: int = LOSS_CHUNK
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(each row's summed loss [rows]; how many labelled tokens have the highest logit), without any gradient."""
     by_row = torch.zeros(len(batch.rows), dtype=torch.float32, device=hidden.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from app.domain.attempts import EncodedRow
-from worker.training.batches import Batch, collate
+from worker.training.batches import MicroBatch, collate
 
 MESSAGES = ("can't allocate memory", "out of memory", "could not create a primitive")
 """How a CPU's allocator and its kernels say it."""
@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
 
 
-def smaller(batches: Sequence[Batch]) -> int | None:
+def smaller(batches: Sequence[MicroBatch]) -> int | None:
     """Tokens of a micro-batch that is half as large as the largest of `batches` that can be divided; None when each
     is a single row."""
     sizes = [batch.tokens for batch in batches if len(batch.rows) > 1]
@@ -48,7 +48,7 @@ def suffices(work: Callable[[], None]) -> bool:
     return False
 
 
-def worst_batch(rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int) -> Batch:
+def worst_batch(rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int) -> MicroBatch:
     """The heaviest micro-batch that these limits allow: the longest row over and over."""
     longest = max(rows, key=lambda row: len(row.all_ids))
     count = max(1, min(max_tokens // len(longest.all_ids), max_rows or max_tokens))
@@ -56,7 +56,7 @@ def worst_batch(rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: in
 
 
 def largest_that_fits(
-    run: Callable[[Batch], None], rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int
+    run: Callable[[MicroBatch], None], rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int
 ) -> int:
     """Tokens of the largest micro-batch that `run` has room for at its worst: `max_tokens`, or half of it, and so on
     down to a single row."""

@@ -18,7 +18,7 @@ from app.domain.tuning_methods import Quantization
 from worker.architecture import window_of, windows_of
 from worker.precision import Precision
 from worker.quantization import bitsandbytes_config
-from worker.training.batches import Batch, collate
+from worker.training.batches import MicroBatch, collate
 from worker.training.errors import TrainingError
 from worker.training.llama_forward import build_training_forward
 from worker.training.packing import visible_in_batch
@@ -28,7 +28,7 @@ ALIKE = 0.25
 """How far the fast form's hidden states may be from transformers', as a share of their norm: rounding to sixteen bits
 over thirty layers was seen to give 0.07 on nonsense, another architecture gives about 1."""
 
-Hidden = Callable[[Batch], torch.Tensor]
+Hidden = Callable[[MicroBatch], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def _hidden(model: PreTrainedModel, method: TuningMethod, *, recompute: bool) ->
     untyped: Any = model
     window, windows = window_of(model.config), _windows(model)
 
-    def stock(batch: Batch) -> torch.Tensor:
+    def stock(batch: MicroBatch) -> torch.Tensor:
         def seen(places: int | None) -> torch.Tensor:
             return visible_in_batch(batch.rows, batch.ids.device, places)[None, None]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from app.domain.attempts import EncodedRow, LogMessage, TrainOrder
-from worker.training.batches import Batch, batches_of_update
+from worker.training.batches import MicroBatch, batches_of_update
 from worker.training.channel import Channel
 from worker.training.loss import backward_loss
 from worker.training.master_weights import MasterWeights
@@ -22,7 +22,7 @@ def probe(
     if state.device.type != "cuda" or state.progress.max_tokens or order.spec.trainer.batch_size != "auto":
         return
 
-    def run(batch: Batch) -> None:
+    def run(batch: MicroBatch) -> None:
         backward(trainable, state, [batch], batch.labelled)
 
     generators = state.generators()
@@ -71,7 +71,7 @@ def add_gradients(
 def backward(
     trainable: TrainableModel,
     state: RunState,
-    batches: list[Batch],
+    batches: list[MicroBatch],
     labelled: int,
     cut_short: Callable[[], bool] = lambda: False,
 ) -> list[float]:
@@ -89,7 +89,9 @@ def backward(
     return sums
 
 
-def micro_step(trainable: TrainableModel, masters: MasterWeights, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+def micro_step(
+    trainable: TrainableModel, masters: MasterWeights, batch: MicroBatch, weight: torch.Tensor
+) -> torch.Tensor:
     """Each row's summed loss, [rows]; its gradients times `weight` are added to the masters'. Nothing in here waits for
     the device of `weight`."""
     there = batch.to(weight.device)

@@ -16,7 +16,7 @@ class KVShape(NamedTuple):
     position_bytes: int
 
 
-class _Entry(NamedTuple):
+class _PooledCache(NamedTuple):
     shape: KVShape
     cache: KVCache
 
@@ -31,8 +31,8 @@ class KVCachePool:
     def __init__(self, budget: int, device: torch.device) -> None:
         self.budget, self._device = budget, device
         self._empty = KVCache(0, device)
-        self._entries: dict[Hashable, _Entry] = {}
-        self._retired: _Entry | None = None
+        self._entries: dict[Hashable, _PooledCache] = {}
+        self._retired: _PooledCache | None = None
 
     def bytes_alone(self, shape: KVShape, length: int) -> int:
         """The bytes of one sequence of `length` positions in a cache of its own."""
@@ -47,7 +47,7 @@ class KVCachePool:
         if _bytes(shape, *wanted) + others > self.budget:
             return None
         cache = entry.cache if entry else self._new(shape, length)
-        self._entries[key] = _Entry(shape, cache)  # before it grows: an allocation may fail halfway
+        self._entries[key] = _PooledCache(shape, cache)  # before it grows: an allocation may fail halfway
         cache.reserve(num_rows, length)
         return cache
 

@@ -26,7 +26,7 @@ class PrefixMatch:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _StoredPrefix:
     model: Hashable
     token_ids: torch.Tensor  # [length], int32
     snapshot: Snapshot
@@ -38,7 +38,7 @@ class PrefixCache:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._entries: OrderedDict[int, _StoredPrefix] = OrderedDict()
         self._by_model: defaultdict[Hashable, set[int]] = defaultdict(set)
         self._next_entry = 0
         self.num_bytes = 0
@@ -69,7 +69,7 @@ class PrefixCache:
         match = self.match(model, token_ids)
         if match and match.length == len(self._entries[match.entry].token_ids):
             self._evict(match.entry)
-        entry = _Entry(model, torch.tensor(token_ids, dtype=torch.int32), snapshot, num_bytes)
+        entry = _StoredPrefix(model, torch.tensor(token_ids, dtype=torch.int32), snapshot, num_bytes)
         self._entries[self._next_entry] = entry
         self._by_model[model].add(self._next_entry)
         self._next_entry += 1

@@ -21,11 +21,11 @@ from worker.inference.ipc import (
     Configure,
     EngineInput,
     EngineOutput,
+    EngineReady,
     EngineSettings,
     Failed,
     Generate,
     Preload,
-    Ready,
     Stats,
     decode_engine_input,
     request_id_of,
@@ -108,7 +108,7 @@ def main() -> None:
     models = LoadedModels(settings)
     dtype = str(models.dtype).removeprefix("torch.")
     invariant = is_batch_invariant(models.device, models.dtype)
-    writer.send(Ready(pid=os.getpid(), device=str(models.device), dtype=dtype, batch_invariant=invariant))
+    writer.send(EngineReady(pid=os.getpid(), device=str(models.device), dtype=dtype, batch_invariant=invariant))
     scheduler = Scheduler(models, settings, writer.send, on_loaded=lambda: inbox.put(None))
     run(inbox, scheduler, writer, settings.heartbeat)
 

@@ -20,12 +20,12 @@ from worker.inference.ipc import (
     Configure,
     EngineInput,
     EngineOutput,
+    EngineReady,
     EngineSettings,
     Failed,
     Finished,
     Generate,
     Preload,
-    Ready,
     Stats,
     decode_engine_output,
     request_id_of,
@@ -238,7 +238,7 @@ class EngineClient:
             log.error("the engine sent an unparseable message: %r", raw[:200])
             self._fail_unparseable(request_id_of(raw))
             return
-        if isinstance(message, Ready):
+        if isinstance(message, EngineReady):
             self._ready = True
             self._start_seconds = time.monotonic() - began
             self.batch_invariant = message.batch_invariant
