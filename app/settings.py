@@ -62,8 +62,9 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(default=None, description="File that contains the bearer key.")
     allowed_hosts: str = Field(
         default="",
-        description="Further hosts, comma-separated, that a request may name in Host or come from in Origin; the bind "
-        "host always may.",
+        description="Accepts requests that name one of these hosts in Host or Origin, in addition to the bind host. "
+        "Host names without a port, comma-separated; default is none. With none, and a bind host that is not "
+        "loopback, Host is not checked.",
     )
 
     inference_host: str = Field(default="127.0.0.1", description="Host that the inference server binds.")
@@ -89,8 +90,8 @@ class Settings(BaseSettings):
         default=32,
         ge=1,
         le=1_000,
-        description="Predictions, or batches of them, that an API process takes at once, a quarter of them kept from "
-        "any one model; more get 429.",
+        description="Limits how many prediction requests one API process runs at once; default is 32 requests. "
+        "A batch is one request. One model gets at most three quarters of them. A request over the limit gets 429.",
     )
     max_sequence_length: int = Field(
         default=2_048, ge=64, description="Upper limit of the default sequence length of a job, in tokens."
@@ -105,8 +106,8 @@ class Settings(BaseSettings):
     )
     device_policy: Literal["auto", "yield", "exclusive"] = Field(
         default="auto",
-        description="Whether inference stays while a job trains: auto, where both fit the device; yield, never; "
-        "exclusive, never, and one job at a time.",
+        description="Decides whether inference runs while a job trains. auto, the default: if both fit the device. "
+        "yield: it is suspended. exclusive: it is suspended, and jobs train one at a time.",
     )
     inference_memory: int | None = Field(
         default=None,
