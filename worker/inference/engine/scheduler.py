@@ -3,8 +3,7 @@
 - Requests over one base share a batch if their adapters can share a forward; adapters take turns in starting.
 - Prompts are computed in chunks, in the same steps in which other sequences decode (chunked prefill).
 - Batches take turns, and share the rows: none starves.
-- Batches whose next request does not fit into memory stand in a waitlist: no other one starts requests before the first
-  of it, so a large request is not starved by small ones.
+- Requests that do not fit into memory yet wait in a waitlist, or are deferred until nothing runs (`request_queue`).
 """
 
 import logging
@@ -22,6 +21,7 @@ from worker.inference.engine.failures import failed_message
 from worker.inference.engine.grammar import GrammarCache
 from worker.inference.engine.model_runner import ModelRunner, last_position_logits
 from worker.inference.engine.prefix_reuse import restore_prefix, store_prefix
+from worker.inference.engine.request_queue import DeferredRequests, MemoryWaitlist
 from worker.inference.engine.sequence import Sequence
 from worker.inference.ipc import EngineOutput, EngineSettings, Failed, Generate, Stats
 from worker.inference.model.base import Base
@@ -49,8 +49,8 @@ class Scheduler:
         self._models, self._settings, self._send = models, settings, send
         self._loader = BaseLoader(models, on_loaded)
         self._batches: OrderedDict[Hashable, Batch] = OrderedDict()
-        self._deferred: list[Generate] = []  # they, and all after them, wait until nothing runs
-        self._memory_waitlist: list[Batch] = []  # their next requests do not fit yet; the first one fits first
+        self._deferred = DeferredRequests()
+        self._memory_waitlist = MemoryWaitlist()
         self._preloads: list[ServedModel] = []
         self._grammars = GrammarCache(settings.max_grammars)
         memory = budget(settings, models.device)
@@ -87,7 +87,7 @@ class Scheduler:
     def add(self, request: Generate) -> None:
         """Queue a request. Behind a deferred one it is deferred, too: otherwise the deferred one might never fit."""
         if self._deferred:
-            self._deferred.append(request)
+            self._deferred.extend([request])
         else:
             self._admit(request)
 
@@ -97,7 +97,7 @@ class Scheduler:
 
     def cancel(self, request_id: str) -> None:
         """Drop a request, wherever it is. Its row is free at once."""
-        self._deferred = [request for request in self._deferred if request.id != request_id]
+        self._deferred.cancel(request_id)
         self._loader.cancel(request_id)
         for batch in list(self._batches.values()):
             batch.cancel(request_id)
@@ -144,23 +144,20 @@ class Scheduler:
     def _defer(self, request: Generate) -> None:
         """Let a request wait until nothing runs: its model needs the memory of models in use. All waiting requests are
         deferred behind it."""
-        self._deferred.append(request)
+        self._deferred.extend([request])
         for batch in list(self._batches.values()):
-            self._deferred += batch.take_waiting()
+            self._deferred.extend(batch.take_waiting())
             self._drop_if_empty(batch)
 
     def _readmit_deferred(self) -> None:
         """Admit the oldest deferred request, and those over the same base. The others wait on."""
-        digest, deferred = self._deferred[0].model.base_digest, self._deferred
-        self._deferred = [request for request in deferred if request.model.base_digest != digest]
-        for request in deferred:
-            if request.model.base_digest == digest:
-                self._admit(request)
+        for request in self._deferred.take_oldest():
+            self._admit(request)
 
     def _next_batch(self) -> Batch | None:
         """The batch to step: the waitlist's first if its next request fits now, else the first that runs something."""
-        first = [batch for batch in self._memory_waitlist[:1] if self._start_waiting(batch)]
-        for batch in [*first, *self._batches.values()]:
+        started = [first] if (first := self._memory_waitlist.first) and self._start_waiting(first) else []
+        for batch in [*started, *self._batches.values()]:
             self._start_waiting(batch)
             if batch.running:
                 return batch
@@ -177,7 +174,7 @@ class Scheduler:
 
     def _has_turn(self, batch: Batch) -> bool:
         """Whether a row is free for the batch's next request. Where several batches wait, each has an equal share."""
-        self._memory_waitlist = [other for other in self._memory_waitlist if other.waiting]
+        self._memory_waitlist.drop_idle()
         if (
             not batch.waiting
             or self._num_running >= self._settings.max_batch
@@ -186,12 +183,9 @@ class Scheduler:
             return False
         others_wait = any(other.waiting for other in self._batches.values() if other is not batch)
         if others_wait and len(batch.running) >= max(1, self._settings.max_batch // len(self._batches)):
-            self._leave_waitlist(batch)
+            self._memory_waitlist.leave(batch)
             return False
-        is_first = not self._memory_waitlist or self._memory_waitlist[0] is batch
-        if not is_first:
-            self._join_waitlist(batch)
-        return is_first
+        return self._memory_waitlist.try_pass(batch)
 
     def _start_next(self, batch: Batch) -> bool:
         """Take the batch's next request from its queue: start it, refuse it, or defer it. False if it waits."""
@@ -203,11 +197,11 @@ class Scheduler:
                 self._refuse(batch.pop_next_request().id, error)
             case Wait():
                 if self._num_running:
-                    self._join_waitlist(batch)
+                    self._memory_waitlist.join(batch)
                 else:
                     self._defer(batch.pop_next_request())
                 return False
-        self._leave_waitlist(batch)
+        self._memory_waitlist.leave(batch)
         return True
 
     def _start(self, batch: Batch, request: Generate, base: Base) -> None:
@@ -221,13 +215,6 @@ class Scheduler:
             batch.prefilling.append(sequence)
             num_prompt, num_hits = len(sequence.prompt_ids), sequence.num_cached_tokens
             self._count(prefills=1, prompt_tokens=num_prompt, prefix_queries=num_prompt, prefix_hits=num_hits)
-
-    def _join_waitlist(self, batch: Batch) -> None:
-        if batch not in self._memory_waitlist:
-            self._memory_waitlist.append(batch)
-
-    def _leave_waitlist(self, batch: Batch) -> None:
-        self._memory_waitlist = [other for other in self._memory_waitlist if other is not batch]
 
     def _run(self, batch: Batch) -> None:
         """One step. If it fails, all requests of the batch fail."""
@@ -283,7 +270,7 @@ class Scheduler:
     def _drop_if_empty(self, batch: Batch) -> None:
         if not batch.is_empty:
             return
-        self._leave_waitlist(batch)
+        self._memory_waitlist.leave(batch)
         if self._batches.pop(batch.key, None) is None:
             return
         if self._batches:
