@@ -12,7 +12,7 @@ from app.domain.attempts import EncodedRow
 from app.domain.memory import TOKEN_MULTIPLE
 from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
-from worker.training.batches import batches_of_update, micro_batches, read_rows, rows_of_update
+from worker.training.batches import batches_of_update, pack_micro_batches, read_rows, rows_of_update
 
 SIZES = (64, 500, 2_000, 8_000)
 UPDATES_TIMED = 12
@@ -36,7 +36,7 @@ def _filling(lengths: list[int], schedule: Schedule, spec: TrainSpec, epochs: in
     for update in range(1, epochs * schedule.updates_per_epoch + 1):
         chosen = [lengths[index] for index in rows_of_update(update, schedule, spec.seed)]
         tokens += sum(chosen)
-        packed = micro_batches(chosen, schedule.max_rows, budget)
+        packed = pack_micro_batches(chosen, schedule.max_rows, budget)
         sizes = [sum(chosen[index] for index in group) for group in packed]
         groups += len(packed)
         room += len(packed) * max(sizes)

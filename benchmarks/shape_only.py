@@ -153,9 +153,9 @@ def transformers_forward(model: Any, *, recompute: bool) -> Any:
         model.enable_input_require_grads()
 
     def hidden(batch: MicroBatch) -> torch.Tensor:
-        from worker.training.packing import visible_in_batch
+        from worker.training.packing import batch_attention_mask
 
-        mask = visible_in_batch(batch.rows, META)[None, None]
+        mask = batch_attention_mask(batch.rows, META)[None, None]
         asked = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "attention_mask": mask}
         states: torch.Tensor = model.base_model(**asked, use_cache=False).last_hidden_state
         return states[0]

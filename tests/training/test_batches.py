@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 from app.domain.attempts import EncodedBranch, EncodedRow
 from app.domain.plans import Schedule
 from tests.training.conftest import make_rows
-from worker.training.batches import batches_of_update, collate, micro_batches, predictions, read_rows, rows_of_update
+from worker.training.batches import (
+    batches_of_update,
+    collate,
+    pack_micro_batches,
+    read_rows,
+    rows_of_update,
+    shifted_labels,
+)
 from worker.training.errors import TrainingError
-from worker.training.packing import visible_in_batch
+from worker.training.packing import batch_attention_mask
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
@@ -53,7 +60,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_micro_batches_hold_everything_within_the_bounds(
     lengths: list[int], max_rows: int | None, max_tokens: int
 ) -> None:
-    groups = micro_batches(lengths, max_rows, max_tokens)
+    groups = pack_micro_batches(lengths, max_rows, max_tokens)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or sum(lengths[index] for index in group) <= max_tokens
@@ -62,7 +69,7 @@ def test_micro_batches_hold_everything_within_the_bounds(
 
 @given(lengths=LENGTHS, max_tokens=st.integers(300, 2_000))
 def test_micro_batches_are_few_and_the_longest_row_comes_first(lengths: list[int], max_tokens: int) -> None:
-    groups = micro_batches(lengths, None, max_tokens)
+    groups = pack_micro_batches(lengths, None, max_tokens)
     assert groups[0][0] == lengths.index(max(lengths))
     # Groups that were half empty on average would have been fewer.
     assert len(groups) == 1 or sum(lengths) > len(groups) * max_tokens / 2
@@ -78,7 +85,7 @@ def test_micro_batches_are_few_and_the_longest_row_comes_first(lengths: list[int
     ],
 )
 def test_micro_batches_of_an_update_are_even(lengths: list[int], max_rows: int | None, totals: list[int]) -> None:
-    groups = micro_batches(lengths, max_rows, 90)
+    groups = pack_micro_batches(lengths, max_rows, 90)
     assert [sum(lengths[index] for index in group) for group in groups] == totals
 
 
@@ -112,7 +119,7 @@ def test_a_token_sees_its_own_row_up_to_itself_and_a_branch_not_what_it_left() -
     own = EncodedBranch(at=1, ids=(30, 31), trained=((0, 2),))
     row = EncodedRow(line=2, ids=(20, 21, 22), trained=(), branch=own)
     rows = collate([EncodedRow(line=1, ids=(10, 11), trained=()), row]).rows
-    seen = visible_in_batch(rows, torch.device("cpu")).int().tolist()
+    seen = batch_attention_mask(rows, torch.device("cpu")).int().tolist()
     assert seen == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -125,7 +132,7 @@ def test_a_token_sees_its_own_row_up_to_itself_and_a_branch_not_what_it_left() -
 
 
 def test_the_first_token_of_a_row_is_never_a_label() -> None:
-    assert predictions(EncodedRow(line=1, ids=(1, 2, 3), trained=((0, 3),))) == [(0, 2), (1, 3)]
+    assert shifted_labels(EncodedRow(line=1, ids=(1, 2, 3), trained=((0, 3),))) == [(0, 2), (1, 3)]
 
 
 @given(update=st.integers(1, 9))
@@ -135,7 +142,7 @@ def test_an_update_holds_all_of_its_rows(update: int) -> None:
     batches = batches_of_update(rows, update, plan, 7)
     chosen = [rows[index] for index in rows_of_update(update, plan, 7)]
     assert sum(batch.tokens for batch in batches) == sum(len(row.all_ids) for row in chosen)
-    assert sum(batch.labelled for batch in batches) == sum(len(predictions(row)) for row in chosen)
+    assert sum(batch.labelled for batch in batches) == sum(len(shifted_labels(row)) for row in chosen)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.training.conftest import OrderFactory, apart, make_rows
 from tests.training.test_child import Start, adapter_bytes
 from tests.training.test_recipe import metrics, run
 from worker.precision import FP32
-from worker.training.batches import predictions
+from worker.training.batches import shifted_labels
 from worker.training.evaluation import HeldOut
 from worker.training.model import load_trainable_model
 
@@ -63,7 +63,7 @@ def test_it_measures_what_each_sequence_alone_gives_without_dropout(make_order: 
     for row in apart(rows):
         with torch.no_grad():
             logits = trainable.method.module(input_ids=torch.tensor([row.ids])).logits[0]
-        places, targets = (torch.tensor(column) for column in zip(*predictions(row), strict=True))
+        places, targets = (torch.tensor(column) for column in zip(*shifted_labels(row), strict=True))
         by_line[row.line] += float(cross_entropy(logits[places], targets, reduction="sum"))
         right += int((logits[places].argmax(-1) == targets).sum())
         labelled += len(targets)
@@ -178,7 +178,7 @@ def test_every_row_has_the_loss_that_was_last_seen_of_it(make_order: OrderFactor
     assert [row["line"] for row in found] == list(range(1, 13))
     assert [row["part"] for row in found] == [row.part for row in rows]
     assert [row["tokens"] for row in found] == [len(row.all_ids) for row in rows]
-    assert [row["labelled_tokens"] for row in found] == [len(predictions(row)) for row in rows]
+    assert [row["labelled_tokens"] for row in found] == [len(shifted_labels(row)) for row in rows]
     by_update: dict[int, list[dict[str, Any]]] = {}
     for row in found:
         by_update.setdefault(row["update"] if row["part"] == "train" else 0, []).append(row)

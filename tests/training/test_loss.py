@@ -10,7 +10,7 @@ from app.domain.attempts import EncodedRow
 from app.domain.specs import TrainSpec
 from tests.training.conftest import apart, make_rows
 from worker.precision import FP32
-from worker.training.batches import MicroBatch, collate, micro_batches, predictions
+from worker.training.batches import MicroBatch, collate, pack_micro_batches, shifted_labels
 from worker.training.loss import backward_loss, measure_loss
 from worker.training.model import TrainableModel, load_trainable_model
 
@@ -59,11 +59,11 @@ def test_it_is_the_loss_of_each_sequence_read_alone(model: TrainableModel) -> No
     loss, gradients = backward(model, [collate(ROWS)])
     model.method.module.zero_grad()
     alone = apart(ROWS)
-    labelled = sum(len(predictions(row)) for row in alone)
+    labelled = sum(len(shifted_labels(row)) for row in alone)
     expected = 0.0
     for row in alone:
         logits = model.method.module(input_ids=torch.tensor([row.ids])).logits[0]
-        places, targets = (torch.tensor(column) for column in zip(*predictions(row), strict=True))
+        places, targets = (torch.tensor(column) for column in zip(*shifted_labels(row), strict=True))
         part = cross_entropy(logits[places], targets, reduction="sum") / labelled
         part.backward()  # type: ignore[no-untyped-call]
         expected += float(part.detach())
@@ -94,7 +94,7 @@ def test_each_rows_sum_is_its_own(model: TrainableModel, chunk: int) -> None:
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 130])
 def test_accumulation_equals_one_big_batch(model: TrainableModel, max_tokens: int) -> None:
-    groups = micro_batches([len(row.all_ids) for row in ROWS], None, max_tokens)
+    groups = pack_micro_batches([len(row.all_ids) for row in ROWS], None, max_tokens)
     assert len(groups) > 1
     pieces = [collate([ROWS[index] for index in group]) for group in groups]
     whole, accumulated = backward(model, [collate(ROWS)]), backward(model, pieces)

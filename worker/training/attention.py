@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from app.domain.memory import PLAIN_ATTENTION_UP_TO, query_block
-from worker.training.packing import PackedRow, visible
+from worker.training.packing import PackedRow, attention_mask
 
 
 class Rope(NamedTuple):
@@ -49,17 +49,17 @@ def spans_of(rows: Sequence[PackedRow], group: int, device: torch.device) -> lis
 
 
 def _span(row: PackedRow, group: int, device: torch.device) -> Span:
-    size = row.length + row.branch
+    size = row.length + row.branch_length
     if device.type != "cpu" or size > PLAIN_ATTENTION_UP_TO:
-        return Span(row.tokens, (), visible(row, device) if row.branch else None)
-    mask = visible(row, device)
+        return Span(row.tokens, (), attention_mask(row, device) if row.branch_length else None)
+    mask = attention_mask(row, device)
     long = query_block(size)
     starts = range(0, size, long)
     return Span(row.tokens, tuple(_block(row, mask, at, min(at + long, size), group) for at in starts), None)
 
 
 def _block(row: PackedRow, mask: torch.Tensor, start: int, stop: int, group: int) -> Block:
-    first = min(start, row.at) if stop > row.length else start  # what a branch left is hidden from it
+    first = min(start, row.branch_start) if stop > row.length else start  # what a branch left is hidden from it
     hidden = ~mask[start:stop, first:stop].repeat(group, 1)
     return Block(start, stop, first, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf))
 

@@ -1,6 +1,6 @@
-"""Which rows an update takes, and how they share micro-batches. Pure: it knows no model.
+"""Chooses an update's rows and packs them into micro-batches, without padding. It knows no model.
 
-Where the data stands follows from the update's number and the seed, so a resumed run needs no state of it.
+The update's number and the seed determine its rows, so a checkpoint holds no state of the data.
 """
 
 import random
@@ -15,24 +15,23 @@ from pydantic import ValidationError
 from app.domain.attempts import EncodedRow
 from app.domain.plans import Schedule
 from worker.training.errors import TrainingError
-from worker.training.packing import PackedRow, positions
+from worker.training.packing import PackedRow, position_ids
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows packed one behind the other.
+    """A micro-batch: its rows follow each other in one sequence.
 
-    `ids`, `positions`: [tokens]. `predictors`: indices of the tokens whose next one carries a loss; `targets`: what
-    that next one is; `owners`: the place in `rows` of the row that it belongs to. `lines`: where each row stands in
-    the dataset.
+    `predictors`: indices into `ids` of the tokens whose next token carries a loss. `targets`: the ids of those next
+    tokens. `row_indices`: the row in `rows` that each target belongs to. `lines`: the line of each row in the dataset.
     """
 
-    ids: torch.Tensor
-    positions: torch.Tensor
+    ids: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens]
     rows: tuple[PackedRow, ...]
-    predictors: torch.Tensor
-    targets: torch.Tensor
-    owners: torch.Tensor
+    predictors: torch.Tensor  # [num_labelled]
+    targets: torch.Tensor  # [num_labelled]
+    row_indices: torch.Tensor  # [num_labelled]
     lines: tuple[int, ...]
 
     @property
@@ -44,14 +43,14 @@ class MicroBatch:
         return self.targets.numel()
 
     def to(self, device: torch.device) -> "MicroBatch":
-        ids, places, predictors, targets, owners = (
-            t.to(device) for t in (self.ids, self.positions, self.predictors, self.targets, self.owners)
+        ids, positions, predictors, targets, row_indices = (
+            tensor.to(device) for tensor in (self.ids, self.positions, self.predictors, self.targets, self.row_indices)
         )
-        return MicroBatch(ids, places, self.rows, predictors, targets, owners, self.lines)
+        return MicroBatch(ids, positions, self.rows, predictors, targets, row_indices, self.lines)
 
 
 def read_rows(path: Path, vocab_size: int) -> list[EncodedRow]:
-    """The rows of a work order. Raises TrainingError, naming the row, for one that cannot be trained on."""
+    """Read the encoded rows of a work order. Raises TrainingError for a row that cannot be trained on, and names it."""
     rows: list[EncodedRow] = []
     try:
         with path.open("rb") as file:
@@ -60,7 +59,7 @@ def read_rows(path: Path, vocab_size: int) -> list[EncodedRow]:
                 _check_row(rows[-1], vocab_size)
     except (OSError, ValidationError) as error:
         raise TrainingError(
-            "bad_rows", f"the encoded rows cannot be read after {len(rows)} of them", "submit the job again"
+            "bad_rows", f"the encoded rows cannot be read after the first {len(rows)}", "submit the job again"
         ) from error
     if not rows:
         raise TrainingError("no_rows", "there is no row to train on", "check the dataset and the over-length policy")
@@ -71,74 +70,75 @@ def _check_row(row: EncodedRow, vocab_size: int) -> None:
     if any(not 0 <= token < vocab_size for token in row.all_ids):
         raise TrainingError(
             "vocabulary_mismatch",
-            f"line {row.line} of the dataset has a token id that the base model does not embed",
+            f"line {row.line} of the dataset has a token id outside the base model's vocabulary",
             "the tokenizer and the weights of this base model do not belong together; add it again",
         )
-    if not predictions(row):
+    if not shifted_labels(row):
         raise TrainingError(
             "no_labelled_tokens",
-            f"line {row.line} of the dataset has no token to learn from",
+            f"line {row.line} of the dataset has no token that carries a loss",
             "remove the row, or raise global_max_sequence_length",
         )
 
 
-def predictions(row: EncodedRow) -> list[tuple[int, int]]:
-    """(place of the predicting token, the token it should predict) within a row's tokens, its branch's included.
+def shifted_labels(row: EncodedRow) -> list[tuple[int, int]]:
+    """(index of the predicting token, id of the token to predict) of a row, its branch included: labels shifted by one.
 
-    The first token of a row is never a label: nothing predicts it. A branch's first is predicted by the trajectory's
-    token before it.
+    No token predicts the row's first token, so it is never a label. The trajectory's token before the branch predicts
+    the branch's first token.
     """
-    found = [(place - 1, row.ids[place]) for start, end in row.trained for place in range(max(start, 1), end)]
-    if row.branch is None:
-        return found
-    own = row.branch
-    for start, end in own.trained:
-        for place in range(start, end):
-            found.append((len(row.ids) + place - 1 if place else own.at - 1, own.ids[place]))
-    return found
+    labels = [(index - 1, row.ids[index]) for start, end in row.trained for index in range(max(start, 1), end)]
+    if (branch := row.branch) is None:
+        return labels
+    for start, end in branch.trained:
+        for index in range(start, end):
+            predictor = len(row.ids) + index - 1 if index else branch.at - 1
+            labels.append((predictor, branch.ids[index]))
+    return labels
 
 
 def rows_of_update(update: int, schedule: Schedule, seed: int) -> list[int]:
-    """Indices of the rows of update number `update`, from 1. An epoch's last update may be smaller."""
+    """Indices of the rows of update number `update`, counted from 1. An epoch's last update may have fewer rows."""
     epoch, position = divmod(update - 1, schedule.updates_per_epoch)
     first = position * schedule.rows_per_update
-    return list(_order(schedule.rows, seed, epoch)[first : first + schedule.rows_per_update])
+    return list(_shuffle_rows(schedule.rows, seed, epoch)[first : first + schedule.rows_per_update])
 
 
-@lru_cache(maxsize=1)  # shuffled once an epoch: an update's cost does not grow with the dataset
-def _order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+@lru_cache(maxsize=1)  # one shuffle an epoch: the cost of an update does not grow with the dataset
+def _shuffle_rows(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)
 
 
-def micro_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
-    """Indices grouped so that a group has at most `max_tokens`; a row that is longer stands alone.
+def pack_micro_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
+    """Group the indices of `lengths` into micro-batches of at most `max_tokens`. A longer row has its own.
 
-    No more groups than first fit needs, and as even as first fit can make that many: the largest decides how much
-    memory an update takes. The longest row comes first, so that too little memory shows at once.
+    First-fit-decreasing bin packing. A binary search then finds the smallest bound that needs no more micro-batches:
+    the largest micro-batch determines an update's memory. The first one holds the longest row, so that too little
+    memory shows at the start of an update.
     """
-    best = _first_fit(lengths, max_rows, max_tokens)
+    best = _first_fit_decreasing(lengths, max_rows, max_tokens)
     low, high = max(lengths), max_tokens
     while low < high:
         bound = (low + high) // 2
-        found = _first_fit(lengths, max_rows, bound)
-        if len(found) <= len(best):
-            best, high = found, bound
+        groups = _first_fit_decreasing(lengths, max_rows, bound)
+        if len(groups) <= len(best):
+            best, high = groups, bound
         else:
             low = bound + 1
     return best
 
 
-def _first_fit(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
-    """The longest first, each into the first group that has room."""
+def _first_fit_decreasing(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
+    """Put each row, the longest first, into the first group with enough free tokens."""
     groups: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for place, room in enumerate(free):
-            if lengths[index] <= room and (max_rows is None or len(groups[place]) < max_rows):
-                groups[place].append(index)
-                free[place] -= lengths[index]
+        for group, free_tokens in enumerate(free):
+            if lengths[index] <= free_tokens and (max_rows is None or len(groups[group]) < max_rows):
+                groups[group].append(index)
+                free[group] -= lengths[index]
                 break
         else:
             groups.append([index])
@@ -147,29 +147,29 @@ def _first_fit(lengths: Sequence[int], max_rows: int | None, max_tokens: int) ->
 
 
 def collate(rows: Sequence[EncodedRow]) -> MicroBatch:
-    """One batch of `rows`."""
+    """Pack `rows` into one micro-batch."""
     ids: list[int] = []
     packed: list[PackedRow] = []
     labels: list[tuple[int, int, int]] = []
-    for owner, row in enumerate(rows):
+    for row_index, row in enumerate(rows):
         start = len(ids)
         branch = (len(row.branch.ids), row.branch.at) if row.branch else (0, 0)
         packed.append(PackedRow(start, len(row.ids), *branch))
-        labels += [(start + place, target, owner) for place, target in predictions(row)]
+        labels += [(start + predictor, target, row_index) for predictor, target in shifted_labels(row)]
         ids += row.all_ids
     return MicroBatch(
         ids=torch.tensor(ids, dtype=torch.long),
-        positions=torch.tensor([place for row in packed for place in positions(row)], dtype=torch.long),
+        positions=torch.tensor([position for row in packed for position in position_ids(row)], dtype=torch.long),
         rows=tuple(packed),
-        predictors=torch.tensor([place for place, _, _ in labels], dtype=torch.long),
+        predictors=torch.tensor([predictor for predictor, _, _ in labels], dtype=torch.long),
         targets=torch.tensor([target for _, target, _ in labels], dtype=torch.long),
-        owners=torch.tensor([owner for _, _, owner in labels], dtype=torch.long),
+        row_indices=torch.tensor([row_index for _, _, row_index in labels], dtype=torch.long),
         lines=tuple(row.line for row in rows),
     )
 
 
 def batches_of_update(rows: Sequence[EncodedRow], update: int, schedule: Schedule, seed: int) -> list[MicroBatch]:
-    """The micro-batches of one update."""
+    """Collate the micro-batches of update number `update`."""
     chosen = [rows[index] for index in rows_of_update(update, schedule, seed)]
-    groups = micro_batches([len(row.all_ids) for row in chosen], schedule.max_rows, schedule.max_tokens)
+    groups = pack_micro_batches([len(row.all_ids) for row in chosen], schedule.max_rows, schedule.max_tokens)
     return [collate([chosen[index] for index in group]) for group in groups]

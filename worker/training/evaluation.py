@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from app.domain.attempts import EncodedRow
-from worker.training.batches import MicroBatch, collate, micro_batches
+from worker.training.batches import MicroBatch, collate, pack_micro_batches
 from worker.training.loss import measure_loss
 from worker.training.model import TrainableModel
 
@@ -66,7 +66,7 @@ class HeldOut:
         for start in range(0, len(self.rows), PACKED_AT_ONCE):
             near = self.rows[start : start + PACKED_AT_ONCE]
             lengths = [len(row.all_ids) for row in near]
-            for group in micro_batches(lengths, self._max_rows, self._max_tokens):
+            for group in pack_micro_batches(lengths, self._max_rows, self._max_tokens):
                 yield collate([near[index] for index in group])
 
 

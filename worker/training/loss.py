@@ -33,7 +33,7 @@ def backward_loss(
         logits = head(leaf[start : start + chunk])
         losses = cross_entropy(logits.float(), batch.targets[start : start + chunk], reduction="none")
         (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
-        by_row.index_add_(0, batch.owners[start : start + chunk], losses.detach())
+        by_row.index_add_(0, batch.row_indices[start : start + chunk], losses.detach())
     if leaf.grad is not None:
         chosen.backward(leaf.grad)  # type: ignore[no-untyped-call]
     return by_row
@@ -48,6 +48,6 @@ def measure_loss(
     for start in range(0, batch.labelled, chunk):
         targets = batch.targets[start : start + chunk]
         logits = head(hidden.index_select(0, batch.predictors[start : start + chunk])).float()
-        by_row.index_add_(0, batch.owners[start : start + chunk], cross_entropy(logits, targets, reduction="none"))
+        by_row.index_add_(0, batch.row_indices[start : start + chunk], cross_entropy(logits, targets, reduction="none"))
         hits += (logits.argmax(-1) == targets).sum()
     return by_row, hits

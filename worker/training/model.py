@@ -21,7 +21,7 @@ from worker.quantization import bitsandbytes_config
 from worker.training.batches import MicroBatch, collate
 from worker.training.errors import TrainingError
 from worker.training.llama_forward import build_training_forward
-from worker.training.packing import visible_in_batch
+from worker.training.packing import batch_attention_mask
 from worker.training.tuning_methods import TuningMethod, apply_tuning_method, fill
 
 ALIKE = 0.25
@@ -131,7 +131,7 @@ def _hidden(model: PreTrainedModel, method: TuningMethod, *, recompute: bool) ->
 
     def stock(batch: MicroBatch) -> torch.Tensor:
         def seen(places: int | None) -> torch.Tensor:
-            return visible_in_batch(batch.rows, batch.ids.device, places)[None, None]
+            return batch_attention_mask(batch.rows, batch.ids.device, places)[None, None]
 
         mask = {kind: seen(places) for kind, places in windows.items()} or seen(window)
         asked = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "attention_mask": mask}

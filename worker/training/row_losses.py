@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from app.domain.attempts import EncodedRow
-from worker.training.batches import predictions
+from worker.training.batches import shifted_labels
 
 
 class RowLosses:
@@ -20,7 +20,7 @@ class RowLosses:
     def __init__(self, rows: Sequence[EncodedRow]) -> None:
         self._rows = rows
         self._places = {row.line: place for place, row in enumerate(rows)}
-        self._labelled = [len(predictions(row)) for row in rows]
+        self._labelled = [len(shifted_labels(row)) for row in rows]
         self._loss = [math.nan] * len(rows)
         self._update = [-1] * len(rows)
 
