@@ -23,7 +23,7 @@ from worker.precision import precision_here
 from worker.training import model as training_model
 from worker.training.batches import MicroBatch, batches_of_update, read_rows
 from worker.training.state import RunState
-from worker.training.updates import backward, gradient_norm, step
+from worker.training.updates import backward, gradient_norm, optimizer_step
 
 PARTS = {
     "matrix products": ("mm", "addmm", "addmm_", "linear", "mkldnn_linear", "_linear_pointwise"),
@@ -70,7 +70,7 @@ class Update:
 
     def run(self, batches: list[MicroBatch]) -> None:
         backward(self.trainable, self.state, batches, sum(batch.labelled for batch in batches))
-        step(self.state, 1e-4, gradient_norm(self.state), 1.0)
+        optimizer_step(self.state, 1e-4, gradient_norm(self.state), 1.0)
         self.state.masters.reset()
 
 

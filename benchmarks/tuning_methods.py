@@ -72,9 +72,7 @@ def measure(name: str, work: Work, directory: Path) -> dict[str, Any]:
     trainable, before, events = _train(order, held)
     after = _loss(trainable, held, order)
     prompts = [list(row.ids[: row.trained[0][0]]) for row in held[:PROMPTS]]
-    ranks: dict[str, int] = next(
-        (event["data"] for event in events if event.get("message") == "ranks that are left"), {}
-    )
+    ranks: dict[str, int] = next((event["data"] for event in events if event.get("message") == "remaining ranks"), {})
     return {
         "updates": order.schedule.updates,
         "held_out_loss": [round(before, 4), round(after, 4)],

@@ -7,18 +7,18 @@ import torch
 
 from worker.training.checkpoints import (
     Progress,
-    Saved,
     TornCheckpointError,
-    checkpoints_in,
-    newest_sound,
+    TrainingState,
+    find_complete_checkpoint,
+    list_checkpoints,
     read_checkpoint,
-    verify,
+    verify_checkpoint,
     write_checkpoint,
 )
 
 
-def saved(update: int) -> Saved:
-    return Saved(
+def saved(update: int) -> TrainingState:
+    return TrainingState(
         identity="work",
         progress=Progress(update=update, applied=update, loss=1.5),
         weights={"a": torch.full((3,), float(update))},
@@ -32,7 +32,7 @@ def saved(update: int) -> Saved:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path, digest = write_checkpoint(tmp_path, saved(30))
     assert path == tmp_path / "update-000030"
-    assert verify(path) == digest
+    assert verify_checkpoint(path) == digest
     found = read_checkpoint(path)
     assert (found.identity, found.progress, found.scaler) == ("work", saved(30).progress, {"scale": 4_096.0})
     assert torch.equal(found.weights["a"], torch.full((3,), 30.0))
@@ -43,14 +43,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_earlier_ones_stay_until_they_are_stored(tmp_path: Path) -> None:
     for update in (10, 20, 30):
         write_checkpoint(tmp_path, saved(update))
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["update-000030", "update-000020", "update-000010"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["update-000030", "update-000020", "update-000010"]
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith("partial")] == []
 
 
 def test_the_same_update_can_be_written_again(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, saved(10))
     path, digest = write_checkpoint(tmp_path, saved(10))
-    assert verify(path) == digest
+    assert verify_checkpoint(path) == digest
 
 
 def cut_off(directory: Path) -> None:
@@ -80,8 +80,8 @@ def test_a_torn_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, tear: o
     assert callable(tear)
     tear(newer)
     with pytest.raises(TornCheckpointError, match="update-000020"):
-        verify(newer)
-    found, torn = newest_sound(newer)
+        verify_checkpoint(newer)
+    found, torn = find_complete_checkpoint(newer)
     assert found == older
     assert len(torn) == 1
 
@@ -89,4 +89,4 @@ def test_a_torn_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, tear: o
 def test_nothing_sound_is_said_so(tmp_path: Path) -> None:
     only, _ = write_checkpoint(tmp_path, saved(10))
     cut_off(only)
-    assert newest_sound(only)[0] is None
+    assert find_complete_checkpoint(only)[0] is None

@@ -16,7 +16,7 @@ from app.domain.splits import SplitName
 from tests.training.conftest import Child, OrderFactory, make_rows
 from tests.waiting import until
 from worker.training.__main__ import NICENESS
-from worker.training.checkpoints import checkpoints_in, verify
+from worker.training.checkpoints import list_checkpoints, verify_checkpoint
 
 Start = Callable[..., Child]
 
@@ -57,7 +57,7 @@ def test_a_run_from_order_to_adapter(make_order: OrderFactory, start: Start) -> 
     written = [event for event in child.seen if event["event"] == "checkpoint"]
     assert [event["update"] for event in written] == [4, 8]
     assert all(Path(event["path"]).is_dir() for event in written)
-    assert verify(Path(written[-1]["path"])) == written[-1]["digest"]
+    assert verify_checkpoint(Path(written[-1]["path"])) == written[-1]["digest"]
     assert "install" not in child.errors()  # no advice that is not ours
 
 
@@ -75,7 +75,7 @@ def test_resumed_runs_equal_an_uninterrupted_one_to_the_bit(make_order: OrderFac
     killed.until("checkpoint", update=8)
     killed.process.send_signal(signal.SIGKILL)
     killed.process.wait(30)
-    newest, older = checkpoints_in(dying.directory / "checkpoints")[:2]
+    newest, older = list_checkpoints(dying.directory / "checkpoints")[:2]
     (newest / "optimizer.safetensors").write_bytes(b"torn")
 
     after_pause = make_order(DROPOUT, updates=40, every=4, name="c", resume_from=Path(asked["path"]))
@@ -191,9 +191,9 @@ def test_a_full_disk_ends_the_job_in_words_and_leaves_the_checkpoint_before(
     last, status = child.finish()
     assert (status, last["event"], last["code"]) == (1, "failed", "disk"), last
     assert "space" in last["hint"]
-    kept = checkpoints_in(order.directory / "checkpoints")
+    kept = list_checkpoints(order.directory / "checkpoints")
     assert kept[-1] == Path(first["path"])
-    assert verify(kept[-1]) == first["digest"]
+    assert verify_checkpoint(kept[-1]) == first["digest"]
     assert not (order.directory / "adapter").exists()
 
 

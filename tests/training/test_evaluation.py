@@ -67,7 +67,7 @@ def test_it_measures_what_each_sequence_alone_gives_without_dropout(make_order: 
         by_line[row.line] += float(cross_entropy(logits[places], targets, reduction="sum"))
         right += int((logits[places].argmax(-1) == targets).sum())
         labelled += len(targets)
-    assert dict(zip(found.lines, found.sums, strict=True)) == pytest.approx(by_line, rel=1e-4)
+    assert dict(zip(found.lines, found.loss_sums, strict=True)) == pytest.approx(by_line, rel=1e-4)
     assert found.loss == pytest.approx(sum(by_line.values()) / labelled, rel=1e-4)
     assert found.accuracy == pytest.approx(right / labelled)
 

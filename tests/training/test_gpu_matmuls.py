@@ -18,7 +18,7 @@ from worker.training.llama_forward import build_training_forward
 from worker.training.master_weights import MasterWeights
 from worker.training.model import TrainableModel
 from worker.training.tuning_methods import TuningMethod
-from worker.training.updates import micro_step
+from worker.training.updates import backward_micro_batch
 
 META = torch.device("meta")
 SIZES = PUBLISHED_ARCHITECTURES["SmolLM2-135M"]
@@ -81,5 +81,5 @@ def asked_of(precision: Precision, adapter: str, *, recompute: bool) -> Asked:
     weight, seen = torch.ones((), device=META), Asked()
     with kernels_of_a_gpu(), seen:
         for _ in range(2):
-            micro_step(trainable, masters, rows_of(512, 128, 0.33), weight)
+            backward_micro_batch(trainable, masters, rows_of(512, 128, 0.33), weight)
     return seen

@@ -14,7 +14,7 @@ from tests.training.conftest import OrderFactory, make_rows
 from worker.training import model, recipe
 from worker.training.batches import MicroBatch
 from worker.training.channel import Channel
-from worker.training.memory import is_out_of_memory, largest_that_fits
+from worker.training.memory import find_max_tokens, is_out_of_memory
 from worker.training.model import TrainableModel
 
 Run = Callable[[TrainOrder, int], list[dict[str, Any]]]
@@ -89,7 +89,7 @@ def test_a_probe_finds_what_fits(room: int, wanted: int) -> None:
         if batch.tokens > room:
             raise torch.OutOfMemoryError
 
-    assert largest_that_fits(use, make_rows(7), None, 400) == wanted
+    assert find_max_tokens(use, make_rows(7), None, 400) == wanted
 
 
 def test_other_errors_pass_through() -> None:
@@ -97,7 +97,7 @@ def test_other_errors_pass_through() -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        largest_that_fits(use, make_rows(3), None, 100)
+        find_max_tokens(use, make_rows(3), None, 100)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_adalora_spends_its_budget_and_is_published_as_plain_lora(
         {"adapter": adapter, "quantization": quantization, "trainer": {"learning_rate": rate}}, updates=24
     )
     _, events = trained(order, monkeypatch)
-    (ranks,) = [event["data"] for event in events if event.get("message") == "ranks that are left"]
+    (ranks,) = [event["data"] for event in events if event.get("message") == "remaining ranks"]
     assert len(ranks) == 14  # seven layers in each of two blocks
     assert sum(ranks.values()) == 2 * 14
     assert len(set(ranks.values())) > 1
@@ -230,7 +230,7 @@ def test_a_training_starts_from_the_weights_of_an_adapter(
     spec |= {"adapter": named, "trainer": NO_STEP}
     after, events = trained(make_order(spec, updates=1, name="later", start_from=start), monkeypatch)
     torch.testing.assert_close(logits_of(after), logits_of(before), rtol=1e-3, atol=1e-3)
-    assert any("taking over" in event.get("message", "") for event in events)
+    assert any("adapter to start from" in event.get("message", "") for event in events)
 
 
 def test_weights_of_another_shape_are_no_start(make_order: OrderFactory) -> None:

@@ -27,10 +27,10 @@ def main() -> int:
         # Imported here: torch takes seconds. The channel listens meanwhile, and the order may come later still.
         from worker.training.recipe import train
 
-        train(TrainOrder.model_validate_json(channel.order()), channel)
+        train(TrainOrder.model_validate_json(channel.receive_order()), channel)
     except Exception as error:
         traceback.print_exc()
-        channel.tell(_failed(error))
+        channel.send(_failed(error))
         return 1
     return 0
 

@@ -35,15 +35,15 @@ class AdaLoraAllocator:
             d_rows = (2 * weight / off.norm().clamp_min(1e-12)) * (off @ rows)
             gradient.add_(d_rows.t() if turned else d_rows)
 
-    def after(self, applied: int) -> None:
-        """Weigh the ranks by the update's gradients, and drop what the budget for `applied` updates has no room for."""
+    def allocate_ranks(self, applied: int) -> None:
+        """Score the ranks by the update's gradients, and drop those above the budget after `applied` updates."""
         self._masters.lend_gradients()
         self._tuner.update_and_allocate(applied)
         for name in self._scales:
             self._masters.drop_zeros(name)
 
-    def kept(self) -> dict[str, int]:
-        """Module → how many of its ranks are left; empty as long as all are."""
+    def remaining_ranks(self) -> dict[str, int]:
+        """Module → number of its remaining ranks. Empty as long as none is dropped."""
         pattern = self._config.rank_pattern or {}
         return {name.partition(".lora_E.")[0]: sum(flags) for name, flags in pattern.items()}
 

@@ -1,7 +1,7 @@
-"""Resumable state on disk: atomic, hashed, free of pickle. It knows no recipe, only named tensors and JSON.
+"""Writes and reads checkpoints: named tensors as safetensors, the rest as JSON, no pickle.
 
-A checkpoint is a directory `update-000030` that appears by rename once its files are on the disk. Its
-manifest lists every file's digest; the manifest's own digest names the checkpoint.
+A checkpoint is a directory such as `update-000030`. It gets its name by an atomic rename after its files are flushed.
+Its manifest lists the digest of every file. The digest of the manifest is the checkpoint's.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ MANIFEST = "manifest.json"
 
 
 class TornCheckpointError(Exception):
-    """The directory is not a complete checkpoint, or not the one that was written."""
+    """The directory is not a complete checkpoint, or its files were changed."""
 
 
 class Progress(BaseModel):
-    """How far a job is, over all its attempts. `applied` updates changed the weights; others were skipped.
-    `max_tokens`: of a micro-batch, where the device had no room for what was planned.
+    """Progress of a job over all its attempts, as transformers' `TrainerState`.
 
-    `evaluated`: the update behind which the validation rows were looked at last, with what result; `best_…`: the one
-    with the lowest loss; `without_improvement`: evaluations since then.
-
-    `first_losses`, `last_losses`: of the updates that changed the weights, for `loss_trend`.
+    `applied`: number of updates that changed the weights. The others were skipped. `max_tokens`: of a micro-batch, if
+    it is not the plan's. `evaluated`: the update after which the validation rows were last evaluated;
+    `validation_…`: the result. `best_…`: the evaluation with the lowest loss. `without_improvement`: number of
+    evaluations since the best one. `first_losses`, `last_losses`: of updates that changed the weights, for
+    `loss_trend`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,22 +56,27 @@ class Progress(BaseModel):
     last_losses: tuple[float, ...] = ()
 
     @property
-    def published(self) -> int:
-        """The update whose weights are published, if the training ends here."""
+    def published_update(self) -> int:
+        """The update whose weights are published if training ends here."""
         return self.best_update or self.update
 
 
-class _State(Frozen):
+class _StateFile(Frozen):
+    """Content of `state.json`."""
+
     identity: str
     progress: Progress
     scaler: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """All of a run's state. `identity` names the work that it belongs to: another order's state does not fit.
+class TrainingState:
+    """The whole state of a run.
 
-    `best`: the weights of the best update, empty where there is none and where it is this one. `rows`: their losses.
+    `identity`: digest of the order's spec, schedule, base and rows; only the same order can resume from this state.
+    `weights`: float32 master weights. `optimizer`: AdamW's moments. `ranks`: AdaLoRA's rank allocation. `generators`:
+    states of the random generators. `scaler`: the loss scale. `best`: master weights of the best update, empty if
+    there is no such update or if it is this one. `rows`: the last loss of each row.
     """
 
     identity: str
@@ -86,71 +91,74 @@ class Saved:
 
 
 def write_checkpoint(
-    parent: Path, saved: Saved, write_adapter: Callable[[Path], None] = lambda _: None
+    parent: Path, state: TrainingState, write_adapter: Callable[[Path], None] = lambda _: None
 ) -> tuple[Path, str]:
-    """(the new checkpoint's directory under `parent`, its digest). Who stores earlier ones removes them.
+    """Write a checkpoint under `parent`. Returns (its directory, its digest). Earlier checkpoints stay.
 
-    `write_adapter` puts the same weights there as whoever only uses them reads them.
+    `write_adapter` writes the same weights into the directory in the format of a published adapter.
     """
-    final = parent / f"update-{saved.progress.update:06}"
+    final = parent / f"update-{state.progress.update:06}"
     partial = parent / f"{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(dict(saved.weights), partial / "weights.safetensors")
-    save_file(dict(saved.optimizer), partial / "optimizer.safetensors")
-    save_file(dict(saved.ranks), partial / "ranks.safetensors")
-    save_file(dict(saved.generators), partial / "generators.safetensors")
-    save_file(dict(saved.best), partial / "best.safetensors")
-    save_file(dict(saved.rows), partial / "rows.safetensors")
+    save_file(dict(state.weights), partial / "weights.safetensors")
+    save_file(dict(state.optimizer), partial / "optimizer.safetensors")
+    save_file(dict(state.ranks), partial / "ranks.safetensors")
+    save_file(dict(state.generators), partial / "generators.safetensors")
+    save_file(dict(state.best), partial / "best.safetensors")
+    save_file(dict(state.rows), partial / "rows.safetensors")
     write_adapter(partial)
-    state = _State(identity=saved.identity, progress=saved.progress, scaler=dict(saved.scaler))
-    (partial / "state.json").write_text(state.model_dump_json(indent=2), encoding="utf-8")
+    state_file = _StateFile(identity=state.identity, progress=state.progress, scaler=dict(state.scaler))
+    (partial / "state.json").write_text(state_file.model_dump_json(indent=2), encoding="utf-8")
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-    manifest = json.dumps({"files": files, "update": saved.progress.update}, indent=2, sort_keys=True)
+    manifest = json.dumps({"files": files, "update": state.progress.update}, indent=2, sort_keys=True)
     (partial / MANIFEST).write_text(manifest, encoding="utf-8")
     publish(partial, final)
     return final, hashlib.sha256(manifest.encode()).hexdigest()
 
 
-def checkpoints_in(parent: Path) -> list[Path]:
-    """The checkpoint directories under `parent`, newest first, complete or not."""
+def list_checkpoints(parent: Path) -> list[Path]:
+    """List the checkpoint directories under `parent`, the newest first. Some may be incomplete."""
     return sorted((p for p in parent.glob("update-*") if p.name[7:].isdigit()), reverse=True)
 
 
-def verify(directory: Path) -> str:
-    """The digest of a complete checkpoint. Raises TornCheckpointError, saying what is wrong."""
+def verify_checkpoint(directory: Path) -> str:
+    """Return the digest of a complete checkpoint. Raises TornCheckpointError with the reason if it is not complete."""
     try:
         manifest = (directory / MANIFEST).read_bytes()
         files: dict[str, str] = json.loads(manifest)["files"]
-        wrong = [name for name, digest in files.items() if _sha256(directory / name) != digest]
+        changed = [name for name, digest in files.items() if _sha256(directory / name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TornCheckpointError(f"{directory.name}: {type(error).__name__} while it was checked") from error
-    if wrong:
-        raise TornCheckpointError(f"{directory.name}: {', '.join(wrong)} was changed or cut off")
+        raise TornCheckpointError(f"{directory.name}: its files could not be read ({type(error).__name__})") from error
+    if changed:
+        raise TornCheckpointError(f"{directory.name}: these files were changed or truncated: {', '.join(changed)}")
     return hashlib.sha256(manifest).hexdigest()
 
 
-def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
-    """(`directory`, or the newest complete checkpoint beside and before it, or None; what was torn on the way)."""
+def find_complete_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest complete checkpoint among `directory` and the older ones beside it.
+
+    Returns (its directory or None, for each newer checkpoint the reason why it is torn).
+    """
     torn: list[str] = []
-    older = [path for path in checkpoints_in(directory.parent) if path.name < directory.name]
+    older = [path for path in list_checkpoints(directory.parent) if path.name < directory.name]
     for candidate in (directory, *older):
         try:
-            verify(candidate)
+            verify_checkpoint(candidate)
             return candidate, torn
         except TornCheckpointError as error:
             torn.append(str(error))
     return None, torn
 
 
-def read_checkpoint(directory: Path) -> Saved:
-    """The state in `directory`, verified. Raises TornCheckpointError."""
-    verify(directory)
+def read_checkpoint(directory: Path) -> TrainingState:
+    """Verify and read the checkpoint in `directory`. Raises TornCheckpointError."""
+    verify_checkpoint(directory)
     try:
-        state = _State.model_validate_json((directory / "state.json").read_bytes())
+        state = _StateFile.model_validate_json((directory / "state.json").read_bytes())
     except ValidationError as error:
-        raise TornCheckpointError(f"{directory.name}: another version wrote it") from error
-    return Saved(
+        raise TornCheckpointError(f"{directory.name}: another version of Veritune wrote it") from error
+    return TrainingState(
         identity=state.identity,
         progress=state.progress,
         weights=load_file(directory / "weights.safetensors"),

@@ -1,4 +1,4 @@
-"""Loss and token accuracy on rows that are not learned: no gradients, no dropout, no draw from any generator."""
+"""Loss and token accuracy on held-out rows, without gradients and dropout. No random generator is used."""
 
 import math
 import time
@@ -14,26 +14,27 @@ from worker.training.batches import MicroBatch, collate, pack_micro_batches
 from worker.training.loss import measure_loss
 from worker.training.model import TrainableModel
 
-PACKED_AT_ONCE = 256
-"""Rows among which batches are filled: the search for room grows with their square, the filling hardly gains."""
+PACKING_WINDOW = 256
+"""Number of rows that are packed together. The time to pack grows with its square, and larger windows hardly fill
+micro-batches better."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """`loss`: mean over labelled tokens; `accuracy`: share of them that the model would have written itself.
+    """`loss`: mean over labelled tokens. `accuracy`: share of labelled tokens that have the highest logit.
 
-    `sums`: each row's summed loss, of the rows with these `lines`.
+    `loss_sums`: each row's loss, summed over its labelled tokens. `lines`: the line of each row in the dataset.
     """
 
     loss: float
     accuracy: float
     lines: list[int]
-    sums: list[float]
+    loss_sums: list[float]
     seconds: float
 
 
 class HeldOut:
-    """Rows of one part, packed as in training: at most `max_rows` and `max_tokens` a batch."""
+    """The rows of one split, packed as in training: at most `max_rows` and `max_tokens` a micro-batch."""
 
     def __init__(self, rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int) -> None:
         self.rows = rows
@@ -41,38 +42,38 @@ class HeldOut:
         self._max_tokens = max_tokens
 
     def evaluate(
-        self, trainable: TrainableModel, device: torch.device, cut_short: Callable[[], bool] = lambda: False
+        self, trainable: TrainableModel, device: torch.device, should_stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
-        """None when `cut_short`, asked before each batch, said so."""
+        """Evaluate the model on these rows. `should_stop` is called before each micro-batch; if it is true, None."""
         began = time.perf_counter()
         lines: list[int] = []
-        sums, hits, labelled = [], [], 0
-        with _at_rest(trainable.method.module), torch.no_grad():
+        loss_sums, correct, labelled = [], [], 0
+        with _eval_mode(trainable.method.module), torch.no_grad():
             for batch in self._batches():
-                if cut_short():
+                if should_stop():
                     return None
-                there = batch.to(device)
-                by_row, hit = measure_loss(trainable.hidden(there), trainable.head, there)
-                sums.append(by_row)
-                hits.append(hit)
+                on_device = batch.to(device)
+                row_sums, num_correct = measure_loss(trainable.hidden(on_device), trainable.head, on_device)
+                loss_sums.append(row_sums)
+                correct.append(num_correct)
                 lines += batch.lines
                 labelled += batch.labelled
-        found: list[float] = torch.cat(sums).tolist()
-        right = int(torch.stack(hits).sum())
+        sums: list[float] = torch.cat(loss_sums).tolist()
+        accuracy = int(torch.stack(correct).sum()) / labelled
         seconds = time.perf_counter() - began
-        return Evaluation(math.fsum(found) / labelled, right / labelled, lines, found, seconds)
+        return Evaluation(math.fsum(sums) / labelled, accuracy, lines, sums, seconds)
 
     def _batches(self) -> Iterator[MicroBatch]:
-        for start in range(0, len(self.rows), PACKED_AT_ONCE):
-            near = self.rows[start : start + PACKED_AT_ONCE]
-            lengths = [len(row.all_ids) for row in near]
+        for start in range(0, len(self.rows), PACKING_WINDOW):
+            window = self.rows[start : start + PACKING_WINDOW]
+            lengths = [len(row.all_ids) for row in window]
             for group in pack_micro_batches(lengths, self._max_rows, self._max_tokens):
-                yield collate([near[index] for index in group])
+                yield collate([window[index] for index in group])
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """No dropout within. bitsandbytes' layers stay in training: at rest they repack 4-bit weights on a CPU."""
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode, except for bitsandbytes' layers: those would repack 4-bit weights on a CPU."""
     training = [
         module for module in model.modules() if module.training and "bitsandbytes" not in type(module).__module__
     ]

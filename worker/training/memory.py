@@ -1,6 +1,7 @@
-"""How large a micro-batch may be on this device: what was planned, and half of it whenever memory did not suffice.
+"""Finds a micro-batch that fits the device: halves the planned size after each out-of-memory error.
 
-The effective batch stays: an update is begun again with more and smaller micro-batches.
+As accelerate's `find_executable_batch_size`. The effective batch stays the same: the update starts again with more and
+smaller micro-batches.
 """
 
 import ctypes
@@ -15,70 +16,72 @@ import torch
 from app.domain.attempts import EncodedRow
 from worker.training.batches import MicroBatch, collate
 
-MESSAGES = ("can't allocate memory", "out of memory", "could not create a primitive")
-"""How a CPU's allocator and its kernels say it."""
+OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "could not create a primitive")
+"""Parts of a CPU's out-of-memory errors, of torch's allocator and of oneDNN, in lower case."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the CPU or the GPU has too little memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
+    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in OUT_OF_MEMORY_MESSAGES)
 
 
-def smaller(batches: Sequence[MicroBatch]) -> int | None:
-    """Tokens of a micro-batch that is half as large as the largest of `batches` that can be divided; None when each
-    is a single row."""
+def halve_max_tokens(batches: Sequence[MicroBatch]) -> int | None:
+    """Half the tokens of the largest micro-batch that has more than one row. None if each has a single row."""
     sizes = [batch.tokens for batch in batches if len(batch.rows) > 1]
     return max(sizes) // 2 if sizes else None
 
 
-def suffices(work: Callable[[], None]) -> bool:
-    """Do `work`; False when memory did not suffice for it, and what it held is given back."""
+def fits_in_memory(run: Callable[[], None]) -> bool:
+    """Call `run`. Return False after an out-of-memory error, once the memory of `run` is freed."""
     try:
-        work()
+        run()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
     else:
         return True
-    # Behind the handler: the error's traceback holds the tensors that are in the way.
+    # Outside of the handler: the error's traceback refers to the tensors until then.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return False
 
 
-def worst_batch(rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int) -> MicroBatch:
-    """The heaviest micro-batch that these limits allow: the longest row over and over."""
+def largest_batch(rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int) -> MicroBatch:
+    """Build the micro-batch with the most memory within these limits: copies of the longest row."""
     longest = max(rows, key=lambda row: len(row.all_ids))
     count = max(1, min(max_tokens // len(longest.all_ids), max_rows or max_tokens))
     return collate([longest] * count)
 
 
-def largest_that_fits(
+def find_max_tokens(
     run: Callable[[MicroBatch], None], rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int
 ) -> int:
-    """Tokens of the largest micro-batch that `run` has room for at its worst: `max_tokens`, or half of it, and so on
-    down to a single row."""
+    """Find the size in tokens at which `run` has enough memory for the largest micro-batch.
+
+    Tries `max_tokens` first, then half of it, and so on down to a single row.
+    """
     while True:
-        batch = worst_batch(rows, max_rows, max_tokens)
-        if suffices(partial(run, batch)) or (half := smaller([batch])) is None:
+        batch = largest_batch(rows, max_rows, max_tokens)
+        if fits_in_memory(partial(run, batch)) or (half := halve_max_tokens([batch])) is None:
             return max_tokens
         max_tokens = half
 
 
 def return_free_memory() -> None:
-    """Give the heap's free pages back to the system. Loading a base leaves up to 1 GB of them, a different amount in
-    each run."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    """Return the heap's free pages to the system. Loading a base leaves up to 1 GB of them, a different amount in each
+    run."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)
 
 
 def peak_resident_bytes() -> int:
-    """The most resident memory that this process ever had, mapped files included.
+    """Peak resident memory of this process in bytes, mapped files included.
 
-    `ru_maxrss` may hold the parent's memory: a child that was started by vfork takes it over.
+    `VmHWM` comes first: `ru_maxrss` of a child that was started by vfork may include the parent's memory.
     """
     status = Path("/proc/self/status")
     if not status.exists():

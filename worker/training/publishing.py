@@ -1,7 +1,7 @@
-"""What was trained → the directory that is published: a PEFT adapter, or a whole model.
+"""Writes the trained weights as a PEFT adapter or a whole model.
 
-Its bytes depend on nothing but the training. What trained as something else but is a product of two thin matrices, is
-published as plain LoRA: AdaLoRA, and LoRA that began with a part of the base (PiSSA, OLoRA).
+Equal weights give equal bytes. AdaLoRA is published as plain LoRA, and so is LoRA whose initialiser took weights out of
+the base (PiSSA, OLoRA): a server then needs only the unchanged base.
 """
 
 import json
@@ -21,22 +21,24 @@ from worker.training.master_weights import MasterWeights
 from worker.training.tuning_methods import TuningMethod
 
 Tensors = dict[str, torch.Tensor]
-NAME = "default"
+ADAPTER_NAME = "default"
+"""PEFT's name of the adapter in training."""
+
 METADATA = {"format": "pt"}
 
 
 def write_published(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> Path:
-    """Write `adapter/` under `directory`, whole or not at all; return it."""
+    """Write `adapter/` under `directory` by an atomic rename. Returns its path."""
     final, partial = directory / "adapter", directory / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_files(method, masters, base, partial)
+    write_weights(method, masters, base, partial)
     publish(partial, final)
     return final
 
 
-def write_files(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
-    """Write what is published as things stand into `directory`, which exists."""
+def write_weights(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
+    """Write the present weights into `directory`, which exists, in the format of a published adapter or model."""
     if hasattr(method.module, "peft_config"):
         _write_adapter(method, masters, base, directory)
     else:
@@ -44,7 +46,7 @@ def write_files(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, 
 
 
 def _write_model(method: TuningMethod, base: BaseOnDisk, directory: Path) -> None:
-    """What a base's directory holds, with other weights, in the dtype that computed with them."""
+    """Write a model directory like the base's, with the trained weights in the compute dtype."""
     for name in EXTRA_FILES["full"]:
         if (base.path / name).exists():
             shutil.copy(base.path / name, directory / name)
@@ -52,23 +54,23 @@ def _write_model(method: TuningMethod, base: BaseOnDisk, directory: Path) -> Non
     weights = {name: p.detach().cpu().contiguous() for name, p in method.parameters().items()}
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    written = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / "config.json").write_text(written, encoding="utf-8")
+    content = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(content, encoding="utf-8")
     save_file(weights, directory / "model.safetensors", metadata=METADATA)
 
 
 def _write_adapter(method: TuningMethod, masters: MasterWeights, base: BaseOnDisk, directory: Path) -> None:
-    """With the float32 masters."""
+    """Write a PEFT adapter with the float32 master weights."""
     model: Any = method.module
-    config, values = model.peft_config[NAME], masters.by_name()
+    config, values = model.peft_config[ADAPTER_NAME], masters.by_name()
     if isinstance(config, AdaLoraConfig):
-        config, values = _from_adalora(config, values)
-    elif method.initial:
-        config, values = _from_changed_base(config, values, method.initial)
-    # Without False, PEFT asks the hub whether the base's vocabulary was resized.
+        config, values = _adalora_to_lora(config, values)
+    elif method.initial_weights:
+        config, values = _subtract_initial_lora(config, values, method.initial_weights)
+    # With "auto", the default, PEFT would ask the hub whether the base's vocabulary was resized.
     named: Tensors = (
-        {name.replace(f".{NAME}.", "."): value for name, value in values.items()}
-        if config is not model.peft_config[NAME]
+        {name.replace(f".{ADAPTER_NAME}.", "."): value for name, value in values.items()}
+        if config is not model.peft_config[ADAPTER_NAME]
         else get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
     )
     _write_config(config, base, directory)
@@ -82,59 +84,64 @@ def _write_adapter(method: TuningMethod, masters: MasterWeights, base: BaseOnDis
 def _write_config(config: Any, base: BaseOnDisk, directory: Path) -> None:
     config.save_pretrained(str(directory))
     path = directory / "adapter_config.json"
-    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # By name and revision: a path would mean nothing elsewhere and would change the digest.
-    written |= {"base_model_name_or_path": f"{base.name}@{base.revision}", "inference_mode": True}
-    canonical = {key: sorted(v) if isinstance(v, list) else v for key, v in written.items()}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # Name and revision, not the path: a path is of this host only and would change the digest.
+    content |= {"base_model_name_or_path": f"{base.name}@{base.revision}", "inference_mode": True}
+    canonical = {key: sorted(v) if isinstance(v, list) else v for key, v in content.items()}
     path.write_text(json.dumps(canonical, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _plain(config: LoraConfig, rank: int) -> LoraConfig:
-    """Plain LoRA of this rank whose product counts as it is."""
+def _plain_lora_config(config: LoraConfig, rank: int) -> LoraConfig:
+    """Configuration of plain LoRA with this rank and a scale of one: alpha equals the rank."""
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=config.target_modules, task_type="CAUSAL_LM")
 
 
-def _from_adalora(config: AdaLoraConfig, values: Tensors) -> tuple[LoraConfig, Tensors]:
-    """Ranks that were dropped are left out; a module with fewer than the richest one is filled up with zeros."""
-    scale = config.lora_alpha / (config.init_r + 1e-5)  # PEFT's own, its small number included
-    kept: dict[str, torch.Tensor] = {}
+def _adalora_to_lora(config: AdaLoraConfig, values: Tensors) -> tuple[LoraConfig, Tensors]:
+    """Convert AdaLoRA's B · diag(E) · A into plain LoRA's B · A, without the dropped ranks, whose E is zero.
+
+    All modules get the rank of the one with the most remaining ranks, padded with zeros.
+    """
+    scale = config.lora_alpha / (config.init_r + 1e-5)  # as PEFT's AdaLoRA layer scales
+    remaining: dict[str, torch.Tensor] = {}  # module -> indices of its remaining ranks
     for name, value in values.items():
         if ".lora_E." in name:
             module = name.partition(".lora_E.")[0]
-            kept[module] = value.flatten().nonzero().flatten()
-    rank = max(1, *(len(places) for places in kept.values()))
+            remaining[module] = value.flatten().nonzero().flatten()
+    rank = max(1, *(len(indices) for indices in remaining.values()))
     named: Tensors = {}
-    for module, places in kept.items():
-        down, scales, up = (values[f"{module}.lora_{which}.{NAME}"] for which in "AEB")
-        filling = rank - len(places)
-        named[f"{module}.lora_A.{NAME}.weight"] = _filled(scale * scales[places] * down[places], filling, 0)
-        named[f"{module}.lora_B.{NAME}.weight"] = _filled(up[:, places], filling, 1)
-    return _plain(config, rank), named
+    for module, indices in remaining.items():
+        # [init_r, in_features], [init_r, 1], [out_features, init_r]
+        lora_a, lora_e, lora_b = (values[f"{module}.lora_{which}.{ADAPTER_NAME}"] for which in "AEB")
+        padding = rank - len(indices)
+        scaled_a = scale * lora_e[indices] * lora_a[indices]
+        named[f"{module}.lora_A.{ADAPTER_NAME}.weight"] = _pad_with_zeros(scaled_a, padding, 0)
+        named[f"{module}.lora_B.{ADAPTER_NAME}.weight"] = _pad_with_zeros(lora_b[:, indices], padding, 1)
+    return _plain_lora_config(config, rank), named
 
 
-def _filled(value: torch.Tensor, more: int, dimension: int) -> torch.Tensor:
+def _pad_with_zeros(value: torch.Tensor, count: int, dim: int) -> torch.Tensor:
     shape = list(value.shape)
-    shape[dimension] = more
-    return torch.cat([value, value.new_zeros(shape)], dimension)
+    shape[dim] = count
+    return torch.cat([value, value.new_zeros(shape)], dim)
 
 
-def _from_changed_base(config: LoraConfig, values: Tensors, initial: Tensors) -> tuple[LoraConfig, Tensors]:
-    """What was learned is B·A less what it began as, which the base lost: a product of twice the rank.
+def _subtract_initial_lora(config: LoraConfig, values: Tensors, initial: Tensors) -> tuple[LoraConfig, Tensors]:
+    """Compute B · A - B0 · A0 as plain LoRA of twice the rank: the base lost B0 · A0 when training began.
 
-    Made from its singular values, since the two products are large and nearly alike: as they stand, rounding to
-    sixteen bits would be larger than what was learned.
+    As PEFT's `subtract_mutated_init`, but factored anew by a singular value decomposition. B · A and B0 · A0 are large
+    and nearly equal: in PEFT's factors, rounding to 16 bits would be larger than their difference.
     """
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     named: Tensors = {}
     for name in values:
         if ".lora_A." not in name:
             continue
-        other = name.replace(".lora_A.", ".lora_B.")
-        down = torch.cat([values[name], initial[name].float()])
-        up = torch.cat([values[other], -initial[other].float()], 1)
-        left, inner = torch.linalg.qr(up)
-        right, outer = torch.linalg.qr(down.t())
-        u, sizes, vt = torch.linalg.svd(inner @ outer.t() * scale)
-        half = sizes.sqrt()
-        named[name], named[other] = half[:, None] * (vt @ right.t()), (left @ u) * half
-    return _plain(config, 2 * config.r), named
+        name_b = name.replace(".lora_A.", ".lora_B.")
+        stacked_a = torch.cat([values[name], initial[name].float()])  # [2 * rank, in_features]
+        stacked_b = torch.cat([values[name_b], -initial[name_b].float()], 1)  # [out_features, 2 * rank]
+        q_b, r_b = torch.linalg.qr(stacked_b)
+        q_a, r_a = torch.linalg.qr(stacked_a.t())
+        u, singular_values, vt = torch.linalg.svd(r_b @ r_a.t() * scale)
+        root = singular_values.sqrt()
+        named[name], named[name_b] = root[:, None] * (vt @ q_a.t()), (q_b @ u) * root
+    return _plain_lora_config(config, 2 * config.r), named

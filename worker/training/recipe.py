@@ -1,7 +1,6 @@
-"""The training recipe: a straight line from a work order to an adapter.
+"""The training loop: from a work order to a published adapter or model.
 
-It knows the order, the channel and the tensors between them; jobs, rows in a database and blobs are the
-supervisor's.
+It knows neither jobs nor the database nor the blob store: those belong to the supervisor.
 """
 
 import math
@@ -14,7 +13,6 @@ import torch
 from app.domain.attempts import (
     CheckpointWritten,
     EncodedRow,
-    EvaluationFinished,
     LogMessage,
     TrainingFinished,
     TrainingStarted,
@@ -25,24 +23,30 @@ from app.domain.splits import SPLIT_NAMES, SplitName
 from worker.precision import Fp16UnsafeError, Precision, precision_here
 from worker.training.batches import read_rows
 from worker.training.channel import Channel
-from worker.training.checkpoints import newest_sound, read_checkpoint, write_checkpoint
+from worker.training.checkpoints import find_complete_checkpoint, read_checkpoint, write_checkpoint
 from worker.training.errors import TrainingError
 from worker.training.evaluation import Evaluation, HeldOut
-from worker.training.loss_trend import noted
 from worker.training.lr_schedule import learning_rate
 from worker.training.memory import return_free_memory
 from worker.training.model import TrainableModel, load_trainable_model
-from worker.training.publishing import write_files, write_published
-from worker.training.run_metrics import best_metrics, package_versions, run_totals, run_warnings
+from worker.training.publishing import write_published, write_weights
+from worker.training.run_metrics import (
+    best_metrics,
+    evaluation_event,
+    package_versions,
+    run_totals,
+    run_warnings,
+    skip_warning,
+)
 from worker.training.state import RunState
-from worker.training.updates import add_gradients, gradient_norm, probe, step
+from worker.training.updates import accumulate_gradients, find_micro_batch_size, gradient_norm, optimizer_step
 
-SKIPS_IN_A_ROW = 5
-"""This many updates in a row without a finite loss and gradient end the job."""
+MAX_SKIPS_IN_A_ROW = 5
+"""Number of successive updates without a finite loss and finite gradients that ends the job."""
 
 
 def train(order: TrainOrder, channel: Channel) -> None:
-    """Run `order` to its end, telling `channel`. Raises TrainingError; out-of-memory errors pass through."""
+    """Run `order` to its end and report to `channel`. Raises TrainingError, or the device's out-of-memory error."""
     spec, schedule = order.spec, order.schedule
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = _precision(device, order)
@@ -56,17 +60,17 @@ def train(order: TrainOrder, channel: Channel) -> None:
         schedule.updates,
         precision,
         device,
-        lambda text: channel.tell(LogMessage(message=text)),
+        lambda text: channel.send(LogMessage(message=text)),
         order.start_from,
     )
     return_free_memory()
-    every_row = read_rows(order.rows, trainable.vocab_size)
-    rows, validation, test = _parts(order, every_row)
+    all_rows = read_rows(order.rows, trainable.vocab_size)
+    rows, validation, test = _split_rows(order, all_rows)
     torch.manual_seed(spec.seed)
-    state = RunState(order, trainable, every_row, precision, device)
+    state = RunState(order, trainable, all_rows, precision, device)
     _resume(order, state, channel)
     progress, masters = state.progress, state.masters
-    channel.tell(
+    channel.send(
         TrainingStarted(
             precision=precision.name,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -77,18 +81,18 @@ def train(order: TrainOrder, channel: Channel) -> None:
         )
     )
 
-    probe(trainable, state, rows, order, channel)
+    find_micro_batch_size(trainable, state, rows, order, channel)
     for update in range(progress.update + 1, schedule.updates + 1):
-        if _leaves_or_validates(order, trainable, state, validation, channel):
+        if _run_commands_and_validate(order, trainable, state, validation, channel):
             return
         if 0 < spec.trainer.early_stop <= progress.without_improvement:
             break
 
         began = time.perf_counter()
         rate = learning_rate(progress.applied, schedule, spec.trainer)
-        gradients = add_gradients(trainable, state, rows, update, order, channel)
+        gradients = accumulate_gradients(trainable, state, rows, update, order, channel)
         if gradients is None:
-            _obey(order, trainable, state, channel)
+            _run_commands(order, trainable, state, channel)
             return
         loss, tokens, labelled = gradients
         norm = gradient_norm(state)
@@ -96,28 +100,20 @@ def train(order: TrainOrder, channel: Channel) -> None:
         if skipped:
             progress.skipped_in_a_row += 1
         else:
-            step(state, rate, norm, spec.trainer.gradient_clipping.clipglobalnorm)
+            optimizer_step(state, rate, norm, spec.trainer.gradient_clipping.clipglobalnorm)
             progress.applied += 1
-            if state.ranks is not None:
-                state.ranks.after(progress.applied)
+            if state.rank_allocator is not None:
+                state.rank_allocator.allocate_ranks(progress.applied)
             progress.skipped_in_a_row = 0
         state.scaler.update()
         masters.reset()
         if skipped:
-            channel.tell(_skipped(update, loss, state))
+            channel.send(skip_warning(update, loss, state))
 
         seconds = time.perf_counter() - began
-        progress.update = update
-        progress.tokens += tokens
-        progress.labelled_tokens += labelled
-        progress.seconds += seconds
-        progress.loss = progress.loss if skipped else loss
-        if not skipped:
-            progress.first_losses, progress.last_losses = noted(
-                progress.first_losses, progress.last_losses, loss, schedule.updates
-            )
-        found = _validate(order, trainable, state, validation, channel)
-        channel.tell(
+        state.record_update(update, None if skipped else loss, tokens, labelled, seconds)
+        evaluation = _validate(order, trainable, state, validation, channel)
+        channel.send(
             UpdateMetrics(
                 update=update,
                 total_updates=schedule.updates,
@@ -130,80 +126,73 @@ def train(order: TrainOrder, channel: Channel) -> None:
                 tokens_per_second=tokens / seconds,
                 skipped=skipped,
                 seconds=seconds,
-                validation_loss=progress.validation_loss if found else None,
-                validation_accuracy=found.accuracy if found else None,
+                validation_loss=progress.validation_loss if evaluation else None,
+                validation_accuracy=evaluation.accuracy if evaluation else None,
             )
         )
-        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW:
+        if progress.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
             _write_row_losses(order, state)
             raise TrainingError(
                 "not_finite",
-                f"{SKIPS_IN_A_ROW} updates in a row had a loss or gradients that are not finite",
-                "lower trainer.learning_rate, or check the dataset for rows of another kind than the rest",
+                f"{MAX_SKIPS_IN_A_ROW} successive updates had a loss or gradients that are not finite",
+                "lower trainer.learning_rate, or check the dataset for rows that differ from the others",
             )
-        if update % schedule.checkpoint_every == 0 or (found and progress.best_update == update):
+        if update % schedule.checkpoint_every == 0 or (evaluation and progress.best_update == update):
             _checkpoint(order, trainable, state, channel)
 
-    if _leaves_or_validates(order, trainable, state, validation, channel):
+    if _run_commands_and_validate(order, trainable, state, validation, channel):
         return
     if progress.update < schedule.updates:
-        channel.tell(LogMessage(message=f"stopped early: {spec.trainer.early_stop} evaluations without a lower loss"))
+        channel.send(
+            LogMessage(message=f"stopped early after {spec.trainer.early_stop} evaluations without a lower loss")
+        )
     warnings = run_warnings(state)
-    state.take_best()
-    tested = _test(trainable, state, test, channel)
+    state.load_best_weights()
+    test_metrics = _evaluate_test_rows(trainable, state, test, channel)
     _write_row_losses(order, state)
-    if tested is None:
-        channel.tell(TrainingFinished(outcome="stopped", packages=package_versions(), metrics=run_totals(state)))
+    if test_metrics is None:
+        channel.send(TrainingFinished(outcome="stopped", packages=package_versions(), metrics=run_totals(state)))
         return
-    totals = run_totals(state) | best_metrics(state) | tested
-    if state.ranks is not None:
-        channel.tell(LogMessage(message="ranks that are left", data=dict(state.ranks.kept())))
+    totals = run_totals(state) | best_metrics(state) | test_metrics
+    if state.rank_allocator is not None:
+        channel.send(LogMessage(message="remaining ranks", data=dict(state.rank_allocator.remaining_ranks())))
     adapter = write_published(trainable.method, masters, order.base, order.directory)
-    channel.tell(
+    channel.send(
         TrainingFinished(
             outcome="succeeded", adapter=adapter, packages=package_versions(), metrics=totals, warnings=warnings
         )
     )
 
 
-def _obey(order: TrainOrder, trainable: TrainableModel, state: RunState, channel: Channel) -> bool:
-    """Do what the waiting commands ask for. Whether one of them ended the attempt."""
+def _run_commands(order: TrainOrder, trainable: TrainableModel, state: RunState, channel: Channel) -> bool:
+    """Run the queued commands. Returns whether one of them ended the attempt."""
     while command := channel.next_command():
         if command.command != "stop":
             _checkpoint(order, trainable, state, channel)
         if command.command != "checkpoint":
             _write_row_losses(order, state)
             outcome: Literal["paused", "stopped"] = "paused" if command.command == "pause" else "stopped"
-            channel.tell(TrainingFinished(outcome=outcome, packages=package_versions(), metrics=run_totals(state)))
+            channel.send(TrainingFinished(outcome=outcome, packages=package_versions(), metrics=run_totals(state)))
             return True
     return False
 
 
-def _leaves_or_validates(
+def _run_commands_and_validate(
     order: TrainOrder, trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel
 ) -> bool:
-    """Obey waiting commands, then validate if a command had cut that short. Whether a command ended the attempt."""
-    while not _obey(order, trainable, state, channel):
+    """Run the queued commands, then a validation that a command interrupted. Returns whether the attempt ended."""
+    while not _run_commands(order, trainable, state, channel):
         if not _validation_is_due(order, state) or _validate(order, trainable, state, rows, channel):
             return False
     return True
 
 
-def _skipped(update: int, loss: float, state: RunState) -> LogMessage:
-    """That an update left the weights as they were, and what the loss is multiplied by from here on."""
-    what = "gradients are" if math.isfinite(loss) else "loss is"
-    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
-    scaled = "" if scale is None else f"; the loss is scaled by {scale:g} from here on"
-    message = f"update {update} is skipped: its {what} not finite{scaled}"
-    return LogMessage(level="warning", message=message, data={"update": update, "loss_scale": scale})
-
-
-def _parts(order: TrainOrder, rows: list[EncodedRow]) -> tuple[list[EncodedRow], HeldOut, HeldOut]:
-    """(rows to train on, to validate with, to test on)."""
-    asked = order.spec.trainer.eval_batch_size
-    cap = None if asked == "auto" else asked
-    train, *held = ([row for row in rows if row.part is part] for part in SPLIT_NAMES)
-    validation, test = (HeldOut(part, cap, order.schedule.max_tokens) for part in held)
+def _split_rows(order: TrainOrder, rows: list[EncodedRow]) -> tuple[list[EncodedRow], HeldOut, HeldOut]:
+    """Sort the rows by split: (train, validation, test)."""
+    batch_size = order.spec.trainer.eval_batch_size
+    max_rows = None if batch_size == "auto" else batch_size
+    train, *held_out = ([row for row in rows if row.part is split] for split in SPLIT_NAMES)
+    validation, test = (HeldOut(split_rows, max_rows, order.schedule.max_tokens) for split_rows in held_out)
     return train, validation, test
 
 
@@ -211,24 +200,26 @@ def _precision(device: torch.device, order: TrainOrder) -> Precision:
     try:
         return precision_here(device, order.base.fp16)
     except Fp16UnsafeError as error:
-        way_out = "use a GPU of compute capability 8.0 or higher, or another base model"
-        raise TrainingError("fp16_unsafe", str(error), way_out) from None
+        hint = "use a GPU of compute capability 8.0 or higher, or another base model"
+        raise TrainingError("fp16_unsafe", str(error), hint) from None
 
 
 def _resume(order: TrainOrder, state: RunState, channel: Channel) -> None:
+    """Restore the newest complete checkpoint, if the order has one to resume from."""
     if order.resume_from is None:
         return
-    found, torn = newest_sound(order.resume_from)
+    checkpoint, torn = find_complete_checkpoint(order.resume_from)
     for reason in torn:
-        channel.tell(LogMessage(level="warning", message=f"a checkpoint was skipped, because it is torn: {reason}"))
-    if found is None:
-        channel.tell(LogMessage(level="warning", message="no sound checkpoint is left; starting from the beginning"))
+        channel.send(LogMessage(level="warning", message=f"skipped a torn checkpoint: {reason}"))
+    if checkpoint is None:
+        channel.send(LogMessage(level="warning", message="no complete checkpoint is left; starting from the beginning"))
         return
-    state.restore(read_checkpoint(found))
-    channel.tell(LogMessage(message=f"resumed from update {state.progress.update}"))
+    state.restore(read_checkpoint(checkpoint))
+    channel.send(LogMessage(message=f"resumed from update {state.progress.update}"))
 
 
 def _validation_is_due(order: TrainOrder, state: RunState) -> bool:
+    """Whether the schedule evaluates after the last update, and the evaluation is not done yet."""
     progress = state.progress
     return progress.evaluated != progress.update and order.schedule.evaluates_after(progress.update)
 
@@ -236,62 +227,52 @@ def _validation_is_due(order: TrainOrder, state: RunState) -> bool:
 def _validate(
     order: TrainOrder, trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel
 ) -> Evaluation | None:
-    """Loss and accuracy on the validation rows; None when it is not due, or when a command cut it short."""
+    """Evaluate the validation rows if that is due. None if it is not, or if a command interrupted it."""
     if not _validation_is_due(order, state):
         return None
-    found = rows.evaluate(trainable, state.device, channel.has_command)
-    if found is not None:
-        best = state.judge(found)
-        channel.tell(_evaluated(SplitName.VALIDATION, state, found, best=best))
-    return found
+    evaluation = rows.evaluate(trainable, state.device, channel.has_command)
+    if evaluation is not None:
+        best = state.record_validation(evaluation)
+        channel.send(evaluation_event(SplitName.VALIDATION, state, evaluation, best=best))
+    return evaluation
 
 
-def _test(trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel) -> dict[str, float] | None:
-    """Loss and accuracy of the published weights on the test rows, evaluated once; None when a `stop` cut it short.
+def _evaluate_test_rows(
+    trainable: TrainableModel, state: RunState, rows: HeldOut, channel: Channel
+) -> dict[str, float] | None:
+    """Loss and accuracy of the published weights on the test rows. None if a `stop` interrupted the evaluation.
 
-    A `pause` does not: the best weights have replaced the last ones, and the job ends behind this.
+    A `pause` does not interrupt it: the best weights have replaced the last ones, so the run cannot be resumed here.
     """
     if not rows.rows:
         return {}
-    found = rows.evaluate(trainable, state.device, channel.must_stop)
-    if found is None:
+    evaluation = rows.evaluate(trainable, state.device, channel.must_stop)
+    if evaluation is None:
         return None
-    state.rows.note(found.lines, found.sums, state.progress.published)
-    told = _evaluated(SplitName.TEST, state, found)
-    channel.tell(told)
-    return {"test_accuracy": found.accuracy} | ({} if told.loss is None else {"test_loss": told.loss})
-
-
-def _evaluated(part: SplitName, state: RunState, found: Evaluation, *, best: bool = False) -> EvaluationFinished:
-    return EvaluationFinished(
-        part=part,
-        update=state.progress.update if part is SplitName.VALIDATION else state.progress.published,
-        rows=len(found.lines),
-        loss=found.loss if math.isfinite(found.loss) else None,
-        accuracy=found.accuracy,
-        best=best,
-        seconds=found.seconds,
-    )
+    state.row_losses.record(evaluation.lines, evaluation.loss_sums, state.progress.published_update)
+    event = evaluation_event(SplitName.TEST, state, evaluation)
+    channel.send(event)
+    return {"test_accuracy": evaluation.accuracy} | ({} if event.loss is None else {"test_loss": event.loss})
 
 
 def _write_row_losses(order: TrainOrder, state: RunState) -> None:
-    state.rows.write(order.directory / "artifacts" / "rows.jsonl")
+    state.row_losses.write(order.directory / "artifacts" / "rows.jsonl")
 
 
 def _checkpoint(order: TrainOrder, trainable: TrainableModel, state: RunState, channel: Channel) -> None:
-    """Write one, unless this update's is written already: its directory may be on its way into the store."""
-    if state.checkpointed == state.progress.update:
+    """Write a checkpoint, unless this update has one: the supervisor may be uploading its directory."""
+    if state.checkpointed_update == state.progress.update:
         return
     progress = state.progress
-    state.checkpointed = progress.update
+    state.checkpointed_update = progress.update
     path, digest = write_checkpoint(
         order.directory / "checkpoints",
-        state.saved(),
-        lambda directory: write_files(trainable.method, state.masters, order.base, directory),
+        state.snapshot(),
+        lambda directory: write_weights(trainable.method, state.masters, order.base, directory),
     )
     loss = progress.validation_loss if progress.evaluated == progress.update else None
     metrics = run_totals(state) | ({} if loss is None else {"validation_loss": loss})
-    channel.tell(
+    channel.send(
         CheckpointWritten(
             update=progress.update,
             path=path,

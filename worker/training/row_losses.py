@@ -1,6 +1,6 @@
-"""Each row's loss when it was last computed: which rows hurt. It knows no model.
+"""Keeps the last loss of each row, to show which rows the model learns badly. It knows no model.
 
-Training computes a row's loss anyway; here it is only remembered. Held-out rows bring theirs when they are evaluated.
+Updates and evaluations compute these losses anyway.
 """
 
 import json
@@ -15,41 +15,43 @@ from worker.training.batches import shifted_labels
 
 
 class RowLosses:
-    """`rows`: of all parts, in the order of the work order."""
+    """The last loss of each row. `rows`: the rows of all splits, as in the work order."""
 
     def __init__(self, rows: Sequence[EncodedRow]) -> None:
         self._rows = rows
-        self._places = {row.line: place for place, row in enumerate(rows)}
+        self._index_by_line = {row.line: index for index, row in enumerate(rows)}
         self._labelled = [len(shifted_labels(row)) for row in rows]
         self._loss = [math.nan] * len(rows)
         self._update = [-1] * len(rows)
 
-    def note(self, lines: Iterable[int], sums: Iterable[float], update: int) -> None:
-        """Remember what update number `update` saw: the sum of each row's loss over its labelled tokens."""
-        for line, total in zip(lines, sums, strict=True):
-            place = self._places[line]
-            self._loss[place] = total / self._labelled[place]
-            self._update[place] = update
+    def record(self, lines: Iterable[int], loss_sums: Iterable[float], update: int) -> None:
+        """Record the losses that update number `update` computed, each summed over its row's labelled tokens."""
+        for line, loss_sum in zip(lines, loss_sums, strict=True):
+            index = self._index_by_line[line]
+            self._loss[index] = loss_sum / self._labelled[index]
+            self._update[index] = update
 
-    def saved(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """`loss` and `update` of each row, [num_rows]. An update of -1: the row has no loss yet."""
         return {
             "loss": torch.tensor(self._loss, dtype=torch.float64),
             "update": torch.tensor(self._update, dtype=torch.int64),
         }
 
-    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
-        self._loss, self._update = saved["loss"].tolist(), saved["update"].tolist()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self._loss, self._update = state["loss"].tolist(), state["update"].tolist()
 
     def write(self, path: Path) -> Path:
-        """JSON lines of {line, part, tokens, labelled_tokens, loss, update}.
+        """Write JSON lines of {line, part, tokens, labelled_tokens, loss, update}.
 
-        `loss` is the mean over the row's labelled tokens, and null where it was not finite; `update` the one at which
-        it was seen. Both are null for a row that has not been looked at.
+        `loss`: mean over the row's labelled tokens, null if it was not finite. `update`: the update that computed it.
+        Both are null if the row has no loss yet.
         """
         path.parent.mkdir(exist_ok=True)
         with path.open("w", encoding="utf-8") as out:
             for row, labelled, loss, update in zip(self._rows, self._labelled, self._loss, self._update, strict=True):
-                told = {
+                record = {
                     "line": row.line,
                     "part": row.part.value,
                     "tokens": len(row.all_ids),
@@ -57,5 +59,5 @@ class RowLosses:
                     "loss": loss if math.isfinite(loss) else None,
                     "update": update if update >= 0 else None,
                 }
-                out.write(json.dumps(told) + "\n")
+                out.write(json.dumps(record) + "\n")
         return path

@@ -1,10 +1,14 @@
-"""Figures of a run: what its events and its adapter's manifest say of it."""
+"""Metrics, warnings and package versions of a run, for its events and its adapter's manifest."""
 
+import math
 from importlib.metadata import version
 
 import torch
 
+from app.domain.attempts import EvaluationFinished, LogMessage
+from app.domain.splits import SplitName
 from worker.training import loss_trend
+from worker.training.evaluation import Evaluation
 from worker.training.memory import peak_resident_bytes
 from worker.training.state import RunState
 
@@ -12,29 +16,30 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 def best_metrics(state: RunState) -> dict[str, float]:
-    """What the validation rows say of the weights that are published."""
+    """Validation metrics of the published weights. Empty without an evaluation."""
     progress = state.progress
-    found = {
+    metrics = {
         "best_update": progress.best_update,
         "validation_loss": progress.best_loss,
         "validation_accuracy": progress.best_accuracy,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def package_versions() -> dict[str, str]:
+    """Versions of the packages that the result depends on."""
     return {name: version(name) for name in PACKAGES}
 
 
 def run_warnings(state: RunState) -> tuple[str, ...]:
-    """What speaks against the weights as they are."""
+    """Reasons to doubt the present weights."""
     progress = state.progress
-    found = loss_trend.warning(progress.first_losses, progress.last_losses, progress.applied)
-    return () if found is None else (found,)
+    message = loss_trend.warning(progress.first_losses, progress.last_losses, progress.applied)
+    return () if message is None else (message,)
 
 
 def run_totals(state: RunState) -> dict[str, float]:
-    """Figures of the whole job, over all its attempts, but for the memory: bytes at this attempt's peak."""
+    """Totals of the job over all its attempts. `peak_memory_bytes` is of this attempt alone."""
     progress = state.progress
     peak = peak_resident_bytes()
     if state.device.type == "cuda":
@@ -49,3 +54,27 @@ def run_totals(state: RunState) -> dict[str, float]:
         "peak_memory_bytes": peak,
     }
     return totals if progress.loss is None else totals | {"loss": progress.loss}
+
+
+def evaluation_event(
+    split: SplitName, state: RunState, evaluation: Evaluation, *, best: bool = False
+) -> EvaluationFinished:
+    """Report an evaluation. Validation has the present weights, the test the published ones."""
+    return EvaluationFinished(
+        part=split,
+        update=state.progress.update if split is SplitName.VALIDATION else state.progress.published_update,
+        rows=len(evaluation.lines),
+        loss=evaluation.loss if math.isfinite(evaluation.loss) else None,
+        accuracy=evaluation.accuracy,
+        best=best,
+        seconds=evaluation.seconds,
+    )
+
+
+def skip_warning(update: int, loss: float, state: RunState) -> LogMessage:
+    """Report that update number `update` did not change the weights, with the loss scale from now on."""
+    cause = "gradients are" if math.isfinite(loss) else "loss is"
+    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
+    scaling = "" if scale is None else f"; the loss scale is now {scale:g}"
+    message = f"update {update} is skipped: its {cause} not finite{scaling}"
+    return LogMessage(level="warning", message=message, data={"update": update, "loss_scale": scale})

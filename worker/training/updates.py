@@ -1,4 +1,4 @@
-"""One update: its gradients, in as many micro-batches as the device's memory asks for, and the step they lead to."""
+"""One update: gradient accumulation over micro-batches that fit the device's memory, then the optimizer's step."""
 
 import math
 from collections.abc import Callable
@@ -10,36 +10,37 @@ from worker.training.batches import MicroBatch, batches_of_update
 from worker.training.channel import Channel
 from worker.training.loss import backward_loss
 from worker.training.master_weights import MasterWeights
-from worker.training.memory import largest_that_fits, smaller, suffices
+from worker.training.memory import find_max_tokens, fits_in_memory, halve_max_tokens
 from worker.training.model import TrainableModel
 from worker.training.state import RunState
 
 
-def probe(
+def find_micro_batch_size(
     trainable: TrainableModel, state: RunState, rows: list[EncodedRow], order: TrainOrder, channel: Channel
 ) -> None:
-    """On a GPU, find out before the first update which micro-batch fits, where the spec leaves that to us."""
+    """On a GPU with `batch_size: auto`, find the largest micro-batch that fits, before the first update."""
     if state.device.type != "cuda" or state.progress.max_tokens or order.spec.trainer.batch_size != "auto":
         return
 
     def run(batch: MicroBatch) -> None:
         backward(trainable, state, [batch], batch.labelled)
 
-    generators = state.generators()
-    size = largest_that_fits(run, rows, order.schedule.max_rows, order.schedule.max_tokens)
+    generators = state.get_generators()
+    size = find_max_tokens(run, rows, order.schedule.max_rows, order.schedule.max_tokens)
     state.masters.reset()
-    state.use(generators)
+    state.set_generators(generators)
     state.progress.max_tokens = size
-    channel.tell(LogMessage(message=f"micro-batches of up to {size} tokens fit", data={"max_tokens": size}))
+    channel.send(LogMessage(message=f"micro-batches of up to {size} tokens fit", data={"max_tokens": size}))
 
 
-def add_gradients(
+def accumulate_gradients(
     trainable: TrainableModel, state: RunState, rows: list[EncodedRow], update: int, order: TrainOrder, channel: Channel
 ) -> tuple[float, int, int] | None:
-    """(the update's mean loss, its tokens, those with a label); its gradients are added up in the masters.
+    """Sum the update's gradients in the master weights. Returns (mean loss, tokens, labelled tokens).
 
-    Too little memory halves the micro-batch and begins the update again. None when a `pause` or `stop` arrived between
-    two micro-batches: gradients and generators are then as they were before the update, so a resume repeats it exactly.
+    If memory does not suffice, the update starts again with half the micro-batch. Returns None if a `pause` or `stop`
+    arrived between two micro-batches. Gradients and generators are then as before the update, so that a resumed run
+    repeats it exactly. Raises MemoryError if a single row does not fit.
     """
     while True:
         limits = order.schedule.model_copy(
@@ -47,24 +48,26 @@ def add_gradients(
         )
         batches = batches_of_update(rows, update, limits, order.spec.seed)
         labelled = sum(batch.labelled for batch in batches)
-        generators, sums = state.generators(), list[float]()
-        fits = suffices(
-            lambda: sums.extend(backward(trainable, state, batches, labelled, channel.must_leave))  # noqa: B023  called here
+        generators, loss_sums = state.get_generators(), list[float]()
+        fits = fits_in_memory(
+            lambda: loss_sums.extend(backward(trainable, state, batches, labelled, channel.must_exit))  # noqa: B023  called here
         )
-        if fits and sums:
-            state.rows.note((line for batch in batches for line in batch.lines), sums, update)
-            return math.fsum(sums) / labelled, sum(batch.tokens for batch in batches), labelled
+        if fits and loss_sums:
+            state.row_losses.record((line for batch in batches for line in batch.lines), loss_sums, update)
+            return math.fsum(loss_sums) / labelled, sum(batch.tokens for batch in batches), labelled
         state.masters.reset()
-        state.use(generators)
+        state.set_generators(generators)
         if fits:
             return None
-        half = smaller(batches)
+        half = halve_max_tokens(batches)
         if half is None:
-            raise MemoryError("a single row does not fit")
+            raise MemoryError("a micro-batch of a single row does not fit into memory")
         state.progress.max_tokens = half
-        told = f"memory did not suffice for update {update}: micro-batches have at most {half} tokens from here on"
-        channel.tell(
-            LogMessage(level="warning", message=f"{told}; the effective batch stays", data={"max_tokens": half})
+        message = f"update {update} ran out of memory; micro-batches now have at most {half} tokens"
+        channel.send(
+            LogMessage(
+                level="warning", message=f"{message}; the effective batch stays the same", data={"max_tokens": half}
+            )
         )
 
 
@@ -73,46 +76,50 @@ def backward(
     state: RunState,
     batches: list[MicroBatch],
     labelled: int,
-    cut_short: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[float]:
-    """Each row's summed loss; the gradients of their mean over `labelled` tokens are added up in the masters.
+    """Backpropagate the mean loss over `labelled` tokens into the master weights. Returns each row's summed loss.
 
-    Empty when `cut_short`, asked before each micro-batch, said so.
+    `should_stop` is called before each micro-batch; if it is true, the result is empty.
     """
     weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
-    by_row: list[torch.Tensor] = []
+    loss_sums: list[torch.Tensor] = []  # [num_rows] for each micro-batch
     for batch in batches:
-        if cut_short():
+        if should_stop():
             return []
-        by_row.append(micro_step(trainable, state.masters, batch, weight))
-    sums: list[float] = torch.cat(by_row).tolist()  # the first and only wait for the device in all micro-batches
+        loss_sums.append(backward_micro_batch(trainable, state.masters, batch, weight))
+    sums: list[float] = torch.cat(
+        loss_sums
+    ).tolist()  # the only synchronisation with the device in an update's gradients
     return sums
 
 
-def micro_step(
+def backward_micro_batch(
     trainable: TrainableModel, masters: MasterWeights, batch: MicroBatch, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Each row's summed loss, [rows]; its gradients times `weight` are added to the masters'. Nothing in here waits for
-    the device of `weight`."""
-    there = batch.to(weight.device)
-    by_row = backward_loss(trainable.hidden(there), trainable.head, there, weight)
+    """Add a micro-batch's gradients, times `weight`, to those of the master weights.
+
+    Returns each row's summed loss, [num_rows]. Does not synchronise with the device of `weight`.
+    """
+    on_device = batch.to(weight.device)
+    loss_sums = backward_loss(trainable.hidden(on_device), trainable.head, on_device, weight)
     masters.collect()
-    return by_row
+    return loss_sums
 
 
 def gradient_norm(state: RunState) -> float:
-    """Of the whole update, without the loss scale."""
+    """Unscale the gradients, add AdaLoRA's orthogonality penalty, and return the norm of all gradients."""
     if state.scaler.is_enabled():
         state.scaler.unscale_(state.optimizer)
-    if state.ranks is not None:
-        state.ranks.regularise()
+    if state.rank_allocator is not None:
+        state.rank_allocator.regularise()
     return float(state.masters.gradient.norm())
 
 
-def step(state: RunState, rate: float, norm: float, limit: float | None) -> None:
-    """Change the weights by the update's gradients, clipped to a norm of `limit`."""
-    if limit is not None and norm > limit:
-        state.masters.gradient.mul_(limit / norm)
+def optimizer_step(state: RunState, rate: float, norm: float, max_norm: float | None) -> None:
+    """Clip the gradients, whose norm is `norm`, to `max_norm`, and update the weights with learning rate `rate`."""
+    if max_norm is not None and norm > max_norm:
+        state.masters.gradient.mul_(max_norm / norm)
     state.optimizer.param_groups[0]["lr"] = rate
     state.scaler.step(state.optimizer)
     state.masters.refresh()
