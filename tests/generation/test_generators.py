@@ -22,8 +22,8 @@ from app.domain.errors import InvalidError, NotFoundError, UnavailableError
 from app.domain.ledger import Unavailable
 from app.generation import CompletionsGenerator, GenerationRequest, Generator, ScriptedGenerator, completions
 from app.tokenizers import load_tokenization
-from tests.inference.conftest import ENGINE, Server, Shelf, serving
-from tests.inference.conftest import shelf as shelf
+from tests.inference.conftest import ENGINE, Server, TinyModels, serving
+from tests.inference.conftest import tiny as tiny
 from tests.waiting import until
 from worker.inference.server.completion_service import ServerSettings
 from worker.inference.server.device_reservation import FixedReservation
@@ -39,8 +39,8 @@ class Connect(Protocol):
 
 
 @pytest.fixture(scope="module")
-def tokens(shelf: Shelf) -> Tokenization:
-    return load_tokenization((shelf.base / "tokenizer.json").read_bytes(), bos_id=0, eos_id=1)
+def tokens(tiny: TinyModels) -> Tokenization:
+    return load_tokenization((tiny.base / "tokenizer.json").read_bytes(), bos_id=0, eos_id=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def model() -> str:
 
 
 @pytest.fixture(scope="module")
-def guarded(shelf: Shelf) -> Iterator[Server]:
-    with serving(shelf.table(), ServerSettings(engine=ENGINE, secret=SECRET)) as server:
+def guarded(tiny: TinyModels) -> Iterator[Server]:
+    with serving(tiny.by_digest(), ServerSettings(engine=ENGINE, secret=SECRET)) as server:
         server.wait_until_ready()
         yield server
 
@@ -187,13 +187,13 @@ def test_a_wrong_secret_is_not_the_users_fault(connect: Connect, asked: Asked) -
     assert "guess" not in str(raised.value)
 
 
-def test_a_suspended_server_says_when_it_is_back(shelf: Shelf, asked: Asked) -> None:
+def test_a_suspended_server_says_when_it_is_back(tiny: TinyModels, asked: Asked) -> None:
     absent = FixedReservation(Unavailable("inference is suspended while a job trains (job_1)", 300.0))
     with (
-        serving(shelf.table(), ServerSettings(engine=ENGINE), absent) as server,
+        serving(tiny.by_digest(), ServerSettings(engine=ENGINE), absent) as server,
         closing(CompletionsGenerator(str(server.client.base_url))) as client,
     ):
-        until(lambda: "job_1" in server.front.engine.unavailable_reason)
+        until(lambda: "job_1" in server.service.engine.unavailable_reason)
         with pytest.raises(UnavailableError, match="is suspended while a job trains"):
             client.check()
         with pytest.raises(UnavailableError, match="is suspended while a job trains") as raised:

@@ -1,4 +1,4 @@
-"""A real front on a real port with a real engine behind it, over a tiny model and two adapters."""
+"""A real inference server on a real port, with a real engine process, over a tiny base and two adapters."""
 
 import contextlib
 import socket
@@ -29,20 +29,20 @@ PROMPT = [70, 90, 110, 130, 150, 170]
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """What is on disk: a base and two adapters over it."""
+class TinyModels:
+    """A tiny base and two adapters over it, on disk."""
 
     base: Path
     one: Path
     two: Path
 
     def served(self, digest: str, adapter: Path | None = None, **more: Any) -> ServedModel:
-        """A model of this shelf under a digest."""
+        """The base, or the base with an adapter, under a digest."""
         path = None if adapter is None else str(adapter)
-        given = {"max_model_len": 512, "base_digest": "base", **more}
-        return ServedModel(digest=digest, base_path=str(self.base), adapter_path=path, **given)
+        fields = {"max_model_len": 512, "base_digest": "base", **more}
+        return ServedModel(digest=digest, base_path=str(self.base), adapter_path=path, **fields)
 
-    def table(self) -> dict[str, ServedModel]:
+    def by_digest(self) -> dict[str, ServedModel]:
         """The usual digests: the base, both adapters over it, and the NF4 base with an adapter."""
         return {
             "base": self.served("base"),
@@ -52,8 +52,8 @@ class Shelf:
         }
 
 
-class Speaker:
-    """Somebody who speaks the completions protocol, asked for one base after a prompt of six ids."""
+class CompletionsClient:
+    """A client of the completions protocol, with a default model and a default prompt of six ids."""
 
     def __init__(self, client: httpx.Client, model: str, prompt: list[int]) -> None:
         self.client = client
@@ -61,30 +61,30 @@ class Speaker:
         self.prompt = prompt
 
     def ask(self, **body: Any) -> httpx.Response:
-        """POST a completions request for the usual prompt, greedy, with token ids, unless told otherwise."""
-        usual = {"model": self.model, "prompt": self.prompt, "temperature": 0, "return_token_ids": True}
-        return self.client.post("/v1/completions", json={**usual, **body})
+        """POST a completions request, by default greedy over the default prompt, with token ids."""
+        defaults = {"model": self.model, "prompt": self.prompt, "temperature": 0, "return_token_ids": True}
+        return self.client.post("/v1/completions", json={**defaults, **body})
 
     def choice(self, **body: Any) -> dict[str, Any]:
-        """The only choice of an answer that must be a 200."""
+        """The only choice of a response that must be a 200."""
         response = self.ask(**body)
         assert response.status_code == 200, response.text
         choice: dict[str, Any] = response.json()["choices"][0]
         return choice
 
     def ids(self, **body: Any) -> list[int]:
-        """The token ids of an answer."""
+        """The token ids of the completion."""
         ids: list[int] = self.choice(**body)["token_ids"]
         return ids
 
 
-class Server(Speaker):
-    """A running front, and the client's side of it."""
+class Server(CompletionsClient):
+    """A running server and a client of it."""
 
     def __init__(self, url: str, app: Any) -> None:
         transport = ExclusiveTransport(connections=500, idle_seconds=2)  # threads of a test share the client
         super().__init__(httpx.Client(base_url=url, timeout=120, transport=transport), "base", PROMPT)
-        self.front = app.state.service
+        self.service = app.state.service
 
     def metric(self, name: str) -> float:
         """The value of an unlabelled metric now."""
@@ -93,8 +93,8 @@ class Server(Speaker):
                 return float(line.split()[1])
         raise AssertionError(f"no metric {name}")
 
-    def settled(self, *names: str) -> list[float]:
-        """Metrics once they stand still: the engine reports a moment after it answers."""
+    def stable_metrics(self, *names: str) -> list[float]:
+        """Metrics, once they no longer change: the engine reports them a moment after it answers."""
         while True:
             before = [self.metric(name) for name in names]
             time.sleep(0.3)
@@ -114,7 +114,7 @@ def serving(
     expected: Sequence[str] = (),
     resolver: Callable[[dict[str, ServedModel], Sequence[str]], StaticResolver] = StaticResolver,
 ) -> Iterator[Server]:
-    """A front in a thread; its engine is a process that ends with it."""
+    """Run a server in a thread; its engine process ends with it."""
     app = create_inference_app(resolver(models, expected), settings, reservation)
     # asyncio sets TCP_NODELAY only where the protocol is named; without it answers take 40 ms more.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
@@ -134,18 +134,18 @@ def serving(
 
 
 @pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """The tiny base and two adapters, made once."""
-    folder = tmp_path_factory.mktemp("shelf")
+    folder = tmp_path_factory.mktemp("tiny")
     base = make_tiny_model(folder / "base")
     one = make_tiny_adapter(base, folder / "one", seed=1)
     two = make_tiny_adapter(base, folder / "two", seed=2, r=2)
-    return Shelf(base, one, two)
+    return TinyModels(base, one, two)
 
 
 @pytest.fixture(scope="session")
-def server(shelf: Shelf) -> Iterator[Server]:
-    """One front with a ready engine for all tests that leave it as they found it."""
-    with serving(shelf.table(), ServerSettings(engine=ENGINE)) as running:
+def server(tiny: TinyModels) -> Iterator[Server]:
+    """One server with a ready engine, for all tests that leave it as they found it."""
+    with serving(tiny.by_digest(), ServerSettings(engine=ENGINE)) as running:
         running.wait_until_ready()
         yield running

@@ -1,4 +1,4 @@
-"""What a CUDA graph does, without a GPU: the operations of some work are recorded, and replayed on the same memory."""
+"""A CUDA graph's behaviour without a GPU: the operations of a run are captured, and replayed on the same memory."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from worker.inference.cache.cuda_graphs import Run
 
 
-class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its subclass hook is untyped
+class _CapturedOps(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its subclass hook is untyped
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any, Any]] = []
@@ -20,23 +20,23 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its subclass
         return out
 
 
-class Tape:
-    """A `Record`. `recorded` and `replayed` count; where it is `unable`, it says so as torch does."""
+class FakeCapture:
+    """A `Capture`. Counts captures and replays. If `fails` is set, it raises torch's error."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-        self.unable = False
+        self.num_captured = self.num_replayed = 0
+        self.fails = False
 
     def __call__(self, run: Run) -> Run:
-        if self.unable:
+        if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
-        with _Tape() as tape:
+        with _CapturedOps() as ops:
             out = run()
-        self.recorded += 1
+        self.num_captured += 1
 
         def replay() -> torch.Tensor:
-            self.replayed += 1
-            for func, args, kwargs, made in tape.calls:
+            self.num_replayed += 1
+            for func, args, kwargs, made in ops.calls:
                 for old, new in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
                     if isinstance(old, torch.Tensor):
                         old.copy_(new)

@@ -1,4 +1,4 @@
-"""Bases are read beside those who are answered, and take turns where they do not fit together."""
+"""Bases are loaded while requests over other bases run. Bases that do not fit together take turns."""
 
 from pathlib import Path
 from threading import Event
@@ -8,8 +8,8 @@ from time import sleep
 import pytest
 import torch
 
-from tests.inference.conftest import Shelf
-from tests.inference.test_scheduler import Desk
+from tests.inference.conftest import TinyModels
+from tests.inference.test_scheduler import SchedulerHarness
 from tests.waiting import until
 from worker.inference.ipc import EngineSettings, Failed
 from worker.inference.model.adapters import AdaptedBase
@@ -18,8 +18,8 @@ from worker.inference.model.memory_use import PROCESS_BYTES, base_bytes
 from worker.inference.sampling_params import ServedModel
 
 
-class Gated(LoadedModels):
-    """Reads a base once its gate is open, and notes which."""
+class GatedModels(LoadedModels):
+    """Reads a base once its gate is open, and records its digest."""
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
@@ -32,136 +32,138 @@ class Gated(LoadedModels):
         return super().read_base(served)
 
 
-class Gatehouse(Desk):
-    """A desk whose gate is open at first."""
+class GatedHarness(SchedulerHarness):
+    """A harness whose models are read once `models.gate` is open. It is open at first."""
 
-    models: Gated
+    models: GatedModels
 
     def __init__(self, **settings: int) -> None:
-        super().__init__(Gated, **settings)
+        super().__init__(GatedModels, **settings)
         self.models.gate.set()
 
-    def work(self) -> None:
-        """As long as there is something to do without waiting."""
+    def run_until_loading(self) -> None:
+        """Step until all that is left waits for a base."""
         while self.scheduler.has_work:
             self.scheduler.step()
 
 
 @pytest.fixture
-def late(shelf: Shelf) -> ServedModel:
+def late(tiny: TinyModels) -> ServedModel:
     """Another base, by its digest."""
-    return shelf.served("late", base_digest="late")
+    return tiny.served("late", base_digest="late")
 
 
-def test_others_are_answered_while_a_base_is_read(shelf: Shelf, late: ServedModel) -> None:
-    desk = Gatehouse()
-    desk.ask("first", shelf.served("base"))
-    desk.models.gate.clear()
-    desk.hand_in("waits", late)
-    desk.hand_in("waits too", late)
+def test_requests_over_other_bases_run_while_a_base_is_loaded(tiny: TinyModels, late: ServedModel) -> None:
+    harness = GatedHarness()
+    harness.add_and_load("first", tiny.served("base"))
+    harness.models.gate.clear()
+    harness.add("waits", late)
+    harness.add("waits too", late)
     for number in range(3):
-        desk.hand_in(f"goes on {number}", shelf.served("one", shelf.one))
+        harness.add(f"goes on {number}", tiny.served("one", tiny.one))
 
-    desk.work()
+    harness.run_until_loading()
 
-    assert set(desk.finished) == {"first", "goes on 0", "goes on 1", "goes on 2"}
-    assert desk.scheduler.stats.waiting == 2
-    desk.models.gate.set()
-    desk.run()
-    assert set(desk.finished[4:]) == {"waits", "waits too"}
-    assert desk.models.read_bases == ["base", "late"]
-
-
-def test_whoever_gives_up_meanwhile_is_not_answered(shelf: Shelf, late: ServedModel) -> None:
-    desk = Gatehouse()
-    desk.models.gate.clear()
-    desk.hand_in("gives up", late)
-    desk.hand_in("waits", late)
-    desk.scheduler.cancel("gives up")
-    desk.models.gate.set()
-
-    desk.run()
-
-    assert desk.finished == ["waits"]
-    assert desk.scheduler.stats.waiting == 0
+    assert set(harness.finished) == {"first", "goes on 0", "goes on 1", "goes on 2"}
+    assert harness.scheduler.stats.waiting == 2
+    harness.models.gate.set()
+    harness.run()
+    assert set(harness.finished[4:]) == {"waits", "waits too"}
+    assert harness.models.read_bases == ["base", "late"]
 
 
-def test_a_base_that_cannot_be_read_is_told_to_all_who_wait_for_it(shelf: Shelf, tmp_path: Path) -> None:
-    desk = Gatehouse()
-    desk.models.gate.clear()
-    torn = shelf.served("torn", base_digest="torn").model_copy(update={"base_path": str(tmp_path)})
+def test_a_request_cancelled_while_its_base_loads_is_not_run(tiny: TinyModels, late: ServedModel) -> None:
+    harness = GatedHarness()
+    harness.models.gate.clear()
+    harness.add("cancelled", late)
+    harness.add("waits", late)
+    harness.scheduler.cancel("cancelled")
+    harness.models.gate.set()
+
+    harness.run()
+
+    assert harness.finished == ["waits"]
+    assert harness.scheduler.stats.waiting == 0
+
+
+def test_a_base_that_cannot_be_loaded_fails_all_requests_for_it(tiny: TinyModels, tmp_path: Path) -> None:
+    harness = GatedHarness()
+    harness.models.gate.clear()
+    torn = tiny.served("torn", base_digest="torn").model_copy(update={"base_path": str(tmp_path)})
     for name in ("one", "two"):
-        desk.hand_in(name, torn)
-    desk.models.gate.set()
-    desk.hand_in("other", shelf.served("base"))
+        harness.add(name, torn)
+    harness.models.gate.set()
+    harness.add("other", tiny.served("base"))
 
-    desk.run()
+    harness.run()
 
-    told = [message for message in desk.said if isinstance(message, Failed)]
-    assert [(failed.id, failed.status) for failed in told] == [("one", 422), ("two", 422)]
-    assert all("base model torn cannot be loaded" in failed.message for failed in told)
-    assert desk.finished == ["other"]
-    assert not desk.scheduler.has_work
+    failures = [message for message in harness.outputs if isinstance(message, Failed)]
+    assert [(failed.id, failed.status) for failed in failures] == [("one", 422), ("two", 422)]
+    assert all("base model torn cannot be loaded" in failed.message for failed in failures)
+    assert harness.finished == ["other"]
+    assert not harness.scheduler.has_work
 
 
-def test_bases_are_read_one_at_a_time_by_threads_that_end(shelf: Shelf, late: ServedModel) -> None:
-    """transformers makes a model under the process's default dtype; and a thread that stays slows the one that answers
-    (see `base_loader`)."""
-    desk = Gatehouse()
-    at_once: list[int] = []
-    read = desk.models.read_base
+def test_bases_are_loaded_one_at_a_time_by_threads_that_end(tiny: TinyModels, late: ServedModel) -> None:
+    """transformers sets the process's default dtype while it creates a model. An idle loader thread would slow the
+    scheduler's (see `base_loader`)."""
+    harness = GatedHarness()
+    reading: list[int] = []
+    read = harness.models.read_base
 
     def counted(served: ServedModel) -> AdaptedBase:
-        at_once.append(1)
+        reading.append(1)
         try:
             sleep(0.2)
             return read(served)
         finally:
-            assert len(at_once) == 1
-            at_once.clear()
+            assert len(reading) == 1
+            reading.clear()
 
-    desk.models.read_base = counted  # type: ignore[method-assign]
-    for number, model in enumerate((shelf.served("base"), late)):
-        desk.hand_in(f"{number}", model)
+    harness.models.read_base = counted  # type: ignore[method-assign]
+    for number, model in enumerate((tiny.served("base"), late)):
+        harness.add(f"{number}", model)
     assert sum(thread.name == "base-loader" for thread in enumerate_threads()) == 2
 
-    desk.run()
+    harness.run()
 
-    assert sorted(desk.finished) == ["0", "1"]
-    until(lambda: all(thread.name != "reader" for thread in enumerate_threads()))
+    assert sorted(harness.finished) == ["0", "1"]
+    until(lambda: all(thread.name != "base-loader" for thread in enumerate_threads()))
 
 
-def one_base(shelf: Shelf) -> Gatehouse:
-    """With memory for one base at a time."""
-    size = base_bytes(shelf.served("base"), torch.device("cpu"), torch.float32)
+def one_base(tiny: TinyModels) -> GatedHarness:
+    """A harness with memory for one base at a time."""
+    size = base_bytes(tiny.served("base"), torch.device("cpu"), torch.float32)
     memory = PROCESS_BYTES["cpu"] + 2 * size - 1 + (1 << 17)
-    return Gatehouse(memory_bytes=memory, kv_bytes=1 << 17, prefix_cache_bytes=0)
+    return GatedHarness(memory_bytes=memory, kv_bytes=1 << 17, prefix_cache_bytes=0)
 
 
-def test_bases_that_do_not_fit_together_are_read_once_for_all_who_wait(shelf: Shelf, late: ServedModel) -> None:
-    desk = one_base(shelf)
+def test_bases_that_do_not_fit_together_are_loaded_once_for_all_waiting_requests(
+    tiny: TinyModels, late: ServedModel
+) -> None:
+    harness = one_base(tiny)
     for number in range(6):
-        desk.hand_in(f"base {number}", shelf.served("base"))
-        desk.hand_in(f"late {number}", late)
+        harness.add(f"base {number}", tiny.served("base"))
+        harness.add(f"late {number}", late)
 
-    desk.run()
+    harness.run()
 
-    assert len(desk.finished) == 12
-    assert desk.models.read_bases == ["base", "late", "base"]
+    assert len(harness.finished) == 12
+    assert harness.models.read_bases == ["base", "late", "base"]
 
 
-def test_a_crowd_over_one_base_does_not_starve_another(shelf: Shelf, late: ServedModel) -> None:
-    desk = one_base(shelf)
-    desk.ask("crowd", shelf.served("base"))
+def test_many_requests_over_one_base_do_not_starve_another(tiny: TinyModels, late: ServedModel) -> None:
+    harness = one_base(tiny)
+    harness.add_and_load("many", tiny.served("base"))
     for number in range(40):
-        desk.ask(f"crowd {number}", shelf.served("base"))
+        harness.add_and_load(f"many {number}", tiny.served("base"))
     for _ in range(3):
-        desk.scheduler.step()  # the first of the crowd are being answered
-    desk.hand_in("single", late)
+        harness.scheduler.step()  # the first of the many are running
+    harness.add("single", late)
     for number in range(40, 50):
-        desk.hand_in(f"crowd {number}", shelf.served("base"))
+        harness.add(f"many {number}", tiny.served("base"))
 
-    desk.run()
+    harness.run()
 
-    assert len(desk.finished) == 52
-    assert desk.finished.index("single") <= 16
+    assert len(harness.finished) == 52
+    assert harness.finished.index("single") <= 16

@@ -1,5 +1,6 @@
-"""An answer at temperature 0 is the same to the bit alone, in any company, and from any cache: the products and the
-attention of real models' shapes, through the scheduler."""
+"""Batch invariance: at temperature 0 a completion has the same bits alone, in any batch, and from the prefix cache.
+
+Matrix products and attention have real models' shapes, and run through the scheduler."""
 
 import itertools
 import random
@@ -50,7 +51,7 @@ TOLERANCE = 1e-3
 
 
 def save(base: Path, model: Any) -> Path:
-    """A base whose numbers are large enough to be rounded differently wherever they can be."""
+    """Save a base whose weights are large enough for rounding errors to show."""
     make_tiny_model(base)
     torch.manual_seed(7)
     for parameter in model.parameters():
@@ -91,57 +92,57 @@ Requests = list[tuple[ServedModel, list[int]]]
 
 @pytest.fixture
 def requests(served: list[ServedModel]) -> Requests:
-    """Prompts of lengths at which kernels change their ways, by all models in turn."""
+    """Prompts of lengths at which kernels change their algorithm, for all models in turn."""
     draw = random.Random(5)
     prompts = [[draw.randrange(3, 400) for _ in range(length)] for length in LENGTHS]
-    return [(served[place % len(served)], prompt) for place, prompt in enumerate(prompts)]
+    return [(served[index % len(served)], prompt) for index, prompt in enumerate(prompts)]
 
 
-def answers(
+def complete(
     requests: Requests, *, at_once: int, rounds: int = 1, dtype: Literal["bfloat16", "float32"] = "bfloat16"
 ) -> list[list[Finished]]:
-    """Of each round, in which one engine is asked the same again, with what it remembers."""
-    memory = 0 if rounds == 1 else 1 << 30
-    settings = EngineSettings(device="cpu", dtype=dtype, max_batch=at_once, prefix_cache_bytes=memory)
-    said: list[EngineOutput] = []
-    scheduler = Scheduler(LoadedModels(settings), settings, said.append)
+    """The results of each round. Rounds send the same requests to one scheduler. Two rounds share a prefix cache."""
+    cache_bytes = 0 if rounds == 1 else 1 << 30
+    settings = EngineSettings(device="cpu", dtype=dtype, max_batch=at_once, prefix_cache_bytes=cache_bytes)
+    outputs: list[EngineOutput] = []
+    scheduler = Scheduler(LoadedModels(settings), settings, outputs.append)
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=3)
     for number in range(rounds):
-        for place, (model, prompt) in enumerate(requests):
-            request_id = f"{number}/{place:02}"
+        for index, (model, prompt) in enumerate(requests):
+            request_id = f"{number}/{index:02}"
             scheduler.add(Generate(id=request_id, model=model, prompt=prompt, sampling=sampling))
         while scheduler.has_work or scheduler.is_loading:
             scheduler.step()
-    found = sorted((message for message in said if isinstance(message, Finished)), key=lambda answer: answer.id)
+    found = sorted((message for message in outputs if isinstance(message, Finished)), key=lambda answer: answer.id)
     assert len(found) == rounds * len(requests)
     return [found[start : start + len(requests)] for start in range(0, len(found), len(requests))]
 
 
-def heard(answers: Sequence[Finished], start: int = 0, end: int = TOKENS) -> list[Any]:
-    """What a client sees of them: tokens, and log-probabilities to the last digit."""
-    return [(answer.token_ids[start:end], (answer.logprobs or [])[start:end]) for answer in answers]
+def exact(results: Sequence[Finished], start: int = 0, end: int = TOKENS) -> list[Any]:
+    """Token ids and log-probabilities, exact."""
+    return [(answer.token_ids[start:end], (answer.logprobs or [])[start:end]) for answer in results]
 
 
 @to_the_bit
-def test_company_changes_no_bit(requests: Requests) -> None:
-    (alone,) = answers(requests, at_once=1)
+def test_the_batch_changes_no_bit(requests: Requests) -> None:
+    (alone,) = complete(requests, at_once=1)
     for at_once in (2, 5, 16):
-        (together,) = answers(requests, at_once=at_once)
-        assert heard(together) == heard(alone), at_once
+        (together,) = complete(requests, at_once=at_once)
+        assert exact(together) == exact(alone), at_once
 
 
 @to_the_bit
-def test_what_is_remembered_changes_no_bit(requests: Requests) -> None:
-    (fresh,) = answers(requests, at_once=16)
-    first, again = answers(requests, at_once=16, rounds=2)
+def test_the_prefix_cache_changes_no_bit(requests: Requests) -> None:
+    (fresh,) = complete(requests, at_once=16)
+    first, again = complete(requests, at_once=16, rounds=2)
     assert sum(answer.cached_tokens for answer in again) > 0.9 * sum(LENGTHS)
-    assert heard(first) == heard(fresh)
-    assert heard(again) == heard(fresh)
+    assert exact(first) == exact(fresh)
+    assert exact(again) == exact(fresh)
 
 
-class Cancelling:
-    """A model beside keys and values that cancel but for their last bits: an order of summing shows in one row of ten
-    that text would show in one answer of twenty."""
+class CancellingModel:
+    """A model over keys and values that cancel but for their last bits. Another order of summation shows in one row of
+    ten; with real text it shows in one completion of twenty."""
 
     def __init__(self, model: Any) -> None:
         self._config = model.config
@@ -149,8 +150,8 @@ class Cancelling:
         assert forward is not None
         self._forward = forward
 
-    def remembered(self, length: int) -> Snapshot:
-        """Of each layer, two by two with the same key and nearly opposite values."""
+    def make_prefix(self, length: int) -> Snapshot:
+        """Keys and values of each layer: pairs with the same key and nearly opposite values."""
         config = self._config
         shape = config.num_key_value_heads, length // 2, 1, config.hidden_size // config.num_attention_heads
 
@@ -162,63 +163,63 @@ class Cancelling:
 
         return [layer() for _ in range(config.num_hidden_layers)]
 
-    def answered(self, rows: Sequence[Snapshot], lengths: list[int]) -> torch.Tensor:
-        """The logits behind one more token of each row, [rows, V]."""
-        return decode(self._forward, self._store(rows, lengths), [5] * len(rows), lengths)
+    def decode_rows(self, rows: Sequence[Snapshot], lengths: list[int]) -> torch.Tensor:
+        """Decode one token of each row. Returns logits [num_rows, vocab]."""
+        return decode(self._forward, self._kv_cache(rows, lengths), [5] * len(rows), lengths)
 
-    def read(self, row: Snapshot, start: int, ids: list[int], ends: Sequence[int]) -> torch.Tensor:
-        """The logits behind the last of `ids`, read in as many steps as `ends` has numbers, [1, V]."""
-        store, logits = self._store([row], [start]), torch.empty(0)
+    def prefill(self, row: Snapshot, start: int, ids: list[int], ends: Sequence[int]) -> torch.Tensor:
+        """Prefill `ids` in chunks that end at `ends`. Returns the last logits, [1, vocab]."""
+        kv_cache, logits = self._kv_cache([row], [start]), torch.empty(0)
         for begin, end in itertools.pairwise([0, *ends]):
-            logits = run_step(self._forward, store, (), (), [PrefillChunk(0, ids[begin:end], start + begin, 1)])
+            logits = run_step(self._forward, kv_cache, (), (), [PrefillChunk(0, ids[begin:end], start + begin, 1)])
         return logits
 
-    def written(self, row: Snapshot, start: int, ids: list[int]) -> torch.Tensor:
-        """The same where `ids` were not read but written, one after the other."""
-        store, logits = self._store([row], [start]), torch.empty(0)
-        for place, token in enumerate(ids):
-            logits = decode(self._forward, store, [token], [start + place])
+    def decode_ids(self, row: Snapshot, start: int, ids: list[int]) -> torch.Tensor:
+        """Decode `ids` one by one. Returns the last logits, [1, vocab]."""
+        kv_cache, logits = self._kv_cache([row], [start]), torch.empty(0)
+        for index, token in enumerate(ids):
+            logits = decode(self._forward, kv_cache, [token], [start + index])
         return logits
 
-    def _store(self, rows: Sequence[Snapshot], lengths: list[int]) -> KVCache:
-        store = KVCache(len(rows[0]))
-        store.reserve(len(rows), max(lengths) + 64)
+    def _kv_cache(self, rows: Sequence[Snapshot], lengths: list[int]) -> KVCache:
+        kv_cache = KVCache(len(rows[0]))
+        kv_cache.reserve(len(rows), max(lengths) + 64)
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            store.restore(number, row, length)
-        return store
+            kv_cache.restore(number, row, length)
+        return kv_cache
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def cancelling(request: pytest.FixtureRequest) -> Cancelling:
+def cancelling(request: pytest.FixtureRequest) -> CancellingModel:
     torch.manual_seed(7)
-    return Cancelling(SHAPES[request.param]())
+    return CancellingModel(SHAPES[request.param]())
 
 
 @to_the_bit
-def test_company_changes_no_bit_of_what_nearly_cancels(cancelling: Cancelling) -> None:
+def test_the_batch_changes_no_bit_of_sums_that_nearly_cancel(cancelling: CancellingModel) -> None:
     for _ in range(20):
         lengths = torch.randint(1, 350, (16,)).mul(2).tolist()
-        rows = [cancelling.remembered(length) for length in lengths]
-        together = cancelling.answered(rows, lengths)
+        rows = [cancelling.make_prefix(length) for length in lengths]
+        together = cancelling.decode_rows(rows, lengths)
         for row, length in enumerate(lengths):
-            alone = cancelling.answered([rows[row]], [length])
+            alone = cancelling.decode_rows([rows[row]], [length])
             assert torch.equal(alone[0], together[row]), (length, max(lengths))
 
 
 @to_the_bit
-def test_how_tokens_came_there_changes_no_bit_of_what_nearly_cancels(cancelling: Cancelling) -> None:
+def test_chunks_change_no_bit_of_sums_that_nearly_cancel(cancelling: CancellingModel) -> None:
     ids = list(range(3, 53))
     for length in range(2, 720, 36):
-        row = cancelling.remembered(length)
-        at_once = cancelling.read(row, length, ids, [50])
+        row = cancelling.make_prefix(length)
+        at_once = cancelling.prefill(row, length, ids, [50])
         for ends in ((49, 50), (48, 50), (47, 50), (46, 50), (1, 3, 6, 31, 50)):
-            assert torch.equal(cancelling.read(row, length, ids, ends), at_once), (length, ends)
-        assert torch.equal(cancelling.written(row, length, ids), at_once), length
+            assert torch.equal(cancelling.prefill(row, length, ids, ends), at_once), (length, ends)
+        assert torch.equal(cancelling.decode_ids(row, length, ids), at_once), length
 
 
 def test_in_float32_answers_part_only_at_a_near_tie(requests: Requests) -> None:
-    (alone,) = answers(requests, at_once=1, dtype="float32")
-    (together,) = answers(requests, at_once=16, dtype="float32")
+    (alone,) = complete(requests, at_once=1, dtype="float32")
+    (together,) = complete(requests, at_once=16, dtype="float32")
     for one, other in zip(alone, together, strict=True):
         for mine, theirs in zip(one.logprobs or [], other.logprobs or [], strict=True):
             if mine.chosen.id != theirs.chosen.id:

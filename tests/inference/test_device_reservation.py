@@ -1,4 +1,4 @@
-"""The engine's place in a real ledger: reserved, renewed in time, given up for a job, and taken again."""
+"""Inference's reservation in a real ledger: reserved, renewed in time, released for a job, and reserved again."""
 
 import time
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ GB = 10**9
 
 @pytest.fixture
 def deployment(services: Services) -> Iterator[Services]:
-    told = services.settings.model_copy(update={"inference_memory": GB, "device_policy": "yield"})
-    composed = compose(told)
+    settings = services.settings.model_copy(update={"inference_memory": GB, "device_policy": "yield"})
+    composed = compose(settings)
     yield composed
     composed.close()
 
@@ -26,25 +26,25 @@ def reserved(services: Services) -> dict[Tenant, int]:
     return {one.tenant: one.bytes for one in services.ledger.by_host().get(services.settings.host_name, ())}
 
 
-def test_it_reserves_what_the_operator_says_else_half(services: Services, deployment: Services) -> None:
+def test_it_reserves_the_setting_or_half_of_the_device(services: Services, deployment: Services) -> None:
     assert LedgerReservation(deployment).bytes == GB
     assert LedgerReservation(services).bytes == describe_device(()).bytes // 2
 
 
-def test_the_engine_is_told_what_the_deployment_sets(services: Services) -> None:
-    told = {"inference_max_batch": 3, "inference_dtype": "float32", "inference_memory": GB}
-    engine = build_inference_app(services.settings.model_copy(update=told)).state.service.settings.engine
+def test_the_engine_gets_the_deployments_settings(services: Services) -> None:
+    settings = {"inference_max_batch": 3, "inference_dtype": "float32", "inference_memory": GB}
+    engine = build_inference_app(services.settings.model_copy(update=settings)).state.service.settings.engine
     assert (engine.max_batch, engine.dtype, engine.memory_bytes) == (3, "float32", GB)
 
 
-def test_it_stays_until_a_job_comes_and_comes_back_behind_it(deployment: Services) -> None:
+def test_it_is_released_for_a_job_and_reserved_again_afterwards(deployment: Services) -> None:
     reservation, host = LedgerReservation(deployment), deployment.settings.host_name
     assert reservation.renew() is None
     assert reserved(deployment) == {Tenant.INFERENCE: GB}
     deployment.ledger.reserve_for_training(host, "trainer", "job_1", GB, 10 * GB)
-    absence = reservation.renew()
-    assert absence is not None
-    assert "job_1" in absence.reason
+    unavailable = reservation.renew()
+    assert unavailable is not None
+    assert "job_1" in unavailable.reason
     assert reserved(deployment) == {Tenant.INFERENCE: GB, Tenant.TRAINING: GB}  # until its engine has ended
     reservation.release()
     assert reservation.renew() is not None
@@ -54,7 +54,7 @@ def test_it_stays_until_a_job_comes_and_comes_back_behind_it(deployment: Service
     assert reserved(deployment) == {Tenant.INFERENCE: GB}
 
 
-def test_one_that_starts_after_another_was_killed_goes_on_with_its_place(deployment: Services) -> None:
+def test_a_server_takes_over_the_reservation_of_a_killed_one(deployment: Services) -> None:
     assert [LedgerReservation(deployment).renew() for _ in range(2)] == [None, None]
     assert len(deployment.ledger.by_host()[deployment.settings.host_name]) == 1
 

@@ -1,4 +1,4 @@
-"""The two processes' lives: full queues, dead engines, lost clients, and that nothing outlives the front."""
+"""Server and engine processes: full queues, killed engines, disconnected clients. No engine outlives its server."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from tests.inference.conftest import ENGINE, Server, TinyModels, serving
 from tests.waiting import until
 from worker.inference.sampling_params import ServedModel
 from worker.inference.server.completion_service import ServerSettings
@@ -27,18 +27,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def small(shelf: Shelf) -> Iterator[Server]:
-    """A front that takes two answers at a time, guarded by a secret."""
+def small(tiny: TinyModels) -> Iterator[Server]:
+    """A server with a secret. It takes two requests at a time."""
     settings = ServerSettings(engine=ENGINE, max_in_flight=2, secret=SecretStr("s3cret"))
-    with serving(shelf.table(), settings) as running:
+    with serving(tiny.by_digest(), settings) as running:
         running.client.headers["Authorization"] = "Bearer s3cret"
         yield running
 
 
 @contextlib.contextmanager
 def stopped(server: Server) -> Iterator[int]:
-    """The engine stands still inside; its process id."""
-    pid = server.front.engine.pid
+    """Stop the engine with SIGSTOP while the block runs. Yields its process id."""
+    pid = server.service.engine.pid
     os.kill(pid, signal.SIGSTOP)
     try:
         yield pid
@@ -57,13 +57,13 @@ def alive(pid: int) -> bool:
 
 def ask_in_background(server: Server, pool: ThreadPoolExecutor, count: int) -> list[Future[httpx.Response]]:
     """Requests that are in flight when this returns."""
-    before = server.front.engine.in_flight
+    before = server.service.engine.in_flight
     futures = [pool.submit(server.ask, prompt=[9, 9 + i], max_tokens=20) for i in range(count)]
-    until(lambda: server.front.engine.in_flight == before + count)
+    until(lambda: server.service.engine.in_flight == before + count)
     return futures
 
 
-def test_before_the_engine_is_ready_everybody_is_told_to_wait(small: Server) -> None:
+def test_requests_before_the_engine_is_ready_get_retry_after(small: Server) -> None:
     early = [small.client.get("/health"), small.ask()]
 
     assert [response.status_code for response in early] == [503, 503]
@@ -72,7 +72,7 @@ def test_before_the_engine_is_ready_everybody_is_told_to_wait(small: Server) -> 
     small.wait_until_ready()
 
 
-def test_the_secret_guards_the_api_only(small: Server) -> None:
+def test_the_secret_is_required_by_the_api_only(small: Server) -> None:
     small.wait_until_ready()
     for header in ("Bearer wrong", "s3cret", ""):
         assert small.client.get("/v1/models", headers={"Authorization": header}).status_code == 401
@@ -82,7 +82,7 @@ def test_the_secret_guards_the_api_only(small: Server) -> None:
     assert httpx.get(f"{small.client.base_url}/health").status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_back(small: Server) -> None:
+def test_a_full_queue_is_a_429_with_retry_after(small: Server) -> None:
     small.wait_until_ready()
     with ThreadPoolExecutor(2) as pool, stopped(small):
         waiting = ask_in_background(small, pool, 2)
@@ -92,30 +92,30 @@ def test_a_full_queue_says_when_to_come_back(small: Server) -> None:
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["type"] == "RateLimitError"
-        os.kill(small.front.engine.pid, signal.SIGCONT)
+        os.kill(small.service.engine.pid, signal.SIGCONT)
         assert [future.result().status_code for future in waiting] == [200, 200]
     assert small.ask().status_code == 200
 
 
-class Slow(StaticResolver):
-    """Has to fetch what it is asked for."""
+class SlowResolver(StaticResolver):
+    """Takes 0.2 s for each lookup."""
 
     def resolve(self, digest: str) -> ServedModel:
         time.sleep(0.2)
         return super().resolve(digest)
 
 
-def test_a_model_that_must_be_fetched_lets_no_crowd_in(shelf: Shelf) -> None:
+def test_requests_that_wait_for_a_lookup_count_as_in_flight(tiny: TinyModels) -> None:
     settings = ServerSettings(engine=ENGINE, max_in_flight=4)
-    with serving(shelf.table(), settings, resolver=Slow) as running, ThreadPoolExecutor(12) as pool:
+    with serving(tiny.by_digest(), settings, resolver=SlowResolver) as running, ThreadPoolExecutor(12) as pool:
         running.wait_until_ready()
         asked = [pool.submit(running.ask, max_tokens=500, ignore_eos=True) for _ in range(12)]
         answers = [future.result().status_code for future in asked]
 
-    assert sorted(answers) == [200] * 3 + [429] * 9  # the fourth place is kept for another model
+    assert sorted(answers) == [200] * 3 + [429] * 9  # the fourth one is reserved for another model
 
 
-def test_a_killed_engine_fails_its_requests_and_comes_back(small: Server) -> None:
+def test_a_killed_engine_fails_its_requests_and_is_restarted(small: Server) -> None:
     small.wait_until_ready()
     before = small.ids(model="one")
     with ThreadPoolExecutor(2) as pool, stopped(small) as pid:
@@ -126,30 +126,30 @@ def test_a_killed_engine_fails_its_requests_and_comes_back(small: Server) -> Non
     assert [answer.status_code for answer in answers] == [503, 503]
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
     small.wait_until_ready()
-    assert small.front.engine.pid != pid
+    assert small.service.engine.pid != pid
     assert small.ids(model="one") == before
 
 
-def test_a_stuck_engine_fails_its_requests_and_another_comes(shelf: Shelf) -> None:
+def test_a_stuck_engine_fails_its_requests_and_is_replaced(tiny: TinyModels) -> None:
     quick = ServerSettings(engine=ENGINE.model_copy(update={"heartbeat": 0.3}))
-    with serving(shelf.table(), quick) as running:
+    with serving(tiny.by_digest(), quick) as running:
         running.wait_until_ready()
-        pid = running.front.engine.pid
+        pid = running.service.engine.pid
         time.sleep(2 * 0.3 * MISSED_HEARTBEATS)
-        assert running.front.engine.pid == pid, "one that only has nothing to do is not stuck"
+        assert running.service.engine.pid == pid, "an idle engine is not stuck"
         with ThreadPoolExecutor(2) as pool, stopped(running):
             answers = [future.result() for future in ask_in_background(running, pool, 2)]
 
         assert [answer.status_code for answer in answers] == [503, 503]
         assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
         running.wait_until_ready()
-        assert running.front.engine.pid != pid
+        assert running.service.engine.pid != pid
         assert running.ids(model="one")
 
 
-def test_an_engine_that_is_not_ready_in_time_is_ended_and_another_started() -> None:
+def test_an_engine_that_is_not_ready_in_time_is_replaced() -> None:
     with serving({}, ServerSettings(engine=ENGINE, start_limit=0.3)) as running:
-        until(lambda: running.front.engine.starts >= 2)
+        until(lambda: running.service.engine.starts >= 2)
 
         answer = running.client.get("/health")
         assert answer.status_code == 503
@@ -160,61 +160,61 @@ LONG: dict[str, Any] = {"model": "base", "prompt": [5, 6], "max_tokens": 500, "i
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_before_it_is_answered_frees_its_slot(small: Server, stream: bool) -> None:
+def test_a_client_that_disconnects_before_the_response_frees_its_row(small: Server, stream: bool) -> None:
     small.wait_until_ready()
-    (before,) = small.settled("vllm:generation_tokens_total")
+    (before,) = small.stable_metrics("vllm:generation_tokens_total")
 
     with stopped(small):
         with pytest.raises(httpx.ReadTimeout):
             small.client.post("/v1/completions", json={**LONG, "stream": stream}, timeout=0.5)
-        until(lambda: small.front.engine.in_flight == 0, seconds=20)  # while the engine says nothing
+        until(lambda: small.service.engine.in_flight == 0, seconds=20)  # while the engine sends nothing
 
-    (after,) = small.settled("vllm:generation_tokens_total")
+    (after,) = small.stable_metrics("vllm:generation_tokens_total")
     assert small.metric("vllm:num_requests_running") == 0
     assert after - before < 400  # of the 500 that were asked for
 
 
-def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slot(small: Server) -> None:
+def test_a_client_that_disconnects_in_the_middle_of_a_stream_frees_its_row(small: Server) -> None:
     small.wait_until_ready()
-    (before,) = small.settled("vllm:generation_tokens_total")
+    (before,) = small.stable_metrics("vllm:generation_tokens_total")
 
     with small.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
         lines = response.iter_lines()  # kept: an iterator that is dropped closes the connection
         next(lines)
         with stopped(small):
-            assert small.front.engine.in_flight == 1
+            assert small.service.engine.in_flight == 1
             response.close()
-            until(lambda: small.front.engine.in_flight == 0, seconds=20)
+            until(lambda: small.service.engine.in_flight == 0, seconds=20)
 
-    (after,) = small.settled("vllm:generation_tokens_total")
+    (after,) = small.stable_metrics("vllm:generation_tokens_total")
     assert small.metric("vllm:num_requests_running") == 0
     assert after - before < 400
 
 
-def test_the_engine_ends_when_the_front_is_killed() -> None:
+def test_the_engine_ends_when_its_server_is_killed() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    front = subprocess.Popen([sys.executable, "-c", FRONT, str(port)], cwd=ROOT)
+    server = subprocess.Popen([sys.executable, "-c", SERVER_SCRIPT, str(port)], cwd=ROOT)
     try:
-        engine = engine_of(front.pid, port)
-        front.kill()
-        front.wait()
+        engine = engine_of(server.pid, port)
+        server.kill()
+        server.wait()
         assert_ends(engine)
     finally:
-        front.kill()
-        front.wait()
+        server.kill()
+        server.wait()
 
 
-def test_the_engine_ends_with_the_server(shelf: Shelf) -> None:
-    with serving(shelf.table(), ServerSettings(engine=ENGINE)) as running:
-        until(lambda: running.front.engine.pid is not None)
-        engine = running.front.engine.pid
+def test_the_engine_ends_with_the_server(tiny: TinyModels) -> None:
+    with serving(tiny.by_digest(), ServerSettings(engine=ENGINE)) as running:
+        until(lambda: running.service.engine.pid is not None)
+        engine = running.service.engine.pid
 
     assert not alive(engine)
 
 
-FRONT = """
+SERVER_SCRIPT = """
 import sys, uvicorn
 from worker.inference.server.model_resolver import StaticResolver
 from worker.inference.server.app import create_inference_app
@@ -222,13 +222,13 @@ uvicorn.run(create_inference_app(StaticResolver({})), port=int(sys.argv[1]), log
 """
 
 
-def engine_of(front: int, port: int) -> int:
+def engine_of(server: int, port: int) -> int:
     """The engine's process id, once it is ready."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                children = Path(f"/proc/{front}/task/{front}/children").read_text().split()
+                children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
                 return int(children[0])
         time.sleep(0.1)
     raise AssertionError("the engine was not ready in time")
@@ -238,5 +238,5 @@ def assert_ends(pid: int) -> None:
     """Fail unless the process ends within seconds."""
     deadline = time.monotonic() + 10
     while alive(pid):
-        assert time.monotonic() < deadline, f"engine {pid} outlived its front"
+        assert time.monotonic() < deadline, f"engine {pid} outlived its server"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Lines that one of the two processes cannot read: whoever waits is told, and nobody else is hurt."""
+"""A line that server or engine cannot parse fails the request that it belongs to, and no other."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from worker.inference.server.engine_client import EngineClient
 from worker.json_lines import encode_message
 
 
-def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:
+def test_an_engine_fails_only_the_request_of_a_line_that_it_cannot_parse() -> None:
     lines = [encode_message(Configure(settings=ENGINE)), b'{"op":"generate","id":"odd","model":1}\n', b"\xff[[\n"]
     with subprocess.Popen(
         [sys.executable, "-m", "worker.inference.engine"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -32,36 +32,36 @@ def test_an_engine_survives_what_it_cannot_read_and_says_whose_it_is() -> None:
         assert engine.stdout is not None
         engine.stdin.write(b"".join(lines))
         engine.stdin.flush()
-        said = [decode_engine_output(engine.stdout.readline()) for _ in range(3)]
+        outputs = [decode_engine_output(engine.stdout.readline()) for _ in range(3)]
         engine.stdin.close()
 
-    assert [message.id for message in said if isinstance(message, Failed)] == ["odd", ""]
-    (ready,) = (message for message in said if isinstance(message, EngineReady))
+    assert [message.id for message in outputs if isinstance(message, Failed)] == ["odd", ""]
+    (ready,) = (message for message in outputs if isinstance(message, EngineReady))
     assert ready.batch_invariant is is_batch_invariant(torch.device(ready.device), getattr(torch, ready.dtype))
 
 
-def test_the_client_learns_whether_answers_depend_on_other_requests() -> None:
+def test_the_client_learns_whether_the_engine_is_batch_invariant() -> None:
     for batch_invariant in (True, False):
-        link = EngineClient(ENGINE, lambda _: None)
+        client = EngineClient(ENGINE, lambda _: None)
         ready = EngineReady(pid=1, device="cpu", dtype="bfloat16", batch_invariant=batch_invariant)
-        link._handle_line(encode_message(ready), time.monotonic())
-        assert link.batch_invariant is batch_invariant
+        client._handle_line(encode_message(ready), time.monotonic())
+        assert client.batch_invariant is batch_invariant
 
 
-def test_an_answer_that_cannot_be_read_fails_whoever_waits_for_it() -> None:
-    link, heard = EngineClient(ENGINE, lambda _: None), list[EngineOutput]()
-    link._handle_line(encode_message(EngineReady(pid=1, device="cpu", dtype="float32")), time.monotonic())
+def test_an_output_that_cannot_be_parsed_fails_its_request_alone() -> None:
+    client, received = EngineClient(ENGINE, lambda _: None), list[EngineOutput]()
+    client._handle_line(encode_message(EngineReady(pid=1, device="cpu", dtype="float32")), time.monotonic())
     model = ServedModel(digest="one", base_digest="one", base_path="/nowhere", max_model_len=8)
     for name in ("mine", "another"):
-        link.submit(Generate(id=name, model=model, prompt=[5], sampling=SamplingParams()), heard.append)
+        client.submit(Generate(id=name, model=model, prompt=[5], sampling=SamplingParams()), received.append)
 
-    link._handle_line(b'{"event":"finished","id":"mine","text":null}', 0.0)
+    client._handle_line(b'{"event":"finished","id":"mine","text":null}', 0.0)
 
-    assert heard == [Failed(id="mine", status=500, message="the engine's answer cannot be read")]
-    assert link.in_flight == 1
+    assert received == [Failed(id="mine", status=500, message="the engine's answer cannot be read")]
+    assert client.in_flight == 1
 
 
-def test_the_id_of_a_line_is_told_by_its_place() -> None:
+def test_the_request_id_is_only_read_from_the_start_of_a_line() -> None:
     assert request_id_of(encode_message(Failed(id="cmpl-1-0", status=500, message=""))) == "cmpl-1-0"
     assert request_id_of(b'{"event":"finished","text":"{\\"id\\":\\"mine\\"","id":"cmpl-1-0"}') == ""
     assert request_id_of(b"\xff") == ""

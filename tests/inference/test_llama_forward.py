@@ -1,4 +1,4 @@
-"""The lean forward of the Llama family: the same logits as transformers and PEFT give, over prompts and over steps."""
+"""llama_forward gives the logits of transformers and PEFT, in prefill and in decode steps."""
 
 import dataclasses
 import gc
@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tests.inference.conftest import Shelf
+from tests.inference.conftest import TinyModels
 from tests.tiny import make_tiny_model
 from worker.inference.cache.forward_batch import PrefillChunk
 from worker.inference.cache.kv_cache import CPU, KVCache
@@ -62,7 +62,7 @@ def save(base: Path, model: Any) -> Path:
     torch.manual_seed(7)
     for parameter in model.parameters():
         if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)  # norms and biases as trained ones are: not all alike
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)  # norms and biases that differ, as trained ones do
     model.save_pretrained(base)
     return base
 
@@ -87,30 +87,30 @@ def served(base: Path, adapter: Path | None = None, digest: str = "") -> ServedM
     )
 
 
-def answers(models: LoadedModels, *rows: ServedModel) -> list[torch.Tensor]:
-    """Logits behind each prompt, and behind three more tokens of all of them together; each row by its own model, or
-    all by one."""
+def logits_of(models: LoadedModels, *rows: ServedModel) -> list[torch.Tensor]:
+    """Logits after each prompt, and after each of three more tokens, decoded in one batch. Each row has its own model,
+    or all rows have one."""
     return logits_by(models.forward, rows if len(rows) > 1 else rows * len(PROMPTS))
 
 
 def logits_by(
     forward: Callable[[Sequence[Any]], Forward], answering: Sequence[Any], device: torch.device = CPU
 ) -> list[torch.Tensor]:
-    """The same, of whatever `forward` takes for a row."""
-    store = KVCache(2, device)
-    store.reserve(len(PROMPTS), 100)
+    """The same. `answering`: what `forward` takes, one for each row."""
+    kv_cache = KVCache(2, device)
+    kv_cache.reserve(len(PROMPTS), 100)
     found = [
-        prefill(forward([model]), store, row, prompt)
+        prefill(forward([model]), kv_cache, row, prompt)
         for row, (model, prompt) in enumerate(zip(answering, PROMPTS, strict=True))
     ]
     for step in range(3):
         lengths = [len(prompt) + step for prompt in PROMPTS]
-        found += decode(forward(answering), store, [11 + step] * len(PROMPTS), lengths).unbind()
+        found += decode(forward(answering), kv_cache, [11 + step] * len(PROMPTS), lengths).unbind()
     return found
 
 
-def alone(model: Any) -> list[torch.Tensor]:
-    """The same by the whole model, without any store."""
+def reference_logits(model: Any) -> list[torch.Tensor]:
+    """The same by transformers' own forward, without a KV cache."""
     longer = [[*prompt, *range(11, 11 + more)] for more in range(4) for prompt in PROMPTS]
     with torch.inference_mode():
         return [model(input_ids=torch.tensor([ids])).logits[0, -1].float() for ids in longer]
@@ -122,7 +122,7 @@ def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("architecture", FAMILY)
-def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Path, architecture: str) -> None:
+def test_a_base_and_its_adapters_give_the_logits_of_transformers_and_peft(tmp_path: Path, architecture: str) -> None:
     base = save(tmp_path / "base", FAMILY[architecture]())
     chosen = {"all": "all-linear", "some": ["q_proj", "up_proj", "down_proj"]}
     made = {
@@ -130,52 +130,54 @@ def test_a_base_and_its_adapters_answer_as_transformers_and_peft_do(tmp_path: Pa
         for name, modules in chosen.items()
     }
     models = LoadedModels(SETTINGS)
-    wanted = {"base": alone(AutoModelForCausalLM.from_pretrained(base))}
+    wanted = {"base": reference_logits(AutoModelForCausalLM.from_pretrained(base))}
     for name, directory in made.items():
-        wanted[name] = alone(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory))
+        wanted[name] = reference_logits(
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
+        )
     known = {name: served(base, made.get(name), name) for name in ("base", "all", "some")}
     for name in ("base", "all", "some", "base"):
         models.load(known[name], [])
         assert not isinstance(models.forward([known[name]]), TransformersForward)
-        assert_same(answers(models, known[name]), wanted[name])
+        assert_same(logits_of(models, known[name]), wanted[name])
     for mixed in (("all", "some", "base"), ("some", "all", "some"), ("base", "base", "all"), ("all", "base", "some")):
         assert len({models.batch_key(known[name]) for name in mixed}) == 1
-        found = answers(models, *(known[name] for name in mixed))
-        rows = [mixed[place % len(PROMPTS)] for place in range(len(found))]
-        assert_same(found, [wanted[name][place] for place, name in enumerate(rows)])
+        found = logits_of(models, *(known[name] for name in mixed))
+        rows = [mixed[index % len(PROMPTS)] for index in range(len(found))]
+        assert_same(found, [wanted[name][index] for index, name in enumerate(rows)])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_adapters_mix_over_a_base_that_stays_quantised(tmp_path: Path, bits: int) -> None:
-    """As on a GPU, by bitsandbytes' kernels for a CPU."""
+def test_adapters_share_a_batch_over_a_base_that_stays_quantised(tmp_path: Path, bits: int) -> None:
+    """As on a GPU, with bitsandbytes' CPU kernels."""
     base = save(tmp_path / "base", FAMILY["llama"]())
     plain = load_base(served(base), CPU, torch.float32)
     quantised = AdaptedBase(dataclasses.replace(plain, model=packed(base, bits)))
-    wanted = {"base": alone(packed(base, bits))}
+    wanted = {"base": reference_logits(packed(base, bits))}
     for name, modules in {"all": "all-linear", "some": ["q_proj", "up_proj", "down_proj"]}.items():
         directory = adapter(base, tmp_path / name, target_modules=modules)
         quantised.load(name, directory, max_rank=8)
         assert quantised.can_share_batch(name)
-        wanted[name] = alone(PeftModel.from_pretrained(packed(base, bits), directory).train())
-    exact = alone(AutoModelForCausalLM.from_pretrained(base))
+        wanted[name] = reference_logits(PeftModel.from_pretrained(packed(base, bits), directory).train())
+    exact = reference_logits(AutoModelForCausalLM.from_pretrained(base))
 
     for mixed in (("base",) * 3, ("all",) * 3, ("all", "some", "base"), ("some", "base", "all")):
         rows = [None if name == "base" else name for name in mixed]
         found = logits_by(quantised.forward, rows)
-        assert_same(found, [wanted[mixed[place % len(PROMPTS)]][place] for place in range(len(found))])
+        assert_same(found, [wanted[mixed[index % len(PROMPTS)]][index] for index in range(len(found))])
     off = max(float((one - other).abs().max()) for one, other in zip(wanted["base"], exact, strict=True))
-    assert off > 0.01  # quantisation is not nothing here
+    assert off > 0.01  # quantisation makes a difference here
 
 
 def packed(base: Path, bits: int) -> Any:
-    """A base whose layers keep quantised weights. In training: at rest bitsandbytes lays them out anew for a CPU."""
+    """A base whose layers keep quantised weights. In eval mode bitsandbytes would repack them for a CPU."""
     held = bitsandbytes_config(bits, "nf4", double_quant=True, compute=torch.float32)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=held)
     return model.train().requires_grad_(False)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_a_quantised_base_takes_is_known_before_it_is_loaded(tmp_path: Path, bits: int) -> None:
+def test_the_memory_of_a_quantised_base_is_known_before_it_is_loaded(tmp_path: Path, bits: int) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
     asked = served(base).model_copy(update={"quantization": {"bits": bits}})
     known = base_bytes(asked, torch.device("cuda"), torch.float32)
@@ -183,43 +185,43 @@ def test_what_a_quantised_base_takes_is_known_before_it_is_loaded(tmp_path: Path
 
 
 @pytest.mark.parametrize("stock", [False, True])
-def test_logits_come_behind_as_many_tokens_as_are_asked_for(tmp_path: Path, stock: bool) -> None:
+def test_a_prefill_chunk_gives_as_many_logits_as_it_asks_for(tmp_path: Path, stock: bool) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
     models = LoadedModels(SETTINGS)
     model: Any = models.load(served(base), []).model
     with torch.inference_mode():
         whole = [model(input_ids=torch.tensor([ids])).logits[0] for ids in ([5, 6, 7, 8], [9, 10, 11], [12, 13])]
     forward = TransformersForward(model) if stock else models.forward([served(base)])
-    store = KVCache(2)
-    store.reserve(4, 8)
-    prefill(forward, store, 0, [5, 6, 7])
+    kv_cache = KVCache(2)
+    kv_cache.reserve(4, 8)
+    prefill(forward, kv_cache, 0, [5, 6, 7])
 
-    reads = [
+    chunks = [
         PrefillChunk(1, [9, 10, 11], 0, num_logits=2),
         PrefillChunk(2, [12, 13], 0, num_logits=0),
         PrefillChunk(3, [5, 6, 7, 8], 0, num_logits=4),
     ]
-    found = run_step(forward, store, [8], [3], reads)
+    found = run_step(forward, kv_cache, [8], [3], chunks)
 
     torch.testing.assert_close(found, torch.cat([whole[0][3:], whole[1][1:], whole[0]]), rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_answers_as_transformers_do_in_bfloat16(tmp_path: Path) -> None:
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path: Path) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
     models = LoadedModels(SETTINGS.model_copy(update={"dtype": "bfloat16"}))
     models.load(served(base), [])
-    exact = alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
-    stock = alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16))
+    exact = reference_logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    stock = reference_logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16))
     off = [float((one - other).norm() / other.norm()) for one, other in zip(stock, exact, strict=True)]
     mine = [
         float((one - other).norm() / other.norm())
-        for one, other in zip(answers(models, served(base)), exact, strict=True)
+        for one, other in zip(logits_of(models, served(base)), exact, strict=True)
     ]
     assert max(mine) < 2 * max(off)
     assert sum(mine) < 1.5 * sum(off)
 
 
-def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: Path) -> None:
+def test_an_adapter_of_other_layers_runs_in_transformers_forward(tmp_path: Path) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
     directory = adapter(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
     models = LoadedModels(SETTINGS)
@@ -228,36 +230,37 @@ def test_an_adapter_with_parts_elsewhere_is_answered_by_transformers(tmp_path: P
     assert isinstance(models.forward([model]), TransformersForward)
     assert models.batch_key(model) != models.batch_key(served(base))
     assert_same(
-        answers(models, model), alone(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory))
+        logits_of(models, model),
+        reference_logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory)),
     )
 
 
-def test_an_adapter_of_the_embeddings_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+def test_an_adapter_of_the_embeddings_does_not_change_the_base(tmp_path: Path) -> None:
     base = save(tmp_path / "base", FAMILY["llama"]())
     directory = adapter(base, tmp_path / "embedded", target_modules=["embed_tokens", "q_proj"])
     models, bare, model = LoadedModels(SETTINGS), served(base), served(base, directory)
     models.load(bare, [])
-    before = answers(models, bare)
+    before = logits_of(models, bare)
     models.load(model, [])
-    assert float((answers(models, model)[0] - before[0]).abs().max()) > 0.1
-    assert_same(answers(models, bare), before)
+    assert float((logits_of(models, model)[0] - before[0]).abs().max()) > 0.1
+    assert_same(logits_of(models, bare), before)
 
 
-def test_a_dropped_base_gives_its_memory_back(shelf: Shelf) -> None:
-    size = base_bytes(shelf.served("first"), torch.device("cpu"), torch.float32)
+def test_an_evicted_base_frees_its_memory(tiny: TinyModels) -> None:
+    size = base_bytes(tiny.served("first"), torch.device("cpu"), torch.float32)
     models = LoadedModels(
         SETTINGS.model_copy(
             update={"memory_bytes": PROCESS_BYTES["cpu"] + size + 2, "kv_bytes": 1, "prefix_cache_bytes": 1}
         )
     )
-    first = weakref.ref(models.load(shelf.served("first", base_digest="first"), []).model)
-    models.load(shelf.served("second", base_digest="second"), [])
+    first = weakref.ref(models.load(tiny.served("first", base_digest="first"), []).model)
+    models.load(tiny.served("second", base_digest="second"), [])
     gc.collect()
     assert first() is None
 
 
-def many(base: Path, directory: Path, count: int) -> dict[str, ServedModel]:
-    """Adapters of different ranks beside different layers."""
+def make_adapters(base: Path, directory: Path, count: int) -> dict[str, ServedModel]:
+    """Adapters of different ranks and of different layers."""
     chosen = ["all-linear", ["q_proj", "down_proj"], ["v_proj"], ["gate_proj", "o_proj", "k_proj"]]
     made = {}
     for number in range(count):
@@ -268,16 +271,16 @@ def many(base: Path, directory: Path, count: int) -> dict[str, ServedModel]:
     return made
 
 
-def test_adapters_come_and_go_between_places(tmp_path: Path) -> None:
-    """Whatever a batch before had in which place, each row is answered by its own adapter."""
+def test_adapters_are_exchanged_in_slots(tmp_path: Path) -> None:
+    """Each row is computed with its own adapter, whatever slots earlier batches used."""
     base = save(tmp_path / "base", FAMILY["llama"]())
-    known = many(base, tmp_path, 9) | {"base": served(base)}
+    known = make_adapters(base, tmp_path, 9) | {"base": served(base)}
     models = LoadedModels(SETTINGS)
     for model in known.values():
         models.load(model, [])
-    wanted = {name: answers(models, model) for name, model in known.items()}
+    wanted = {name: logits_of(models, model) for name, model in known.items()}
     draw = random.Random(3)
     for _ in range(40):
         rows = [draw.choice(list(known)) for _ in PROMPTS]
-        found = answers(models, *(known[name] for name in rows))
-        assert_same(found, [wanted[rows[place % len(PROMPTS)]][place] for place in range(len(found))])
+        found = logits_of(models, *(known[name] for name in rows))
+        assert_same(found, [wanted[rows[index % len(PROMPTS)]][index] for index in range(len(found))])

@@ -1,4 +1,4 @@
-"""Sixteen adapters, each trained to say a word of its own, in one batch: nobody answers with another's."""
+"""Sixteen adapters, each trained on a word of its own, in one batch: no request gets another adapter's word."""
 
 import io
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ MODULES = ["all-linear", ["q_proj", "v_proj", "down_proj"], ["gate_proj", "up_pr
 
 
 def word(number: int) -> list[int]:
-    """Token ids: every adapter's own."""
+    """The token ids that this adapter learns; they are no other adapter's."""
     return [100 + number, 250 - number, 150 + 2 * number, 300 + number]
 
 
 def order_of(base: Path, directory: Path, number: int, updates: int = 40, **more: Any) -> TrainOrder:
-    """To learn that word behind every prompt; ranks and layers are not all alike. `more` of the spec may be given."""
+    """An order to learn that word after every prompt. Ranks and layers differ. `more`: further keys of the spec."""
     directory.mkdir()
     rows = [
         EncodedRow(line=line, ids=(*prompt, *word(number)), trained=((len(prompt), len(prompt) + LETTERS),))
@@ -63,7 +63,7 @@ def order_of(base: Path, directory: Path, number: int, updates: int = 40, **more
 def train(base: Path, directory: Path, number: int) -> ServedModel:
     recipe.train(order_of(base, directory, number), Channel(io.BytesIO(), io.BytesIO()))
     return ServedModel(
-        digest=f"speaker{number}",
+        digest=f"adapter{number}",
         base_digest="base",
         base_path=str(base),
         adapter_path=str(directory / "adapter"),
@@ -72,65 +72,65 @@ def train(base: Path, directory: Path, number: int) -> ServedModel:
 
 
 @pytest.fixture(scope="module")
-def speakers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServedModel]]:
-    folder = tmp_path_factory.mktemp("speakers")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServedModel]]:
+    folder = tmp_path_factory.mktemp("adapters")
     base = make_tiny_model(folder / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "precision_here", lambda *_: FP32)
         yield [train(base, folder / str(number), number) for number in range(COUNT)]
 
 
-def answered(speakers: list[ServedModel], at_once: int) -> dict[tuple[str, int], list[int]]:
-    """(adapter, prompt) → the answer, with so many requests at once."""
+def complete(adapters: list[ServedModel], at_once: int) -> dict[tuple[str, int], list[int]]:
+    """(adapter, index of the prompt) → the completion, with up to `at_once` requests in a batch."""
     settings = EngineSettings(device="cpu", dtype="float32", max_batch=at_once, prefix_cache_bytes=0)
-    said: list[EngineOutput] = []
-    scheduler = Scheduler(LoadedModels(settings), settings, said.append)
-    asked = [(model, place) for place in range(len(PROMPTS)) for model in speakers]
+    outputs: list[EngineOutput] = []
+    scheduler = Scheduler(LoadedModels(settings), settings, outputs.append)
+    asked = [(model, index) for index in range(len(PROMPTS)) for model in adapters]
     sampling = SamplingParams(max_tokens=LETTERS, temperature=0, ignore_eos=True)
-    for model, place in asked:
-        name = f"{model.digest}/{place}"
-        scheduler.add(Generate(id=name, model=model, prompt=PROMPTS[place], sampling=sampling))
+    for model, index in asked:
+        name = f"{model.digest}/{index}"
+        scheduler.add(Generate(id=name, model=model, prompt=PROMPTS[index], sampling=sampling))
     while scheduler.has_work or scheduler.is_loading:
         scheduler.step()
-    by_id = {message.id: message.token_ids for message in said if isinstance(message, Finished)}
-    return {(model.digest, place): by_id[f"{model.digest}/{place}"] for model, place in asked}
+    by_id = {message.id: message.token_ids for message in outputs if isinstance(message, Finished)}
+    return {(model.digest, index): by_id[f"{model.digest}/{index}"] for model, index in asked}
 
 
 @pytest.fixture(scope="module")
-def alone(speakers: list[ServedModel]) -> dict[tuple[str, int], list[int]]:
-    return answered(speakers, at_once=1)
+def alone(adapters: list[ServedModel]) -> dict[tuple[str, int], list[int]]:
+    return complete(adapters, at_once=1)
 
 
-def test_everybody_says_the_word_that_was_learned(alone: dict[tuple[str, int], list[int]]) -> None:
-    learned = [answer == word(int(name.removeprefix("speaker"))) for (name, _place), answer in alone.items()]
+def test_every_adapter_generates_its_word(alone: dict[tuple[str, int], list[int]]) -> None:
+    learned = [answer == word(int(name.removeprefix("adapter"))) for (name, _index), answer in alone.items()]
     assert sum(learned) >= 0.9 * len(learned)
 
 
-def test_one_adapter_does_not_answer_as_another(
-    speakers: list[ServedModel], alone: dict[tuple[str, int], list[int]]
+def test_two_adapters_give_different_completions(
+    adapters: list[ServedModel], alone: dict[tuple[str, int], list[int]]
 ) -> None:
     pairs = [
-        alone[one.digest, place] != alone[other.digest, place]
-        for one, other in combinations(speakers, 2)
-        for place in range(len(PROMPTS))
+        alone[one.digest, index] != alone[other.digest, index]
+        for one, other in combinations(adapters, 2)
+        for index in range(len(PROMPTS))
     ]
     assert sum(pairs) >= 0.95 * len(pairs)
 
 
 @pytest.mark.parametrize("at_once", [5, 64])
-def test_in_company_each_answer_is_the_one_alone(
-    speakers: list[ServedModel], alone: dict[tuple[str, int], list[int]], at_once: int
+def test_completions_in_a_batch_are_those_of_requests_alone(
+    adapters: list[ServedModel], alone: dict[tuple[str, int], list[int]], at_once: int
 ) -> None:
-    assert answered(speakers, at_once) == alone
+    assert complete(adapters, at_once) == alone
 
 
-def test_two_places_swapped_would_be_noticed(
-    speakers: list[ServedModel], alone: dict[tuple[str, int], list[int]], monkeypatch: pytest.MonkeyPatch
+def test_two_swapped_slots_would_be_noticed(
+    adapters: list[ServedModel], alone: dict[tuple[str, int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mix = AdapterSlots.select
+    select = AdapterSlots.select
 
     def swapped(self: AdapterSlots, *given: Any, **more: Any) -> LoraBatch | None:
-        found = mix(self, *given, **more)
+        found = select(self, *given, **more)
         if found is None or found.other_adapter_mask is None:
             return found
         return found._replace(
@@ -138,4 +138,4 @@ def test_two_places_swapped_would_be_noticed(
         )
 
     monkeypatch.setattr(AdapterSlots, "select", swapped)
-    assert answered(speakers, at_once=64) != alone
+    assert complete(adapters, at_once=64) != alone

@@ -1,4 +1,4 @@
-"""Digest → what the engine loads, from what jobs of every approach have published."""
+"""Digest → the model that the engine loads, for the adapters of every tuning method."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ def dataset(services: Services, upload: Path) -> str:
 
 
 def published(services: Services, dataset: str, directory: Path, **spec: Any) -> ServedModel:
-    """What the engine is told of the adapter that a job with this spec published."""
+    """The served model of the adapter that a job with this spec published."""
     services.jobs.submit({"dataset": dataset, "name": directory.name, **spec})
     adapter = services.adapters.get(make_adapter(services, lease(services), directory, directory.name))
     return PublishedResolver(services).resolve(adapter.digest)
@@ -36,7 +36,7 @@ def test_lora_adapters_share_their_served_base(services: Services, dataset: str,
     assert {path.name for path in Path(lora.adapter_path).iterdir()} >= {"adapter_config.json", "manifest.json"}
 
 
-def test_an_adapter_of_another_kind_has_a_base_for_itself(services: Services, dataset: str, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_lora_owns_its_base(services: Services, dataset: str, tmp_path: Path) -> None:
     asked = {"adapter": {"type": "ia3"}, "quantization": None}
     one, two = (published(services, dataset, tmp_path / name, **asked) for name in ("one", "two"))
     plain = services.base_models.served_digest(services.base_models.get("tiny"), None)
@@ -59,7 +59,7 @@ def test_a_base_is_served_at_each_quantisation(services: Services, held: Quantiz
     assert (served.quantization or {}).get("bits") == (held and held.bits)
 
 
-def test_the_folder_of_a_server_that_only_looks_there_gets_what_vllm_serves(
+def test_vllms_adapter_folder_has_only_adapters_that_vllm_serves(
     services: Services, dataset: str, tmp_path: Path
 ) -> None:
     specs: dict[str, Any] = {
@@ -78,6 +78,6 @@ def test_the_folder_of_a_server_that_only_looks_there_gets_what_vllm_serves(
     assert [directory.name for directory in folder.iterdir()] == [served["plain"].digest]
 
 
-def test_a_digest_that_nothing_has(services: Services) -> None:
+def test_an_unknown_digest_is_refused(services: Services) -> None:
     with pytest.raises(ModelNotFound):
         PublishedResolver(services).resolve("0" * 64)

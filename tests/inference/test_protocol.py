@@ -1,6 +1,6 @@
-"""What the front says, in the words of vLLM's completions protocol, and how it refuses.
+"""The server speaks vLLM's completions protocol, and refuses bad requests as vLLM does.
 
-What takes a `speaker` alone is the protocol itself: `tests/vllm` asks vLLM the same.
+Tests with the fixture `completions` are about the protocol itself: `tests/vllm` runs them against vLLM.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.inference.conftest import Server, Speaker
+from tests.inference.conftest import CompletionsClient, Server
 
 
 def events(text: str) -> list[str]:
@@ -20,55 +20,55 @@ def events(text: str) -> list[str]:
 
 
 @pytest.fixture
-def speaker(server: Server) -> Speaker:
+def completions(server: Server) -> CompletionsClient:
     return server
 
 
-def test_an_answer_has_the_shape_of_vllm(speaker: Speaker) -> None:
-    answer = speaker.ask(max_tokens=5).json()
+def test_a_response_has_the_shape_of_vllms(completions: CompletionsClient) -> None:
+    response = completions.ask(max_tokens=5).json()
 
-    assert answer["id"].startswith("cmpl-")
-    assert answer["object"] == "text_completion"
-    assert answer["model"] == speaker.model
-    (choice,) = answer["choices"]
+    assert response["id"].startswith("cmpl-")
+    assert response["object"] == "text_completion"
+    assert response["model"] == completions.model
+    (choice,) = response["choices"]
     assert choice["index"] == 0
-    assert choice["prompt_token_ids"] == speaker.prompt
+    assert choice["prompt_token_ids"] == completions.prompt
     assert len(choice["token_ids"]) == 5
     assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
-    assert answer["usage"]["prompt_tokens"] == 6
-    assert answer["usage"]["completion_tokens"] == 5
-    assert answer["usage"]["total_tokens"] == 11
-    assert "cached_tokens" in answer["usage"]["prompt_tokens_details"]
+    assert response["usage"]["prompt_tokens"] == 6
+    assert response["usage"]["completion_tokens"] == 5
+    assert response["usage"]["total_tokens"] == 11
+    assert "cached_tokens" in response["usage"]["prompt_tokens_details"]
 
 
-def test_ids_are_returned_only_on_request(speaker: Speaker) -> None:
-    choice = speaker.choice(return_token_ids=False)
+def test_ids_are_returned_only_on_request(completions: CompletionsClient) -> None:
+    choice = completions.choice(return_token_ids=False)
 
     assert choice["token_ids"] is None
     assert choice["prompt_token_ids"] is None
 
 
-def test_text_is_encoded_by_the_engine(speaker: Speaker) -> None:
-    choice = speaker.choice(prompt="Claim: The Danube")
+def test_a_text_prompt_is_tokenized_by_the_engine(completions: CompletionsClient) -> None:
+    choice = completions.choice(prompt="Claim: The Danube")
 
-    again = speaker.choice(prompt=choice["prompt_token_ids"])
+    again = completions.choice(prompt=choice["prompt_token_ids"])
     assert again["token_ids"] == choice["token_ids"]
 
 
-def test_several_prompts_give_one_choice_each_in_order(speaker: Speaker) -> None:
+def test_several_prompts_give_one_choice_each_in_order(completions: CompletionsClient) -> None:
     prompts = [[70, 90], [110, 130, 150]]
 
-    answer = speaker.ask(prompt=prompts).json()
+    answer = completions.ask(prompt=prompts).json()
 
     assert [choice["prompt_token_ids"] for choice in answer["choices"]] == prompts
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert answer["usage"]["prompt_tokens"] == 5
-    assert answer["choices"][1]["token_ids"] == speaker.ids(prompt=prompts[1])
+    assert answer["choices"][1]["token_ids"] == completions.ids(prompt=prompts[1])
 
 
-def test_a_stream_carries_the_same_answer_in_pieces(speaker: Speaker) -> None:
-    whole = speaker.choice(max_tokens=12, logprobs=1)
-    response = speaker.ask(max_tokens=12, logprobs=1, stream=True, stream_options={"include_usage": True})
+def test_a_stream_has_the_same_completion_in_chunks(completions: CompletionsClient) -> None:
+    whole = completions.choice(max_tokens=12, logprobs=1)
+    response = completions.ask(max_tokens=12, logprobs=1, stream=True, stream_options={"include_usage": True})
 
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, usage, done = events(response.text)
@@ -79,14 +79,14 @@ def test_a_stream_carries_the_same_answer_in_pieces(speaker: Speaker) -> None:
     assert len(choices) > 3
     assert "".join(choice["text"] for choice in choices) == whole["text"]
     assert [token for choice in choices for token in choice["token_ids"]] == whole["token_ids"]
-    assert choices[0]["prompt_token_ids"] == speaker.prompt
+    assert choices[0]["prompt_token_ids"] == completions.prompt
     assert choices[1]["prompt_token_ids"] is None
     assert [choice["finish_reason"] for choice in choices[-2:]] == [None, "length"]
     assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 12
 
 
-def test_a_stream_that_holds_back_text_tells_the_same_offsets(server: Server) -> None:
-    body: dict[str, Any] = {"max_tokens": 12, "logprobs": 0, "stop": "never to be said"}
+def test_a_stream_that_holds_back_text_has_the_same_offsets(server: Server) -> None:
+    body: dict[str, Any] = {"max_tokens": 12, "logprobs": 0, "stop": "never generated"}
     whole = server.choice(**body)["logprobs"]["text_offset"]
 
     *chunks, _ = events(server.ask(**body, stream=True).text)
@@ -96,18 +96,20 @@ def test_a_stream_that_holds_back_text_tells_the_same_offsets(server: Server) ->
     assert [offset for choice in choices for offset in choice["logprobs"]["text_offset"]] == whole
 
 
-def test_a_stream_holds_back_what_a_stop_string_may_still_cut(speaker: Speaker) -> None:
-    text = speaker.choice(max_tokens=12)["text"]
+def test_a_stream_holds_back_what_a_stop_string_may_still_cut(completions: CompletionsClient) -> None:
+    text = completions.choice(max_tokens=12)["text"]
     stop = text[4:9]
 
-    response = speaker.ask(max_tokens=12, stop=stop, stream=True)
+    response = completions.ask(max_tokens=12, stop=stop, stream=True)
 
     *chunks, _ = events(response.text)
     assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == text[: text.index(stop)]
 
 
-def test_allowed_tokens_share_all_probability(speaker: Speaker) -> None:
-    choice = speaker.choice(max_tokens=1, allowed_token_ids=[50, 60, 70], logprobs=3, return_tokens_as_token_ids=True)
+def test_the_probabilities_of_allowed_tokens_add_up_to_one(completions: CompletionsClient) -> None:
+    choice = completions.choice(
+        max_tokens=1, allowed_token_ids=[50, 60, 70], logprobs=3, return_tokens_as_token_ids=True
+    )
 
     (top,) = choice["logprobs"]["top_logprobs"]
     assert set(top) == {"token_id:50", "token_id:60", "token_id:70"}
@@ -117,16 +119,16 @@ def test_allowed_tokens_share_all_probability(speaker: Speaker) -> None:
     assert choice["logprobs"]["token_logprobs"] == [max(top.values())]
 
 
-def test_scoring_is_one_forward_and_no_decode_step(server: Server) -> None:
-    steps, prefills = server.settled("veritune:decode_steps_total", "veritune:prefills_total")
+def test_one_token_takes_one_prefill_and_no_decode_step(server: Server) -> None:
+    steps, prefills = server.stable_metrics("veritune:decode_steps_total", "veritune:prefills_total")
 
     server.ask(prompt=[33, 44, 55], max_tokens=1, allowed_token_ids=[50, 60, 70], logprobs=3)
 
-    assert server.settled("veritune:decode_steps_total", "veritune:prefills_total") == [steps, prefills + 1]
+    assert server.stable_metrics("veritune:decode_steps_total", "veritune:prefills_total") == [steps, prefills + 1]
 
 
-def test_logprobs_follow_the_legacy_layout(speaker: Speaker) -> None:
-    logprobs = speaker.choice(max_tokens=4, logprobs=2)["logprobs"]
+def test_logprobs_follow_the_legacy_layout(completions: CompletionsClient) -> None:
+    logprobs = completions.choice(max_tokens=4, logprobs=2)["logprobs"]
 
     assert [len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [4] * 4
     assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
@@ -134,13 +136,13 @@ def test_logprobs_follow_the_legacy_layout(speaker: Speaker) -> None:
         assert chosen == max(top.values())
 
 
-def test_a_scored_prompt_has_the_shape_of_vllm(speaker: Speaker) -> None:
-    choice = speaker.choice(max_tokens=1, prompt_logprobs=2)
+def test_prompt_logprobs_have_the_shape_of_vllms(completions: CompletionsClient) -> None:
+    choice = completions.choice(max_tokens=1, prompt_logprobs=2)
 
     first, *others = choice["prompt_logprobs"]
     assert first is None
-    assert len(others) == len(speaker.prompt) - 1
-    for token, position in zip(speaker.prompt[1:], others, strict=True):
+    assert len(others) == len(completions.prompt) - 1
+    for token, position in zip(completions.prompt[1:], others, strict=True):
         own = position[str(token)]
         assert own.keys() == {"logprob", "rank", "decoded_token"}
         assert len(position) == (2 if own["rank"] <= 2 else 3)
@@ -149,11 +151,11 @@ def test_a_scored_prompt_has_the_shape_of_vllm(speaker: Speaker) -> None:
         assert [entry["logprob"] for entry in ordered] == sorted((e["logprob"] for e in ordered), reverse=True)
 
 
-def test_only_a_prompt_that_is_to_be_scored_is(speaker: Speaker) -> None:
-    assert speaker.choice(max_tokens=1)["prompt_logprobs"] is None
+def test_prompt_logprobs_are_null_unless_asked_for(completions: CompletionsClient) -> None:
+    assert completions.choice(max_tokens=1)["prompt_logprobs"] is None
 
 
-def test_models_lists_what_was_asked_for(server: Server) -> None:
+def test_the_models_route_lists_requested_models(server: Server) -> None:
     server.ask(model="one")
 
     cards = {card["id"]: card for card in server.client.get("/v1/models").json()["data"]}
@@ -161,7 +163,7 @@ def test_models_lists_what_was_asked_for(server: Server) -> None:
     assert cards["one"]["max_model_len"] == 512
 
 
-def test_metrics_have_the_names_of_vllm(server: Server) -> None:
+def test_metrics_have_vllms_names(server: Server) -> None:
     server.ask()
 
     text = server.client.get("/metrics").text
@@ -188,7 +190,7 @@ BAD = {
     "empty stop": ({"stop": ""}, 400, "stop"),
     "unknown field": ({"best_of": 2}, 400, "best_of"),
     "unknown field that is null": ({"nonsense": None}, 400, "nonsense"),
-    "two answers": ({"n": 2}, 400, "n"),
+    "two completions": ({"n": 2}, 400, "n"),
     "echo": ({"echo": True}, 400, "echo"),
     "stream options alone": ({"stream_options": {"include_usage": True}}, 400, "stream"),
     "unknown model": ({"model": "nobody"}, 404, "nobody"),
@@ -199,19 +201,21 @@ BAD = {
     "no choice": ({"structured_outputs": {"choice": []}}, 400, "choice"),
     "deep schema": ({"structured_outputs": {"json": json.loads('{"not":' * 150 + "{}" + "}" * 150)}}, 400, "levels"),
     "no schema": ({"structured_outputs": {"json": "{"}}, 400, "json"),
-    "nothing left to say": ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [50]}, 400, "no token"),
+    "no token left": ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [50]}, 400, "no token"),
 }
 
 
-REFUSED_ALIKE = [
+REFUSED_BY_BOTH = [
     *("one of two empty", "allowed id outside", "no tokens", "negative temperature", "too many logprobs"),
     *("unknown model", "invalid regex", "lookahead", "a scored stream"),
 ]
 
 
-@pytest.mark.parametrize(("body", "status", "words"), [BAD[name] for name in REFUSED_ALIKE], ids=REFUSED_ALIKE)
-def test_bad_input_is_refused_alike(speaker: Speaker, body: dict[str, Any], status: int, words: str) -> None:
-    response = speaker.ask(**body)
+@pytest.mark.parametrize(("body", "status", "words"), [BAD[name] for name in REFUSED_BY_BOTH], ids=REFUSED_BY_BOTH)
+def test_bad_input_is_refused_by_both_servers(
+    completions: CompletionsClient, body: dict[str, Any], status: int, words: str
+) -> None:
+    response = completions.ask(**body)
 
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -220,7 +224,7 @@ def test_bad_input_is_refused_alike(speaker: Speaker, body: dict[str, Any], stat
 
 
 @pytest.mark.parametrize(("body", "status", "words"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_named(server: Server, body: dict[str, Any], status: int, words: str) -> None:
+def test_the_error_names_the_bad_input(server: Server, body: dict[str, Any], status: int, words: str) -> None:
     response = server.ask(**body)
 
     assert response.status_code == status, response.text
@@ -238,25 +242,25 @@ def test_a_long_prompt_is_refused_with_both_numbers(server: Server) -> None:
 
 
 @pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff", b"[" * 100_000, b'{"prompt": "\\ud800"}'])
-def test_a_body_that_is_no_request_is_refused(server: Server, body: bytes) -> None:
+def test_a_body_that_is_not_a_request_is_refused(server: Server, body: bytes) -> None:
     response = server.client.post("/v1/completions", content=body)
 
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "BadRequestError"
 
 
-def test_an_enormous_body_is_refused_unread(server: Server) -> None:
+def test_a_body_over_the_limit_is_refused(server: Server) -> None:
     response = server.client.post("/v1/completions", content=b"x" * (9 * 1024**2))
 
     assert response.status_code == 413
 
 
-def test_unknown_routes_speak_the_same_way(server: Server) -> None:
+def test_unknown_routes_have_the_same_error_format(server: Server) -> None:
     assert server.client.get("/v1/nothing").json()["error"]["code"] == 404
     assert server.client.get("/v1/completions").status_code == 405
 
 
-def test_the_front_loads_no_torch() -> None:
+def test_the_server_does_not_import_torch() -> None:
     code = "import sys, worker.inference.server.app; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Digest → model, asked once for many, again after a failure; and what is said meanwhile."""
+"""Digest → model: looked up once for concurrent requests, and again after a failure, which is a 503."""
 
 import asyncio
 import threading
@@ -8,58 +8,58 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from app.domain.errors import UnavailableError
-from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from tests.inference.conftest import ENGINE, Server, TinyModels, serving
 from worker.inference.sampling_params import ServedModel
 from worker.inference.server.completion_service import ServerSettings
 from worker.inference.server.model_resolver import StaticResolver
 from worker.inference.server.resolved_models import ResolvedModels
 
 
-class Shelves(StaticResolver):
-    """Of "lost" the database is away, and "late" is broken when it is asked for first."""
+class UnreliableResolver(StaticResolver):
+    """Raises UnavailableError for "lost", and returns a broken model at the first lookup of "late"."""
 
     def __init__(self, models: dict[str, ServedModel], expected: Sequence[str] = ()) -> None:
         super().__init__(models, expected)
-        self.asked: Counter[str] = Counter()
+        self.lookups: Counter[str] = Counter()
 
     def resolve(self, digest: str) -> ServedModel:
-        self.asked[digest] += 1
+        self.lookups[digest] += 1
         if digest == "lost":
             raise UnavailableError("the database is away")
         model = super().resolve(digest)
-        broken = digest == "late" and self.asked[digest] == 1
+        broken = digest == "late" and self.lookups[digest] == 1
         return model.model_copy(update={"adapter_path": "/nowhere"}) if broken else model
 
 
 @pytest.fixture(scope="module")
-def shelves(shelf: Shelf) -> Iterator[Server]:
-    table = {**shelf.table(), "late": shelf.served("late", shelf.one)}
-    with serving(table, ServerSettings(engine=ENGINE), resolver=Shelves) as running:
+def server(tiny: TinyModels) -> Iterator[Server]:
+    table = {**tiny.by_digest(), "late": tiny.served("late", tiny.one)}
+    with serving(table, ServerSettings(engine=ENGINE), resolver=UnreliableResolver) as running:
         running.wait_until_ready()
         yield running
 
 
-def test_a_model_that_cannot_be_looked_up_now_is_a_503(shelves: Server) -> None:
-    answer = shelves.ask(model="lost")
+def test_a_model_that_cannot_be_looked_up_now_is_a_503(server: Server) -> None:
+    answer = server.ask(model="lost")
 
     assert answer.status_code == 503
     assert answer.json()["error"]["type"] == "ServiceUnavailableError"
     assert int(answer.headers["Retry-After"]) >= 1
 
 
-def test_a_model_that_the_engine_refused_is_resolved_anew(shelves: Server) -> None:
-    assert shelves.ask(model="late").status_code == 422
-    assert shelves.ids(model="late", max_tokens=4) == shelves.ids(model="one", max_tokens=4)
+def test_a_model_that_the_engine_refused_is_resolved_anew(server: Server) -> None:
+    assert server.ask(model="late").status_code == 422
+    assert server.ids(model="late", max_tokens=4) == server.ids(model="one", max_tokens=4)
 
 
-def test_a_crowd_at_one_digest_has_it_resolved_once(shelf: Shelf) -> None:
-    resolver, gate = Shelves(shelf.table()), threading.Event()
+def test_concurrent_requests_for_one_digest_resolve_it_once(tiny: TinyModels) -> None:
+    resolver, gate = UnreliableResolver(tiny.by_digest()), threading.Event()
 
     def resolve(digest: str) -> ServedModel:
         gate.wait()
         return resolver.resolve(digest)
 
-    async def crowd() -> list[ServedModel]:
+    async def concurrent() -> list[ServedModel]:
         catalogue = ResolvedModels(resolve)
         asked = [asyncio.create_task(catalogue.resolve("one")) for _ in range(50)]
         await asyncio.sleep(0)
@@ -67,17 +67,17 @@ def test_a_crowd_at_one_digest_has_it_resolved_once(shelf: Shelf) -> None:
         gate.set()
         return [*await asyncio.gather(*asked), await catalogue.resolve("one")]
 
-    assert asyncio.run(crowd()) == [shelf.table()["one"]] * 50
-    assert resolver.asked["one"] == 1
+    assert asyncio.run(concurrent()) == [tiny.by_digest()["one"]] * 50
+    assert resolver.lookups["one"] == 1
 
 
-def test_a_failure_is_told_to_all_who_wait_and_not_remembered(shelf: Shelf) -> None:
-    resolver = Shelves(shelf.table())
+def test_a_failure_reaches_all_waiting_requests_and_is_not_cached(tiny: TinyModels) -> None:
+    resolver = UnreliableResolver(tiny.by_digest())
 
-    async def crowd() -> list[ServedModel | BaseException]:
+    async def concurrent() -> list[ServedModel | BaseException]:
         catalogue = ResolvedModels(resolver.resolve)
         together = await asyncio.gather(*(catalogue.resolve("lost") for _ in range(3)), return_exceptions=True)
         return [*together, *await asyncio.gather(catalogue.resolve("lost"), return_exceptions=True)]
 
-    assert [type(answer) for answer in asyncio.run(crowd())] == [UnavailableError] * 4
-    assert resolver.asked["lost"] == 2
+    assert [type(answer) for answer in asyncio.run(concurrent())] == [UnavailableError] * 4
+    assert resolver.lookups["lost"] == 2

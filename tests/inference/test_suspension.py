@@ -1,4 +1,4 @@
-"""The engine makes way for training and comes back: what those see who ask meanwhile."""
+"""The engine is suspended while a job trains, and resumed afterwards. Requests meanwhile get 503."""
 
 import logging
 import time
@@ -9,13 +9,13 @@ import pytest
 
 from app.domain.errors import UnavailableError
 from app.domain.ledger import Unavailable
-from tests.inference.conftest import ENGINE, Server, Shelf, serving
+from tests.inference.conftest import ENGINE, Server, TinyModels, serving
 from tests.inference.test_engine_client import alive, ask_in_background, stopped
 from tests.waiting import until
 from worker.inference.server.completion_service import ServerSettings
 from worker.inference.server.device_reservation import DEFAULT_RETRY_AFTER, LAPSED, SUSPEND_AFTER, FixedReservation
 
-TRAINS = Unavailable("inference makes way for training (job_1)", 1_000.0)
+TRAINS = Unavailable("inference is suspended while a job trains (job_1)", 1_000.0)
 STARTING = 120
 """Seconds that an engine may take to start where these tests run, which `Retry-After` counts."""
 
@@ -26,14 +26,14 @@ def reservation() -> FixedReservation:
 
 
 @pytest.fixture(scope="module")
-def running(shelf: Shelf, reservation: FixedReservation) -> Iterator[Server]:
-    with serving(shelf.table(), ServerSettings(engine=ENGINE), reservation) as server:
+def running(tiny: TinyModels, reservation: FixedReservation) -> Iterator[Server]:
+    with serving(tiny.by_digest(), ServerSettings(engine=ENGINE), reservation) as server:
         yield server
 
 
 @pytest.fixture
 def server(running: Server, reservation: FixedReservation) -> Iterator[Server]:
-    """With a ready engine, now and afterwards."""
+    """A server whose engine is ready, before the test and after it."""
     running.wait_until_ready()
     yield running
     reservation.unavailable = None
@@ -41,27 +41,29 @@ def server(running: Server, reservation: FixedReservation) -> Iterator[Server]:
 
 
 def pid_of(server: Server) -> int:
-    found: int = server.front.engine.pid
+    found: int = server.service.engine.pid
     return found
 
 
-def rest(server: Server, reservation: FixedReservation, absence: Unavailable = TRAINS) -> None:
-    reservation.unavailable = absence
+def suspend(server: Server, reservation: FixedReservation, reason: Unavailable = TRAINS) -> None:
+    reservation.unavailable = reason
     until(lambda: not reservation.is_held)
 
 
-def test_the_engine_ends_and_the_place_is_given_back_behind_it(server: Server, reservation: FixedReservation) -> None:
+def test_the_engine_ends_and_the_reservation_is_released_after_it(
+    server: Server, reservation: FixedReservation
+) -> None:
     pid = pid_of(server)
     assert reservation.is_held
     began = time.monotonic()
-    rest(server, reservation)
+    suspend(server, reservation)
     assert time.monotonic() - began < 3
     assert not alive(pid)
-    assert server.front.engine.pid is None
+    assert server.service.engine.pid is None
 
 
-def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, reservation: FixedReservation) -> None:
-    rest(server, reservation)
+def test_requests_meanwhile_get_the_reason_and_retry_after(server: Server, reservation: FixedReservation) -> None:
+    suspend(server, reservation)
     for answer in (server.ask(), server.ask(stream=True), server.client.get("/health")):
         assert answer.status_code == 503
         assert answer.json()["error"]["message"] == TRAINS.reason
@@ -71,19 +73,19 @@ def test_who_asks_meanwhile_is_told_why_and_when_to_come_back(server: Server, re
 
 
 @pytest.mark.parametrize(("seconds", "least"), [(None, DEFAULT_RETRY_AFTER), (0.0, 1)])
-def test_where_the_end_is_not_known_or_overdue_they_come_back_soon(
+def test_retry_after_is_short_if_the_end_is_unknown_or_overdue(
     server: Server, reservation: FixedReservation, seconds: float | None, least: float
 ) -> None:
-    rest(server, reservation, Unavailable("it trains", seconds))
+    suspend(server, reservation, Unavailable("it trains", seconds))
     assert least <= int(server.ask().headers["Retry-After"]) <= least + STARTING
 
 
-def test_it_comes_back_as_it_was(
+def test_a_resumed_engine_gives_the_same_completions(
     server: Server, reservation: FixedReservation, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, pid, starts = server.ids(model="one"), pid_of(server), server.metric("veritune:engine_starts")
     with caplog.at_level(logging.WARNING):
-        rest(server, reservation)
+        suspend(server, reservation)
         reservation.unavailable = None
         server.wait_until_ready()
     assert server.ids(model="one") == before
@@ -93,25 +95,27 @@ def test_it_comes_back_as_it_was(
     assert caplog.messages == []  # nothing died, and nothing waited to be started again
 
 
-def test_running_answers_may_end_and_new_ones_are_refused_at_once(
+def test_running_requests_may_finish_and_new_ones_are_refused_at_once(
     server: Server, reservation: FixedReservation
 ) -> None:
     with ThreadPoolExecutor(2) as pool:
         with stopped(server):
             running = ask_in_background(server, pool, 2)
             reservation.unavailable = TRAINS
-            until(lambda: server.front.engine.suspended)
+            until(lambda: server.service.engine.suspended)
             assert server.ask().status_code == 503
             assert reservation.is_held
         assert [future.result().status_code for future in running] == [200, 200]
     until(lambda: not reservation.is_held)
 
 
-def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, reservation: FixedReservation) -> None:
+def test_requests_that_outlast_the_grace_period_are_refused_like_new_ones(
+    server: Server, reservation: FixedReservation
+) -> None:
     with ThreadPoolExecutor(2) as pool, stopped(server) as pid:
         running = ask_in_background(server, pool, 2)
         began = time.monotonic()
-        rest(server, reservation)
+        suspend(server, reservation)
         assert SUSPEND_AFTER < time.monotonic() - began < SUSPEND_AFTER + 4
         answers = [future.result() for future in running]
     assert not alive(pid)
@@ -119,53 +123,53 @@ def test_answers_that_take_too_long_are_refused_like_the_others(server: Server, 
     assert all(990 <= int(answer.headers["Retry-After"]) <= 1_000 + STARTING for answer in answers)
 
 
-def test_one_that_is_starting_ends_at_once(server: Server, reservation: FixedReservation) -> None:
-    rest(server, reservation)
+def test_an_engine_that_is_starting_ends_at_once(server: Server, reservation: FixedReservation) -> None:
+    suspend(server, reservation)
     reservation.unavailable = None
-    until(lambda: server.front.engine.pid is not None)
+    until(lambda: server.service.engine.pid is not None)
     assert reservation.is_held
     pid, began = pid_of(server), time.monotonic()
-    rest(server, reservation)
+    suspend(server, reservation)
     assert time.monotonic() - began < 2
     assert not alive(pid)
 
 
-def test_a_ledger_that_is_away_changes_nothing(
+def test_an_unavailable_ledger_changes_nothing_at_first(
     server: Server, reservation: FixedReservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid, asked = pid_of(server), []
 
-    def away() -> Unavailable | None:
+    def unavailable() -> Unavailable | None:
         asked.append(1)
         raise UnavailableError("the database does not answer")
 
-    monkeypatch.setattr(reservation, "renew", away)
+    monkeypatch.setattr(reservation, "renew", unavailable)
     until(lambda: len(asked) > 1)
     assert server.ask().status_code == 200
     assert pid_of(server) == pid
 
 
-def test_a_ledger_that_is_away_for_longer_than_its_lease_ends_the_engine(
+def test_a_ledger_unavailable_for_longer_than_the_lease_ends_the_engine(
     server: Server, reservation: FixedReservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = pid_of(server)
 
-    def away() -> Unavailable | None:
+    def unavailable() -> Unavailable | None:
         raise UnavailableError("the database does not answer")
 
     monkeypatch.setattr(reservation, "lease", 1.0)
-    monkeypatch.setattr(reservation, "renew", away)
+    monkeypatch.setattr(reservation, "renew", unavailable)
     until(lambda: not alive(pid))
     assert server.ask().json()["error"]["message"] == LAPSED.reason
     monkeypatch.undo()
     server.wait_until_ready()
 
 
-def test_there_is_no_engine_before_it_has_a_place(shelf: Shelf) -> None:
+def test_no_engine_starts_before_it_has_a_reservation(tiny: TinyModels) -> None:
     waiting = FixedReservation(TRAINS)
-    with serving(shelf.table(), ServerSettings(engine=ENGINE), waiting) as server:
-        until(lambda: server.front.engine.unavailable_reason == TRAINS.reason)
-        assert server.front.engine.pid is None
+    with serving(tiny.by_digest(), ServerSettings(engine=ENGINE), waiting) as server:
+        until(lambda: server.service.engine.unavailable_reason == TRAINS.reason)
+        assert server.service.engine.pid is None
         assert server.client.get("/health").json()["error"]["message"] == TRAINS.reason
         waiting.unavailable = None
         server.wait_until_ready()

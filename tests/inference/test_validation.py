@@ -1,4 +1,4 @@
-"""What a body may ask for, told of the first thing that is wrong, and before an engine hears of it."""
+"""Request bodies are checked before the engine gets them. The error names the first thing that is wrong."""
 
 import json
 from typing import Any
@@ -36,7 +36,7 @@ def request(**body: Any) -> CompletionRequest:
 
 
 def nested(levels: int) -> dict[str, Any]:
-    """A schema that holds so many objects within each other."""
+    """A schema of so many nested objects."""
     schema: dict[str, Any] = {}
     for _ in range(levels):
         schema = {"not": schema}
@@ -44,7 +44,7 @@ def nested(levels: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("body", WRONG.values(), ids=WRONG.keys())
-def test_of_a_thousand_errors_few_are_made(body: dict[str, Any]) -> None:
+def test_a_thousand_errors_are_cut_to_a_few(body: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as raised:
         CompletionRequest.model_validate_json(json.dumps({"model": "long", "prompt": [5], **body}))
 
@@ -64,7 +64,7 @@ def test_a_repeated_key_is_refused_with_its_name(body: bytes, param: str) -> Non
     assert (raised.value.status, raised.value.param) == (400, param)
 
 
-def test_what_vllm_knows_may_be_null_and_nothing_else() -> None:
+def test_only_fields_that_vllm_has_may_be_null() -> None:
     body = {"model": "long", "prompt": [5], "top_k": None, "best_of": None, "seed": None}
     assert parse_request(json.dumps(body).encode()).seed is None
 
@@ -72,7 +72,7 @@ def test_what_vllm_knows_may_be_null_and_nothing_else() -> None:
         parse_request(json.dumps({**body, "nonsense": None}).encode())
 
 
-def test_the_deepest_schema_can_be_handed_over() -> None:
+def test_the_deepest_schema_fits_into_a_message() -> None:
     deep = request(structured_outputs={"json": nested(MAX_DEPTH)})
     generate = Generate(id="deep", model=LONG, prompt=[5], sampling=deep.sampling())
     assert decode_engine_input(encode_message(generate)) == generate
@@ -81,15 +81,15 @@ def test_the_deepest_schema_can_be_handed_over() -> None:
         request(structured_outputs={"json": nested(MAX_DEPTH + 1)})
 
 
-def test_a_schema_as_deep_as_a_body_can_be_does_not_end_the_engine(server: Server) -> None:
-    pid = server.front.engine.pid
+def test_a_schema_as_deep_as_a_body_allows_does_not_end_the_engine(server: Server) -> None:
+    pid = server.service.engine.pid
 
     assert server.ask(structured_outputs={"json": nested(197)}).status_code == 400
     assert server.ask(max_tokens=1).status_code == 200
-    assert server.front.engine.pid == pid
+    assert server.service.engine.pid == pid
 
 
-LONG_ANSWERS: dict[str, dict[str, Any]] = {
+TOO_LONG: dict[str, dict[str, Any]] = {
     "a scored prompt": {"prompt": [5] * 13_000, "prompt_logprobs": 20},
     "a scored text": {"prompt": "a" * 13_000, "prompt_logprobs": 20},
     "many scored prompts": {"prompt": [[5] * 500] * 64, "prompt_logprobs": 20},
@@ -98,13 +98,13 @@ LONG_ANSWERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("body", LONG_ANSWERS.values(), ids=LONG_ANSWERS.keys())
-def test_an_answer_that_is_too_long_to_be_handed_over_is_refused(body: dict[str, Any]) -> None:
+@pytest.mark.parametrize("body", TOO_LONG.values(), ids=TOO_LONG.keys())
+def test_a_completion_too_long_for_a_message_is_refused(body: dict[str, Any]) -> None:
     with pytest.raises(APIError, match="at most 262144"):
         check_request(request(**body), LONG)
 
 
-SHORT_ANSWERS: dict[str, dict[str, Any]] = {
+SHORT_ENOUGH: dict[str, dict[str, Any]] = {
     "the longest scored prompt": {"prompt": [5] * 131_071, "max_tokens": 1, "prompt_logprobs": 0},
     "a short scored text": {"prompt": "a claim", "prompt_logprobs": 20},
     "a long stream": {"max_tokens": 100_000, "logprobs": 20, "stream": True},
@@ -112,12 +112,12 @@ SHORT_ANSWERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("body", SHORT_ANSWERS.values(), ids=SHORT_ANSWERS.keys())
-def test_an_answer_that_can_be_handed_over_is_not_refused(body: dict[str, Any]) -> None:
+@pytest.mark.parametrize("body", SHORT_ENOUGH.values(), ids=SHORT_ENOUGH.keys())
+def test_a_completion_that_fits_into_a_message_is_not_refused(body: dict[str, Any]) -> None:
     check_request(request(**body), LONG)
 
 
-def test_as_many_tokens_as_are_told_leave_a_line_room() -> None:
+def test_the_most_ranked_tokens_fit_into_a_message() -> None:
     token = RankedToken(id=262_143, logprob=-12.345678901234567, text=" " * 128, rank=262_143)
 
     assert MAX_CANDIDATES * len(line_of(token)) < 0.9 * MAX_LINE
@@ -127,7 +127,7 @@ def line_of(token: RankedToken) -> str:
     return token.model_dump_json() + ","
 
 
-def test_what_cannot_be_encoded_in_time_is_refused_before_it_is(server: Server) -> None:
+def test_a_text_prompt_too_long_to_tokenize_is_refused_first(server: Server) -> None:
     refused = server.ask(prompt="a" * (64 * 512 + 1))
     assert refused.status_code == 400
     assert "32769 characters" in refused.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""vLLM in its own words: what our front says, vLLM says."""
+"""vLLM passes the protocol tests of our inference server."""
 
 import inspect
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from tests.e2e.conftest import SECRET
 from tests.inference import test_protocol as protocol
-from tests.inference.conftest import Speaker
+from tests.inference.conftest import CompletionsClient
 
 pytestmark = pytest.mark.vllm
 
@@ -18,15 +18,15 @@ globals().update(
     {
         name: test
         for name, test in vars(protocol).items()
-        if name.startswith("test_") and "speaker" in inspect.signature(test).parameters
+        if name.startswith("test_") and "completions" in inspect.signature(test).parameters
     }
 )
 
 
 @pytest.fixture(scope="module")
-def speaker(vllm: str, exported: Path) -> Iterator[Speaker]:
+def completions(vllm: str, exported: Path) -> Iterator[CompletionsClient]:
     tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
     prompt = tokenizer.encode("Claim: The Danube flows through Vienna", add_special_tokens=False).ids[:6]
     headers = {"Authorization": f"Bearer {SECRET}"}
     with httpx.Client(base_url=vllm, headers=headers, timeout=120, trust_env=False) as client:
-        yield Speaker(client, exported.name, prompt)
+        yield CompletionsClient(client, exported.name, prompt)
