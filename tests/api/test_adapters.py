@@ -58,7 +58,7 @@ def twin(client: TestClient, served: Services, adapter: str, dataset: str) -> tu
     return leased, served.adapters.get(adapter).manifest.model_copy(update={"job_id": leased.job_id})
 
 
-def test_files_on_disk_go_with_the_last_adapter_that_has_them(
+def test_files_on_disk_are_deleted_with_the_last_adapter_that_has_them(
     client: TestClient, served: Services, adapter: str, twin: tuple[Lease, Manifest], tmp_path: Path
 ) -> None:
     leased, manifest = twin
@@ -150,7 +150,7 @@ def test_an_unknown_adapter(door: TestClient, method: str, path: str) -> None:
     assert "GET /adapters" in problem(door.request(method, f"/adapters/adp_x{path}"), 404, "unknown_adapter")["detail"]
 
 
-def test_bytes_that_are_gone(client: TestClient, served: Services, adapter: str) -> None:
+def test_missing_bytes(client: TestClient, served: Services, adapter: str) -> None:
     with served.database.read() as unit:
         row = unit.adapters.find(adapter)
     assert row is not None

@@ -56,7 +56,7 @@ def test_a_checkpoint_becomes_an_adapter_of_its_own(
     assert client.post(ROUTE.format(job, 4), json={}).json()["name"] == f"{named}-4"
 
 
-def test_what_an_adapter_and_a_checkpoint_share_goes_with_the_last_of_them(
+def test_blobs_that_an_adapter_and_a_checkpoint_share_are_deleted_with_the_last_of_them(
     client: TestClient, served: Services, job: str, tmp_path: Path
 ) -> None:
     leased = lease(served)
@@ -117,7 +117,7 @@ def test_the_name_of_a_job_that_has_not_ended_is_kept_for_its_adapter(
 
 
 @pytest.mark.parametrize("ending", ["failed", "cancelled"])
-def test_the_checkpoints_of_an_ended_job_go_when_their_time_is_over(
+def test_the_checkpoints_of_an_ended_job_are_deleted_after_their_ttl(
     client: TestClient, served: Services, job: str, tmp_path: Path, ending: str
 ) -> None:
     leased = lease(served)
@@ -154,7 +154,7 @@ def test_artifacts_are_listed_and_downloaded(client: TestClient, served: Service
     assert json.loads(file.content) == {"line": 1}
 
 
-def test_the_next_attempt_replaces_what_the_last_one_left(
+def test_the_next_attempt_replaces_the_artifacts_of_the_last(
     client: TestClient, served: Services, job: str, tmp_path: Path
 ) -> None:
     leased = lease(served)
@@ -170,7 +170,7 @@ def test_the_next_attempt_replaces_what_the_last_one_left(
     assert not served.blobs.exists(old)
 
 
-def test_artifacts_that_are_not_there(client: TestClient, served: Services, job: str, tmp_path: Path) -> None:
+def test_missing_artifacts(client: TestClient, served: Services, job: str, tmp_path: Path) -> None:
     assert client.get(f"/jobs/{job}/artifacts").json() == {"data": [], "has_more": False}
     assert "none yet" in problem(client.get(f"/jobs/{job}/artifacts/rows.jsonl"), 404, "unknown_artifact")["detail"]
     problem(client.get("/jobs/job_nowhere/artifacts"), 404, "unknown_job")

@@ -24,9 +24,9 @@ def test_devices(client: TestClient, served: Services) -> None:
     assert (device["name"], device["online"], device["queues"]) == ("host", True, ["gpu", "cpu"])
 
 
-def test_devices_show_who_has_how_much_of_them(client: TestClient, served: Services) -> None:
+def test_devices_show_the_reserved_bytes_of_each_tenant(client: TestClient, served: Services) -> None:
     served.devices.report("host/gpu", CPU)
-    served.ledger.reserve_for_inference("host", "front", 1 << 32)
+    served.ledger.reserve_for_inference("host", "server", 1 << 32)
     reservation = served.ledger.reserve_for_training("host", "trainer", "job_1", 1 << 33, 1 << 33).reservation
     assert reservation is not None
     served.ledger.set_expected_end(reservation, 60.0)
@@ -47,7 +47,7 @@ def test_a_job_that_is_late_ends_in_no_time(client: TestClient, served: Services
     assert [one["ends_in"] for one in device["reservations"]] == [0.0]
 
 
-def test_live_says_nothing_of_the_other_parts(door: TestClient) -> None:
+def test_liveness_does_not_check_other_parts(door: TestClient) -> None:
     assert door.get("/health/live").json() == {"status": "live"}
 
 
@@ -60,7 +60,7 @@ def test_ready_names_what_is_missing(door: TestClient) -> None:
     assert response.headers["retry-after"] == "2"
 
 
-def test_ready_tells_inference_that_is_away_from_inference_that_starts(
+def test_readiness_distinguishes_suspended_from_starting_inference(
     client: TestClient, served: Services, door: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starting() -> None:

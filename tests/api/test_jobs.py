@@ -34,7 +34,9 @@ def test_a_job_is_queued_with_its_plan(client: TestClient, doorbell: MemoryDoorb
     assert client.get("/jobs/first").json() == client.get(f"/jobs/{job['id']}").json() == job
 
 
-def test_a_job_is_told_alike_by_itself_and_in_the_list(client: TestClient, served: Services, dataset: str) -> None:
+def test_a_job_has_the_same_fields_by_itself_and_in_the_list(
+    client: TestClient, served: Services, dataset: str
+) -> None:
     """A waiting, a failed and a running job: each response equals the documented Job, byte for byte."""
     names = ["failed", "running", "waiting"]
     for name in names:
@@ -101,7 +103,7 @@ def test_cancel_pause_and_resume_a_waiting_job(client: TestClient, job: str) -> 
         assert "cancelled" in problem(client.post(f"/jobs/{job}/{wish}"), 409, "wrong_state")["detail"]
 
 
-def test_a_running_job_is_asked(client: TestClient, served: Services, job: str) -> None:
+def test_an_action_on_a_running_job_is_requested(client: TestClient, served: Services, job: str) -> None:
     leased = lease(served)
     assert client.post(f"/jobs/{job}/pause").json()["status"] == "pausing"
     assert client.post(f"/jobs/{job}/cancel").json()["status"] == "cancelling"
@@ -114,7 +116,7 @@ def test_a_finished_job_cannot_be_cancelled(client: TestClient, served: Services
         assert "succeeded" in problem(client.post(f"/jobs/{job}/cancel"), 409, "wrong_state")["detail"]
 
 
-def test_a_failed_job_tells_why_and_cannot_be_cancelled(client: TestClient, served: Services, job: str) -> None:
+def test_a_failed_job_has_a_reason_and_cannot_be_cancelled(client: TestClient, served: Services, job: str) -> None:
     error = {"code": "out_of_memory", "message": "no room", "hint": "a smaller batch"}
     served.attempts.fail(lease(served), JobError.model_validate(error))
     document = client.get(f"/jobs/{job}").json()
@@ -128,7 +130,7 @@ def test_an_unknown_job(door: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize("wish", ["cancel", "pause", "resume"])
-def test_a_wish_for_an_unknown_job(door: TestClient, wish: str) -> None:
+def test_an_action_on_an_unknown_job(door: TestClient, wish: str) -> None:
     problem(door.post(f"/jobs/job_nowhere/{wish}"), 404, "unknown_job")
 
 
@@ -355,7 +357,7 @@ def test_the_stream_of_a_finished_job_ends(client: TestClient, job: str) -> None
     assert client.get(f"/jobs/{job}/events?after=1", headers=SSE | {"Last-Event-ID": "0"}).text.startswith("id: 1\n")
 
 
-def test_a_client_that_has_seen_the_end_is_told_not_to_come_back(client: TestClient, job: str) -> None:
+def test_a_client_that_has_the_last_event_gets_204(client: TestClient, job: str) -> None:
     client.post(f"/jobs/{job}/cancel")
     response = client.get(f"/jobs/{job}/events", headers=SSE | {"Last-Event-ID": "2"})
     assert (response.status_code, response.content) == (204, b"")
@@ -371,7 +373,9 @@ def test_the_stream_of_an_unknown_job(door: TestClient) -> None:
     problem(door.get("/jobs/job_nowhere/events", headers=SSE), 404, "unknown_job")
 
 
-def test_an_adapter_takes_its_place_in_the_job(client: TestClient, served: Services, job: str, tmp_path: Path) -> None:
+def test_a_published_adapter_is_named_in_its_job(
+    client: TestClient, served: Services, job: str, tmp_path: Path
+) -> None:
     published = make_adapter(served, lease(served), tmp_path / "adapter", "first")
     document = client.get(f"/jobs/{job}").json()
     assert (document["status"], document["adapter_id"], document["queue_position"]) == ("succeeded", published, None)

@@ -73,13 +73,13 @@ def test_a_claim_is_judged_with_its_steps_and_evidence(client: TestClient, corpu
 
 
 def test_the_promoted_adapter_answers_unless_null_is_sent(client: TestClient, corpus: str, adapter: str) -> None:
-    def who(**more: Any) -> Any:
+    def answering(**more: Any) -> Any:
         return client.post("/predict", json={"claim": RHINE} | more).json()["adapter"]
 
-    assert who() == adapter
-    assert who(adapter="first") == adapter
-    assert who(adapter=None) is None
-    assert who(base_model="tiny") is None
+    assert answering() == adapter
+    assert answering(adapter="first") == adapter
+    assert answering(adapter=None) is None
+    assert answering(base_model="tiny") is None
 
 
 def test_a_stored_prediction_can_be_read_again(client: TestClient, served: Services, corpus: str) -> None:
@@ -133,7 +133,7 @@ def test_stored_predictions_are_paged_newest_first(client: TestClient, corpus: s
     assert client.get("/predictions", params={"limit": 1}).json() == {"data": [stored[-1]], "has_more": True}
 
 
-def test_a_stream_tells_of_every_step_and_ends_with_the_prediction(client: TestClient, corpus: str) -> None:
+def test_a_stream_has_every_step_and_ends_with_the_prediction(client: TestClient, corpus: str) -> None:
     events = events_of(client.post("/predict", json={"claim": RHINE, "stream": True}))
     assert [event for event, _ in events] == ["thought", "action", "observation", "thought", "action", "prediction"]
     assert all(data["event"] == event for event, data in events)
@@ -162,7 +162,7 @@ def test_what_cannot_be_served_is_refused_before_a_stream_begins(
     ("error", "status"),
     [(UnavailableError("inference is away", retry_after=2), 503), (BusyError("busy", retry_after=0.2), 429)],
 )
-def test_a_part_that_is_away_says_when_to_come_back(
+def test_an_unavailable_part_is_a_503_with_retry_after(
     client: TestClient, corpus: str, fails_at: Callable[[int, Exception], None], error: VerituneError, status: int
 ) -> None:
     fails_at(1, error)
@@ -187,7 +187,7 @@ def test_an_error_within_a_stream_is_its_last_event(
     assert "secret" not in response.text
 
 
-def test_a_slot_comes_back_from_every_ending(
+def test_every_ending_releases_the_slot(
     client: TestClient, served: Services, corpus: str, fails_at: Callable[[int, Exception], None]
 ) -> None:
     for call in (1, 4):
@@ -200,7 +200,7 @@ def test_a_slot_comes_back_from_every_ending(
     assert len(open_streams(served, most, None)) == most
 
 
-def test_a_crowd_at_one_adapter_keeps_no_other_out(
+def test_many_predictions_with_one_adapter_do_not_block_another(
     client: TestClient, served: Services, corpus: str, adapter: str
 ) -> None:
     def refused(by: str | None) -> list[bool]:

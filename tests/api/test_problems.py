@@ -289,7 +289,7 @@ def test_a_json_body_over_the_limit(door: TestClient) -> None:
         problem(door.post(route, json={"claim": claim}), 413, "too_large")
 
 
-def test_what_was_sent_comes_back_cut(door: TestClient) -> None:
+def test_values_in_problems_are_truncated(door: TestClient) -> None:
     response = door.post("/jobs", json={"dataset": "rows", "k" * 100_000: 1, "name": "n" * 100_000})
     problem(response, 422, "invalid_spec")
     assert len(response.content) < 10_000
@@ -303,7 +303,7 @@ def test_a_hundred_thousand_unknown_keys_are_answered_fast(door: TestClient) -> 
     assert time.process_time() - started < 5
 
 
-def test_an_error_of_our_own_tells_nothing(
+def test_an_internal_error_reveals_nothing(
     client: TestClient, served: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:

@@ -163,7 +163,7 @@ def test_an_announced_upload_over_the_limit_is_refused_before_it_is_sent(narrow:
         assert b"application/problem+json" in response
 
 
-def test_a_slow_client_keeps_nobody_waiting(server: httpx.Client, served: Services) -> None:
+def test_a_slow_client_delays_no_other(server: httpx.Client, served: Services) -> None:
     body = PART + dataset_jsonl() + END
     with raw(server) as sock:
         sock.sendall(head("/datasets", FORM, f"Content-Length: {len(body)}"))
@@ -201,7 +201,7 @@ class Listener(threading.Thread):
         return self.heard
 
 
-def test_events_come_as_they_happen_and_a_listener_may_resume(server: httpx.Client, served: Services) -> None:
+def test_events_are_streamed_as_they_happen_and_a_client_may_resume(server: httpx.Client, served: Services) -> None:
     post_file(server, "/datasets", dataset_jsonl(), name="rows")
     job = server.post("/jobs", json={"dataset": "rows"}).json()["id"]
     whole = Listener(server, job)
@@ -223,7 +223,7 @@ def test_events_come_as_they_happen_and_a_listener_may_resume(server: httpx.Clie
     assert cut.heard + resumed.finish() == everything
 
 
-def test_many_listeners_hear_the_same(server: httpx.Client, served: Services) -> None:
+def test_many_clients_get_the_same_events(server: httpx.Client, served: Services) -> None:
     post_file(server, "/datasets", dataset_jsonl(), name="rows")
     job = server.post("/jobs", json={"dataset": "rows"}).json()["id"]
     listeners = [Listener(server, job) for _ in range(20)]
@@ -253,7 +253,7 @@ def gated(served: Services) -> Iterator[tuple[httpx.Client, Services, threading.
         gate.set()
 
 
-def test_a_client_that_hangs_up_gives_its_slot_back(gated: tuple[httpx.Client, Services, threading.Event]) -> None:
+def test_a_client_that_disconnects_releases_its_slot(gated: tuple[httpx.Client, Services, threading.Event]) -> None:
     client, composed, gate = gated
     post_file(client, "/corpora", corpus_jsonl(), "pages.jsonl")
     with client.stream("POST", "/predict", json={"claim": RHINE, "stream": True}) as response:
@@ -277,7 +277,7 @@ def hang_up(client: httpx.Client, route: str, body: dict[str, Any], headers: dic
 
 
 @pytest.mark.parametrize("route", ["/predict", "/predict/batch"])
-def test_nothing_more_is_asked_for_a_client_that_hung_up(
+def test_no_model_call_follows_for_a_client_that_disconnected(
     gated: tuple[httpx.Client, Services, threading.Event], route: str
 ) -> None:
     client, composed, gate = gated
@@ -293,7 +293,7 @@ def test_nothing_more_is_asked_for_a_client_that_hung_up(
     assert len(asked) <= most + CALLS
 
 
-def test_a_keyed_claim_is_judged_to_its_end_for_a_client_that_comes_back(
+def test_a_claim_with_an_idempotency_key_is_judged_to_its_end_after_a_disconnect(
     gated: tuple[httpx.Client, Services, threading.Event],
 ) -> None:
     client, composed, gate = gated

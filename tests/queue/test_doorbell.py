@@ -1,4 +1,4 @@
-"""The doorbell: the ring of either kind reaches whoever listens; a broker that is away is no error."""
+"""Doorbells: each kind delivers a ring to its listener. An unavailable broker is no error."""
 
 import subprocess
 import tempfile
@@ -32,33 +32,33 @@ def socket() -> Iterator[Path]:
 
 @pytest.fixture(params=["memory", "celery"])
 def door(request: pytest.FixtureRequest) -> Iterator[tuple[Doorbell, list[str]]]:
-    """(a doorbell, what was heard)."""
-    heard: list[str] = []
+    """(a doorbell, the ids of the jobs that it was rung for)."""
+    rings: list[str] = []
     if request.param == "memory":
         memory = MemoryDoorbell()
-        memory.listen(lambda job_id, kind: heard.append(job_id))
-        yield memory, heard
+        memory.listen(lambda job_id, kind: rings.append(job_id))
+        yield memory, rings
         return
     application = celery_app(f"redis+socket://{request.getfixturevalue('socket')}")
 
     @application.task(name=TASK)  # type: ignore[untyped-decorator]
     def work(job_id: str) -> None:
-        heard.append(job_id)
+        rings.append(job_id)
 
     with start_worker(application, pool="solo", perform_ping_check=False, shutdown_timeout=20):
-        yield CeleryDoorbell(application), heard
+        yield CeleryDoorbell(application), rings
     application.close()
 
 
-def test_a_ring_is_heard(door: tuple[Doorbell, list[str]]) -> None:
-    bell, heard = door
+def test_a_ring_is_received(door: tuple[Doorbell, list[str]]) -> None:
+    bell, rings = door
     assert bell.ring("job_1", JobKind.TRAIN)
     until = time.monotonic() + 10
-    while not heard and time.monotonic() < until:
+    while not rings and time.monotonic() < until:
         time.sleep(0.02)
-    assert heard == ["job_1"]
+    assert rings == ["job_1"]
 
 
-def test_nobody_at_home_is_no_error(tmp_path: Path) -> None:
+def test_a_missing_broker_is_no_error(tmp_path: Path) -> None:
     assert not CeleryDoorbell(celery_app(f"redis+socket://{tmp_path}/nobody.sock")).ring("job_1", JobKind.TRAIN)
     assert not MemoryDoorbell().ring("job_1", JobKind.TRAIN)

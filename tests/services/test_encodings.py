@@ -82,7 +82,7 @@ def test_the_same_rows_are_encoded_once(services: Services, dataset: str) -> Non
     assert other.summary.branches == other.summary.trained == 4
 
 
-def test_a_dataset_that_goes_takes_all_its_encodings_along(services: Services, dataset: str, before: set[str]) -> None:
+def test_deleting_a_dataset_deletes_its_encodings(services: Services, dataset: str, before: set[str]) -> None:
     made = {services.plans.prepare(SPEC | {"trainer": {"verdict_branch": share}}).rows for share in (0.0, 1.0)}
     assert made < blobs_of(services)
     services.datasets.delete("rows")
@@ -90,7 +90,7 @@ def test_a_dataset_that_goes_takes_all_its_encodings_along(services: Services, d
     assert blobs_of(services) == before
 
 
-def test_a_blob_that_two_datasets_share_goes_with_the_last(
+def test_a_blob_that_two_datasets_share_is_deleted_with_the_last(
     services: Services, tmp_path: Path, before: set[str]
 ) -> None:
     step = {"thought": "I know.", "action": "Finish[SUPPORTS]", "observation": None}
@@ -107,7 +107,7 @@ def test_a_blob_that_two_datasets_share_goes_with_the_last(
     assert blobs_of(services) == before
 
 
-def test_an_encoding_that_breaks_off_leaves_nothing(services: Services, dataset: str) -> None:
+def test_an_aborted_encoding_leaves_nothing(services: Services, dataset: str) -> None:
     path = blob_path(services, dataset)
     path.write_bytes(path.read_bytes()[:-100])
     stored = blobs_of(services)
@@ -116,7 +116,7 @@ def test_an_encoding_that_breaks_off_leaves_nothing(services: Services, dataset:
     assert (rows_of(services), blobs_of(services)) == ([], stored)
 
 
-def test_a_store_that_fails_leaves_nothing_for_ever(services: Services, dataset: str, before: set[str]) -> None:
+def test_a_store_that_fails_leaves_nothing_permanently(services: Services, dataset: str, before: set[str]) -> None:
     path = blob_path(services, services.plans.prepare(SPEC).rows)
     path.unlink()
     (path / "in the way").mkdir(parents=True)
@@ -158,9 +158,7 @@ def test_a_dataset_deleted_while_its_ids_are_stored_leaves_nothing(
     assert (rows_of(services), blobs_of(services)) == ([], before)
 
 
-def test_an_encoding_that_does_not_say_whose_it_is_learns_it(
-    services: Services, dataset: str, before: set[str]
-) -> None:
+def test_an_encoding_without_a_dataset_gets_its_dataset(services: Services, dataset: str, before: set[str]) -> None:
     rows = services.plans.prepare(SPEC).rows
     with services.database.write() as unit:
         unit.session.execute(update(EncodingRow).values(dataset=None))

@@ -71,7 +71,7 @@ def test_a_key_whose_process_died_is_taken_over_after_a_while(patient: Idempoten
 
 
 @pytest.mark.usefixtures("dead")
-def test_several_who_find_it_dead_do_it_once(hasty: Idempotency) -> None:
+def test_several_requests_that_take_over_a_key_do_the_work_once(hasty: Idempotency) -> None:
     work, ready = Work(1.5 * LEASE), threading.Barrier(6)
     refused: list[str] = []
     time.sleep(LEASE)
@@ -91,7 +91,7 @@ def test_several_who_find_it_dead_do_it_once(hasty: Idempotency) -> None:
     assert (work.done, refused) == (1, ["request_under_way"] * 5)
 
 
-def test_a_long_request_that_lives_keeps_its_key(hasty: Idempotency) -> None:
+def test_a_long_request_with_heartbeats_keeps_its_key(hasty: Idempotency) -> None:
     work = Work(3 * LEASE)
     first = threading.Thread(target=hasty.run_once, args=(ROUTE, KEY, BODY, work))
     first.start()
@@ -104,7 +104,7 @@ def test_a_long_request_that_lives_keeps_its_key(hasty: Idempotency) -> None:
     assert hasty.run_once(ROUTE, KEY, BODY, work) == (200, {"done": 1})
 
 
-def test_one_that_was_taken_for_dead_changes_nothing(services: Services) -> None:
+def test_a_request_that_lost_its_key_changes_nothing(services: Services) -> None:
     def acquire(lease_seconds: float) -> float | None:
         with services.database.write() as unit:
             return unit.keys.acquire(ROUTE, KEY, "body", lease_seconds)
@@ -127,7 +127,7 @@ def test_one_that_was_taken_for_dead_changes_nothing(services: Services) -> None
     assert row.response == {"by": "heir"}
 
 
-def test_a_request_that_failed_gives_its_key_back_after_any_number_of_signs(hasty: Idempotency) -> None:
+def test_a_failed_request_releases_its_key_after_any_number_of_heartbeats(hasty: Idempotency) -> None:
     def fails() -> tuple[int, dict[str, Any]]:
         time.sleep(LEASE / 2)
         raise ConflictError("not now")

@@ -56,7 +56,7 @@ def test_its_name_is_free_again(services: Services, dataset: str, job: Job) -> N
 
 
 def test_its_adapter_stays_and_serves(services: Services, job: Job, tmp_path: Path) -> None:
-    """The adapter shares files with the checkpoint, which goes."""
+    """The adapter shares files with the checkpoint, which is deleted."""
     held = work(services, tmp_path)
     early = services.checkpoints.publish(job.id, 1, "early")
     adapter = make_adapter(services, held, tmp_path / "adapter", "first")
@@ -102,7 +102,7 @@ def test_an_attempt_of_a_deleted_job_changes_nothing(services: Services, job: Jo
         services.attempts.add_event(held, "note", "still here")
 
 
-def test_who_follows_the_events_of_a_job_sees_them_end_with_it(services: Services, job: Job) -> None:
+def test_an_event_stream_ends_when_its_job_is_deleted(services: Services, job: Job) -> None:
     async def follow() -> list[str]:
         kinds = []
         async for event in services.events.follow(job.id, 0):

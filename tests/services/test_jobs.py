@@ -31,7 +31,7 @@ def job(services: Services, dataset: str) -> Job:
 
 @pytest.fixture
 def hasty(services: Services) -> Attempts:
-    """Attempts whose leases run out at once, as if their worker had been gone for long."""
+    """Attempts whose leases expire at once, as if their worker had been lost for long."""
     return Attempts(services.database, services.blobs, services.plans, lease_seconds=0.0)
 
 
@@ -61,7 +61,7 @@ def validation(update: int) -> EvaluationFinished:
 
 
 def test_an_evaluation_is_an_event_and_part_of_its_updates_metrics(services: Services, job: Job) -> None:
-    """Where a command cut it short it comes behind them; otherwise they bring it themselves."""
+    """If a command interrupted it, it follows the metrics; otherwise the metrics include it."""
     lease = leased(services.attempts).lease
     services.attempts.record(lease, [metrics(1)], 1.0)
     for update in (1, 2):
@@ -69,15 +69,15 @@ def test_an_evaluation_is_an_event_and_part_of_its_updates_metrics(services: Ser
     services.attempts.evaluated(lease, validation(1).model_copy(update={"part": SplitName.TEST, "loss": None}))
     (row,) = services.jobs.metrics(job.id, 0, 10)[0]
     assert (row.loss, row.validation_loss, row.validation_accuracy) == (1.5, 0.5, 0.75)
-    told = [event.message for event in services.jobs.events(job.id, 0, 100)[0] if event.kind == "evaluated"]
-    assert told == [
+    messages = [event.message for event in services.jobs.events(job.id, 0, 100)[0] if event.kind == "evaluated"]
+    assert messages == [
         "validation loss 0.5000, token accuracy 75.0% at update 1",
         "validation loss 0.5000, token accuracy 75.0% at update 2",
         "test loss not finite, token accuracy 75.0% at update 1",
     ]
 
 
-def test_every_wish_is_a_path_of_the_state_machine() -> None:
+def test_every_action_is_a_path_of_the_state_machine() -> None:
     for made_in in ACTION_TRANSITIONS.values():
         for before, after in made_in.items():
             assert before is after or after in TRANSITIONS[before]
@@ -128,7 +128,7 @@ def test_a_dataset_deleted_while_a_job_is_submitted_is_named(
         services.jobs.submit({"dataset": dataset})
 
 
-def test_what_is_not_run_yet_is_refused_by_name(services: Services, dataset: str) -> None:
+def test_unsupported_options_are_refused_by_name(services: Services, dataset: str) -> None:
     with pytest.raises(NotYetSupportedError) as caught:
         services.jobs.submit({"dataset": dataset, "backend": {"processes": 2}})
     assert caught.value.problems[0].loc == ("backend", "processes")
@@ -142,7 +142,7 @@ def test_an_unknown_dataset_and_base_model_are_named(services: Services, dataset
         services.jobs.submit({"dataset": dataset, "base_model": "llama"})
 
 
-def test_what_speaks_against_a_result_stands_on_the_job_and_in_an_event(services: Services, job: Job) -> None:
+def test_a_warning_about_a_result_is_on_the_job_and_in_an_event(services: Services, job: Job) -> None:
     lease = leased(services.attempts).lease
     services.attempts.record(lease, [metrics(1)], None)
     services.attempts.warn(lease, ("the loss rose: 2.79 over the first updates, 46.80 over the last ones",))
@@ -150,8 +150,8 @@ def test_what_speaks_against_a_result_stands_on_the_job_and_in_an_event(services
     assert progress is not None
     assert progress.update == 1
     assert progress.warnings == ("the loss rose: 2.79 over the first updates, 46.80 over the last ones",)
-    told = services.jobs.events(job.id, 0, 100)[0][-1]
-    assert (told.level, told.kind, told.message) == ("warning", "warning", progress.warnings[0])
+    event = services.jobs.events(job.id, 0, 100)[0][-1]
+    assert (event.level, event.kind, event.message) == ("warning", "warning", progress.warnings[0])
 
 
 def test_two_workers_ask_and_one_gets_the_job(services: Services, job: Job) -> None:
@@ -242,7 +242,7 @@ def test_only_the_last_two_checkpoints_are_kept_and_the_newest_is_restored(
     assert (restored / "state.json").read_text() == "3"
 
 
-def test_a_checkpoint_that_goes_leaves_the_blobs_that_another_job_shares(
+def test_a_deleted_checkpoint_leaves_the_blobs_that_another_job_shares(
     services: Services, dataset: str, tmp_path: Path
 ) -> None:
     leases = []
@@ -284,7 +284,7 @@ def test_a_lost_blob_of_a_checkpoint_falls_back_to_the_one_before(services: Serv
         (JobAction.PAUSE, JobStatus.PAUSING, JobStatus.PAUSED),
     ],
 )
-def test_a_running_job_hears_a_wish_through_its_heartbeat(
+def test_a_running_job_gets_an_action_through_its_heartbeat(
     services: Services, job: Job, wish: JobAction, seen: JobStatus, end: JobStatus
 ) -> None:
     lease = leased(services.attempts).lease
@@ -294,7 +294,7 @@ def test_a_running_job_hears_a_wish_through_its_heartbeat(
     assert services.jobs.get(job.id).status is end
 
 
-def test_a_wish_whose_worker_is_gone_is_settled_by_the_lease_query(
+def test_an_action_whose_worker_is_lost_is_settled_by_the_lease_query(
     services: Services, hasty: Attempts, job: Job
 ) -> None:
     leased(hasty)
@@ -329,9 +329,9 @@ def test_events_have_no_gaps_and_page_forward(services: Services, job: Job) -> N
         services.attempts.add_event(lease, "log", f"line {number}")
     events, more = services.jobs.events(job.id, 0, 10)
     assert more
-    rest, more = services.jobs.events(job.id, events[-1].seq, 100)
+    others, more = services.jobs.events(job.id, events[-1].seq, 100)
     assert not more
-    assert [event.seq for event in (*events, *rest)] == list(range(1, 23))
+    assert [event.seq for event in (*events, *others)] == list(range(1, 23))
 
 
 def test_a_repeated_update_replaces_its_metrics(services: Services, job: Job) -> None:
@@ -346,7 +346,7 @@ def test_a_repeated_update_replaces_its_metrics(services: Services, job: Job) ->
     assert "update_skipped" in [event.kind for event in services.jobs.events(job.id, 0, 100)[0]]
 
 
-def test_a_dataset_in_use_stays(services: Services, dataset: str, job: Job) -> None:
+def test_a_dataset_in_use_is_not_deleted(services: Services, dataset: str, job: Job) -> None:
     with pytest.raises(ConflictError, match=job.id):
         services.datasets.delete(dataset)
     services.jobs.request_action(job.id, JobAction.CANCEL)

@@ -15,7 +15,7 @@ from app.services.ledger import Ledger
 
 GB = 10**9
 HOST = "host"
-NOBODY: frozenset[Tenant] = frozenset()
+NO_TENANT: frozenset[Tenant] = frozenset()
 INFERENCE = frozenset({Tenant.INFERENCE})
 TRAINING = frozenset({Tenant.TRAINING})
 
@@ -42,85 +42,87 @@ def reserved(ledger: Ledger) -> dict[str, int]:
     return {one.job_id or one.tenant.value: one.bytes for one in ledger.by_host().get(HOST, ())}
 
 
-def test_a_reservation_tells_from_its_first_moment_when_it_should_end(ledger: Ledger) -> None:
+def test_a_reservation_has_its_estimated_end_from_the_first_moment(ledger: Ledger) -> None:
     held = ledger.reserve_for_training(HOST, "a", "job_a", 9 * GB, 10 * GB, 60.0).reservation
     assert held is not None
     (reservation,) = ledger.by_host()[HOST]
     assert reservation.ends_in == pytest.approx(60.0, abs=2.0)
-    absence = ledger.reserve_for_inference(HOST, "front", 4 * GB)
-    assert absence is not None
-    assert absence.retry_after == pytest.approx(60.0, abs=2.0)
+    unavailable = ledger.reserve_for_inference(HOST, "server", 4 * GB)
+    assert unavailable is not None
+    assert unavailable.retry_after == pytest.approx(60.0, abs=2.0)
 
 
-def test_both_stay_where_both_fit(ledger: Ledger) -> None:
-    assert ledger.reserve_for_inference(HOST, "front", 4 * GB) is None
+def test_both_tenants_share_the_device_if_both_fit(ledger: Ledger) -> None:
+    assert ledger.reserve_for_inference(HOST, "server", 4 * GB) is None
     grant = train(ledger, "a", 6 * GB)
-    assert (grant.policy, grant.blocked_by) == (Policy.SHARE, NOBODY)
+    assert (grant.policy, grant.blocked_by) == (Policy.SHARE, NO_TENANT)
     assert ledger.inference_unavailable(HOST) is None
-    assert ledger.reserve_for_inference(HOST, "front", 4 * GB) is None
+    assert ledger.reserve_for_inference(HOST, "server", 4 * GB) is None
     assert reserved(ledger) == {"inference": 4 * GB, "job_a": 6 * GB}
 
 
 def test_inference_is_suspended_if_both_do_not_fit_and_the_job_waits_for_its_release(ledger: Ledger) -> None:
-    ledger.reserve_for_inference(HOST, "front", 4 * GB)
+    ledger.reserve_for_inference(HOST, "server", 4 * GB)
     grant = train(ledger, "a", 6 * GB + 1)
     assert (grant.policy, grant.blocked_by) == (Policy.YIELD, INFERENCE)
-    absence = ledger.inference_unavailable(HOST)
-    assert absence is not None
-    assert "job_a" in absence.reason
-    assert ledger.reserve_for_inference(HOST, "front", 4 * GB) == absence
+    unavailable = ledger.inference_unavailable(HOST)
+    assert unavailable is not None
+    assert "job_a" in unavailable.reason
+    assert ledger.reserve_for_inference(HOST, "server", 4 * GB) == unavailable
     assert train(ledger, "a", 6 * GB + 1).blocked_by == INFERENCE
-    ledger.release(HOST, "front")
-    assert train(ledger, "a", 6 * GB + 1).blocked_by == NOBODY
-    assert ledger.reserve_for_inference(HOST, "front", 4 * GB) == absence
+    ledger.release(HOST, "server")
+    assert train(ledger, "a", 6 * GB + 1).blocked_by == NO_TENANT
+    assert ledger.reserve_for_inference(HOST, "server", 4 * GB) == unavailable
     ledger.release(HOST, "a")
-    assert ledger.reserve_for_inference(HOST, "front", 4 * GB) is None
+    assert ledger.reserve_for_inference(HOST, "server", 4 * GB) is None
     assert reserved(ledger) == {"inference": 4 * GB}
 
 
-def test_inference_that_is_away_is_counted_with_what_it_will_want(services: Services, ledger: Ledger) -> None:
+def test_inference_that_is_not_running_is_counted_with_the_bytes_it_will_reserve(
+    services: Services, ledger: Ledger
+) -> None:
     assert train(ledger, "a", 5 * GB).policy is Policy.SHARE
     assert train(ledger, "a", 5 * GB + 1).policy is Policy.YIELD
     modest = ledger_of(services, inference_memory=GB)
     assert train(modest, "a", 9 * GB).policy is Policy.SHARE
 
 
-def test_what_is_not_known_takes_the_whole_device(ledger: Ledger) -> None:
-    ledger.reserve_for_inference(HOST, "front", GB)
+def test_a_job_of_unknown_size_reserves_the_whole_device(ledger: Ledger) -> None:
+    ledger.reserve_for_inference(HOST, "server", GB)
     assert train(ledger, "a", None).policy is Policy.YIELD
     assert reserved(ledger)["job_a"] == 10 * GB
 
 
 def test_a_plan_larger_than_the_device_reserves_the_device(ledger: Ledger) -> None:
     grant = train(ledger, "a", 11 * GB)
-    assert grant.blocked_by == NOBODY
+    assert grant.blocked_by == NO_TENANT
     assert reserved(ledger) == {"job_a": 10 * GB}
 
 
-@pytest.mark.parametrize(("setting", "beside"), [("yield", NOBODY), ("exclusive", TRAINING)])
-def test_the_operator_may_want_inference_away_and_the_device_for_one_job(
-    services: Services, setting: PolicySetting, beside: frozenset[Tenant]
+@pytest.mark.parametrize(("setting", "blocked_by"), [("yield", NO_TENANT), ("exclusive", TRAINING)])
+def test_the_policies_yield_and_exclusive_suspend_inference(
+    services: Services, setting: PolicySetting, blocked_by: frozenset[Tenant]
 ) -> None:
     ledger = ledger_of(services, setting)
-    ledger.reserve_for_inference(HOST, "front", GB)
+    ledger.reserve_for_inference(HOST, "server", GB)
     assert train(ledger, "a", GB).blocked_by == INFERENCE
-    ledger.release(HOST, "front")
+    ledger.release(HOST, "server")
     grant = train(ledger, "a", GB)
-    assert (grant.policy.value, grant.blocked_by) == (setting, NOBODY)
-    assert train(ledger, "b", GB).blocked_by == beside
+    assert (grant.policy.value, grant.blocked_by) == (setting, NO_TENANT)
+    assert train(ledger, "b", GB).blocked_by == blocked_by
 
 
-def test_a_second_job_waits_for_the_first_and_keeps_nobody_away_meanwhile(ledger: Ledger) -> None:
+def test_a_second_job_waits_for_the_first_and_blocks_no_tenant_meanwhile(ledger: Ledger) -> None:
     train(ledger, "a", 5 * GB)
-    ledger.reserve_for_inference(HOST, "front", 4 * GB)
+    ledger.reserve_for_inference(HOST, "server", 4 * GB)
     grant = train(ledger, "b", 6 * GB)
     assert (grant.reservation, grant.blocked_by) == (None, TRAINING)
     assert ledger.inference_unavailable(HOST) is None
     ledger.release(HOST, "a")
-    assert train(ledger, "b", 6 * GB).blocked_by == NOBODY
+    assert train(ledger, "b", 6 * GB).blocked_by == NO_TENANT
 
 
-def test_bytes_that_are_there_once_are_given_once(ledger: Ledger) -> None:
+def test_the_same_bytes_are_reserved_only_once(ledger: Ledger) -> None:
     start = threading.Barrier(6)
 
     def ask(number: int) -> bool:
@@ -133,20 +135,20 @@ def test_bytes_that_are_there_once_are_given_once(ledger: Ledger) -> None:
     assert sum(reserved(ledger).values()) == 8 * GB
 
 
-def test_devices_of_other_hosts_are_no_concern(ledger: Ledger) -> None:
-    ledger.reserve_for_inference("another", "front", 4 * GB)
+def test_devices_of_other_hosts_are_independent(ledger: Ledger) -> None:
+    ledger.reserve_for_inference("another", "server", 4 * GB)
     train(ledger, "a", 9 * GB)
     assert ledger.inference_unavailable("another") is None
-    assert ledger.reserve_for_training("third", "a", "job_3", 9 * GB, 10 * GB).blocked_by == NOBODY
+    assert ledger.reserve_for_training("third", "a", "job_3", 9 * GB, 10 * GB).blocked_by == NO_TENANT
     assert ledger.inference_is_suspended()
 
 
-def test_what_a_killed_process_had_runs_out(services: Services) -> None:
+def test_the_reservation_of_a_killed_process_expires(services: Services) -> None:
     hasty = ledger_of(services, lease_seconds=0.3)
     began = time.monotonic()
     train(hasty, "a", None)
-    assert hasty.reserve_for_inference(HOST, "front", GB) is not None
-    while hasty.reserve_for_inference(HOST, "front", GB) is not None:
+    assert hasty.reserve_for_inference(HOST, "server", GB) is not None
+    while hasty.reserve_for_inference(HOST, "server", GB) is not None:
         assert time.monotonic() - began < 2
         time.sleep(0.02)
     assert time.monotonic() - began > 0.25
@@ -154,22 +156,22 @@ def test_what_a_killed_process_had_runs_out(services: Services) -> None:
     assert not hasty.inference_is_suspended()
 
 
-def test_inference_is_not_counted_out_while_it_drains(services: Services) -> None:
-    """It renews nothing then; with the shortest leases a job would begin beside an engine that still ends."""
+def test_inference_keeps_its_reservation_while_it_drains(services: Services) -> None:
+    """It does not renew while it drains. With the shortest lease, a job would start before the engine has ended."""
     hasty = ledger_of(services, lease_seconds=0.1)
-    hasty.reserve_for_inference(HOST, "front", GB)
+    hasty.reserve_for_inference(HOST, "server", GB)
     time.sleep(0.3)
     assert train(hasty, "a", None).blocked_by == INFERENCE
 
 
-def test_the_end_of_a_job_is_told_in_seconds_from_now(ledger: Ledger) -> None:
+def test_the_end_of_a_job_is_given_in_seconds_from_now(ledger: Ledger) -> None:
     held = train(ledger, "a", None).reservation
     assert held is not None
 
     def left() -> float | None:
-        absence = ledger.inference_unavailable(HOST)
-        assert absence is not None
-        return absence.retry_after
+        unavailable = ledger.inference_unavailable(HOST)
+        assert unavailable is not None
+        return unavailable.retry_after
 
     assert left() is None
     ledger.set_expected_end(held, 100.0)
@@ -181,7 +183,7 @@ def test_the_end_of_a_job_is_told_in_seconds_from_now(ledger: Ledger) -> None:
     assert left() == 0
 
 
-def test_a_heartbeat_renews_the_place_and_takes_it_again_where_it_had_run_out(services: Services, upload: Path) -> None:
+def test_a_heartbeat_renews_the_reservation_and_restores_an_expired_one(services: Services, upload: Path) -> None:
     hasty = ledger_of(services, lease_seconds=0.5)
     attempts = Attempts(services.database, services.blobs, services.plans, 0.5)
     dataset = services.datasets.create(upload, "rows.jsonl", None, "rows", {})[0].id
@@ -196,25 +198,25 @@ def test_a_heartbeat_renews_the_place_and_takes_it_again_where_it_had_run_out(se
         assert reserved(hasty) == {"job_a": GB}
     time.sleep(0.7)
     assert reserved(hasty) == {}
-    assert hasty.reserve_for_inference(HOST, "front", GB) is None
+    assert hasty.reserve_for_inference(HOST, "server", GB) is None
     attempts.renew(leased.lease, held)
     assert reserved(hasty) == {"job_a": GB, "inference": GB}
 
 
-def test_inference_that_wants_more_than_it_was_counted_with_stays_away(services: Services, ledger: Ledger) -> None:
+def test_inference_that_needs_more_than_was_reserved_stays_suspended(services: Services, ledger: Ledger) -> None:
     described = DeviceDescription(type="cpu", model="a cpu", bytes=10 * GB, cores=2, queues=("gpu",))
     services.devices.report(f"{HOST}/gpu", described)
     assert train(ledger, "a", 5 * GB).policy is Policy.SHARE
-    assert ledger.reserve_for_inference(HOST, "front", 6 * GB) is not None
-    assert ledger.reserve_for_inference(HOST, "front", 5 * GB) is None
+    assert ledger.reserve_for_inference(HOST, "server", 6 * GB) is not None
+    assert ledger.reserve_for_inference(HOST, "server", 5 * GB) is None
 
 
-def test_devices_show_who_has_how_much_of_them(services: Services, ledger: Ledger) -> None:
+def test_devices_show_the_reserved_bytes_of_each_tenant(services: Services, ledger: Ledger) -> None:
     described = DeviceDescription(type="cpu", model="a cpu", bytes=10 * GB, cores=2, queues=("gpu",))
     services.devices.report(f"{HOST}/gpu", described)
     services.devices.report(f"{HOST}/cpu", described.model_copy(update={"queues": ("cpu",)}))
     services.devices.report(f"{HOST}s/gpu", described)
-    ledger.reserve_for_inference(HOST, "front", 4 * GB)
+    ledger.reserve_for_inference(HOST, "server", 4 * GB)
     train(ledger, "a", 5 * GB)
     runner, trainer, other = services.devices.list_devices_with_reservations()
     assert (runner.reservations, other.reservations) == ((), ())

@@ -37,7 +37,7 @@ def moved(plan: Plan) -> int:
     return plan.memory.total - ROOM
 
 
-def test_without_a_device_nothing_is_reckoned_and_nothing_refused(services: Services, dataset: str) -> None:
+def test_without_a_device_nothing_is_planned_and_nothing_refused(services: Services, dataset: str) -> None:
     plan = services.jobs.plan({"dataset": dataset})
     assert (plan.device, plan.fits, plan.memory, plan.seconds) == ("unknown", None, None, None)
     assert plan.trainable_parameters == 16 * 2 * (2 * 128 + 2 * 96 + 2 * 192 + 192)
@@ -45,7 +45,7 @@ def test_without_a_device_nothing_is_reckoned_and_nothing_refused(services: Serv
 
 
 @pytest.mark.parametrize(
-    ("adapter", "place", "said", "way_out"),
+    ("adapter", "place", "words", "way_out"),
     [
         ({"type": "lora", "target_modules": ["q_proj", "v_prj"]}, ("target_modules", 1), "'v_prj'", "'v_proj'"),
         (
@@ -60,13 +60,13 @@ def test_without_a_device_nothing_is_reckoned_and_nothing_refused(services: Serv
     ],
 )
 def test_layers_and_ranks_that_the_base_does_not_have_are_refused_at_once(
-    services: Services, dataset: str, adapter: dict[str, Any], place: tuple[str | int, ...], said: str, way_out: str
+    services: Services, dataset: str, adapter: dict[str, Any], place: tuple[str | int, ...], words: str, way_out: str
 ) -> None:
     with pytest.raises(InvalidError) as refused:
         services.jobs.submit({"dataset": dataset, "adapter": adapter})
     (problem,) = refused.value.problems
     assert problem.loc == ("adapter", *place)
-    assert said in problem.message
+    assert words in problem.message
     assert way_out in (problem.hint or "")
 
 
@@ -75,7 +75,7 @@ def test_layers_may_be_named_in_any_way_that_finds_them(services: Services, data
     services.jobs.submit({"dataset": dataset, "adapter": {"type": "lora", "r": 4, "target_modules": names}})
 
 
-def test_the_trainers_memory_is_what_counts(services: Services, dataset: str) -> None:
+def test_the_trainers_device_memory_is_the_limit(services: Services, dataset: str) -> None:
     has(services, 1 << 30)
     plan = services.jobs.plan({"dataset": dataset})
     assert (plan.device, plan.device_bytes, plan.fits) == ("trainer", (1 << 30) + ROOM, True)
@@ -142,7 +142,7 @@ def test_where_one_change_is_not_enough_several_are_named_together(services: Ser
     assert remedy.change == least
 
 
-def test_how_inference_fares_follows_from_the_bytes_of_both(services: Services, dataset: str) -> None:
+def test_the_policy_follows_from_the_bytes_of_both_tenants(services: Services, dataset: str) -> None:
     assert services.jobs.plan({"dataset": dataset}).policy is None
     has(services, 1 << 40)
     roomy = services.jobs.plan({"dataset": dataset})
@@ -151,21 +151,21 @@ def test_how_inference_fares_follows_from_the_bytes_of_both(services: Services, 
     needed = roomy.memory.total
     services.devices.report("trainer", TRAINER.model_copy(update={"bytes": needed + 1_000}))
     assert services.jobs.plan({"dataset": dataset}).policy is Policy.YIELD
-    services.ledger.reserve_for_inference("trainer", "front", 1_000)
+    services.ledger.reserve_for_inference("trainer", "server", 1_000)
     assert services.jobs.plan({"dataset": dataset}).policy is Policy.SHARE
-    services.ledger.reserve_for_inference("trainer", "front", 1_001)
+    services.ledger.reserve_for_inference("trainer", "server", 1_001)
     assert services.jobs.plan({"dataset": dataset}).policy is Policy.YIELD
     assert services.jobs.plan({"dataset": dataset}, "t4").policy is Policy.SHARE
 
 
-def test_where_nothing_helps_that_is_said(services: Services, dataset: str) -> None:
+def test_a_plan_says_if_no_remedy_helps(services: Services, dataset: str) -> None:
     services.devices.report("trainer", TRAINER.model_copy(update={"bytes": 1 << 20}))
     with pytest.raises(InvalidError, match="nothing that could be changed") as refused:
         services.jobs.submit({"dataset": dataset})
     assert refused.value.problems == ()
 
 
-def test_auto_recomputes_only_where_memory_asks_for_it(services: Services, dataset: str) -> None:
+def test_auto_recomputes_only_if_memory_requires_it(services: Services, dataset: str) -> None:
     has(services, 1 << 40)
     spec = {"dataset": dataset, "trainer": {"batch_size": 4}}
     roomy = services.plans.prepare(spec)
@@ -206,7 +206,7 @@ def test_time_follows_from_the_pace_of_the_last_job_over_this_base(services: Ser
     assert [device.name for device in services.devices.list_devices()] == ["trainer"]
 
 
-def test_sizes_that_config_json_does_not_tell_are_no_reason_to_refuse(
+def test_sizes_missing_from_config_json_are_no_reason_to_refuse(
     services: Services, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services.base_models, "sizes", lambda row: None)

@@ -84,7 +84,7 @@ def test_the_observation_is_the_corpus_text_and_its_sentences_are_cited(ask: Cal
     )
 
 
-def test_a_page_that_does_not_exist_is_said_to(ask: Callable[[Script], Services]) -> None:
+def test_the_observation_says_that_a_page_does_not_exist(ask: Callable[[Script], Services]) -> None:
     script = plan(("Look it up.", "Search[River Volga]"), ("Nothing there.", "Finish[NOT ENOUGH INFO]"))
     prediction = ask(script).predictions.predict(PredictRequest(claim="The Volga is long."))
     seen = prediction.steps[0].observation
@@ -189,7 +189,7 @@ def test_a_thought_that_invents_an_observation_is_cut(ask: Callable[[Script], Se
     assert "Black Sea" not in prediction.text
 
 
-def test_every_event_of_the_loop_is_told_in_order(ask: Callable[[Script], Services]) -> None:
+def test_every_event_of_the_loop_is_sent_in_order(ask: Callable[[Script], Services]) -> None:
     events = list(ask(STRAIGHT).predictions.stream(PredictRequest(claim=CLAIM)))
     assert [event.event for event in events] == [
         "thought",
@@ -202,7 +202,7 @@ def test_every_event_of_the_loop_is_told_in_order(ask: Callable[[Script], Servic
     assert isinstance(events[2], Observed)
 
 
-def test_of_two_that_want_one_name_the_first_to_end_has_it(ask: Callable[[Script], Services]) -> None:
+def test_of_two_predictions_with_one_name_the_first_to_end_gets_it(ask: Callable[[Script], Services]) -> None:
     served = ask(STRAIGHT)
     request = PredictRequest(claim=CLAIM, store=True, name="first")
     slower = served.predictions.stream(request)
@@ -229,7 +229,7 @@ def test_a_long_observation_is_trimmed_to_whole_sentences(services: Services, tm
     assert seen.text == " ".join(sentences[: len(seen.sentences)])
 
 
-def test_nothing_is_asked_for_beyond_the_length_that_the_adapter_was_trained_with(
+def test_no_request_exceeds_the_length_that_the_adapter_was_trained_with(
     ask: Callable[[Script], Services], tmp_path: Path
 ) -> None:
     """Where a Thought may be long, an Observation leaves less room than the next one might take."""
@@ -269,13 +269,13 @@ def test_ungrounded_is_marked_and_its_observations_are_the_models(ask: Callable[
     assert prediction.evidence == ()
 
 
-def test_without_a_corpus_the_way_out_is_named(services: Services) -> None:
+def test_without_a_corpus_the_error_names_the_way_out(services: Services) -> None:
     with pytest.raises(InvalidError, match="POST /corpora") as caught:
         services.predictions.predict(PredictRequest(claim=CLAIM))
     assert caught.value.code == "no_corpus"
 
 
-def test_where_no_corpus_is_the_default_those_that_there_are_are_named(ask: Callable[[Script], Services]) -> None:
+def test_without_a_default_corpus_the_error_names_the_corpora(ask: Callable[[Script], Services]) -> None:
     served = ask(STRAIGHT)
     with served.database.write() as unit:
         unit.aliases.drop("corpus", served.corpora.get("pages").id)
@@ -291,7 +291,7 @@ def test_an_unknown_adapter_is_named(services: Services) -> None:
         services.predictions.predict(PredictRequest(claim=CLAIM, adapter="adp_nowhere"))
 
 
-def test_a_full_house_is_busy_and_a_slot_comes_back(ask: Callable[[Script], Services]) -> None:
+def test_full_slots_are_busy_and_a_slot_is_released(ask: Callable[[Script], Services]) -> None:
     served = ask(STRAIGHT)
     slots = served.settings.prediction_slots * 3 // 4
     open_streams = [served.predictions.stream(PredictRequest(claim=CLAIM)) for _ in range(slots)]

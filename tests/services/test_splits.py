@@ -46,7 +46,7 @@ def parts(services: Services, prepared: Prepared) -> dict[int, SplitName]:
     return {row.line: row.part for row in rows}
 
 
-def test_every_row_is_trained_on_where_nothing_is_asked(services: Services, prepare: Prepare) -> None:
+def test_every_row_is_trained_on_by_default(services: Services, prepare: Prepare) -> None:
     plan = prepare("parted").plan
     assert (plan.rows, plan.rows_trained, plan.rows_validation, plan.rows_test) == (40, 40, 0, 0)
     assert set(parts(services, prepare("parted")).values()) == {SplitName.TRAIN}
@@ -59,7 +59,7 @@ def test_a_random_split_is_drawn_by_seed_and_row(services: Services, prepare: Pr
     assert set(one.values()) == set(SplitName)
 
 
-def test_a_fixed_split_is_what_the_column_says(services: Services, prepare: Prepare) -> None:
+def test_a_fixed_split_follows_the_column(services: Services, prepare: Prepare) -> None:
     found = parts(services, prepare("parted", {"type": "fixed"}))
     assert found == {
         n + 1: (SplitName.TRAIN, SplitName.TRAIN, SplitName.VALIDATION, SplitName.TEST)[n % 4] for n in range(ROWS)
@@ -131,6 +131,6 @@ def test_early_stopping_needs_validation_rows(prepare: Prepare) -> None:
         prepare(trainer={"early_stop": never})
 
 
-def test_a_part_that_stays_empty_is_warned_about(prepare: Prepare) -> None:
+def test_an_empty_split_is_a_warning(prepare: Prepare) -> None:
     plan = prepare(split={"probabilities": [0.999, 0, 0.001]}).plan
     assert plan.warnings == ("no row fell into the test part, whose share is 0.001",)

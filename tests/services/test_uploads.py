@@ -1,4 +1,4 @@
-"""Uploads of the same content at once, on both databases: one is stored, and all get it."""
+"""Concurrent uploads of the same content, on both databases: one is stored, and all get it."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +28,8 @@ def uploads(request: pytest.FixtureRequest, services: Services, upload: Path, tm
 
 
 @pytest.fixture
-def together(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them have found that nothing has the content or the name before any goes on."""
+def concurrent_uploads(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All uploads check for the content and the name before any of them stores it."""
     met, store = Barrier(AT_ONCE), services.blobs.put_file
 
     def wait_and_store(path: Path) -> Blob:
@@ -39,16 +39,16 @@ def together(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(services.blobs, "put_file", wait_and_store)
 
 
-@pytest.mark.usefixtures("together")
-def test_all_who_upload_the_same_under_one_name_get_the_one_that_was_first(uploads: Upload) -> None:
+@pytest.mark.usefixtures("concurrent_uploads")
+def test_concurrent_uploads_of_one_content_and_name_get_the_first_dataset(uploads: Upload) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         made = list(pool.map(uploads, ["one"] * AT_ONCE))
     assert len({row.id for row, _new in made}) == 1
     assert sorted(new for _row, new in made) == [False] * (AT_ONCE - 1) + [True]
 
 
-@pytest.mark.usefixtures("together")
-def test_all_who_upload_the_same_under_names_of_their_own_get_the_one_that_was_first(uploads: Upload) -> None:
+@pytest.mark.usefixtures("concurrent_uploads")
+def test_concurrent_uploads_of_one_content_under_different_names_get_the_first_dataset(uploads: Upload) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         made = list(pool.map(uploads, [f"name-{number}" for number in range(AT_ONCE)]))
     assert len({(row.id, row.name) for row, _new in made}) == 1

@@ -38,8 +38,8 @@ def make_rows(count: int) -> list[EncodedRow]:
     return rows
 
 
-def apart(rows: list[EncodedRow]) -> list[EncodedRow]:
-    """The same sequences without sharing: each branch as a row that has its trajectory's beginning in front."""
+def unpack(rows: list[EncodedRow]) -> list[EncodedRow]:
+    """The same sequences without shared prefixes: each branch is a row that repeats its trajectory's prefix."""
     separate = []
     for row in rows:
         separate.append(row.model_copy(update={"branch": None}))
@@ -99,7 +99,7 @@ class Child:
     seen: list[dict[str, Any]] = field(default_factory=list)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Events as they come; every line must be one."""
+        """The child's events as they arrive. Each line must be one."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             event: dict[str, Any] = json.loads(line)

@@ -115,7 +115,7 @@ def test_rows_are_packed_with_positions_of_their_own() -> None:
     assert (batch.tokens, batch.labelled) == (10, 5)
 
 
-def test_a_token_sees_its_own_row_up_to_itself_and_a_branch_not_what_it_left() -> None:
+def test_a_token_attends_to_its_own_row_and_a_branch_not_to_the_tokens_after_its_fork() -> None:
     own = EncodedBranch(at=1, ids=(30, 31), trained=((0, 2),))
     row = EncodedRow(line=2, ids=(20, 21, 22), trained=(), branch=own)
     rows = collate([EncodedRow(line=1, ids=(10, 11), trained=()), row]).rows
@@ -160,7 +160,7 @@ def test_a_row_that_cannot_be_trained_on_is_named(tmp_path: Path, row: EncodedRo
 
 
 @pytest.mark.parametrize(("text", "code"), [("", "no_rows"), ("{", "bad_rows")])
-def test_rows_that_are_no_rows_are_refused(tmp_path: Path, text: str, code: str) -> None:
+def test_lines_that_are_not_rows_are_refused(tmp_path: Path, text: str, code: str) -> None:
     (tmp_path / "rows").write_text(text)
     with pytest.raises(TrainingError) as refused:
         read_rows(tmp_path / "rows", vocab_size=400)

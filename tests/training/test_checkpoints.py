@@ -1,4 +1,4 @@
-"""Checkpoints are whole, hashed, and found again behind torn ones."""
+"""Checkpoints are whole and hashed. A truncated one is skipped for the one before."""
 
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def test_a_torn_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, tear: o
     assert len(torn) == 1
 
 
-def test_nothing_sound_is_said_so(tmp_path: Path) -> None:
+def test_without_a_sound_checkpoint_none_is_found(tmp_path: Path) -> None:
     only, _ = write_checkpoint(tmp_path, saved(10))
     cut_off(only)
     assert find_complete_checkpoint(only)[0] is None

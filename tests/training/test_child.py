@@ -1,4 +1,4 @@
-"""A real training child: what it says, what it obeys, and that a resumed run equals an uninterrupted one."""
+"""A real training child: its events, its commands, and that a resumed run equals an uninterrupted one."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def adapter_bytes(order: TrainOrder) -> dict[str, bytes]:
 def _niceness_of_session(pid: int) -> int | None:
     """None where the system does not weigh sessions: no such file, or nothing in it (as within a control group)."""
     file = Path(f"/proc/{pid}/autogroup")
-    told = file.read_text(encoding="ascii") if file.exists() else ""
-    return int(told.split()[-1]) if told else None
+    text = file.read_text(encoding="ascii") if file.exists() else ""
+    return int(text.split()[-1]) if text else None
 
 
 def test_a_run_from_order_to_adapter(make_order: OrderFactory, start: Start) -> None:
@@ -61,7 +61,7 @@ def test_a_run_from_order_to_adapter(make_order: OrderFactory, start: Start) -> 
     assert "install" not in child.errors()  # no advice that is not ours
 
 
-def test_resumed_runs_equal_an_uninterrupted_one_to_the_bit(make_order: OrderFactory, start: Start) -> None:
+def test_resumed_runs_equal_an_uninterrupted_one_bit_for_bit(make_order: OrderFactory, start: Start) -> None:
     whole, pausing, dying = (make_order(DROPOUT, updates=40, every=4, name=n) for n in ("whole", "a", "b"))
     reference, paused, killed = start(whole), start(pausing), start(dying)
 
@@ -92,10 +92,10 @@ def test_resumed_runs_equal_an_uninterrupted_one_to_the_bit(make_order: OrderFac
     assert [m["loss"] for m in paused.metrics() + one.metrics()] == losses
 
 
-def test_a_pause_in_the_middle_of_an_update_leaves_at_once_and_resumes_to_the_bit(
+def test_a_pause_in_the_middle_of_an_update_ends_at_once_and_resumes_bit_for_bit(
     make_order: OrderFactory, start: Start
 ) -> None:
-    """An update of some 40 micro-batches: the pause comes within the second one."""
+    """An update has some 40 micro-batches. The pause arrives during the second update."""
     rows = make_rows(120)
     spec = DROPOUT | {"trainer": {"effective_batch_size": len(rows)}}
     whole, pausing = (make_order(spec, updates=2, rows=rows, name=name) for name in ("whole", "pausing"))
@@ -127,9 +127,7 @@ def test_a_checkpoint_asked_for_in_the_middle_of_an_update_does_not_abandon_it(
 
 
 @pytest.mark.parametrize("part", [SplitName.VALIDATION, SplitName.TEST])
-def test_a_stop_is_seen_while_held_out_rows_are_evaluated_at_the_end(
-    make_order: OrderFactory, start: Start, part: SplitName
-) -> None:
+def test_a_stop_is_obeyed_during_the_final_evaluation(make_order: OrderFactory, start: Start, part: SplitName) -> None:
     held = [row.model_copy(update={"line": 100 + row.line, "part": part}) for row in make_rows(500)]
     order = make_order(updates=1, rows=[*make_rows(4), *held])
     child = start(order)
@@ -141,7 +139,7 @@ def test_a_stop_is_seen_while_held_out_rows_are_evaluated_at_the_end(
 
 
 def test_an_updates_checkpoint_is_written_once(make_order: OrderFactory, start: Start) -> None:
-    """The supervisor removes a stored one: written again, it could be gone when it is looked for."""
+    """The supervisor removes a stored one. If it were written twice, it could be missing when it is read."""
     child = start(make_order(updates=LONG, every=1))
     child.until("checkpoint")
     child.command("checkpoint", "pause")
@@ -150,7 +148,9 @@ def test_an_updates_checkpoint_is_written_once(make_order: OrderFactory, start: 
     assert written == sorted(set(written))
 
 
-def test_a_stop_leaves_no_checkpoint_and_nonsense_is_warned_about(make_order: OrderFactory, start: Start) -> None:
+def test_a_stop_writes_no_checkpoint_and_an_unknown_command_is_a_warning(
+    make_order: OrderFactory, start: Start
+) -> None:
     order = make_order(updates=LONG)
     child = start(order)
     child.until("metrics")
@@ -170,7 +170,7 @@ def test_the_end_of_stdin_ends_the_child(make_order: OrderFactory, start: Start)
     assert child.process.wait(10) == 3
 
 
-def test_a_bad_end_is_one_event_in_words(make_order: OrderFactory, start: Start) -> None:
+def test_a_failure_is_one_event_with_a_message(make_order: OrderFactory, start: Start) -> None:
     rows = [EncodedRow(line=7, ids=(5, 4_000), trained=((1, 2),))]
     child = start(make_order(rows=rows))
     last, status = child.finish()
@@ -180,7 +180,7 @@ def test_a_bad_end_is_one_event_in_words(make_order: OrderFactory, start: Start)
     assert "Traceback" in child.errors()
 
 
-def test_a_full_disk_ends_the_job_in_words_and_leaves_the_checkpoint_before(
+def test_a_full_disk_fails_the_job_with_a_message_and_keeps_the_checkpoint_before(
     make_order: OrderFactory, start: Start
 ) -> None:
     order = make_order(updates=LONG, every=40)
@@ -197,13 +197,13 @@ def test_a_full_disk_ends_the_job_in_words_and_leaves_the_checkpoint_before(
     assert not (order.directory / "adapter").exists()
 
 
-def test_an_order_that_cannot_be_read_fails_in_words(make_order: OrderFactory, start: Start) -> None:
+def test_an_order_that_cannot_be_parsed_fails_with_a_message(make_order: OrderFactory, start: Start) -> None:
     child = start(make_order(), given="{}")
     last, status = child.finish()
     assert (status, last["event"], last["code"]) == (1, "failed", "unexpected")
 
 
-def test_a_child_waits_for_an_order_that_comes_later(make_order: OrderFactory, start: Start) -> None:
+def test_a_child_waits_for_its_order(make_order: OrderFactory, start: Start) -> None:
     order = make_order(updates=1)
     child = start(order, given=None)
     memory = psutil.Process(child.process.pid).memory_info

@@ -1,4 +1,4 @@
-"""Evaluation while training: what it says, what it decides, and that it disturbs nothing."""
+"""Evaluation while training: its losses, the update that it chooses, and that it does not change the training."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from app.domain.attempts import EncodedRow, TrainOrder
 from app.domain.splits import SPLIT_NAMES, SplitName
-from tests.training.conftest import OrderFactory, apart, make_rows
+from tests.training.conftest import OrderFactory, make_rows, unpack
 from tests.training.test_child import Start, adapter_bytes
 from tests.training.test_recipe import metrics, run
 from worker.precision import FP32
@@ -30,12 +30,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VERITUNE_THREADS", "1")
 
 
-def parted(count: int = 12) -> list[EncodedRow]:
-    """Rows of which a third each is trained on, held out and tested on."""
+def split_rows(count: int = 12) -> list[EncodedRow]:
+    """Rows: a third each for training, validation and test."""
     return [row.model_copy(update={"part": SPLIT_NAMES[row.line % 3]}) for row in make_rows(count)]
 
 
-def told(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def of_kind(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == kind]
 
 
@@ -43,7 +43,9 @@ def row_losses(order: TrainOrder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (order.directory / "artifacts" / "rows.jsonl").read_text().splitlines()]
 
 
-def test_it_measures_what_each_sequence_alone_gives_without_dropout(make_order: OrderFactory, tiny_base: Path) -> None:
+def test_evaluation_gives_the_loss_of_each_sequence_alone_without_dropout(
+    make_order: OrderFactory, tiny_base: Path
+) -> None:
     order = make_order(SPEC | {"quantization": {"bits": 4}})
     trainable = load_trainable_model(tiny_base, order.spec, 30, FP32, torch.device("cpu"), lambda _: None)
     for parameter in trainable.method.parameters().values():
@@ -60,7 +62,7 @@ def test_it_measures_what_each_sequence_alone_gives_without_dropout(make_order: 
     for module in trainable.method.module.modules():
         if isinstance(module, torch.nn.Dropout):
             module.eval()
-    for row in apart(rows):
+    for row in unpack(rows):
         with torch.no_grad():
             logits = trainable.method.module(input_ids=torch.tensor([row.ids])).logits[0]
         places, targets = (torch.tensor(column) for column in zip(*shifted_labels(row), strict=True))
@@ -73,21 +75,21 @@ def test_it_measures_what_each_sequence_alone_gives_without_dropout(make_order: 
 
 
 def test_validation_rows_are_evaluated_each_epoch_and_test_rows_once(make_order: OrderFactory) -> None:
-    order = make_order(SPEC, updates=5, rows=parted(18))  # six rows to train on: two updates an epoch
+    order = make_order(SPEC, updates=5, rows=split_rows(18))  # six rows to train on: two updates an epoch
     events = run(order)
-    validations = [event for event in told(events, "evaluated") if event["part"] == SplitName.VALIDATION]
+    validations = [event for event in of_kind(events, "evaluated") if event["part"] == SplitName.VALIDATION]
     assert [event["update"] for event in validations] == [2, 4, 5]
     seen = {m["update"]: (m["validation_loss"], m["validation_accuracy"]) for m in metrics(events)}
     assert seen == {1: (None, None), 3: (None, None)} | {e["update"]: (e["loss"], e["accuracy"]) for e in validations}
     assert all(0 < event["loss"] < 20 and 0 <= event["accuracy"] <= 1 and event["rows"] == 6 for event in validations)
-    (test,) = [event for event in told(events, "evaluated") if event["part"] == SplitName.TEST]
+    (test,) = [event for event in of_kind(events, "evaluated") if event["part"] == SplitName.TEST]
     assert test["rows"] == 6
     last = events[-1]["metrics"]
     assert (last["test_loss"], last["test_accuracy"]) == (test["loss"], test["accuracy"])
 
 
 def test_held_out_rows_are_not_learned_and_evaluation_changes_nothing(make_order: OrderFactory) -> None:
-    rows = parted()
+    rows = split_rows()
     alone = make_order(SPEC, rows=[row for row in rows if row.part is SplitName.TRAIN], name="alone")
     watched = make_order(SPEC | {"trainer": {"steps_per_checkpoint": 1}}, rows=rows, name="watched")
     undisturbed, observed = metrics(run(alone)), metrics(run(watched))
@@ -97,29 +99,29 @@ def test_held_out_rows_are_not_learned_and_evaluation_changes_nothing(make_order
 
 
 def test_the_best_state_is_published_and_lies_in_a_checkpoint(make_order: OrderFactory) -> None:
-    order = make_order(SPEC | {"trainer": HASTY}, updates=20, rows=parted())
+    order = make_order(SPEC | {"trainer": HASTY}, updates=20, rows=split_rows())
     events = run(order)
-    validations = [event for event in told(events, "evaluated") if event["part"] == SplitName.VALIDATION]
+    validations = [event for event in of_kind(events, "evaluated") if event["part"] == SplitName.VALIDATION]
     best = min(validations, key=lambda event: event["loss"])
     assert best["update"] < 20, "this rate must overshoot, or nothing is tested"
     assert [e["update"] for e in validations if e["best"]][-1] == best["update"]
     last = events[-1]["metrics"]
     assert (last["best_update"], last["validation_loss"]) == (best["update"], best["loss"])
-    kept = {event["update"]: event for event in told(events, "checkpoint")}
+    kept = {event["update"]: event for event in of_kind(events, "checkpoint")}
     assert kept[best["update"]]["validation_loss"] == best["loss"]
     directory = Path(kept[best["update"]]["path"])
     for name, content in adapter_bytes(order).items():
         assert (directory / name).read_bytes() == content
-    (test,) = [event for event in told(events, "evaluated") if event["part"] == SplitName.TEST]
+    (test,) = [event for event in of_kind(events, "evaluated") if event["part"] == SplitName.TEST]
     assert test["update"] == best["update"]
 
 
 @pytest.mark.parametrize(("patience", "ends"), [(2, "early"), (0, "late"), (-1, "late")])
 def test_evaluations_without_improvement_end_the_training(make_order: OrderFactory, patience: int, ends: str) -> None:
-    order = make_order(SPEC | {"trainer": HASTY | {"early_stop": patience}}, updates=30, rows=parted())
+    order = make_order(SPEC | {"trainer": HASTY | {"early_stop": patience}}, updates=30, rows=split_rows())
     events = run(order)
-    validations = [event for event in told(events, "evaluated") if event["part"] == SplitName.VALIDATION]
-    stopped = any("stopped early" in event["message"] for event in told(events, "log"))
+    validations = [event for event in of_kind(events, "evaluated") if event["part"] == SplitName.VALIDATION]
+    stopped = any("stopped early" in event["message"] for event in of_kind(events, "log"))
     last = metrics(events)[-1]["update"]
     if ends == "late":
         assert (last, stopped) == (30, False)
@@ -131,13 +133,13 @@ def test_evaluations_without_improvement_end_the_training(make_order: OrderFacto
     assert events[-1]["metrics"]["best_update"] == [e["update"] for e in validations if e["best"]][-1]
 
 
-def test_a_training_that_was_stopped_early_does_not_go_on_when_it_is_resumed(make_order: OrderFactory) -> None:
+def test_a_training_that_stopped_early_trains_no_further_when_it_is_resumed(make_order: OrderFactory) -> None:
     trainer = HASTY | {"early_stop": 2, "steps_per_checkpoint": 1}
-    first = make_order(SPEC | {"trainer": trainer}, updates=30, rows=parted(), every=1, name="first")
+    first = make_order(SPEC | {"trainer": trainer}, updates=30, rows=split_rows(), every=1, name="first")
     events = run(first)
-    newest = Path(told(events, "checkpoint")[-1]["path"])
+    newest = Path(of_kind(events, "checkpoint")[-1]["path"])
     again = make_order(
-        SPEC | {"trainer": trainer}, updates=30, rows=parted(), every=1, name="again", resume_from=newest
+        SPEC | {"trainer": trainer}, updates=30, rows=split_rows(), every=1, name="again", resume_from=newest
     )
     resumed = run(again)
     assert metrics(resumed) == []
@@ -146,19 +148,19 @@ def test_a_training_that_was_stopped_early_does_not_go_on_when_it_is_resumed(mak
     assert row_losses(again) == row_losses(first)
 
 
-def test_resumed_behind_the_best_update_it_ends_as_if_uninterrupted(make_order: OrderFactory) -> None:
-    """From each of its checkpoints: before, at and behind the best update."""
+def test_a_run_resumed_after_its_best_update_ends_as_if_uninterrupted(make_order: OrderFactory) -> None:
+    """From each of its checkpoints: before, at and after the best update."""
     spec = SPEC | {"trainer": HASTY}
-    whole = make_order(spec, updates=12, rows=parted(), every=1, name="whole")
+    whole = make_order(spec, updates=12, rows=split_rows(), every=1, name="whole")
     events = run(whole)
     best = events[-1]["metrics"]["best_update"]
     assert 1 < best < 11
-    for event in told(events, "checkpoint"):
+    for event in of_kind(events, "checkpoint"):
         if event["update"] in (1, best, 11):
             order = make_order(
                 spec,
                 updates=12,
-                rows=parted(),
+                rows=split_rows(),
                 every=1,
                 name=f"from-{event['update']}",
                 resume_from=Path(event["path"]),
@@ -168,7 +170,7 @@ def test_resumed_behind_the_best_update_it_ends_as_if_uninterrupted(make_order: 
             assert row_losses(order) == row_losses(whole)
 
 
-def test_every_row_has_the_loss_that_was_last_seen_of_it(make_order: OrderFactory) -> None:
+def test_every_row_has_its_last_loss(make_order: OrderFactory) -> None:
     rows = [
         row.model_copy(update={"part": SPLIT_NAMES[0 if row.line < 9 else 1 + row.line % 2]}) for row in make_rows(12)
     ]
@@ -199,9 +201,9 @@ def test_a_row_that_was_not_reached_has_no_loss(make_order: OrderFactory) -> Non
     assert all((row["loss"] is None) == (row["update"] is None) for row in row_losses(order))
 
 
-def test_an_evaluation_gives_way_to_a_pause_and_is_made_up_for(make_order: OrderFactory, start: Start) -> None:
+def test_a_pause_aborts_an_evaluation_which_is_repeated_after_resuming(make_order: OrderFactory, start: Start) -> None:
     many = [
-        *parted(9),
+        *split_rows(9),
         *(
             row.model_copy(update={"line": 100 + n, "part": SplitName.VALIDATION})
             for n in range(1_000)
@@ -216,7 +218,7 @@ def test_an_evaluation_gives_way_to_a_pause_and_is_made_up_for(make_order: Order
     assert child.finish()[0]["outcome"] == "paused", child.errors()
     at = child.metrics()[-1]
     assert at["validation_loss"] is None
-    written = told(child.seen, "checkpoint")[-1]
+    written = of_kind(child.seen, "checkpoint")[-1]
     assert written["validation_loss"] is None
 
     again = make_order(spec, updates=3, rows=many, name="again", resume_from=Path(written["path"]))
@@ -224,16 +226,16 @@ def test_an_evaluation_gives_way_to_a_pause_and_is_made_up_for(make_order: Order
     resumed, reference = start(again), start(whole)
     for other in (resumed, reference):
         assert other.finish()[0]["outcome"] == "succeeded", other.errors()
-    validations = [e["update"] for e in told(resumed.seen, "evaluated") if e["part"] == SplitName.VALIDATION]
+    validations = [e["update"] for e in of_kind(resumed.seen, "evaluated") if e["part"] == SplitName.VALIDATION]
     assert validations == [2, 3]
     assert adapter_bytes(again) == adapter_bytes(whole)
 
 
 def test_checkpoints_hold_the_adapter_of_their_own_update(make_order: OrderFactory) -> None:
     events = run(make_order(SPEC, updates=4, every=2))
-    one, other = (Path(event["path"]) for event in told(events, "checkpoint"))
+    one, other = (Path(event["path"]) for event in of_kind(events, "checkpoint"))
     first, second = (load_file(path / "adapter_model.safetensors") for path in (one, other))
     masters = load_file(one / "weights.safetensors")
     assert {value.abs().sum().item() for value in first.values()} == {v.abs().sum().item() for v in masters.values()}
     assert any(not torch.equal(first[name], second[name]) for name in first)
-    assert all(event["metrics"]["updates"] == event["update"] for event in told(events, "checkpoint"))
+    assert all(event["metrics"]["updates"] == event["update"] for event in of_kind(events, "checkpoint"))

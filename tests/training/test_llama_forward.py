@@ -12,7 +12,7 @@ from app.domain import memory
 from app.domain.memory import TOKEN_MULTIPLE
 from app.domain.specs import TrainSpec
 from tests.tiny import make_tiny_model
-from tests.training.conftest import apart, make_rows
+from tests.training.conftest import make_rows, unpack
 from worker.precision import FP32
 from worker.training import attention, llama_forward
 from worker.training.batches import MicroBatch, collate
@@ -71,7 +71,7 @@ def one_by_one(trainable: TrainableModel) -> Callable[[MicroBatch], torch.Tensor
 
     def hidden(_batch: MicroBatch) -> torch.Tensor:
         found = []
-        sequences = iter(apart(ROWS))
+        sequences = iter(unpack(ROWS))
         for row in ROWS:
             ids = [next(sequences).ids] + ([next(sequences).ids] if row.branch else [])
             whole, *branch = (trainable.backbone(input_ids=torch.tensor([i])).last_hidden_state[0] for i in ids)
@@ -101,7 +101,7 @@ def test_states_and_gradients_are_those_of_stock_peft(tmp_path: Path, architectu
 
 
 @pytest.mark.parametrize("shift", [0, 1, TOKEN_MULTIPLE - 1])
-def test_what_rounds_a_batch_up_changes_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
+def test_padding_of_a_batch_changes_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
     """The batch is rounded up by no token, by one, and by all but one."""
     trainable = loaded(tiny_base)
     tokens = collate(ROWS).tokens
@@ -195,7 +195,7 @@ def test_gradients_are_those_of_the_function_with_its_dropout(tiny_base: Path) -
         assert (above - below) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.03)
 
 
-def test_the_share_that_is_dropped_is_the_one_asked_for(tiny_base: Path) -> None:
+def test_the_dropout_rate_is_the_one_asked_for(tiny_base: Path) -> None:
     trainable = loaded(tiny_base, adapter=DROPOUT)
     module: Any = trainable.backbone
     linear = FusedLoraLinear(module.layers[0].mlp.down_proj)
@@ -214,7 +214,7 @@ WINDOWED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("windowed", WINDOWED)
-def test_a_sliding_window_takes_transformers_forward_and_is_kept(tmp_path: Path, windowed: str) -> None:
+def test_a_sliding_window_takes_transformers_forward_and_is_applied(tmp_path: Path, windowed: str) -> None:
     trainable = loaded(save(tmp_path, WINDOWED[windowed]()))
     assert not isinstance(trainable.hidden, LlamaTrainingForward)
     assert max(len(row.ids) for row in ROWS) > 16

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from app.domain.attempts import EncodedRow
 from app.domain.specs import TrainSpec
-from tests.training.conftest import apart, make_rows
+from tests.training.conftest import make_rows, unpack
 from worker.precision import FP32
 from worker.training.batches import MicroBatch, collate, pack_micro_batches, shifted_labels
 from worker.training.loss import backward_loss, measure_loss
@@ -58,7 +58,7 @@ def test_it_is_the_loss_of_each_sequence_read_alone(model: TrainableModel) -> No
     """Packed rows and shared beginnings change nothing: stock PEFT, one sequence at a time, gives the same."""
     loss, gradients = backward(model, [collate(ROWS)])
     model.method.module.zero_grad()
-    alone = apart(ROWS)
+    alone = unpack(ROWS)
     labelled = sum(len(shifted_labels(row)) for row in alone)
     expected = 0.0
     for row in alone:

@@ -54,8 +54,8 @@ def test_a_run_at_a_learning_rate_of_one_is_warned_about_and_a_sane_one_is_not(
     events = run(order)
     losses = [event["loss"] for event in metrics(events)]
     assert (losses[-1] > losses[0]) == diverges, losses
-    (told,) = events[-1]["warnings"] or [""]
-    assert ("the loss rose" in told) == diverges
+    (warning,) = events[-1]["warnings"] or [""]
+    assert ("the loss rose" in warning) == diverges
     checkpoints = [event for event in events if event["event"] == "checkpoint"]
     assert bool(checkpoints[-1]["warnings"]) == diverges
 

@@ -32,7 +32,7 @@ def frozen(loaded: TrainableModel, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_the_kept_weights_are_the_dequantised_nf4_ones(tiny_base: Path, double: bool) -> None:
+def test_cached_weights_are_the_dequantised_nf4_ones(tiny_base: Path, double: bool) -> None:
     loaded = load(tiny_base, quantization={"double_quant": double})
     weight = load_file(tiny_base / "model.safetensors")[LAYER]
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
@@ -90,7 +90,7 @@ def test_a_parameter_of_any_size_leaves_the_next_where_kernels_can_read_it(compu
     assert all(torch.equal(masters.value(name), parameter.float()) for name, parameter in parameters.items())
 
 
-def test_gradients_of_micro_batches_meet_in_float32(tiny_base: Path) -> None:
+def test_gradients_of_micro_batches_are_accumulated_in_float32(tiny_base: Path) -> None:
     loaded = load(tiny_base, BF16)
     masters = MasterWeights(loaded.method.parameters(), BF16.compute)
     for size in (1.0, 2.0**-10):
@@ -120,7 +120,7 @@ def test_a_base_that_is_not_finite_is_refused(tmp_path: Path, bad: float) -> Non
     assert refused.value.code == "base_not_finite"
 
 
-def test_a_base_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as refused:
         load(tmp_path)
     assert refused.value.code == "base_not_loadable"

@@ -92,10 +92,10 @@ def test_a_float16_overflow_is_skipped_and_the_scale_comes_down(
     events = run(make_order({"trainer": {"learning_rate_scheduler": {"warmup_fraction": 0.9}}}, updates=16))
     seen = metrics(events)
     skipped = [m["skipped"] for m in seen]
-    told = [event for event in events if event["event"] == "log" and "is skipped" in event["message"]]
-    assert [log["data"]["update"] for log in told] == [m["update"] for m in seen if m["skipped"]]
-    scales = [log["data"]["loss_scale"] for log in told]
-    assert scales == [2.0**19 / 2**step for step in range(len(told))]
+    logs = [event for event in events if event["event"] == "log" and "is skipped" in event["message"]]
+    assert [log["data"]["update"] for log in logs] == [m["update"] for m in seen if m["skipped"]]
+    scales = [log["data"]["loss_scale"] for log in logs]
+    assert scales == [2.0**19 / 2**step for step in range(len(logs))]
     assert skipped[0]
     assert not skipped[-1]
     rates = [m["learning_rate"] for m in seen]
@@ -103,7 +103,7 @@ def test_a_float16_overflow_is_skipped_and_the_scale_comes_down(
     assert rates[-1] > rates[0]
 
 
-def test_losses_that_are_not_finite_are_shown_and_end_the_job(make_order: OrderFactory, tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_are_reported_and_fail_the_job(make_order: OrderFactory, tmp_path: Path) -> None:
     base = make_tiny_model(tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"].fill_(3e38)

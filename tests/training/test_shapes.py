@@ -37,7 +37,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
 def share(
     sizes: Architecture, adapter: str, seen: Seen, load: MicroBatchSize, *, recompute: bool, packed: bool
 ) -> float:
-    """The model's figure over what was seen, both without what a process takes before its first tensor."""
+    """The planned bytes over the measured ones, both without those of a process before its first tensor."""
     asked = {"dataset": "d", "adapter": ADAPTERS[adapter][0], "quantization": {"bits": 4} if packed else None}
     spec = TrainSpec.model_validate(asked)
     taken = estimate_memory(sizes, spec, load, GPU16, recompute=recompute, stored=1 << 40)

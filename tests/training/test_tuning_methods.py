@@ -168,7 +168,7 @@ def test_an_initialiser_that_changes_the_base_is_published_over_the_base_as_it_w
     assert (config["r"], config["init_lora_weights"]) == (2 * 4, True)
 
 
-def test_a_full_fine_tune_is_a_model_of_its_own(make_order: OrderFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_fine_tune_publishes_a_whole_model(make_order: OrderFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     order = make_order({"adapter": None, "quantization": None}, updates=2)
     trained(order, monkeypatch)
     files = {path.name for path in (order.directory / "adapter").iterdir()}
@@ -233,7 +233,7 @@ def test_a_training_starts_from_the_weights_of_an_adapter(
     assert any("adapter to start from" in event.get("message", "") for event in events)
 
 
-def test_weights_of_another_shape_are_no_start(make_order: OrderFactory) -> None:
+def test_initial_weights_of_another_shape_are_refused(make_order: OrderFactory) -> None:
     earlier = make_order({"adapter": LORA}, updates=1, name="earlier")
     recipe.train(earlier, Channel(io.BytesIO(), io.BytesIO()))
     wider = {"adapter": {"type": "lora", "r": 5, "pretrained_adapter_weights": "adp_1"}}

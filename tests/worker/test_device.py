@@ -1,4 +1,4 @@
-"""What a host says of itself: its memory is what its container leaves it."""
+"""A host's description: its memory is limited by its container."""
 
 from pathlib import Path
 

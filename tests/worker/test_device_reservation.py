@@ -1,4 +1,4 @@
-"""A job's device reservation: real children that start once inference has stopped, and leave nothing behind."""
+"""A job's device reservation: real children start once inference has released the device. Their end releases it."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 class Host:
-    """One host's deployment, its supervisor's work in threads, and the ledger's rows."""
+    """A host: its deployment, its supervisors in threads, and its rows of the ledger."""
 
     def __init__(self, services: Services) -> None:
         self.services = services
@@ -48,13 +48,13 @@ class Host:
         adapter = {"type": "lora", "r": 4, "target_modules": [layers]}
         return self.services.jobs.submit({"dataset": dataset.id, "adapter": adapter, "trainer": dict(trainer)})
 
-    def serve(self) -> None:
-        assert self.services.ledger.reserve_for_inference(self.name, "front", 1 << 30) is None
+    def reserve_inference(self) -> None:
+        assert self.services.ledger.reserve_for_inference(self.name, "server", 1 << 30) is None
 
     def reserved(self) -> dict[Tenant, Reservation]:
         return {one.tenant: one for one in self.services.ledger.by_host().get(self.name, ())}
 
-    def told(self, job: Job) -> list[Event]:
+    def device_events(self, job: Job) -> list[Event]:
         return [event for event in self.services.jobs.events(job.id, 0, 1_000)[0] if event.kind == "device"]
 
     def status(self, job: Job) -> JobStatus:
@@ -63,7 +63,7 @@ class Host:
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest, services: Services, tmp_path: Path) -> Iterator[Host]:
-    """With a dataset, and what the operator wants as the test's parameter."""
+    """A host with a dataset. The test's parameter is the device policy."""
     changed = services.settings.model_copy(update={"device_policy": getattr(request, "param", "auto")})
     composed = compose(changed, doorbell=services.doorbell)
     path = tmp_path / "rows.jsonl"
@@ -79,8 +79,8 @@ def host(request: pytest.FixtureRequest, services: Services, tmp_path: Path) -> 
     composed.close()
 
 
-def test_a_small_job_shares_and_waits_for_nobody(host: Host) -> None:
-    host.serve()
+def test_a_small_job_shares_the_device_and_does_not_wait(host: Host) -> None:
+    host.reserve_inference()
     job = host.submit(LONG)
     assert job.plan is not None
     assert job.plan.policy is Policy.SHARE
@@ -92,39 +92,39 @@ def test_a_small_job_shares_and_waits_for_nobody(host: Host) -> None:
     assert host.services.ledger.inference_unavailable(host.name) is None
     host.services.jobs.request_action(job.id, JobAction.CANCEL)
     thread.join(30)
-    assert Tenant.TRAINING not in host.reserved()  # nobody renews the other one here: it may have lapsed by now
-    assert host.told(job) == []
+    assert Tenant.TRAINING not in host.reserved()  # inference's is not renewed here and may have expired
+    assert host.device_events(job) == []
 
 
 @pytest.mark.parametrize("host", ["yield"], indirect=True)
 def test_a_job_begins_when_inference_has_released_the_device(host: Host) -> None:
-    host.serve()
+    host.reserve_inference()
     job = host.submit(TRAINER | {"train_steps": 60})
     thread = host.work()
-    until(lambda: len(host.told(job)) > 0)
-    assert "waiting for inference" in host.told(job)[0].message
+    until(lambda: len(host.device_events(job)) > 0)
+    assert "waiting for inference" in host.device_events(job)[0].message
     assert host.services.ledger.inference_is_suspended()
     time.sleep(1)
     assert children() == []
-    host.services.ledger.release(host.name, "front")
+    host.services.ledger.release(host.name, "server")
     until(lambda: updates(host.services, job) > 0)
     until(lambda: (host.reserved()[Tenant.TRAINING].ends_in or 0) > 0)
-    assert host.services.ledger.reserve_for_inference(host.name, "front", 1) is not None
+    assert host.services.ledger.reserve_for_inference(host.name, "server", 1) is not None
     thread.join(60)
     assert host.status(job) is JobStatus.SUCCEEDED
     assert host.reserved() == {}
-    assert host.told(job)[-1].data["seconds"] >= 1
+    assert host.device_events(job)[-1].data["seconds"] >= 1
 
 
 @pytest.mark.parametrize("host", ["yield"], indirect=True)
 @pytest.mark.parametrize(
     ("wish", "end"), [(JobAction.CANCEL, JobStatus.CANCELLED), (JobAction.PAUSE, JobStatus.PAUSED)]
 )
-def test_a_job_that_waits_can_be_stopped(host: Host, wish: JobAction, end: JobStatus) -> None:
-    host.serve()
+def test_a_job_that_waits_for_the_device_can_be_stopped(host: Host, wish: JobAction, end: JobStatus) -> None:
+    host.reserve_inference()
     job = host.submit(TRAINER)
     thread = host.work()
-    until(lambda: len(host.told(job)) > 0)
+    until(lambda: len(host.device_events(job)) > 0)
     host.services.jobs.request_action(job.id, wish)
     thread.join(20)
     assert host.status(job) is end
@@ -133,11 +133,11 @@ def test_a_job_that_waits_can_be_stopped(host: Host, wish: JobAction, end: JobSt
 
 
 @pytest.mark.parametrize("host", ["yield"], indirect=True)
-def test_where_inference_does_not_move_the_job_goes_back_into_the_queue(
+def test_a_job_is_requeued_if_inference_does_not_release_the_device(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_reservation, "PATIENCE", -host.services.ledger.inference_lease)
-    host.serve()
+    host.reserve_inference()
     job = host.submit(TRAINER)
     host.work().join(20)
     assert host.status(job) is JobStatus.QUEUED
@@ -151,13 +151,13 @@ def test_a_second_job_waits_for_the_first_as_long_as_it_takes(host: Host, monkey
     monkeypatch.setattr(device_reservation, "PATIENCE", -1_000.0)
     first, second = host.submit(TRAINER | {"train_steps": 60}), host.submit(TRAINER)
     threads = [host.work("worker-1"), host.work("worker-2")]
-    until(lambda: len(host.told(first)) + len(host.told(second)) > 0)
+    until(lambda: len(host.device_events(first)) + len(host.device_events(second)) > 0)
     assert len(children()) <= 1
     for thread in threads:
         thread.join(60)
     assert [host.status(job) for job in (first, second)] == [JobStatus.SUCCEEDED] * 2
-    told = host.told(first) or host.told(second)
-    assert "waiting for another job" in told[0].message
+    events = host.device_events(first) or host.device_events(second)
+    assert "waiting for another job" in events[0].message
     assert host.reserved() == {}
 
 
@@ -171,8 +171,8 @@ def test_waiting_for_another_job_does_not_count_as_waiting_for_inference(
 
     def infer() -> None:
         while not over.wait(0.02):
-            if host.services.ledger.reserve_for_inference(host.name, "front", 1 << 30) is not None:
-                host.services.ledger.release(host.name, "front")
+            if host.services.ledger.reserve_for_inference(host.name, "server", 1 << 30) is not None:
+                host.services.ledger.release(host.name, "server")
 
     inference = threading.Thread(target=infer)
     inference.start()
@@ -187,7 +187,7 @@ def test_waiting_for_another_job_does_not_count_as_waiting_for_inference(
     assert [host.services.jobs.get(job.id).attempts for job in jobs] == [1, 1]
 
 
-def test_a_ledger_that_is_away_for_a_moment_costs_no_attempt(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_unavailable_for_a_moment_fails_no_attempt(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, train = [], host.services.ledger.reserve_for_training
 
     def sometimes(*given: Any) -> Any:
@@ -236,10 +236,10 @@ def test_no_process_waits_for_a_job_where_others_have_the_memory(host: Host) -> 
     supervisor.warm_up()
     assert len(children()) == 1
     size = describe_device(("gpu",)).bytes
-    assert host.services.ledger.reserve_for_inference(host.name, "front", size - SPARE_BYTES + 1) is None
+    assert host.services.ledger.reserve_for_inference(host.name, "server", size - SPARE_BYTES + 1) is None
     supervisor.warm_up()
     assert children() == []
-    assert host.services.ledger.reserve_for_inference(host.name, "front", size - SPARE_BYTES) is None
+    assert host.services.ledger.reserve_for_inference(host.name, "server", size - SPARE_BYTES) is None
     supervisor.warm_up()
     assert len(children()) == 1
     supervisor.dismiss()
@@ -263,8 +263,8 @@ def metrics(update: int, seconds: float) -> UpdateMetrics:
 
 
 @pytest.mark.parametrize("planned", [None, 2.0])
-def test_the_end_is_told_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch, planned: float | None) -> None:
-    """Updates take one second by their own account, and two with all that comes between them."""
+def test_the_estimated_end_follows_wall_clock_time(monkeypatch: pytest.MonkeyPatch, planned: float | None) -> None:
+    """An update measures one second; with the work between updates it is two."""
     clock = [1_000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     watch = Watch(TrainingReservation.__new__(TrainingReservation), planned)

@@ -77,7 +77,9 @@ def cramped(
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_job_at_once_in_words_and_leaves_no_orphan(cramped: Services, tmp_path: Path) -> None:
+def test_a_full_disk_fails_the_job_at_once_with_a_message_and_leaves_no_orphan(
+    cramped: Services, tmp_path: Path
+) -> None:
     job = submit(cramped, tmp_path, **(TRAINER | {"train_steps": 100}))
     assert Supervisor(cramped, "worker-1", ("gpu",)).work()
     failed = cramped.jobs.get(job.id)
@@ -92,7 +94,7 @@ def test_a_full_disk_ends_the_job_at_once_in_words_and_leaves_no_orphan(cramped:
 
 
 @pytest.mark.slow
-def test_a_store_that_refuses_ends_the_job_at_once(
+def test_a_store_that_refuses_writes_fails_the_job_at_once(
     services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its directory is a file all of a sudden."""
@@ -116,10 +118,10 @@ def test_a_store_that_refuses_ends_the_job_at_once(
 
 
 @pytest.mark.slow
-def test_a_fault_that_passes_costs_no_attempt(
+def test_a_transient_fault_fails_no_attempt(
     services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Database and store are away in turns, twice at each call."""
+    """Database and store are unavailable in turns, twice at each call."""
     job = submit(services, tmp_path, **TRAINER)
     calls: Counter[str] = Counter()
 
@@ -146,7 +148,7 @@ def test_a_fault_that_passes_costs_no_attempt(
 
 
 @pytest.mark.slow
-def test_a_store_that_stays_away_requeues_the_job_and_fails_it_in_the_end(
+def test_a_store_that_stays_unavailable_requeues_the_job_and_fails_it_in_the_end(
     services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempt, "RETRY_LIMIT", 0.0)
@@ -169,7 +171,7 @@ def test_a_store_that_stays_away_requeues_the_job_and_fails_it_in_the_end(
 
 
 @pytest.mark.slow
-def test_a_fault_of_the_worker_itself_is_said_in_the_job(
+def test_a_fault_of_the_worker_itself_is_an_event_of_the_job(
     services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = submit(services, tmp_path, **TRAINER)

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 from worker.json_lines import MessageWriter, read_messages
 
 
-def test_messages_of_many_threads_come_whole_and_the_unparseable_are_rejected() -> None:
+def test_messages_of_many_threads_stay_whole_and_unparseable_ones_are_rejected() -> None:
     out = io.BytesIO()
     writer = MessageWriter(out)
     threads = [threading.Thread(target=writer.send, args=(ChildCommand(command="pause"),)) for _ in range(50)]
@@ -26,7 +26,7 @@ def test_messages_of_many_threads_come_whole_and_the_unparseable_are_rejected() 
     assert rejected == [b'{"command": "jump"}\n']
 
 
-def test_what_a_library_prints_goes_to_stderr() -> None:
+def test_output_of_a_library_goes_to_stderr() -> None:
     code = "from worker.json_lines import take_stdout\nout = take_stdout()\n"
     code += "print('noise', flush=True)\nout.write(b'message')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""What a worker's poll does beside running jobs."""
+"""A worker's poll also removes expired files."""
 
 import os
 import time

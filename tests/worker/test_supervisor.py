@@ -145,7 +145,9 @@ def test_a_run_whose_loss_rises_is_warned_about_on_the_job_and_on_its_adapter(
     assert services.adapters.get(str(done.adapter_id)).manifest.warnings == (warning,)
 
 
-def test_what_held_out_rows_say_is_told_and_decides(services: Services, supervisor: Supervisor, tmp_path: Path) -> None:
+def test_evaluations_are_events_and_choose_the_published_update(
+    services: Services, supervisor: Supervisor, tmp_path: Path
+) -> None:
     path = tmp_path / "parted.jsonl"
     rows = [json.loads(line) for line in dataset_jsonl(12).splitlines()]
     path.write_text("\n".join(json.dumps(row | {"split": number % 3}) for number, row in enumerate(rows)))
@@ -155,16 +157,16 @@ def test_what_held_out_rows_say_is_told_and_decides(services: Services, supervis
     assert supervisor.work()
     done = services.jobs.get(job.id)
     assert done.status is JobStatus.SUCCEEDED, done.error
-    told = [e.data for e in services.jobs.events(job.id, 0, 100)[0] if e.kind == "evaluated"]
-    assert [(data["part"], data["update"]) for data in told[:-1]] == [("validation", n) for n in (2, 4, 6)]
+    evaluations = [e.data for e in services.jobs.events(job.id, 0, 100)[0] if e.kind == "evaluated"]
+    assert [(data["part"], data["update"]) for data in evaluations[:-1]] == [("validation", n) for n in (2, 4, 6)]
     found = services.jobs.metrics(job.id, 0, 100)[0]
-    by_update = {data["update"]: (data["loss"], data["accuracy"]) for data in told[:-1]}
+    by_update = {data["update"]: (data["loss"], data["accuracy"]) for data in evaluations[:-1]}
     assert {m.update: (m.validation_loss, m.validation_accuracy) for m in found} == by_update | dict.fromkeys(
         (1, 3, 5), (None, None)
     )
     manifest = services.adapters.get(str(done.adapter_id)).manifest
     assert manifest.metrics["validation_loss"] == min(loss for loss, _ in by_update.values())
-    assert manifest.metrics["test_loss"] == told[-1]["loss"]
+    assert manifest.metrics["test_loss"] == evaluations[-1]["loss"]
     assert manifest.dataset_rows == 4
 
     losses = [json.loads(line) for line in b"".join(services.artifacts.stream(job.id, "rows.jsonl")).splitlines()]
@@ -182,7 +184,7 @@ def test_what_held_out_rows_say_is_told_and_decides(services: Services, supervis
     assert again.manifest.environment == manifest.environment
 
 
-def test_the_pace_of_a_job_tells_what_the_next_will_take(
+def test_the_pace_of_a_job_predicts_the_time_of_the_next(
     services: Services, supervisor: Supervisor, submit: Callable[..., Job]
 ) -> None:
     services.devices.report(services.settings.worker_name, describe_device(("gpu",)))
@@ -292,7 +294,7 @@ def test_a_stored_checkpoint_leaves_the_work_directory(
     submit: Callable[..., Job],
     background: Callable[[Supervisor], threading.Thread],
 ) -> None:
-    """The child writes them faster than they are stored: none is lost on the way, and none stays behind."""
+    """The child writes them faster than they are stored. All are stored, and all are removed."""
     job = submit(**(LONG | {"train_steps": 60, "steps_per_checkpoint": 1}))
     thread = background(supervisor)
     until(lambda: kinds(services, job).count("checkpoint") == 60)
@@ -302,7 +304,7 @@ def test_a_stored_checkpoint_leaves_the_work_directory(
     assert services.jobs.get(job.id).status is JobStatus.SUCCEEDED
 
 
-def test_a_leaving_supervisor_gives_its_job_back_without_a_strike(
+def test_a_supervisor_that_shuts_down_requeues_its_job_without_a_strike(
     services: Services,
     supervisor: Supervisor,
     submit: Callable[..., Job],
@@ -319,7 +321,7 @@ def test_a_leaving_supervisor_gives_its_job_back_without_a_strike(
     assert next(e for e in services.jobs.events(job.id, 0, 1_000)[0] if e.kind == "requeued").data["strikes"] == 0
 
 
-def test_what_an_attempt_left_that_was_killed_here_goes_with_the_next(
+def test_the_files_of_a_killed_attempt_are_removed_by_the_next(
     services: Services, supervisor: Supervisor, submit: Callable[..., Job]
 ) -> None:
     job = submit(**(TRAINER | {"train_steps": 1}))
@@ -401,7 +403,7 @@ def _start_owner(settings: dict[str, object], tmp_path: Path) -> int:
     return os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-c", code, str(document)])
 
 
-def test_a_child_that_waits_gets_the_next_job(
+def test_an_idle_child_gets_the_next_job(
     services: Services, supervisor: Supervisor, submit: Callable[..., Job]
 ) -> None:
     supervisor.warm_up()
@@ -414,7 +416,7 @@ def test_a_child_that_waits_gets_the_next_job(
     assert children() == []
 
 
-def test_a_child_that_died_waiting_costs_no_job(
+def test_an_idle_child_that_died_fails_no_job(
     services: Services, supervisor: Supervisor, submit: Callable[..., Job]
 ) -> None:
     supervisor.warm_up()
@@ -427,9 +429,7 @@ def test_a_child_that_died_waiting_costs_no_job(
     assert (done.status, done.attempts) == (JobStatus.SUCCEEDED, 1)
 
 
-def test_nothing_waits_in_a_worker_that_leaves_or_that_was_told_not_to(
-    services: Services, supervisor: Supervisor
-) -> None:
+def test_no_idle_child_runs_after_shutdown_or_without_warm_start(services: Services, supervisor: Supervisor) -> None:
     supervisor.warm_up()
     supervisor.leave()
     supervisor.dismiss()
@@ -442,7 +442,7 @@ def test_nothing_waits_in_a_worker_that_leaves_or_that_was_told_not_to(
     assert children() == []
 
 
-def test_a_job_goes_on_from_a_published_adapter(
+def test_a_job_starts_from_a_published_adapter(
     services: Services, supervisor: Supervisor, submit: Callable[..., Job], tmp_path: Path
 ) -> None:
     first = submit(**TRAINER)
@@ -460,13 +460,13 @@ def test_a_job_goes_on_from_a_published_adapter(
     losses = {job.id: [m.loss for m in services.jobs.metrics(job.id, 0, 100)[0]] for job in (first, later)}
     assert losses[later.id][0] < 0.9 * losses[first.id][0]  # type: ignore[operator]
 
-    for wrong, said in (
+    for wrong, words in (
         ({"r": 2}, "has r 4, alpha 8"),
         ({"target_modules": ["q_proj"]}, "target_modules"),
         ({"use_rslora": True}, "use_rslora False"),
         ({"pretrained_adapter_weights": "nobody"}, "no adapter 'nobody'"),
     ):
-        with pytest.raises(InvalidError, match=said) as refused:
+        with pytest.raises(InvalidError, match=words) as refused:
             services.jobs.submit(going_on(**wrong))
         assert refused.value.problems[0].loc == ("adapter", "pretrained_adapter_weights")
     services.adapters.delete(name)
