@@ -20,6 +20,7 @@ from worker.inference.engine.offline import prefill
 from worker.inference.errors import ModelError, OutOfMemory
 from worker.inference.ipc import EngineSettings
 from worker.inference.model import adapters
+from worker.inference.model.batch_invariance import product_shapes
 from worker.inference.model.loaded_models import LoadedModels
 from worker.inference.model.memory_use import PROCESS_BYTES, MemoryUse, base_bytes, budget, weights_bytes
 from worker.inference.sampling_params import ServedModel
@@ -196,8 +197,9 @@ def test_the_memory_of_models_is_known_before_they_are_loaded(tiny: TinyModels, 
     models.load(tiny.served("one", tiny.one), [])
     taken = models.memory.minus(before).device
     assert taken > weights_bytes(tiny.one, models.dtype)
-    if models.dtype is torch.float32:  # in bfloat16 ranks may be padded
-        assert taken <= 2 * weights_bytes(tiny.one, models.dtype), "B is block-diagonal"
+    # B is block-diagonal, and a rank of 4 may be padded with zeros to the columns that a product needs.
+    padding = max(1, product_shapes(torch.zeros(1, dtype=models.dtype)).min_columns // 4)
+    assert taken <= 2 * padding * weights_bytes(tiny.one, models.dtype)
 
 
 def test_an_adapter_with_nan_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
