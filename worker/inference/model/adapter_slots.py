@@ -81,7 +81,7 @@ class AdapterSlots:
                 self._fill_slot(name, wanted, adapters[name])
             self._slots.move_to_end(name)
         last_slot = max(self._slots[name] for name in wanted)
-        num_read = max(power_of_two(last_slot + 1), self._min_slots(self._ranks))
+        num_read = max(power_of_two(last_slot + 1), self._min_slots_read())
         own_slot = torch.tensor([-1 if row is None else self._slots[row] for row in rows], device=self._like.device)
         mask = own_slot[:, None] != torch.arange(num_read, device=self._like.device)  # [num_rows, num_slots]
         return LoraBatch(self._first(num_read), mask[..., None], (self._generation, num_read))
@@ -116,11 +116,15 @@ class AdapterSlots:
                 layers, groups = adapters[name], range(len(INPUT_GROUPS))
                 self._ranks_of[name] = [max(_rank(layer[group]) for layer in layers) for group in groups]
         ranks = [max(ranks) for ranks in zip(*(self._ranks_of[name] for name in wanted), strict=True)]
-        return max(power_of_two(len(wanted)), self._min_slots(ranks)), ranks
+        return power_of_two(len(wanted)), ranks
 
-    def _min_slots(self, ranks: Sequence[int]) -> int:
+    def _widened(self, num_slots: int, ranks: Sequence[int]) -> list[int]:
+        """Ranks that give the products of so many slots the columns that they need."""
+        return [rank and max(rank, self._min_columns // num_slots) for rank in ranks]
+
+    def _min_slots_read(self) -> int:
         """The number of slots, a power of two, that gives each product the columns that it needs."""
-        return power_of_two(max(-(-self._min_columns // rank) for rank in ranks if rank))
+        return power_of_two(max(-(-self._min_columns // rank) for rank in self._ranks if rank))
 
     def _is_too_small(self, num_slots: int, ranks: Sequence[int]) -> bool:
         return num_slots > self._num_slots or any(need > had for need, had in zip(ranks, self._ranks, strict=True))
@@ -130,7 +134,8 @@ class AdapterSlots:
         kept_slots = max(num_slots, self._num_slots)
         kept_ranks = [max(both) for both in zip(ranks, self._ranks, strict=True)]
         is_too_much = self._size(kept_slots, kept_ranks) > MAX_KEPT_FACTOR * self._size(num_slots, ranks)
-        return (num_slots, ranks) if is_too_much else (kept_slots, kept_ranks)
+        slots, ranks = (num_slots, ranks) if is_too_much else (kept_slots, kept_ranks)
+        return slots, self._widened(slots, ranks)
 
     def _bytes_for(self, rows: Rows, adapters: LoraWeightsByAdapter) -> int:
         """Bytes of the buffer that `select` will read, and of its packed copies."""
@@ -153,10 +158,12 @@ class AdapterSlots:
             self._reallocate(*self._grown(num_slots, ranks))
             return
         used = [self._slots[name] for name in wanted if name in self._slots]
-        is_oversized = power_of_two(max(used, default=0) + 1) > num_slots or ranks != self._ranks
+        is_oversized = (
+            power_of_two(max(used, default=0) + 1) > num_slots or self._widened(self._num_slots, ranks) != self._ranks
+        )
         self._oversized_steps = self._oversized_steps + 1 if is_oversized else 0
         if self._oversized_steps > (SHRINK_AFTER_CAPTURED_STEPS if self._steady else SHRINK_AFTER_STEPS):
-            self._reallocate(num_slots, ranks)
+            self._reallocate(num_slots, self._widened(num_slots, ranks))
 
     def _reallocate(self, num_slots: int, ranks: list[int]) -> None:
         """A new buffer with empty slots."""
