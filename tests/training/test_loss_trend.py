@@ -7,14 +7,14 @@ import pytest
 
 from tests.training.conftest import OrderFactory
 from tests.training.test_recipe import metrics, run
-from worker.training.loss_trend import noted, warning
+from worker.training.loss_trend import add_loss, warning
 
 
 def warned(losses: list[float]) -> str | None:
     first: tuple[float, ...] = ()
     last: tuple[float, ...] = ()
     for loss in losses:
-        first, last = noted(first, last, loss, len(losses))
+        first, last = add_loss(first, last, loss, len(losses))
     return warning(first, last, len(losses))
 
 

@@ -14,7 +14,7 @@ from worker.training.channel import Channel
 from worker.training.errors import TrainingError
 
 NICENESS = 10
-"""Somebody waits for an answer, nobody for an update: on cores that both share, the engine goes first."""
+"""A person waits for an answer, but not for an update: on cores that both share, the engine goes first."""
 
 FILE_ERROR = "I/O error: "
 """How safetensors says it."""

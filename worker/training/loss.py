@@ -1,7 +1,7 @@
 """Cross-entropy at labelled positions only, in chunks and by row, with its backward pass. It knows no optimizer.
 
 Two thirds of a ReAct trajectory are Observations without a loss: their logits are never computed. A chunk's
-logits are gone before the next chunk's begin, so the vocabulary's width is paid for one chunk at a time.
+logits are freed before the next chunk's are computed, so memory holds one chunk's logits [chunk, vocab] at a time.
 """
 
 from collections.abc import Callable
@@ -22,20 +22,20 @@ def backward_loss(
 ) -> torch.Tensor:
     """Backpropagate `weight` × the summed loss through `head` and `hidden`; return each row's sum, unweighted: [rows].
 
-    `hidden`: [tokens, width], with a graph behind it. With weight = 1 / (labelled tokens of the update), gradients
+    `hidden`: [num_tokens, hidden_size], part of an autograd graph. With weight = 1 / (labelled tokens of the update), gradients
     added up over micro-batches equal those of one big batch.
     """
     by_row = torch.zeros(len(batch.rows), dtype=torch.float32, device=hidden.device)
-    # The graph is cut at the chosen positions: each chunk leaves its gradient here and frees its logits.
-    chosen = hidden.index_select(0, batch.predictors)
-    leaf = chosen.detach().requires_grad_()
+    # The graph is cut at the predicting positions: each chunk adds its gradient to `leaf` and frees its logits.
+    predicting = hidden.index_select(0, batch.predictors)  # [labelled, hidden_size]
+    leaf = predicting.detach().requires_grad_()
     for start in range(0, batch.labelled, chunk):
         logits = head(leaf[start : start + chunk])
         losses = cross_entropy(logits.float(), batch.targets[start : start + chunk], reduction="none")
         (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
         by_row.index_add_(0, batch.row_indices[start : start + chunk], losses.detach())
     if leaf.grad is not None:
-        chosen.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        predicting.backward(leaf.grad)  # type: ignore[no-untyped-call]
     return by_row
 
 

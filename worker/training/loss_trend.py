@@ -18,7 +18,7 @@ def window(updates: int) -> int:
     return min(MOST, max(FEWEST, updates // 10))
 
 
-def noted(
+def add_loss(
     first: tuple[float, ...], last: tuple[float, ...], loss: float, updates: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(`first`, `last`) with the loss of one more update."""

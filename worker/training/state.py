@@ -13,7 +13,7 @@ from worker.training.adalora import adalora_allocator
 from worker.training.checkpoints import Progress, TrainingState
 from worker.training.errors import TrainingError
 from worker.training.evaluation import Evaluation
-from worker.training.loss_trend import noted
+from worker.training.loss_trend import add_loss
 from worker.training.master_weights import MasterWeights
 from worker.training.model import TrainableModel
 from worker.training.row_losses import RowLosses
@@ -53,7 +53,7 @@ class RunState:
         progress.seconds += seconds
         if loss is not None:
             progress.loss = loss
-            progress.first_losses, progress.last_losses = noted(
+            progress.first_losses, progress.last_losses = add_loss(
                 progress.first_losses, progress.last_losses, loss, self._total_updates
             )
 
