@@ -22,8 +22,8 @@ def backward_loss(
 ) -> torch.Tensor:
     """Backpropagate `weight` × the summed loss through `head` and `hidden`; return each row's sum, unweighted: [rows].
 
-    `hidden`: [num_tokens, hidden_size], part of an autograd graph. With weight = 1 / (labelled tokens of the update), gradients
-    added up over micro-batches equal those of one big batch.
+    `hidden`: [num_tokens, hidden_size], part of an autograd graph. With weight = 1 / (labelled tokens of the update),
+    gradients added up over micro-batches equal those of one big batch.
     """
     by_row = torch.zeros(len(batch.rows), dtype=torch.float32, device=hidden.device)
     # The graph is cut at the predicting positions: each chunk adds its gradient to `leaf` and frees its logits.
