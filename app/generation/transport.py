@@ -16,7 +16,8 @@ class ExclusiveTransport(httpx.BaseTransport):
     from a closed descriptor (encode/httpcore issue 1110). So each connection has its own pool here. A request takes
     one from a queue and puts it back when its response is closed.
 
-    A connection that was idle for longer than `idle_seconds` is replaced when a request takes it.
+    A connection that was idle for longer than `idle_seconds` is replaced when a request takes it. A busy server may
+    close an idle connection just as a request arrives on it. Such a request is sent once more, on a new connection.
     """
 
     def __init__(self, connections: int, idle_seconds: float, socket_options: Iterable[SocketOption] = ()) -> None:
@@ -31,9 +32,10 @@ class ExclusiveTransport(httpx.BaseTransport):
             self._free.put(None)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        transport = self._take(request)
+        free = self._take(request)
+        transport = free or self._open()
         try:
-            response = transport.handle_request(request)
+            response = _send(transport, request, is_reused=free is not None)
         except BaseException:
             self._put_back(transport)
             raise
@@ -49,12 +51,15 @@ class ExclusiveTransport(httpx.BaseTransport):
                 if transport := self._free.get_nowait():
                     transport.close()
 
-    def _take(self, request: httpx.Request) -> httpx.HTTPTransport:
+    def _take(self, request: httpx.Request) -> httpx.HTTPTransport | None:
+        """A free connection, or None for one that is not open yet."""
         try:
-            transport = self._free.get(timeout=request.extensions.get("timeout", {}).get("pool"))
+            return self._free.get(timeout=request.extensions.get("timeout", {}).get("pool"))
         except Empty:
             raise httpx.PoolTimeout("all connections are in use", request=request) from None
-        return transport or httpx.HTTPTransport(
+
+    def _open(self) -> httpx.HTTPTransport:
+        return httpx.HTTPTransport(
             verify=self._tls, trust_env=False, limits=self._limits, socket_options=self._socket_options
         )
 
@@ -63,6 +68,15 @@ class ExclusiveTransport(httpx.BaseTransport):
             transport.close()
         else:
             self._free.put(transport)
+
+
+def _send(transport: httpx.HTTPTransport, request: httpx.Request, *, is_reused: bool) -> httpx.Response:
+    try:
+        return transport.handle_request(request)
+    except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+        if not is_reused:
+            raise
+        return transport.handle_request(request)  # its pool has dropped the closed connection
 
 
 class _ReturningStream(httpx.SyncByteStream):

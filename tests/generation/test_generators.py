@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from threading import Barrier, Thread
 from typing import ClassVar, Protocol
 
+import httpx
 import pytest
 import uvicorn
 from pydantic import SecretStr
@@ -21,6 +22,7 @@ from app.domain.encoding import Tokenization
 from app.domain.errors import InvalidError, NotFoundError, UnavailableError
 from app.domain.ledger import Unavailable
 from app.generation import CompletionsGenerator, GenerationRequest, Generator, ScriptedGenerator, completions
+from app.generation.transport import ExclusiveTransport
 from app.tokenizers import load_tokenization
 from tests.inference.conftest import ENGINE, Server, TinyModels, serving
 from tests.inference.conftest import tiny as tiny
@@ -325,3 +327,26 @@ def test_no_question_is_sent_over_a_connection_that_the_server_may_be_closing(mo
             client.check()
         server.shutdown()
     assert len(Server.connections) == 2
+
+
+def test_a_request_on_a_connection_that_the_server_just_closed_is_sent_once_more() -> None:
+    """The server answers one request a connection and closes it when the next one arrives, without a response."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    arrived = list[bytes]()
+
+    def serve(listener: socket.socket) -> None:
+        for _ in range(2):
+            connection, _ = listener.accept()
+            with connection:
+                arrived.append(connection.recv(1 << 16))
+                connection.sendall(answer)
+                arrived.append(connection.recv(1 << 16))  # the next request, or b"" once the client closes
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Thread(target=serve, args=(listener,))
+        server.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        with httpx.Client(transport=ExclusiveTransport(connections=1, idle_seconds=2)) as client:
+            assert [client.get(url).text for _ in range(2)] == ["ok", "ok"]
+        server.join()
+    assert [len(request) > 0 for request in arrived] == [True, True, True, False]
