@@ -343,6 +343,7 @@ def test_a_request_on_a_connection_that_the_server_just_closed_is_sent_once_more
                 arrived.append(connection.recv(1 << 16))  # the next request, or b"" once the client closes
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
         server = Thread(target=serve, args=(listener,))
         server.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
