@@ -127,7 +127,7 @@ def services(settings: Settings, doorbell: MemoryDoorbell, tiny_cache: Path) -> 
 
 @pytest.fixture
 def upload(tmp_path: Path, services: Services) -> Path:
-    """A dataset file on disk, as the door hands it on."""
+    """A dataset file on disk, as the API hands it on."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(dataset_jsonl())
     return path

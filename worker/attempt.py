@@ -161,7 +161,7 @@ class Attempt:
             command, patience = "pause", LEAVE_SECONDS
         if command is not None and command != watch.asked:
             watch.asked, watch.kill_at = command, time.monotonic() + patience
-            child.tell(ChildCommand.model_validate({"command": command}))
+            child.send(ChildCommand.model_validate({"command": command}))
         if watch.kill_at is not None and time.monotonic() > watch.kill_at:
             watch.kill_at = None
             child.kill()

@@ -67,7 +67,7 @@ class Child:
         """The next event; None at the end. Raises queue.Empty after `timeout` seconds."""
         return self._events.get(timeout=timeout)
 
-    def tell(self, command: ChildCommand) -> None:
+    def send(self, command: ChildCommand) -> None:
         """Send a command. If the child has ended, this does nothing."""
         self._send(command)
 

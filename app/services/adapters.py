@@ -109,15 +109,15 @@ class Adapters:
     def _commit(self, lease: Lease, row: AdapterRow, asked: str) -> str | None:
         with self._database.write() as unit:
             if unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
-                unit.jobs.tell(lease.job_id, "cancelled", "cancelled before it was published", "info", {})
+                unit.jobs.add_event(lease.job_id, "cancelled", "cancelled before it was published", "info", {})
                 return None
             unit.adapters.add(row)
             unit.jobs.end(lease, (S.RUNNING, S.PAUSING), S.SUCCEEDED, adapter_id=row.id)
             if row.name != asked:
                 message = f"another adapter is named {asked!r}; this one is published as {row.name!r}"
-                unit.jobs.tell(lease.job_id, "name_taken", message, "warning", {"name": row.name})
+                unit.jobs.add_event(lease.job_id, "name_taken", message, "warning", {"name": row.name})
             data = {"adapter_id": row.id, "digest": row.digest}
-            unit.jobs.tell(lease.job_id, "succeeded", f"published as {row.id}", "info", data)
+            unit.jobs.add_event(lease.job_id, "succeeded", f"published as {row.id}", "info", data)
             if unit.aliases.find_target(RESOURCE, DEFAULT) is None:
                 unit.aliases.point(RESOURCE, DEFAULT, row.id)
         return row.id

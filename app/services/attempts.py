@@ -69,7 +69,7 @@ class Attempts:
                 lease = Lease(job_id=row.id, epoch=row.epoch, owner=owner)
                 if row.status == S.RUNNING:
                     data = {"worker": owner, "attempt": row.attempts}
-                    unit.jobs.tell(row.id, "started", f"attempt {row.attempts} began", "info", data)
+                    unit.jobs.add_event(row.id, "started", f"attempt {row.attempts} began", "info", data)
                     return _leased(row, lease)
                 _settle(unit, row, lease)
 
@@ -100,7 +100,7 @@ class Attempts:
         """Write an event of the job."""
         with self._database.write() as unit:
             unit.jobs.write(lease, owner=lease.owner)
-            unit.jobs.tell(lease.job_id, kind, message, level, data or {})
+            unit.jobs.add_event(lease.job_id, kind, message, level, data or {})
 
     def record(self, lease: Lease, batch: list[UpdateMetrics], eta_seconds: float | None) -> None:
         """Write a batch of metrics, and the job's progress by the last of them."""
@@ -121,7 +121,7 @@ class Attempts:
             for metric in batch:
                 if metric.skipped:
                     message = f"update {metric.update} skipped: loss or gradients were not finite"
-                    unit.jobs.tell(lease.job_id, "update_skipped", message, "warning", {"update": metric.update})
+                    unit.jobs.add_event(lease.job_id, "update_skipped", message, "warning", {"update": metric.update})
 
     def warn(self, lease: Lease, warnings: Sequence[str]) -> None:
         """Write what speaks against the result of this attempt: on the job, and as an event for each."""
@@ -132,7 +132,7 @@ class Attempts:
             assert row is not None, "a leased job is not deleted"
             unit.jobs.write(lease, progress={**(row.progress or {}), "warnings": list(warnings)})
             for warning in warnings:
-                unit.jobs.tell(lease.job_id, "warning", warning, "warning", {})
+                unit.jobs.add_event(lease.job_id, "warning", warning, "warning", {})
 
     def evaluated(self, lease: Lease, found: EvaluationFinished) -> None:
         """Record an evaluation as an event. Add it to the metrics of its update, if those are stored already."""
@@ -140,7 +140,9 @@ class Attempts:
         message = f"{found.part} loss {measured}, token accuracy {found.accuracy:.1%} at update {found.update}"
         with self._database.write() as unit:
             unit.jobs.write(lease, owner=lease.owner)
-            unit.jobs.tell(lease.job_id, "evaluated", message, "info", found.model_dump(mode="json", exclude={"event"}))
+            unit.jobs.add_event(
+                lease.job_id, "evaluated", message, "info", found.model_dump(mode="json", exclude={"event"})
+            )
             if found.part is SplitName.VALIDATION:
                 values = {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
                 unit.jobs.add_to_metric(lease.job_id, found.update, values)
@@ -173,7 +175,7 @@ class Attempts:
             unit.jobs.write(lease, strikes=0)
             unit.jobs.put_checkpoint(row)
             data = {"update": written.update, "bytes": row.bytes}
-            unit.jobs.tell(lease.job_id, "checkpoint", f"checkpoint at update {written.update}", "info", data)
+            unit.jobs.add_event(lease.job_id, "checkpoint", f"checkpoint at update {written.update}", "info", data)
             checkpoints = unit.jobs.checkpoints(lease.job_id)
             stale = [old for old in checkpoints[CHECKPOINTS_KEPT:] if old is not best_of(checkpoints)]
             for old in stale:
@@ -203,9 +205,9 @@ class Attempts:
         with self._database.write() as unit:
             document = error.model_dump(mode="json")
             if unit.jobs.end(lease, (S.RUNNING, S.PAUSING), S.FAILED, error=document):
-                unit.jobs.tell(lease.job_id, "failed", error.message, "error", document)
+                unit.jobs.add_event(lease.job_id, "failed", error.message, "error", document)
             elif unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
-                unit.jobs.tell(lease.job_id, "cancelled", "cancelled", "info", {})
+                unit.jobs.add_event(lease.job_id, "cancelled", "cancelled", "info", {})
 
     def release(self, lease: Lease, reason: str, *, strike: bool, error: JobError = WORKER_LOST) -> None:
         """Put a job back into the queue, or pause or cancel it as the user asked.
@@ -224,7 +226,7 @@ class Attempts:
                 following, told = _RELEASED.get(status, (S.QUEUED, ("requeued", reason, "warning")))
             document = error.model_dump(mode="json") if following is S.FAILED else None
             unit.jobs.end(lease, (status,), following, strikes=strikes, error=document)
-            unit.jobs.tell(lease.job_id, *told, {"reason": reason, "strikes": strikes})
+            unit.jobs.add_event(lease.job_id, *told, {"reason": reason, "strikes": strikes})
 
 
 def _leased(row: JobRow, lease: Lease) -> Leased:
@@ -248,4 +250,4 @@ def _settle(unit: Unit, row: JobRow, lease: Lease) -> None:
     if status is S.FAILED:
         values["error"] = WORKER_LOST.model_dump(mode="json")
     unit.jobs.write(lease, **values)
-    unit.jobs.tell(row.id, kind, message, level, {})
+    unit.jobs.add_event(row.id, kind, message, level, {})

@@ -65,7 +65,7 @@ class Checkpoints:
                 unit.adapters.add(row)
                 data = {"adapter_id": row.id, "digest": row.digest, "update": update}
                 message = f"the checkpoint of update {update} was published as {row.id}"
-                unit.jobs.tell(job_id, "checkpoint_published", message, "info", data)
+                unit.jobs.add_event(job_id, "checkpoint_published", message, "info", data)
         except IntegrityError:  # another request took the name at the same time
             raise _name_taken("an adapter", row.name) from None
 

@@ -81,9 +81,9 @@ class Jobs:
                 _refuse_name_of_adapter(unit, row.name)
                 unit.jobs.add(row)
                 details = {"total_updates": prepared.schedule.updates, "rows": prepared.summary.trained}
-                unit.jobs.tell(row.id, "queued", "waiting for a worker", "info", details)
+                unit.jobs.add_event(row.id, "queued", "waiting for a worker", "info", details)
                 for warning in prepared.plan.warnings:
-                    unit.jobs.tell(row.id, "plan_warning", warning, "warning", {})
+                    unit.jobs.add_event(row.id, "plan_warning", warning, "warning", {})
         except IntegrityError:
             self._check_dataset_exists(row)
             raise ConflictError(
@@ -129,7 +129,7 @@ class Jobs:
                 )
             if following is not status:
                 unit.jobs.move(row.id, status, following)
-                unit.jobs.tell(row.id, following.value, _MESSAGES[following], "info", {})
+                unit.jobs.add_event(row.id, following.value, _MESSAGES[following], "info", {})
         if following is JobStatus.QUEUED:
             self._doorbell.ring(row.id, JobKind(row.kind))
         return self.get(row.id)

@@ -69,9 +69,11 @@ def client(served: Services) -> Iterator[TestClient]:
 
 
 @pytest.fixture(scope="session")
-def refusing(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Iterator[tuple[TestClient, Services]]:
+def readonly_deployment(
+    tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path
+) -> Iterator[tuple[TestClient, Services]]:
     """A deployment with a dataset named `rows`. It stores nothing more, because every test request is refused."""
-    home = tmp_path_factory.mktemp("door") / "home"
+    home = tmp_path_factory.mktemp("readonly") / "home"
     settings = Settings(home=home, cache=tiny_cache, default_base_model="tiny")
     migrate(settings.database)
     composed = compose(settings, doorbell=MemoryDoorbell())
@@ -85,9 +87,9 @@ def refusing(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Iter
 
 
 @pytest.fixture
-def door(refusing: tuple[TestClient, Services]) -> Iterator[TestClient]:
+def readonly_client(readonly_deployment: tuple[TestClient, Services]) -> Iterator[TestClient]:
     """A client whose requests must store nothing."""
-    client, composed = refusing
+    client, composed = readonly_deployment
     with nothing_left(composed):
         yield client
 

@@ -146,8 +146,11 @@ def test_promote_delete_and_page(
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("GET", "/download"), ("POST", "/promote"), ("DELETE", "")])
-def test_an_unknown_adapter(door: TestClient, method: str, path: str) -> None:
-    assert "GET /adapters" in problem(door.request(method, f"/adapters/adp_x{path}"), 404, "unknown_adapter")["detail"]
+def test_an_unknown_adapter(readonly_client: TestClient, method: str, path: str) -> None:
+    assert (
+        "GET /adapters"
+        in problem(readonly_client.request(method, f"/adapters/adp_x{path}"), 404, "unknown_adapter")["detail"]
+    )
 
 
 def test_missing_bytes(client: TestClient, served: Services, adapter: str) -> None:

@@ -81,8 +81,8 @@ def test_delete(client: TestClient, served: Services) -> None:
      b'{"title": "a\\u0000", "text": "b"}', b'{"title": "a\\ud800", "text": "b"}'],
     ids=["empty", "1 byte", "not utf-8", "a 50 MB line", "no title", "deep", "NUL", "surrogate"],
 )  # fmt: skip
-def test_a_file_without_a_page(door: TestClient, content: bytes) -> None:
-    response = post_file(door, "/corpora", content, "pages.jsonl")
+def test_a_file_without_a_page(readonly_client: TestClient, content: bytes) -> None:
+    response = post_file(readonly_client, "/corpora", content, "pages.jsonl")
     assert places(problem(response, 422, "no_page_kept"))
     assert len(response.content) < 2_000
 
@@ -126,8 +126,8 @@ def test_a_name_that_is_taken_meanwhile(
     assert traces(served)["corpora"] == 1
 
 
-def test_a_form_without_its_file(door: TestClient) -> None:
-    assert places(problem(door.post("/corpora", files={"name": (None, "pages")}), 422)) == ["file"]
+def test_a_form_without_its_file(readonly_client: TestClient) -> None:
+    assert places(problem(readonly_client.post("/corpora", files={"name": (None, "pages")}), 422)) == ["file"]
 
 
 def test_an_upload_over_the_limit(client: TestClient, served: Services, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,15 +31,15 @@ OWN = [
 ]
 
 
-def test_no_writing_route_takes_a_request_from_another_site(door: TestClient) -> None:
+def test_no_writing_route_takes_a_request_from_another_site(readonly_client: TestClient) -> None:
     refused = 0
-    for path, operations in door.get("/openapi.json").json()["paths"].items():
+    for path, operations in readonly_client.get("/openapi.json").json()["paths"].items():
         for method, operation in operations.items():
             if method.upper() in SAFE_METHODS:
                 continue
             assert "403" in operation["responses"], path
             for headers in FOREIGN:
-                answer = door.request(method, path.replace("{", "").replace("}", ""), headers=headers)
+                answer = readonly_client.request(method, path.replace("{", "").replace("}", ""), headers=headers)
                 problem(answer, 403, "foreign_origin")
                 refused += 1
     assert refused >= 10 * len(FOREIGN)
@@ -73,9 +73,9 @@ def test_our_own_page_and_what_is_no_browser_are_served(
 
 
 @pytest.mark.parametrize("headers", FOREIGN)
-def test_reading_is_not_refused(door: TestClient, headers: dict[str, str]) -> None:
+def test_reading_is_not_refused(readonly_client: TestClient, headers: dict[str, str]) -> None:
     """A link from another site to /docs works. The browser's same-origin policy protects what is read."""
-    assert door.get("/jobs", headers=headers).status_code == 200
+    assert readonly_client.get("/jobs", headers=headers).status_code == 200
 
 
 def test_a_page_of_a_host_that_the_operator_allows_is_ours(services: Services) -> None:

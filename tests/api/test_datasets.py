@@ -137,8 +137,11 @@ def test_a_dataset_in_use_is_kept(client: TestClient, job: str) -> None:
 
 
 @pytest.mark.parametrize("route", ["", "/preview"])
-def test_an_unknown_dataset(door: TestClient, route: str) -> None:
-    assert "GET /datasets" in problem(door.get(f"/datasets/ds_nowhere{route}"), 404, "unknown_dataset")["detail"]
+def test_an_unknown_dataset(readonly_client: TestClient, route: str) -> None:
+    assert (
+        "GET /datasets"
+        in problem(readonly_client.get(f"/datasets/ds_nowhere{route}"), 404, "unknown_dataset")["detail"]
+    )
 
 
 # Bad files.
@@ -164,21 +167,21 @@ def test_an_unknown_dataset(door: TestClient, route: str) -> None:
     ids=["empty csv", "empty jsonl", "1 byte csv", "1 byte jsonl", "NUL", "png", "csv not utf-8", "jsonl not utf-8",
          "missing columns csv", "missing columns jsonl", "deep json", "deep jsonl", "torn parquet"],
 )  # fmt: skip
-def test_a_file_without_a_row(door: TestClient, content: bytes, filename: str, code: str | None) -> None:
-    document = problem(post_file(door, "/datasets", content, filename), 422, code)
+def test_a_file_without_a_row(readonly_client: TestClient, content: bytes, filename: str, code: str | None) -> None:
+    document = problem(post_file(readonly_client, "/datasets", content, filename), 422, code)
     assert places(document)
     assert len(document["errors"]) <= 100
 
 
-def test_a_single_line_of_50_megabytes(door: TestClient) -> None:
-    response = post_file(door, "/datasets", b'{"claim": "' + b"a" * (50 << 20), "rows.jsonl")
+def test_a_single_line_of_50_megabytes(readonly_client: TestClient) -> None:
+    response = post_file(readonly_client, "/datasets", b'{"claim": "' + b"a" * (50 << 20), "rows.jsonl")
     document = problem(response, 422, "no_rows_kept")
     assert places(document) == ["line.1"]
     assert len(response.content) < 2_000
 
 
-def test_10_000_broken_rows_alone(door: TestClient) -> None:
-    response = post_file(door, "/datasets", b"\n".join([BROKEN_ROW] * 10_000))
+def test_10_000_broken_rows_alone(readonly_client: TestClient) -> None:
+    response = post_file(readonly_client, "/datasets", b"\n".join([BROKEN_ROW] * 10_000))
     assert "no_steps: 10,000" in problem(response, 422, "no_rows_kept")["detail"]
     assert len(response.content) < 50_000
 
@@ -220,32 +223,32 @@ def test_10_000_broken_rows_beside_good_ones(client: TestClient) -> None:
          "NUL in a column", "a long column", "a bad name", "NUL in a file name", "NUL in a field",
          "a part without a name", "no form"],
 )  # fmt: skip
-def test_a_bad_form(door: TestClient, body: bytes, status: int, place: str | None) -> None:
-    document = problem(door.post("/datasets", content=body, headers=MULTIPART), status)
+def test_a_bad_form(readonly_client: TestClient, body: bytes, status: int, place: str | None) -> None:
+    document = problem(readonly_client.post("/datasets", content=body, headers=MULTIPART), status)
     assert places(document) == ([] if place is None else [place])
 
 
 @pytest.mark.parametrize("charset", ["utf-7", "utf-16", "rot13", "nonsense"])
-def test_a_form_in_a_strange_charset(door: TestClient, charset: str) -> None:
+def test_a_form_in_a_strange_charset(readonly_client: TestClient, charset: str) -> None:
     headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
     body = part("{}", 'name="file"; filename="+2AA-"') + b"--x--\r\n"  # in UTF-7 a lone surrogate
-    problem(door.post("/datasets", content=body, headers=headers), 422)
+    problem(readonly_client.post("/datasets", content=body, headers=headers), 422)
 
 
-def test_a_form_without_a_boundary(door: TestClient) -> None:
+def test_a_form_without_a_boundary(readonly_client: TestClient) -> None:
     headers = {"Content-Type": "multipart/form-data"}
-    assert "boundary" in problem(door.post("/datasets", content=part("{}"), headers=headers), 400)["detail"]
+    assert "boundary" in problem(readonly_client.post("/datasets", content=part("{}"), headers=headers), 400)["detail"]
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning")
-def test_a_form_that_stops_in_its_file(door: TestClient) -> None:
+def test_a_form_that_stops_in_its_file(readonly_client: TestClient) -> None:
     """The parser does not close the truncated file, which is why the ResourceWarning is filtered."""
-    problem(door.post("/datasets", content=part("{}" * 100), headers=MULTIPART), 422)
+    problem(readonly_client.post("/datasets", content=part("{}" * 100), headers=MULTIPART), 422)
 
 
-def test_a_form_of_too_many_fields(door: TestClient) -> None:
+def test_a_form_of_too_many_fields(readonly_client: TestClient) -> None:
     body = b"".join(part("a", f'name="f{number}"') for number in range(1_001)) + b"--x--\r\n"
-    problem(door.post("/datasets", content=body, headers=MULTIPART), 400)
+    problem(readonly_client.post("/datasets", content=body, headers=MULTIPART), 400)
 
 
 def test_a_name_that_is_taken(client: TestClient, served: Services, dataset: str) -> None:
@@ -271,9 +274,11 @@ def test_an_upload_over_the_limit(client: TestClient, served: Services, monkeypa
         problem(post_file(client, "/datasets", b"a" * 2_000), 413, "too_large")
 
 
-def test_a_file_that_ends_its_reader_leaves_nothing(door: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_ends_its_reader_leaves_nothing(
+    readonly_client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def died(*_: object, **__: object) -> None:
         raise ConflictError("the reader is away", code="reader_died")
 
     monkeypatch.setattr(datasets_service, "ingest", died)
-    problem(post_file(door, "/datasets", dataset_jsonl()), 409, "reader_died")
+    problem(post_file(readonly_client, "/datasets", dataset_jsonl()), 409, "reader_died")

@@ -47,13 +47,13 @@ def test_a_job_that_is_late_ends_in_no_time(client: TestClient, served: Services
     assert [one["ends_in"] for one in device["reservations"]] == [0.0]
 
 
-def test_liveness_does_not_check_other_parts(door: TestClient) -> None:
-    assert door.get("/health/live").json() == {"status": "live"}
+def test_liveness_does_not_check_other_parts(readonly_client: TestClient) -> None:
+    assert readonly_client.get("/health/live").json() == {"status": "live"}
 
 
-def test_ready_names_what_is_missing(door: TestClient) -> None:
+def test_ready_names_what_is_missing(readonly_client: TestClient) -> None:
     """This deployment has a base model, but no trainer and no inference."""
-    response = door.get("/health/ready")
+    response = readonly_client.get("/health/ready")
     document = problem(response, 503, "not_ready")
     assert places(document) == ["trainer", "inference"]
     assert all(error["hint"] for error in document["errors"])
@@ -61,7 +61,7 @@ def test_ready_names_what_is_missing(door: TestClient) -> None:
 
 
 def test_readiness_distinguishes_suspended_from_starting_inference(
-    client: TestClient, served: Services, door: TestClient, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, served: Services, readonly_client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starting() -> None:
         raise UnavailableError("the inference engine is starting", code="inference_away")
@@ -69,7 +69,7 @@ def test_readiness_distinguishes_suspended_from_starting_inference(
     served.devices.report("host", CPU)
     monkeypatch.setattr(served.generator, "check", starting)
     (starts,) = problem(client.get("/health/ready"), 503, "not_ready")["errors"]
-    (_, away) = problem(door.get("/health/ready"), 503, "not_ready")["errors"]
+    (_, away) = problem(readonly_client.get("/health/ready"), 503, "not_ready")["errors"]
     assert (starts["loc"], starts["message"]) == (["inference"], "the inference engine is starting")
     assert "does not answer" in away["message"]
 
@@ -91,7 +91,7 @@ def test_suspended_inference_counts_as_available(services: Services) -> None:
         assert client.get("/health/ready").status_code == 503
 
 
-def test_metrics_are_in_the_text_format(door: TestClient) -> None:
-    response = door.get("/metrics")
+def test_metrics_are_in_the_text_format(readonly_client: TestClient) -> None:
+    response = readonly_client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     assert "# HELP process_" in response.text

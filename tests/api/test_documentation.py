@@ -40,8 +40,8 @@ def operations(document: dict[str, Any]) -> list[Operation]:
 
 
 @pytest.fixture(scope="module")
-def document(refusing: tuple[TestClient, Services]) -> dict[str, Any]:
-    found: dict[str, Any] = refusing[0].get("/openapi.json").json()
+def document(readonly_deployment: tuple[TestClient, Services]) -> dict[str, Any]:
+    found: dict[str, Any] = readonly_deployment[0].get("/openapi.json").json()
     return found
 
 
@@ -134,8 +134,8 @@ def test_the_key_shows_when_one_is_set(services: Services, document: dict[str, A
     assert "401" not in keyed["paths"]["/health/live"]["get"]["responses"]
 
 
-def test_swagger_ui_comes_from_here_alone(door: TestClient) -> None:
-    page = door.get("/docs")
+def test_swagger_ui_comes_from_here_alone(readonly_client: TestClient) -> None:
+    page = readonly_client.get("/docs")
     assert page.headers["content-type"].startswith("text/html")
     assert re.findall(r"https?://[^\s\"'<]+", page.text) == []
     assert "//" not in re.sub(r"(?m)^\s*//.*$", "", page.text).replace("<!--", "")
@@ -143,10 +143,10 @@ def test_swagger_ui_comes_from_here_alone(door: TestClient) -> None:
     assert len(assets) == 3
     for asset in assets:
         assert asset.startswith("/static/swagger/")
-        served = door.get(asset)
+        served = readonly_client.get(asset)
         assert (served.status_code, len(served.content) > 500) == (200, True), asset
     assert '"validatorUrl": null' in page.text
-    assert door.get("/", follow_redirects=False).headers["location"] == "/docs"
+    assert readonly_client.get("/", follow_redirects=False).headers["location"] == "/docs"
 
 
 # The examples, run.

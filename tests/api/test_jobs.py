@@ -125,13 +125,13 @@ def test_a_failed_job_has_a_reason_and_cannot_be_cancelled(client: TestClient, s
 
 
 @pytest.mark.parametrize("path", ["", "/events", "/metrics", "/checkpoints"])
-def test_an_unknown_job(door: TestClient, path: str) -> None:
-    problem(door.get(f"/jobs/job_nowhere{path}"), 404, "unknown_job")
+def test_an_unknown_job(readonly_client: TestClient, path: str) -> None:
+    problem(readonly_client.get(f"/jobs/job_nowhere{path}"), 404, "unknown_job")
 
 
 @pytest.mark.parametrize("wish", ["cancel", "pause", "resume"])
-def test_an_action_on_an_unknown_job(door: TestClient, wish: str) -> None:
-    problem(door.post(f"/jobs/job_nowhere/{wish}"), 404, "unknown_job")
+def test_an_action_on_an_unknown_job(readonly_client: TestClient, wish: str) -> None:
+    problem(readonly_client.post(f"/jobs/job_nowhere/{wish}"), 404, "unknown_job")
 
 
 def test_a_job_is_deleted_once_it_has_ended(client: TestClient, dataset: str) -> None:
@@ -180,8 +180,10 @@ def test_a_job_is_deleted_once_it_has_ended(client: TestClient, dataset: str) ->
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("route", ["/jobs", "/jobs/plan"])
-def test_a_bad_spec(door: TestClient, route: str, change: dict[str, Any], code: str, place: str, words: str) -> None:
-    document = problem(door.post(route, json={"dataset": "rows"} | change), 422, code)
+def test_a_bad_spec(
+    readonly_client: TestClient, route: str, change: dict[str, Any], code: str, place: str, words: str
+) -> None:
+    document = problem(readonly_client.post(route, json={"dataset": "rows"} | change), 422, code)
     assert place in places(document)
     assert words in json.dumps(document, ensure_ascii=False)
     assert place in document["detail"] or code == "unknown_base_model"
@@ -194,15 +196,15 @@ def test_rows_that_cannot_fit(client: TestClient, dataset: str) -> None:
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-def test_a_learning_rate_that_is_no_number(door: TestClient, literal: str) -> None:
+def test_a_learning_rate_that_is_no_number(readonly_client: TestClient, literal: str) -> None:
     body = f'{{"dataset": "rows", "trainer": {{"learning_rate": {literal}}}, "metadata": {{"note": [{literal}]}}}}'
-    response = door.post("/jobs", content=body, headers={"Content-Type": "application/json"})
+    response = readonly_client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
     assert places(problem(response, 422, "invalid_spec")) == ["trainer.learning_rate", "metadata.note.0"]
 
 
-def test_an_unknown_dataset(door: TestClient) -> None:
+def test_an_unknown_dataset(readonly_client: TestClient) -> None:
     for route in ("/jobs", "/jobs/plan"):
-        document = problem(door.post(route, json={"dataset": "ds_nowhere"}), 404, "unknown_dataset")
+        document = problem(readonly_client.post(route, json={"dataset": "ds_nowhere"}), 404, "unknown_dataset")
         assert places(document) == ["dataset"]
 
 
@@ -267,8 +269,8 @@ def test_requests_with_one_key_at_once_make_one_job(client: TestClient, served: 
 
 
 @pytest.mark.parametrize("key", ["", "a" * 256, "tab\there"])
-def test_a_bad_key(door: TestClient, key: str) -> None:
-    problem(door.post("/jobs", json={"dataset": "rows"}, headers={"Idempotency-Key": key}), 422)
+def test_a_bad_key(readonly_client: TestClient, key: str) -> None:
+    problem(readonly_client.post("/jobs", json={"dataset": "rows"}, headers={"Idempotency-Key": key}), 422)
 
 
 # Lists.
@@ -364,13 +366,13 @@ def test_a_client_that_has_the_last_event_gets_204(client: TestClient, job: str)
 
 
 @pytest.mark.parametrize("last", ["abc", "-1", "1.5", "²", "9" * 30, ""])
-def test_a_bad_last_event_id(door: TestClient, last: str) -> None:
+def test_a_bad_last_event_id(readonly_client: TestClient, last: str) -> None:
     headers = {b"Accept": b"text/event-stream", b"Last-Event-ID": last.encode("latin-1")}
-    assert places(problem(door.get("/jobs/x/events", headers=headers), 422)) == ["header.Last-Event-ID"]
+    assert places(problem(readonly_client.get("/jobs/x/events", headers=headers), 422)) == ["header.Last-Event-ID"]
 
 
-def test_the_stream_of_an_unknown_job(door: TestClient) -> None:
-    problem(door.get("/jobs/job_nowhere/events", headers=SSE), 404, "unknown_job")
+def test_the_stream_of_an_unknown_job(readonly_client: TestClient) -> None:
+    problem(readonly_client.get("/jobs/job_nowhere/events", headers=SSE), 404, "unknown_job")
 
 
 def test_a_published_adapter_is_named_in_its_job(

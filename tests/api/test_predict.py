@@ -153,9 +153,9 @@ def test_a_stream_has_every_step_and_ends_with_the_prediction(client: TestClient
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_served_is_refused_before_a_stream_begins(
-    door: TestClient, change: dict[str, Any], status: int, code: str, stream: bool
+    readonly_client: TestClient, change: dict[str, Any], status: int, code: str, stream: bool
 ) -> None:
-    problem(door.post("/predict", json={"claim": RHINE, "stream": stream} | change), status, code)
+    problem(readonly_client.post("/predict", json={"claim": RHINE, "stream": stream} | change), status, code)
 
 
 @pytest.mark.parametrize(
@@ -256,20 +256,22 @@ def test_many_predictions_with_one_adapter_do_not_block_another(
     ],
 )
 @pytest.mark.parametrize("batch", [False, True])
-def test_a_bad_request(door: TestClient, change: dict[str, Any], place: str, words: str, batch: bool) -> None:
+def test_a_bad_request(
+    readonly_client: TestClient, change: dict[str, Any], place: str, words: str, batch: bool
+) -> None:
     ask = {"claim": RHINE} | change
     if batch:
-        document = problem(door.post("/predict/batch", json={"requests": [{"claim": VOLGA}, ask]}), 422)
+        document = problem(readonly_client.post("/predict/batch", json={"requests": [{"claim": VOLGA}, ask]}), 422)
         place = f"requests.1.{place}"
     else:
-        document = problem(door.post("/predict", json=ask), 422)
+        document = problem(readonly_client.post("/predict", json=ask), 422)
     assert places(document) == [place]
     assert words in json.dumps(document)
     assert document["detail"].startswith(place)
 
 
-def test_a_claim_is_required(door: TestClient) -> None:
-    assert places(problem(door.post("/predict", json={}), 422)) == ["claim"]
+def test_a_claim_is_required(readonly_client: TestClient) -> None:
+    assert places(problem(readonly_client.post("/predict", json={}), 422)) == ["claim"]
 
 
 def test_an_adapter_of_another_base(client: TestClient, served: Services, corpus: str, adapter: str) -> None:
@@ -292,13 +294,13 @@ def test_a_claim_that_cannot_be_judged_leaves_a_problem_in_its_place(client: Tes
     assert (second["status"], second["code"], second["instance"]) == (404, "unknown_adapter", "/predict/batch")
 
 
-def test_bad_batches(door: TestClient) -> None:
+def test_bad_batches(readonly_client: TestClient) -> None:
     for asked in ([], [{"claim": RHINE}] * 1_001):
-        assert places(problem(door.post("/predict/batch", json={"requests": asked}), 422)) == ["requests"]
+        assert places(problem(readonly_client.post("/predict/batch", json={"requests": asked}), 422)) == ["requests"]
     streamed = {"requests": [{"claim": RHINE, "stream": True}]}
-    problem(door.post("/predict/batch", json=streamed), 422, "batch_not_streamed")
+    problem(readonly_client.post("/predict/batch", json=streamed), 422, "batch_not_streamed")
     named = [{"claim": RHINE, "store": True, "name": name} for name in ("first", "second", "first")]
-    repeated = door.post("/predict/batch", json={"requests": [{"claim": RHINE}, {"claim": RHINE}, *named]})
+    repeated = readonly_client.post("/predict/batch", json={"requests": [{"claim": RHINE}, {"claim": RHINE}, *named]})
     assert places(problem(repeated, 422, "name_repeated")) == ["requests.4.name"]
 
 
@@ -336,5 +338,5 @@ def test_a_batch_in_which_something_failed_for_now_is_not_its_keys_answer(
 
 
 @pytest.mark.parametrize("reference", ["pred_nowhere", "a" * 200, "😀"])
-def test_an_unknown_prediction(door: TestClient, reference: str) -> None:
-    problem(door.get(f"/predictions/{reference}"), 404, "unknown_prediction")
+def test_an_unknown_prediction(readonly_client: TestClient, reference: str) -> None:
+    problem(readonly_client.get(f"/predictions/{reference}"), 404, "unknown_prediction")

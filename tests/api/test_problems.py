@@ -36,30 +36,33 @@ def keyed(services: Services) -> Iterator[TestClient]:
         yield client
 
 
-def test_an_unknown_route(door: TestClient) -> None:
-    assert "/docs" in problem(door.get("/model"), 404, "no_route")["detail"]
-    problem(door.post("/jobs/x/explode", json={}), 404, "no_route")
+def test_an_unknown_route(readonly_client: TestClient) -> None:
+    assert "/docs" in problem(readonly_client.get("/model"), 404, "no_route")["detail"]
+    problem(readonly_client.post("/jobs/x/explode", json={}), 404, "no_route")
 
 
-def test_an_unknown_method(door: TestClient) -> None:
-    response = door.put("/jobs", json={})
+def test_an_unknown_method(readonly_client: TestClient) -> None:
+    response = readonly_client.put("/jobs", json={})
     problem(response, 405, "wrong_method")
     assert "GET" in response.headers["allow"]
-    problem(door.request("BREW", "/jobs"), 405, "wrong_method")
+    problem(readonly_client.request("BREW", "/jobs"), 405, "wrong_method")
 
 
-def test_a_missing_asset_is_a_problem_and_no_page(door: TestClient) -> None:
-    problem(door.get("/static/swagger/../../settings.py"), 404, "no_route")
+def test_a_missing_asset_is_a_problem_and_no_page(readonly_client: TestClient) -> None:
+    problem(readonly_client.get("/static/swagger/../../settings.py"), 404, "no_route")
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "[fe80::1]", "[::1", "localhost:80:90", ""])
-def test_a_host_that_is_not_served(door: TestClient, host: str) -> None:
-    assert "VERITUNE_ALLOWED_HOSTS" in problem(door.get("/jobs", headers={"Host": host}), 400, "wrong_host")["detail"]
+def test_a_host_that_is_not_served(readonly_client: TestClient, host: str) -> None:
+    assert (
+        "VERITUNE_ALLOWED_HOSTS"
+        in problem(readonly_client.get("/jobs", headers={"Host": host}), 400, "wrong_host")["detail"]
+    )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]", "[::1]:8000"])
-def test_loopback_is_served_by_all_its_names(door: TestClient, host: str) -> None:
-    assert door.get("/jobs", headers={"Host": host}).status_code == 200
+def test_loopback_is_served_by_all_its_names(readonly_client: TestClient, host: str) -> None:
+    assert readonly_client.get("/jobs", headers={"Host": host}).status_code == 200
 
 
 def test_a_host_that_the_operator_allows(services: Services) -> None:
@@ -113,44 +116,44 @@ def test_the_key_is_compared_in_constant_time(keyed: TestClient, monkeypatch: py
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 @pytest.mark.parametrize("route", ["/jobs", "/jobs/plan", "/predict", "/predict/batch"])
-def test_a_json_route_reads_json_alone(door: TestClient, route: str, kind: str) -> None:
-    response = door.post(route, content=b'{"dataset": "rows"}', headers={"Content-Type": kind})
+def test_a_json_route_reads_json_alone(readonly_client: TestClient, route: str, kind: str) -> None:
+    response = readonly_client.post(route, content=b'{"dataset": "rows"}', headers={"Content-Type": kind})
     assert "application/json" in problem(response, 415, "unsupported_media_type")["detail"]
 
 
 @pytest.mark.parametrize("route", ["/datasets", "/corpora"])
-def test_an_upload_route_reads_forms_alone(door: TestClient, route: str) -> None:
+def test_an_upload_route_reads_forms_alone(readonly_client: TestClient, route: str) -> None:
     for kind in ("application/json", "text/csv", "application/x-www-form-urlencoded"):
-        response = door.post(route, content=b"{}", headers={"Content-Type": kind})
+        response = readonly_client.post(route, content=b"{}", headers={"Content-Type": kind})
         assert "multipart/form-data" in problem(response, 415, "unsupported_media_type")["detail"]
 
 
-def test_a_body_without_a_type(door: TestClient) -> None:
-    problem(door.post("/jobs", content=b'{"dataset": "rows"}'), 415, "unsupported_media_type")
+def test_a_body_without_a_type(readonly_client: TestClient) -> None:
+    problem(readonly_client.post("/jobs", content=b'{"dataset": "rows"}'), 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"dataset": }', b"\xef\xbb\xbf{}", b"{'dataset': 'rows'}", b"nul"])
-def test_a_body_that_is_no_json(door: TestClient, body: bytes) -> None:
-    problem(door.post("/jobs", content=body, headers=JSON), 422)
+def test_a_body_that_is_no_json(readonly_client: TestClient, body: bytes) -> None:
+    problem(readonly_client.post("/jobs", content=body, headers=JSON), 422)
 
 
 @pytest.mark.parametrize("body", [b'{"dataset": "\xff"}', "{}".encode("utf-16"), b'{"dataset": "\xed\xa0\x80"}'])
-def test_a_body_that_is_not_utf8(door: TestClient, body: bytes) -> None:
-    problem(door.post("/jobs", content=body, headers=JSON), 422, "bad_utf8")
+def test_a_body_that_is_not_utf8(readonly_client: TestClient, body: bytes) -> None:
+    problem(readonly_client.post("/jobs", content=body, headers=JSON), 422, "bad_utf8")
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"rows"', b"3", b"null", b"true"])
 @pytest.mark.parametrize("route", ["/jobs", "/predict", "/predict/batch"])
-def test_json_that_is_no_object(door: TestClient, route: str, body: bytes) -> None:
-    problem(door.post(route, content=body, headers=JSON), 422)
+def test_json_that_is_no_object(readonly_client: TestClient, route: str, body: bytes) -> None:
+    problem(readonly_client.post(route, content=body, headers=JSON), 422)
 
 
 @pytest.mark.parametrize("route", ["/jobs", "/predict", "/jobs/plan"])
-def test_json_nested_100_000_deep(door: TestClient, route: str) -> None:
+def test_json_nested_100_000_deep(readonly_client: TestClient, route: str) -> None:
     for opened, closed in ((b"[", b"]"), (b'{"a":', b"}")):
         body = opened * 100_000 + b"1" + closed * 100_000
-        assert "64" in problem(door.post(route, content=body, headers=JSON), 422, "too_deep")["detail"]
-    problem(door.post(route, content=b"[" * 100_000, headers=JSON), 422)
+        assert "64" in problem(readonly_client.post(route, content=body, headers=JSON), 422, "too_deep")["detail"]
+    problem(readonly_client.post(route, content=b"[" * 100_000, headers=JSON), 422)
 
 
 def test_depth_is_counted_in_structure_and_not_in_text(client: TestClient, dataset: str) -> None:
@@ -167,12 +170,12 @@ def test_depth_is_counted_in_structure_and_not_in_text(client: TestClient, datas
 
 
 @pytest.mark.parametrize("route", ["/jobs", "/jobs/plan", "/predict", "/predict/batch"])
-def test_a_repeated_key_is_refused_with_its_path(door: TestClient, route: str) -> None:
+def test_a_repeated_key_is_refused_with_its_path(readonly_client: TestClient, route: str) -> None:
     body = '{"trainer": {"train_steps": 2}, "trainer": {"epochs": 1}}'
-    refused = problem(door.post(route, content=body, headers=JSON), 422, "repeated_key")
+    refused = problem(readonly_client.post(route, content=body, headers=JSON), 422, "repeated_key")
     assert places(refused) == ["trainer"]
     nested = '{"requests": [{"claim": "One.", "claim": "Two."}]}'
-    refused = problem(door.post(route, content=nested, headers=JSON), 422, "repeated_key")
+    refused = problem(readonly_client.post(route, content=nested, headers=JSON), 422, "repeated_key")
     assert refused["errors"][0]["loc"] == ["requests", 0, "claim"]
     assert "the key 'claim' is repeated" in refused["detail"]
 
@@ -188,17 +191,17 @@ def test_a_mebibyte_of_json_is_checked_about_as_fast_as_it_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("escape", ["\\u0000", SURROGATE, "\\uDFFF"])
-def test_a_forbidden_character_in_json(door: TestClient, escape: str) -> None:
+def test_a_forbidden_character_in_json(readonly_client: TestClient, escape: str) -> None:
     bodies = {
         "dataset": f'{{"dataset": "ro{escape}ws"}}',
         "metadata.note": f'{{"dataset": "rows", "metadata": {{"note": "a{escape}"}}}}',
         "metadata": f'{{"dataset": "rows", "metadata": {{"a{escape}": 1}}}}',
     }
     for place, body in bodies.items():
-        response = door.post("/jobs", content=body.encode(), headers=JSON)
+        response = readonly_client.post("/jobs", content=body.encode(), headers=JSON)
         assert places(problem(response, 422, "forbidden_character")) == [place]
     claim = f'{{"claim": "The Rhine{escape} is long."}}'
-    problem(door.post("/predict", content=claim.encode(), headers=JSON), 422, "forbidden_character")
+    problem(readonly_client.post("/predict", content=claim.encode(), headers=JSON), 422, "forbidden_character")
 
 
 def test_a_pair_of_surrogates_is_a_character(client: TestClient, dataset: str) -> None:
@@ -220,15 +223,15 @@ def test_a_pair_of_surrogates_is_a_character(client: TestClient, dataset: str) -
         "/nowhere%00",
     ],
 )
-def test_a_nul_in_path_or_query(door: TestClient, path: str) -> None:
-    problem(door.get(path), 422, "forbidden_character")
+def test_a_nul_in_path_or_query(readonly_client: TestClient, path: str) -> None:
+    problem(readonly_client.get(path), 422, "forbidden_character")
 
 
 @pytest.mark.parametrize(
     "path", ["/datasets/%ED%A0%80", "/corpora/%ED%A0%80/search?q=a", "/jobs/%FF", "/adapters/%ED%A0%80"]
 )
-def test_a_surrogate_in_a_path(door: TestClient, path: str) -> None:
-    problem(door.get(path), 404)
+def test_a_surrogate_in_a_path(readonly_client: TestClient, path: str) -> None:
+    problem(readonly_client.get(path), 404)
 
 
 def test_a_surrogate_in_a_query(client: TestClient, corpus: str) -> None:
@@ -271,34 +274,34 @@ def test_a_surrogate_in_a_query(client: TestClient, corpus: str) -> None:
         (f"/datasets/{'a' * 201}", "path.dataset"),
     ],
 )
-def test_a_bad_page_limit_and_its_kin(door: TestClient, path: str, place: str) -> None:
-    assert places(problem(door.get(path), 422, "invalid_request")) == [place]
+def test_a_bad_page_limit_and_its_kin(readonly_client: TestClient, path: str, place: str) -> None:
+    assert places(problem(readonly_client.get(path), 422, "invalid_request")) == [place]
 
 
-def test_huge_numbers_in_json(door: TestClient) -> None:
+def test_huge_numbers_in_json(readonly_client: TestClient) -> None:
     for number, code in (("9" * 5_000, "bad_json"), ("9" * 4_000, "invalid_spec"), ("1e999", "invalid_spec")):
         body = f'{{"dataset": "rows", "trainer": {{"epochs": {number}}}}}'
-        problem(door.post("/jobs", content=body.encode(), headers=JSON), 422, code)
+        problem(readonly_client.post("/jobs", content=body.encode(), headers=JSON), 422, code)
     body = f'{{"dataset": "rows", "seed": {10**40}}}'
-    assert places(problem(door.post("/jobs", content=body.encode(), headers=JSON), 422)) == ["seed"]
+    assert places(problem(readonly_client.post("/jobs", content=body.encode(), headers=JSON), 422)) == ["seed"]
 
 
-def test_a_json_body_over_the_limit(door: TestClient) -> None:
+def test_a_json_body_over_the_limit(readonly_client: TestClient) -> None:
     claim = "a" * (1 << 20)
     for route in ("/predict", "/jobs", "/jobs/x/cancel"):
-        problem(door.post(route, json={"claim": claim}), 413, "too_large")
+        problem(readonly_client.post(route, json={"claim": claim}), 413, "too_large")
 
 
-def test_values_in_problems_are_truncated(door: TestClient) -> None:
-    response = door.post("/jobs", json={"dataset": "rows", "k" * 100_000: 1, "name": "n" * 100_000})
+def test_values_in_problems_are_truncated(readonly_client: TestClient) -> None:
+    response = readonly_client.post("/jobs", json={"dataset": "rows", "k" * 100_000: 1, "name": "n" * 100_000})
     problem(response, 422, "invalid_spec")
     assert len(response.content) < 10_000
 
 
-def test_a_hundred_thousand_unknown_keys_are_answered_fast(door: TestClient) -> None:
+def test_a_hundred_thousand_unknown_keys_are_answered_fast(readonly_client: TestClient) -> None:
     document = {f"k{number}": 1 for number in range(80_000)}
     started = time.process_time()
-    response = door.post("/jobs", json={"dataset": "rows"} | document)
+    response = readonly_client.post("/jobs", json={"dataset": "rows"} | document)
     assert len(problem(response, 422, "invalid_spec")["errors"]) == 100
     assert time.process_time() - started < 5
 

@@ -177,12 +177,12 @@ def test_a_slow_client_delays_no_other(server: httpx.Client, served: Services) -
 # Streams.
 
 
-class Listener(threading.Thread):
+class EventReader(threading.Thread):
     """Reads a job's event stream until it ends, or disconnects after `most` events."""
 
     def __init__(self, client: httpx.Client, job: str, last: int | None = None, most: int | None = None) -> None:
         super().__init__()
-        self.heard: list[int] = []
+        self.received: list[int] = []
         self._url, self._most = f"{client.base_url}/jobs/{job}/events", most
         self._headers = SSE if last is None else SSE | {"Last-Event-ID": str(last)}
         self.start()
@@ -191,48 +191,48 @@ class Listener(threading.Thread):
         with httpx.stream("GET", self._url, headers=self._headers, timeout=20, trust_env=False) as response:
             for line in response.iter_lines():
                 if line.startswith("data: "):
-                    self.heard.append(json.loads(line.removeprefix("data: "))["seq"])
-                    if len(self.heard) == self._most:
+                    self.received.append(json.loads(line.removeprefix("data: "))["seq"])
+                    if len(self.received) == self._most:
                         return
 
     def finish(self) -> list[int]:
         self.join(20)
         assert not self.is_alive()
-        return self.heard
+        return self.received
 
 
 def test_events_are_streamed_as_they_happen_and_a_client_may_resume(server: httpx.Client, served: Services) -> None:
     post_file(server, "/datasets", dataset_jsonl(), name="rows")
     job = server.post("/jobs", json={"dataset": "rows"}).json()["id"]
-    whole = Listener(server, job)
-    until(lambda: whole.heard == [1])
+    whole = EventReader(server, job)
+    until(lambda: whole.received == [1])
     leased = lease(served)
-    until(lambda: whole.heard == [1, 2])
-    cut = Listener(server, job, most=5)
+    until(lambda: whole.received == [1, 2])
+    cut = EventReader(server, job, most=5)
     for number in range(10):
         served.attempts.add_event(leased, "note", f"number {number}")
         time.sleep(0.02)
     assert cut.finish() == [1, 2, 3, 4, 5]
-    resumed = Listener(server, job, last=5)
+    resumed = EventReader(server, job, last=5)
     for number in range(10):
         served.attempts.add_event(leased, "note", f"number {number}")
     server.post(f"/jobs/{job}/cancel")
     served.attempts.release(leased, "stopped", strike=False)
     everything = list(range(1, 25))
     assert whole.finish() == everything
-    assert cut.heard + resumed.finish() == everything
+    assert cut.received + resumed.finish() == everything
 
 
 def test_many_clients_get_the_same_events(server: httpx.Client, served: Services) -> None:
     post_file(server, "/datasets", dataset_jsonl(), name="rows")
     job = server.post("/jobs", json={"dataset": "rows"}).json()["id"]
-    listeners = [Listener(server, job) for _ in range(20)]
-    until(lambda: all(listener.heard for listener in listeners))
+    readers = [EventReader(server, job) for _ in range(20)]
+    until(lambda: all(reader.received for reader in readers))
     started = time.monotonic()
     server.get("/health/live")
     assert time.monotonic() - started < 2
     server.post(f"/jobs/{job}/cancel")
-    assert all(listener.finish() == [1, 2] for listener in listeners)
+    assert all(reader.finish() == [1, 2] for reader in readers)
 
 
 @pytest.fixture

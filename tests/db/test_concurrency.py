@@ -85,7 +85,7 @@ def test_events_of_eight_writers_have_no_gap_and_no_double(database: Database, a
     def write(number: int) -> None:
         for line in range(10):
             with database.write() as unit:
-                unit.jobs.tell(job, "log", f"{number}: {line}", "info", {})
+                unit.jobs.add_event(job, "log", f"{number}: {line}", "info", {})
 
     at_once(write)
 
@@ -124,7 +124,7 @@ def test_a_unit_that_raises_leaves_nothing(database: Database, add_job: Callable
     def fail_half_way() -> None:
         with database.write() as unit:
             leased(unit, "worker-1")
-            unit.jobs.tell(job, "log", "never", "info", {})
+            unit.jobs.add_event(job, "log", "never", "info", {})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -139,7 +139,7 @@ def test_a_unit_that_raises_leaves_nothing(database: Database, add_job: Callable
 def test_a_reader_does_not_wait_for_a_writer(database: Database, add_job: Callable[[], str]) -> None:
     job = add_job()
     with database.write() as writer:
-        writer.jobs.tell(job, "log", "not yet", "info", {})
+        writer.jobs.add_event(job, "log", "not yet", "info", {})
         began = time.monotonic()
         with database.read() as reader:
             assert reader.jobs.events(job, 0, 10) == []
@@ -152,7 +152,7 @@ def test_a_writer_waits_for_the_writer_before_it(database: Database, add_job: Ca
 
     def slow() -> None:
         with database.write() as unit:
-            unit.jobs.tell(job, "log", "first", "info", {})
+            unit.jobs.add_event(job, "log", "first", "info", {})
             inside.set()
             time.sleep(0.5)
 
@@ -160,7 +160,7 @@ def test_a_writer_waits_for_the_writer_before_it(database: Database, add_job: Ca
     thread.start()
     inside.wait(5)
     with database.write() as unit:
-        unit.jobs.tell(job, "log", "second", "info", {})
+        unit.jobs.add_event(job, "log", "second", "info", {})
     thread.join()
     with database.read() as unit:
         assert [event.message for event in unit.jobs.events(job, 0, 10)] == ["first", "second"]

@@ -32,10 +32,10 @@ def test_a_cancel_that_meets_a_lease_is_not_lost(services: Services, job: Job) -
     worker = threading.Thread(target=lease)
     worker.start()
     inside.wait(10)
-    heard = services.jobs.request_action(job.id, JobAction.CANCEL)
+    requested = services.jobs.request_action(job.id, JobAction.CANCEL)
     worker.join()
 
-    assert heard.status is JobStatus.CANCELLING
+    assert requested.status is JobStatus.CANCELLING
     assert services.jobs.get(job.id).status is JobStatus.CANCELLING
 
 

@@ -59,7 +59,7 @@ def merged(spec: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return spec | change | inner
 
 
-def test_it_dies_where_nobody_could_refuse_it(too_soon: Any) -> None:
+def test_a_job_that_was_not_refused_is_killed(too_soon: Any) -> None:
     assert too_soon["plan"]["fits"]
     assert too_soon["status"] == "failed"
     assert too_soon["error"]["code"] == "worker_lost"

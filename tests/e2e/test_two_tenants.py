@@ -142,7 +142,7 @@ def test_the_plan_says_that_inference_will_be_suspended(deployment: Deployment, 
     assert any("waiting for inference" in event["message"] for event in events)
 
 
-def test_inferences_memory_is_free_within_ten_seconds_and_stays_so(yielding: dict[str, Any]) -> None:
+def test_inference_frees_its_memory_within_ten_seconds(yielding: dict[str, Any]) -> None:
     assert yielding["before"] > 2 * RESTING
     assert yielding["made_way"] < 10
     assert yielding["most"] < RESTING
@@ -150,7 +150,7 @@ def test_inferences_memory_is_free_within_ten_seconds_and_stays_so(yielding: dic
     assert yielding["done"]["attempts"] == 1, "the limit killed it once"
 
 
-def test_who_asks_meanwhile_is_told_when_to_come_back(yielding: dict[str, Any]) -> None:
+def test_requests_meanwhile_get_retry_after(yielding: dict[str, Any]) -> None:
     assert len(yielding["told"]) > 10
     for at, after, update, problem in yielding["told"]:
         assert problem["code"] == "inference_away"

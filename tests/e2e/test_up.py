@@ -31,7 +31,7 @@ def test_off_loopback_it_asks_for_a_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["app.cli", "worker", "worker.inference"])
-def test_a_refused_setting_is_told_in_one_line_by_whoever_reads_it(tmp_path: Path, module: str) -> None:
+def test_a_refused_setting_is_reported_in_one_line(tmp_path: Path, module: str) -> None:
     refused = run(tmp_path, "up", module=module, VERITUNE_INFERENCE_MAX_BATCH="0")
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1

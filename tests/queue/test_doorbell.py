@@ -31,7 +31,7 @@ def socket() -> Iterator[Path]:
 
 
 @pytest.fixture(params=["memory", "celery"])
-def door(request: pytest.FixtureRequest) -> Iterator[tuple[Doorbell, list[str]]]:
+def connected(request: pytest.FixtureRequest) -> Iterator[tuple[Doorbell, list[str]]]:
     """(a doorbell, the ids of the jobs that it was rung for)."""
     rings: list[str] = []
     if request.param == "memory":
@@ -50,8 +50,8 @@ def door(request: pytest.FixtureRequest) -> Iterator[tuple[Doorbell, list[str]]]
     application.close()
 
 
-def test_a_ring_is_received(door: tuple[Doorbell, list[str]]) -> None:
-    bell, rings = door
+def test_a_ring_is_received(connected: tuple[Doorbell, list[str]]) -> None:
+    bell, rings = connected
     assert bell.ring("job_1", JobKind.TRAIN)
     until = time.monotonic() + 10
     while not rings and time.monotonic() < until:

@@ -167,7 +167,7 @@ class Jobs:
 
     # Events, metrics, checkpoints.
 
-    def tell(self, job_id: str, kind: str, message: str, level: str, data: dict[str, Any]) -> int:
+    def add_event(self, job_id: str, kind: str, message: str, level: str, data: dict[str, Any]) -> int:
         """Append an event. Its number is a counter in the job's row, so numbers have no gaps."""
         counted = (
             update(JobRow).where(JobRow.id == job_id).values(event_seq=JobRow.event_seq + 1).returning(JobRow.event_seq)
