@@ -62,10 +62,13 @@ without AMX, 0.3 to 0.4 MB a kernel were seen. `docs/log.md` (2026-11-30) has th
 KERNELS_FULL_AFTER = 5
 """Updates after which the heap holds KERNEL_BYTES of kernels: about 16 micro-batches, each of another shape."""
 
-HOLES = (0.25, 1.6)
-"""Bytes of holes in a CPU's heap for each byte of activations and kernels: with an empty kernel cache, and with a full
-one. A kernel stays where it was allocated, between blocks that come and go. Blocks of `MMAP_FROM` bytes and more leave
-no holes."""
+HOLES = (0.25, 1.0)
+"""Bytes of holes in a CPU's heap for each byte of activations and kernels, within a micro-batch: with an empty kernel
+cache, and with a full one. A kernel stays where it was allocated, between blocks that come and go. Blocks of `MMAP_FROM`
+bytes and more leave no holes."""
+
+MAX_HOLES = 256 << 20
+"""A CPU's heap may grow by this many bytes between micro-batches before its holes are returned to the system."""
 
 MMAP_FROM = 32 << 20
 """On a CPU, a block of at least this many bytes gets a mapping of its own, and `free` returns it to the system: logits
@@ -173,7 +176,7 @@ def _reserve(machine: Machine, batch: MicroBatchSize, temporary: int, in_heap: i
     full = min(1.0, batch.updates / KERNELS_FULL_AFTER)
     kernels = full * KERNEL_BYTES
     holes = HOLES[0] + full * (HOLES[1] - HOLES[0])
-    return PROCESS_BYTES["cpu"] + int(kernels + holes * (in_heap + kernels))
+    return PROCESS_BYTES["cpu"] + int(kernels + holes * (in_heap + kernels) + full * MAX_HOLES)
 
 
 def _weights(sizes: Architecture, spec: TrainSpec, packed: Quantization | None, machine: Machine, stored: int) -> int:

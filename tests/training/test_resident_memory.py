@@ -7,12 +7,12 @@ import pytest
 
 from app.domain.architectures import Architecture
 from app.domain.attempts import EncodedRow, TrainingFailed, TrainingFinished
-from app.domain.memory import Machine, estimate_memory
+from app.domain.memory import MAX_HOLES, Machine, estimate_memory
 from tests.conftest import catalogue_model
 from tests.training.conftest import OrderFactory
 from worker.child import Child
 from worker.processor import cpu_here
-from worker.training.memory import peak_resident_bytes, return_free_memory
+from worker.training.memory import Heap, peak_resident_bytes, return_free_memory
 
 SMOLLM2 = catalogue_model("smollm2-135m")
 LONGEST, LABELLED = 256, 0.4
@@ -67,3 +67,26 @@ def test_free_pages_of_the_heap_go_back_to_the_system() -> None:
     return_free_memory()
     assert resident() < full - 50_000_000
     assert last
+
+
+def test_holes_are_returned_once_the_heap_has_grown_by_their_limit() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def leave_holes(count: int) -> list[bytearray]:
+        blocks = [bytearray(50_000) for _ in range(count)]
+        return blocks[::100]  # one of a hundred stays, between holes
+
+    heap = Heap()
+    heap.trim_if_grown()
+    heap.trim_if_grown()
+    start = resident()
+    few = leave_holes(MAX_HOLES // 4 // 50_000)
+    heap.trim_if_grown()
+    assert resident() > start + MAX_HOLES // 5
+    many = leave_holes(3 * MAX_HOLES // 2 // 50_000)
+    assert resident() > start + MAX_HOLES
+    heap.trim_if_grown()
+    assert resident() < start + MAX_HOLES // 4
+    assert few
+    assert many

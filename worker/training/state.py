@@ -15,6 +15,7 @@ from worker.training.errors import TrainingError
 from worker.training.evaluation import Evaluation
 from worker.training.loss_trend import add_loss
 from worker.training.master_weights import MasterWeights
+from worker.training.memory import Heap
 from worker.training.model import TrainableModel
 from worker.training.row_losses import RowLosses
 
@@ -42,6 +43,7 @@ class RunState:
         self.best_weights: dict[str, torch.Tensor] = {}
         """Master weights of the best update so far, in the CPU's memory. Empty before the first evaluation."""
         self.optimizer = _optimizer(order.spec.trainer, self.masters)
+        self.heap = Heap()
         self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=precision.scaled)
 
     def record_update(self, update: int, loss: float | None, tokens: int, labelled: int, seconds: float) -> None:

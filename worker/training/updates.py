@@ -87,6 +87,7 @@ def backward(
     for batch in batches:
         if should_stop():
             return []
+        state.heap.trim_if_grown()
         loss_sums.append(backward_micro_batch(trainable, state.masters, batch, weight))
     sums: list[float] = torch.cat(
         loss_sums
