@@ -64,8 +64,8 @@ KERNELS_FULL_AFTER = 5
 
 HOLES = (0.25, 1.0)
 """Bytes of holes in a CPU's heap for each byte of activations and kernels, within a micro-batch: with an empty kernel
-cache, and with a full one. A kernel stays where it was allocated, between blocks that come and go. Blocks of `MMAP_FROM`
-bytes and more leave no holes."""
+cache, and with a full one. A kernel stays where it was allocated, between blocks that come and go. Blocks of
+`MMAP_FROM` bytes and more leave no holes."""
 
 MAX_HOLES = 256 << 20
 """A CPU's heap may grow by this many bytes between micro-batches before its holes are returned to the system."""
