@@ -48,7 +48,9 @@ def with_newlines(head: bytes) -> bytes:
 
 
 def _ends_lines_in_cr(head: bytes) -> bool:
-    return b"\r" in head and b"\n" not in head
+    """Whether the first line does. Excel for Mac ends rows so, and writes LF for a line break within a cell."""
+    line, end, rest = head.partition(b"\r")
+    return bool(end) and b"\n" not in line and not rest.startswith(b"\n")
 
 
 def _line_reader(stream: BinaryIO) -> Callable[[int], bytes]:

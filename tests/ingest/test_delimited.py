@@ -51,9 +51,10 @@ def test_a_line_that_names_the_delimiter_is_read(tmp_path: Path, first: str) -> 
     assert found(report) == [(2, "extra_column")]
 
 
-def test_lines_may_end_in_carriage_returns_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("within_a_cell", [b"\r", b"\n"])
+def test_lines_may_end_in_carriage_returns_alone(tmp_path: Path, within_a_cell: bytes) -> None:
     content = written([["One.", STEPS], ["Two.", "nothing"], ["Three.", STEPS]])
-    content = content.replace(b"\r\n", b"\r").replace(b"\n", b"\r")
+    content = content.replace(b"\r\n", b"\r").replace(b"\n", within_a_cell)
     report, kept = read(tmp_path, content)
     assert [trajectory.claim for trajectory in kept] == ["One.", "Three."]
     assert found(report) == [(7, "no_steps")]
