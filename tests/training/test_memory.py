@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from app.domain.attempts import TrainOrder
+from app.domain.memory import MAX_HOLES
 from tests.training.conftest import OrderFactory, make_rows
 from worker.training import model, recipe
 from worker.training.batches import MicroBatch
 from worker.training.channel import Channel
-from worker.training.memory import find_max_tokens, is_out_of_memory
+from worker.training.memory import find_max_tokens, is_out_of_memory, resident_bytes
 from worker.training.model import TrainableModel
 
 Run = Callable[[TrainOrder, int], list[dict[str, Any]]]
@@ -73,6 +74,31 @@ def test_a_resumed_run_keeps_the_size_and_gives_the_same_bytes(make_order: Order
     assert not warnings_in(run(resumed, 50))
     for path in (whole.directory / "adapter").iterdir():
         assert path.read_bytes() == (resumed.directory / "adapter" / path.name).read_bytes()
+
+
+def test_the_holes_that_a_micro_batch_leaves_are_returned_before_the_next(
+    make_order: OrderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, kept = list[int](), list[bytearray]()
+
+    def load(*given: Any) -> TrainableModel:
+        trainable = model.load_trainable_model(*given)
+
+        def hidden(batch: MicroBatch) -> torch.Tensor:
+            resident.append(resident_bytes())
+            if len(resident) == 3:
+                kept.extend([bytearray(50_000) for _ in range(2 * MAX_HOLES // 50_000)][::100])
+                resident.append(resident_bytes())
+            return trainable.hidden(batch)
+
+        return replace(trainable, hidden=hidden)
+
+    monkeypatch.setattr(recipe, "load_trainable_model", load)
+    recipe.train(make_order(updates=5), Channel(io.BytesIO(), io.BytesIO()))
+    before, with_holes, after = resident[2:5]
+    assert with_holes > before + MAX_HOLES
+    assert after < before + MAX_HOLES // 2
+    assert kept
 
 
 def test_a_single_row_that_does_not_fit_ends_the_job(make_order: OrderFactory, run: Run) -> None:

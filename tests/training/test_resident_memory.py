@@ -1,7 +1,6 @@
 """A real job's resident memory on this machine's processor, beside its plan."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from tests.conftest import catalogue_model
 from tests.training.conftest import OrderFactory
 from worker.child import Child
 from worker.processor import cpu_here
-from worker.training.memory import Heap, peak_resident_bytes, return_free_memory
+from worker.training.memory import Heap, peak_resident_bytes, resident_bytes, return_free_memory
 
 SMOLLM2 = catalogue_model("smollm2-135m")
 LONGEST, LABELLED = 256, 0.4
@@ -50,8 +49,7 @@ def test_a_small_job_takes_at_most_what_was_planned_and_no_less_than_four_fifths
 
 
 def test_the_peak_is_this_processs_own_and_at_least_what_is_resident_now() -> None:
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    assert resident <= peak_resident_bytes()
+    assert resident_bytes() <= peak_resident_bytes()
 
 
 def test_free_pages_of_the_heap_go_back_to_the_system() -> None:
@@ -59,20 +57,14 @@ def test_free_pages_of_the_heap_go_back_to_the_system() -> None:
     blocks = [bytearray(100_000) for _ in range(1_000)]
     last = bytearray(100_000)
 
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    full = resident()
+    full = resident_bytes()
     blocks.clear()
     return_free_memory()
-    assert resident() < full - 50_000_000
+    assert resident_bytes() < full - 50_000_000
     assert last
 
 
 def test_holes_are_returned_once_the_heap_has_grown_by_their_limit() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
     def leave_holes(count: int) -> list[bytearray]:
         blocks = [bytearray(50_000) for _ in range(count)]
         return blocks[::100]  # one of a hundred stays, between holes
@@ -80,13 +72,13 @@ def test_holes_are_returned_once_the_heap_has_grown_by_their_limit() -> None:
     heap = Heap()
     heap.trim_if_grown()
     heap.trim_if_grown()
-    start = resident()
+    start = resident_bytes()
     few = leave_holes(MAX_HOLES // 4 // 50_000)
     heap.trim_if_grown()
-    assert resident() > start + MAX_HOLES // 5
+    assert resident_bytes() > start + MAX_HOLES // 5
     many = leave_holes(3 * MAX_HOLES // 2 // 50_000)
-    assert resident() > start + MAX_HOLES
+    assert resident_bytes() > start + MAX_HOLES
     heap.trim_if_grown()
-    assert resident() < start + MAX_HOLES // 4
+    assert resident_bytes() < start + MAX_HOLES // 4
     assert few
     assert many

@@ -92,7 +92,7 @@ class Heap:
 
     def trim_if_grown(self) -> None:
         """Call it before each micro-batch."""
-        resident = _resident_bytes()
+        resident = resident_bytes()
         if self._is_trimmed:
             self._reused, self._is_trimmed = max(self._reused, resident), False
         elif resident > self._reused + MAX_HOLES:
@@ -100,7 +100,7 @@ class Heap:
             self._is_trimmed = True
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Resident memory of this process in bytes. 0 where the system does not say."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize() if statm.exists() else 0
