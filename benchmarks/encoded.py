@@ -13,6 +13,7 @@ from app.domain.plans import Schedule
 from app.domain.specs import TrainSpec
 from app.settings import Settings
 from benchmarks.machine import ROOT
+from worker.device import describe_device
 from worker.training.batches import batches_of_update, rows_of_update
 
 PLACES = ("shared", "../shared")
@@ -54,6 +55,7 @@ class Work:
     schedule: Schedule
     rows: Path
     every: list[EncodedRow]
+    resident_limit: int
 
     @property
     def chosen(self) -> list[EncodedRow]:
@@ -70,6 +72,7 @@ class Work:
             resume_from=None,
             spec=self.spec,
             schedule=self.schedule,
+            resident_limit=self.resident_limit,
         )
 
     def rows_by_update(self) -> list[list[int]]:
@@ -94,6 +97,7 @@ def prepare(csv: Path, cache: Path, directory: Path, scale: Scale) -> Work:
     try:
         described = base_in(cache)
         services.base_models.register(described)
+        services.devices.report("here", describe_device(("gpu",)))
         services.datasets.create(csv, csv.name, "text/csv", "fever", {})
         return _work(services, described, cache, directory, scale)
     finally:
@@ -114,7 +118,8 @@ def _work(services: Services, described: BaseModelDescription, cache: Path, dire
         revision=described.revision,
         fp16=described.fp16,
     )
-    return Work(base, prepared.spec, Schedule.for_spec(prepared.spec, scale.rows, longest, "cpu"), rows, every)
+    schedule = Schedule.for_spec(prepared.spec, scale.rows, longest, "cpu")
+    return Work(base, prepared.spec, schedule, rows, every, prepared.resident_limit)
 
 
 def base_in(cache: Path) -> BaseModelDescription:

@@ -119,6 +119,7 @@ class Attempt:
             start_from=self._services.adapters.on_disk(prepared.start) if prepared.start else None,
             spec=prepared.ordered,
             schedule=prepared.schedule,
+            resident_limit=prepared.resident_limit,
         )
 
     # The child.

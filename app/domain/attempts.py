@@ -30,7 +30,8 @@ class TrainOrder(Frozen):
 
     `rows`: file of `EncodedRow`s, as JSON lines. `directory`: of this attempt; the child writes `checkpoints/`,
     `adapter/` and `artifacts/` (files for the job's user) into it. `resume_from`: directory of the checkpoint to go on
-    from. `start_from`: directory of a published adapter whose weights are the initial ones.
+    from. `start_from`: directory of a published adapter whose weights are the initial ones. `resident_limit`: resident
+    bytes between micro-batches from which the heap's holes are returned to the system.
     """
 
     kind: Literal["train"] = "train"
@@ -43,6 +44,7 @@ class TrainOrder(Frozen):
     start_from: Path | None = None
     spec: TrainSpec
     schedule: Schedule
+    resident_limit: int = 0
 
 
 class EncodedBranch(Frozen):

@@ -68,7 +68,8 @@ cache, and with a full one. A kernel stays where it was allocated, between block
 `MMAP_FROM` bytes and more leave no holes."""
 
 MAX_HOLES = 256 << 20
-"""A CPU's heap may grow by this many bytes between micro-batches before its holes are returned to the system."""
+"""A CPU's heap grows by at least this many bytes between micro-batches before its holes are returned to the system.
+That happens only above `MemoryEstimate.between_micro_batches`."""
 
 MMAP_FROM = 32 << 20
 """On a CPU, a block of at least this many bytes gets a mapping of its own, and `free` returns it to the system: logits
@@ -96,6 +97,11 @@ class MemoryEstimate(Frozen):
     checkpoint: int
     reserve: int
     total: int
+
+    @property
+    def between_micro_batches(self) -> int:
+        """Bytes between two micro-batches: those of the peak without its logits, which are freed by then."""
+        return self.total - self.logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,12 @@ class Prepared:
         return None if self.plan.seconds is None else self.plan.seconds / self.schedule.updates
 
     @property
+    def resident_limit(self) -> int:
+        """Resident bytes between micro-batches, as planned. 0 if unknown: a GPU's plan is about the GPU's memory."""
+        on_cpu = self.device is not None and self.device.type == "cpu"
+        return self.need.memory.between_micro_batches if on_cpu and self.need.memory else 0
+
+    @property
     def ordered(self) -> TrainSpec:
         """The spec for the child: the plan has replaced each `auto`."""
         decided = self.spec.trainer.model_copy(update={"enable_gradient_checkpointing": self.need.recompute})

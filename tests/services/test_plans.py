@@ -177,6 +177,17 @@ def test_auto_recomputes_only_if_memory_requires_it(services: Services, dataset:
     assert tight.spec.trainer.enable_gradient_checkpointing == "auto"
 
 
+def test_only_a_cpus_plan_limits_the_childs_own_memory(services: Services, dataset: str) -> None:
+    spec = {"dataset": dataset}
+    assert services.plans.prepare(spec).resident_limit == 0
+    has(services, 1 << 40)
+    planned = services.plans.prepare(spec)
+    assert planned.plan.memory is not None
+    assert planned.resident_limit == planned.plan.memory.total - planned.plan.memory.logits > ROOM
+    has(services, 1 << 40, type="gpu")
+    assert services.plans.prepare(spec).resident_limit == 0
+
+
 def test_a_job_that_runs_is_planned_for_the_worker_that_has_it(services: Services, dataset: str) -> None:
     has(services, 1 << 40)
     services.devices.report("another", TRAINER.model_copy(update={"bytes": 1 << 20}))

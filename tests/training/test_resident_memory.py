@@ -64,12 +64,13 @@ def test_free_pages_of_the_heap_go_back_to_the_system() -> None:
     assert last
 
 
-def test_holes_are_returned_once_the_heap_has_grown_by_their_limit() -> None:
-    def leave_holes(count: int) -> list[bytearray]:
-        blocks = [bytearray(50_000) for _ in range(count)]
-        return blocks[::100]  # one of a hundred stays, between holes
+def leave_holes(count: int) -> list[bytearray]:
+    blocks = [bytearray(50_000) for _ in range(count)]
+    return blocks[::100]  # one of a hundred stays, between holes
 
-    heap = Heap()
+
+def test_holes_are_returned_once_the_heap_has_grown_by_their_limit() -> None:
+    heap = Heap(limit=0)
     heap.trim_if_grown()
     heap.trim_if_grown()
     start = resident_bytes()
@@ -82,3 +83,17 @@ def test_holes_are_returned_once_the_heap_has_grown_by_their_limit() -> None:
     assert resident_bytes() < start + MAX_HOLES // 4
     assert few
     assert many
+
+
+def test_holes_stay_up_to_the_planned_limit() -> None:
+    return_free_memory()
+    start = resident_bytes()
+    heap = Heap(limit=start + 3 * MAX_HOLES)
+    below = leave_holes(2 * MAX_HOLES // 50_000)
+    heap.trim_if_grown()
+    assert resident_bytes() > start + MAX_HOLES
+    above = leave_holes(4 * MAX_HOLES // 50_000)
+    heap.trim_if_grown()
+    assert resident_bytes() < start + MAX_HOLES // 2
+    assert below
+    assert above

@@ -80,22 +80,24 @@ def return_free_memory() -> None:
 
 
 class Heap:
-    """The heap between micro-batches. Its holes are returned to the system once they have grown by `MAX_HOLES`.
+    """The heap between micro-batches. Its holes are returned to the system once they make it exceed the plan.
 
     What one micro-batch frees, the next one uses: to return that costs a page fault for each page, an eighth of an
     update's time. But tensors of ever new sizes leave holes that none of them fits into.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        """`limit`: resident bytes up to which nothing is returned."""
+        self._limit = limit
         self._reused = 0  # resident bytes between two micro-batches without holes, the most so far
         self._is_trimmed = False
 
     def trim_if_grown(self) -> None:
-        """Call it before each micro-batch."""
+        """Call it before each micro-batch. Returns the holes above the limit, once they have grown by `MAX_HOLES`."""
         resident = resident_bytes()
         if self._is_trimmed:
             self._reused, self._is_trimmed = max(self._reused, resident), False
-        elif resident > self._reused + MAX_HOLES:
+        elif resident > max(self._limit, self._reused + MAX_HOLES):
             return_free_memory()
             self._is_trimmed = True
 

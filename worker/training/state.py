@@ -43,7 +43,7 @@ class RunState:
         self.best_weights: dict[str, torch.Tensor] = {}
         """Master weights of the best update so far, in the CPU's memory. Empty before the first evaluation."""
         self.optimizer = _optimizer(order.spec.trainer, self.masters)
-        self.heap = Heap()
+        self.heap = Heap(order.resident_limit)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=precision.scaled)
 
     def record_update(self, update: int, loss: float | None, tokens: int, labelled: int, seconds: float) -> None:
