@@ -132,14 +132,14 @@ def rerun_command(job: str, port: Port = None, host: Host = None) -> None:
 
 @models_application.command("fetch")
 def models_fetch(name: str, home: Home = None) -> None:
-    """Download a model of the catalogue (smollm2-135m), convert it, and list it."""
+    """Download a model of the catalogue (smollm2-135m, qwen2.5-coder-0.5b-instruct), convert it, and list it."""
     described = models.fetch(_services(home), name)
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
 
 
 @models_application.command("add")
 def models_add(name: str, source: str, home: Home = None) -> None:
-    """List a model: SOURCE is a directory, or ORG/NAME@REVISION of the Hugging Face hub."""
+    """List a model: SOURCE is a directory, a GGUF file, or ORG/NAME@REVISION of the Hugging Face hub."""
     described = models.add(_services(home), name, source)
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
 

@@ -17,7 +17,7 @@ def fetch(services: Services, name: str) -> BaseModelDescription:
 
 
 def add(services: Services, name: str, source: str) -> BaseModelDescription:
-    """List a model from a local directory, or from ORG/NAME@REVISION of the Hugging Face hub."""
+    """List a model from a local directory or GGUF file, or from ORG/NAME@REVISION of the Hugging Face hub."""
     return _register(services, ["add", name, source])
 
 

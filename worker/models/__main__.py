@@ -19,13 +19,17 @@ from app.domain.base_models import (
     BaseModelDescription,
     DirectorySource,
     ExportedBase,
+    GgufSource,
     HubSource,
     ModelSource,
 )
 from app.domain.spec_base import Name
 from app.domain.tuning_methods import Quantization
+from worker.models.describe import sha256_of
 from worker.models.errors import BaseModelError
 from worker.models.store import ModelStore
+
+GGUF_MAGIC = b"GGUF"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     fetch = verbs.add_parser("fetch", help="a model of the catalogue")
     fetch.add_argument("name")
-    add = verbs.add_parser("add", help="a directory, or ORG/NAME@REVISION of the Hugging Face hub")
+    add = verbs.add_parser("add", help="a directory, a GGUF file, or ORG/NAME@REVISION of the Hugging Face hub")
     add.add_argument("name")
     add.add_argument("source")
     ensure = verbs.add_parser("ensure", help="a model that is known by its digest")
@@ -112,14 +116,29 @@ def _catalogued(name: str) -> ModelSource:
 def _source(text: str) -> ModelSource:
     if Path(text).is_dir():
         return DirectorySource(path=Path(text).resolve())
+    if Path(text).is_file():
+        return _gguf(Path(text).resolve())
     repository, at, revision = text.partition("@")
     if at and revision and repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
         return HubSource(repository=repository, revision=revision)
     raise BaseModelError(
         "bad_source",
-        f"{text!r} is neither a directory here nor ORG/NAME@REVISION",
-        "name an existing directory, or a hub repository with the revision to pin, such as ORG/NAME@main",
+        f"{text!r} is neither a directory or GGUF file here nor ORG/NAME@REVISION",
+        "name an existing directory or file, or a hub repository with the revision to pin, such as ORG/NAME@main",
     )
+
+
+def _gguf(path: Path) -> GgufSource:
+    with path.open("rb") as file:
+        is_gguf = file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    if not is_gguf:
+        raise BaseModelError(
+            "bad_source",
+            f"{path.name} is no GGUF file",
+            "name a GGUF file, or a directory with config.json, tokenizer.json and safetensors",
+        )
+    digest = sha256_of(path)
+    return GgufSource(sha256=digest, path=path, revision=digest[:12])
 
 
 if __name__ == "__main__":

