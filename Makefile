@@ -33,10 +33,10 @@ $(READY): pyproject.toml constraints.txt
 model: $(READY) ## Fetch and convert the small base model, once
 	@$(BIN)/python -m worker.models fetch smollm2-135m --cache $(VERITUNE_CACHE) > /dev/null
 
-demo: model ## Upload, train, publish, and judge held-out claims
-	@$(BIN)/veritune demo
+demo: $(READY) ## Upload, train, publish, and judge held-out claims; BASE=smollm2-135m takes the small base model
+	@$(if $(BASE),VERITUNE_DEFAULT_BASE_MODEL=$(BASE)) $(BIN)/veritune demo
 
-up: model ## Run the service until Ctrl-C: http://127.0.0.1:8000/docs
+up: $(READY) ## Run the service until Ctrl-C: http://127.0.0.1:8000/docs
 	@$(BIN)/veritune up
 
 test: model ## Check lint, types and imports, and run all tests except the slow suites

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.domain.base_models import DEFAULT_BASE_MODEL
 from app.queue.base import QUEUES
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -83,7 +84,9 @@ class Settings(BaseSettings):
         default=None, description="Shared secret of the API and the inference server."
     )
 
-    default_base_model: str = Field(default="smollm2-135m", description="Base model of a job whose spec names none.")
+    default_base_model: str = Field(
+        default=DEFAULT_BASE_MODEL, description="Base model of a job whose spec names none."
+    )
     max_upload_bytes: int = Field(default=1 << 30, ge=1, description="Largest upload, in bytes.")
     max_json_bytes: int = Field(default=1 << 20, ge=1_024, description="Largest JSON request body, in bytes.")
     prediction_slots: int = Field(

@@ -35,6 +35,7 @@ class Deployment:
         own = {
             "VERITUNE_HOME": str(home),
             "VERITUNE_CACHE": str(cache),
+            "VERITUNE_DEFAULT_BASE_MODEL": "smollm2-135m",
             "VERITUNE_PORT": str(self.port),
             "VERITUNE_INFERENCE_PORT": str(free_port()),
         }

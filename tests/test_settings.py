@@ -27,7 +27,7 @@ def test_everything_has_a_default() -> None:
     assert (settings.host, settings.port, settings.key) == ("127.0.0.1", 8000, None)
     assert settings.home_path == Path("~/.veritune").expanduser().resolve()
     assert settings.inference == "http://127.0.0.1:8001"
-    assert settings.default_base_model == "smollm2-135m"
+    assert settings.default_base_model == "qwen2.5-coder-0.5b-instruct"
 
 
 def test_every_field_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

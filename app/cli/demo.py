@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -23,8 +25,8 @@ from app.cli.errors import CommandError
 from app.settings import Settings
 
 START_SECONDS = 600.0
-CLAIMS = 48
-"""Number of held-out claims, a third for each verdict. The demo takes five minutes with them on two cores."""
+CHUNK = 16
+"""Claims in one request. Two requests run at a time, and the progress bar moves when one is answered."""
 
 UNGROUNDED_CLAIMS = 15
 CONFIDENCE_Z = 1.96
@@ -65,7 +67,7 @@ def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
         ok(client.post(f"/adapters/{adapter['id']}/promote"))
         store_prediction(client, corpus["id"])
         held_out = (examples / "heldout.jsonl").read_text("utf-8").splitlines()
-        claims = [json.loads(line) for line in held_out[:CLAIMS]]
+        claims = [json.loads(line) for line in held_out]
         judged = [
             _judge(client, console, name, claims, reference, corpus["id"])
             for name, reference in (("base", None), ("adapter", adapter["id"]))
@@ -99,8 +101,9 @@ def _service(settings: Settings, console: Console, *, keep: bool) -> Iterator[ht
 
 def _wait_until_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path, console: Console) -> None:
     until = time.monotonic() + START_SECONDS
-    with console.status("starting (the first time fetches and converts the base model)"):
+    with console.status("starting") as shown:
         while _status(client) != 200:
+            shown.update(f"starting (the first time downloads and converts the base model)  [dim]{_last_line(log)}[/]")
             if process.poll() is not None:
                 raise CommandError(f"veritune up ended; the last lines of {log}:\n{_tail(log)}")
             if time.monotonic() > until:
@@ -108,8 +111,13 @@ def _wait_until_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", 
             time.sleep(0.2)
 
 
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-5:])
+def _tail(log: Path, lines: int = 5) -> str:
+    return "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _last_line(log: Path) -> str:
+    """The log's last line for the console, without what a progress bar overwrote."""
+    return escape(_tail(log, 1).rpartition("\r")[2].strip()[:100])
 
 
 def _status(client: httpx.Client) -> int | None:
@@ -162,15 +170,30 @@ def _judge(
     ungrounded = [
         {"claim": row["claim"], "adapter": adapter, "mode": "ungrounded"} for row in claims[:UNGROUNDED_CLAIMS]
     ]
-    with console.status(f"judging {len(claims)} held-out claims with the {name}"):
+    columns = [TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console) as bar:
         started = time.monotonic()
-        answers = ok(client.post("/predict/batch", json={"requests": asks}))["data"]
+        answers = _predict(client, bar, f"judging {len(claims)} held-out claims with the {name}", asks)
         seconds = time.monotonic() - started
-        written = ok(client.post("/predict/batch", json={"requests": ungrounded}))["data"]
+        written = _predict(client, bar, f"letting the {name} write {len(ungrounded)} trajectories alone", ungrounded)
     failed = next((answer for answer in [*answers, *written] if "verdict" not in answer), None)
     if failed is not None:
         raise CommandError(f"a claim could not be judged: {failed['detail']}")
     return Judged(name, answers, written, seconds)
+
+
+def _predict(client: httpx.Client, bar: Progress, what: str, asks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers, in order."""
+    task = bar.add_task(what, total=len(asks))
+
+    def answer(chunk: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = ok(client.post("/predict/batch", json={"requests": chunk}))["data"]
+        bar.advance(task, len(chunk))
+        return found
+
+    chunks = [asks[start : start + CHUNK] for start in range(0, len(asks), CHUNK)]
+    with ThreadPoolExecutor(2) as pool:
+        return [one for answers in pool.map(answer, chunks) for one in answers]
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

@@ -15,7 +15,6 @@ LATER = "demo-later"
 LATER_ROWS = 24
 SPEC: dict[str, Any] = {
     "dataset": DEMO,
-    "base_model": "smollm2-135m",
     "adapter": {"type": "lora", "r": 16},
     "quantization": {"bits": 4},
     "trainer": {"train_steps": 30, "effective_batch_size": 8, "learning_rate": 1e-3},
@@ -32,7 +31,7 @@ def upload(client: httpx.Client, route: str, name: str, filename: str, content: 
 
 
 def demo_spec(client: httpx.Client) -> dict[str, Any]:
-    """The spec of the demo's job. Its name is `demo`, unless a job or an adapter has that name already."""
+    """The spec of the demo's job over the default base. It is named `demo`, unless a job or an adapter is already."""
     taken = any(client.get(f"/{resource}/{DEMO}").is_success for resource in ("jobs", "adapters"))
     return SPEC if taken else SPEC | {"name": DEMO}
 

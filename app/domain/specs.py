@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
+from app.domain.base_models import DEFAULT_BASE_MODEL
 from app.domain.react import DEFAULT_TEMPLATE, PLACEHOLDER, ReactFormat
 from app.domain.spec_base import Count, Fraction, Integer, Name, Positive, Real, Reference, Spec, build_disagreement
 from app.domain.tuning_methods import (
@@ -242,5 +243,5 @@ def spec_examples() -> dict[str, Any]:
     """Example configs for the documentation. The first one runs after `veritune demo`."""
     return {
         "the least": {"dataset": "demo"},
-        "named": {"dataset": "demo", "base_model": "smollm2-135m", "trainer": {"epochs": 1}},
+        "named": {"dataset": "demo", "base_model": DEFAULT_BASE_MODEL, "trainer": {"epochs": 1}},
     }

@@ -22,6 +22,7 @@ from tests.postgres import postgres_server
 
 READY_SECONDS = 180
 SECRET = "a secret of this test"
+BASE = "smollm2-135m"
 
 
 @dataclass
@@ -80,6 +81,7 @@ def start(home: Path, **environment: str) -> Deployment:
         "VERITUNE_PORT": str(port),
         "VERITUNE_INFERENCE_PORT": str(inference_port),
         "VERITUNE_INFERENCE_SECRET": SECRET,
+        "VERITUNE_DEFAULT_BASE_MODEL": BASE,
         "VERITUNE_POLL_SECONDS": "0.5",
         "VERITUNE_LEASE_SECONDS": "10",
         "VERITUNE_INFERENCE_DTYPE": "float32",  # so that its logits can be compared to the last digits

@@ -11,13 +11,13 @@ import psutil
 import pytest
 
 from tests.conftest import MODEL_CACHE, ROOT
-from tests.e2e.conftest import start
+from tests.e2e.conftest import BASE, start
 
 pytestmark = pytest.mark.slow
 
 
 def run(home: Path, *words: str, module: str = "app.cli", **environment: str) -> "subprocess.CompletedProcess[str]":
-    own = {"VERITUNE_HOME": str(home), "VERITUNE_CACHE": str(MODEL_CACHE)}
+    own = {"VERITUNE_HOME": str(home), "VERITUNE_CACHE": str(MODEL_CACHE), "VERITUNE_DEFAULT_BASE_MODEL": BASE}
     command = [sys.executable, "-m", module, *words]
     return subprocess.run(
         command, env=os.environ | own | environment, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120
