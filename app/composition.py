@@ -16,6 +16,7 @@ from app.services.corpora import Corpora
 from app.services.datasets import Datasets
 from app.services.devices import Devices
 from app.services.encodings import Encodings
+from app.services.evaluations import Evaluations
 from app.services.events import EventFeed
 from app.services.idempotency import Idempotency
 from app.services.job_snapshot import JobSnapshots
@@ -124,6 +125,18 @@ class Services:
             self.generator,
             self.settings.prediction_slots,
             self.settings.max_sequence_length,
+        )
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        return Evaluations(
+            self.database,
+            self.datasets,
+            self.corpora,
+            self.adapters,
+            self.base_models,
+            self.predictions,
+            self.doorbell,
         )
 
     @cached_property

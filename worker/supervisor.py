@@ -6,18 +6,26 @@ The supervisor is the only writer of rows and blobs. It knows no tensors: those 
 import contextlib
 import shutil
 import threading
+from pathlib import Path
 
 import structlog
 
 from app.composition import Services
 from app.domain.errors import LeaseLostError
+from app.domain.specs import JobKind
 from app.queue.base import kinds_of
+from app.services.attempts import Leased
 from worker.attempt import Attempt
 from worker.child import SPARE_BYTES, Spares
+from worker.evaluation_attempt import EvaluationAttempt
 from worker.heartbeat import Heartbeat
+from worker.training_attempt import TrainingAttempt
 
-MODULES = {"train": "worker.training"}
-"""Kind of job → the module that its child process runs."""
+TRAINING_CHILD = "worker.training"
+"""The module that a training job's child process runs."""
+
+KINDS = frozenset({JobKind.TRAIN, JobKind.EVALUATE})
+"""The kinds of job that a worker can run."""
 
 log = structlog.get_logger(__name__)
 
@@ -28,7 +36,7 @@ class Supervisor:
     def __init__(self, services: Services, owner: str, queues: tuple[str, ...]) -> None:
         self._services = services
         self._owner = owner
-        self._kinds = tuple(kind for kind in kinds_of(queues) if kind in MODULES)
+        self._kinds = tuple(kind for kind in kinds_of(queues) if kind in KINDS)
         self._leaving = threading.Event()
         self._spares = Spares()
 
@@ -43,8 +51,8 @@ class Supervisor:
         if room is not None and room < SPARE_BYTES:
             self.dismiss()
             return
-        for kind in self._kinds:
-            self._spares.keep(MODULES[kind])
+        if JobKind.TRAIN in self._kinds:
+            self._spares.keep(TRAINING_CHILD)
 
     def dismiss(self) -> None:
         """End the processes that wait for a job."""
@@ -66,9 +74,7 @@ class Supervisor:
         shutil.rmtree(directory.parent, ignore_errors=True)  # of an attempt that was killed on this host
         try:
             with Heartbeat(self._services.attempts, leased.lease) as heartbeat:
-                Attempt(self._services, leased, directory, heartbeat, self._leaving).run(
-                    lambda: self._spares.take(MODULES[leased.kind])
-                )
+                self._attempt(leased, directory, heartbeat).run()
         except LeaseLostError:
             log.warning("lease_lost", job=leased.job_id, epoch=leased.lease.epoch)
         finally:
@@ -76,3 +82,10 @@ class Supervisor:
             with contextlib.suppress(OSError):  # another attempt at it has begun here
                 directory.parent.rmdir()
         return True
+
+    def _attempt(self, leased: Leased, directory: Path, heartbeat: Heartbeat) -> Attempt:
+        if leased.kind == JobKind.EVALUATE:
+            return EvaluationAttempt(self._services, leased, directory, heartbeat, self._leaving)
+        return TrainingAttempt(
+            self._services, leased, directory, heartbeat, self._leaving, lambda: self._spares.take(TRAINING_CHILD)
+        )

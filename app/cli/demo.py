@@ -1,15 +1,12 @@
 """`veritune demo`: upload, train, publish, judge and compare, over HTTP like any client."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +22,11 @@ from app.cli.errors import CommandError
 from app.settings import Settings
 
 START_SECONDS = 600.0
-CHUNK = 16
-"""Claims in one request. Two requests run at a time, and the progress bar moves when one is answered."""
-
-UNGROUNDED_CLAIMS = 15
-CONFIDENCE_Z = 1.96
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One model's answers to the held-out claims, in order. `ungrounded`: those without a corpus and a grammar."""
-
-    name: str
-    answers: list[dict[str, Any]]
-    ungrounded: list[dict[str, Any]]
-    seconds: float
+HELD_OUT = "demo-heldout"
+LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
+POLL_SECONDS = 0.5
+TOLD_SECONDS = 20.0
+"""Where the output is no terminal, a line says this often how far a job is."""
 
 
 def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
@@ -66,13 +53,8 @@ def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
         console.print(f"[bold]3[/] published {adapter['id']} ({adapter['bytes'] / 1e6:.1f} MB)")
         ok(client.post(f"/adapters/{adapter['id']}/promote"))
         store_prediction(client, corpus["id"])
-        held_out = (examples / "heldout.jsonl").read_text("utf-8").splitlines()
-        claims = [json.loads(line) for line in held_out]
-        judged = [
-            _judge(client, console, name, claims, reference, corpus["id"])
-            for name, reference in (("base", None), ("adapter", adapter["id"]))
-        ]
-        _show(console, claims, judged)
+        evaluation = _evaluate(client, console, examples / "heldout.jsonl", corpus["id"], adapter["id"])
+        _show(client, console, evaluation)
         _next_steps(console, client, keep=keep)
 
 
@@ -135,6 +117,34 @@ def _train(client: httpx.Client, console: Console, train: Path) -> dict[str, Any
         f"[bold]2[/] training {plan['base_model']} in 4 bits on {plan['rows_trained']} trajectories, "
         f"{plan['total_updates']} updates of {plan['rows_per_update']} (about {plan['lengths']['median']} tokens each)"
     )
+
+    def figures(progress: dict[str, Any]) -> str:
+        if progress["loss"] is None:
+            return ""
+        return f"loss {progress['loss']:.3f} · {progress['tokens_per_second']:.0f} tokens/s"
+
+    return _follow(client, console, job, "update", "total_updates", figures)
+
+
+def _evaluate(client: httpx.Client, console: Console, held_out: Path, corpus: str, adapter: str) -> dict[str, Any]:
+    """Judge the held-out claims by an evaluation job, and return it."""
+    dataset = upload(client, "/datasets", HELD_OUT, held_out.name, held_out.read_bytes())
+    asked = {"dataset": dataset["id"], "corpus": corpus, "adapters": [adapter], "max_steps": 4}
+    job = ok(client.post("/evaluations", json=asked))
+    runs = [run["name"] for run in job["plan"]["runs"]]
+    console.print(f"[bold]4[/] judging {dataset['rows']} held-out claims with each of: {'; '.join(runs)}")
+    return _follow(client, console, job, "done", "total", lambda progress: progress["run"] or "")
+
+
+def _follow(
+    client: httpx.Client,
+    console: Console,
+    job: dict[str, Any],
+    done: str,
+    total: str,
+    figures: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Show a job's progress until it has ended. Raises CommandError unless it succeeded."""
     columns = [
         TextColumn("  {task.description}"),
         BarColumn(),
@@ -142,115 +152,86 @@ def _train(client: httpx.Client, console: Console, train: Path) -> dict[str, Any
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     ]
+    told = time.monotonic()
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("queued", total=plan["total_updates"], figures="")
+        task = bar.add_task("queued", total=job["progress"][total], figures="")
         while job["status"] in ("queued", "running"):
-            time.sleep(0.5)
+            time.sleep(POLL_SECONDS)
             job = get(client, f"/jobs/{job['id']}")
             progress = job["progress"]
-            figures = ""
-            if progress["loss"] is not None:
-                figures = f"loss {progress['loss']:.3f} · {progress['tokens_per_second']:.0f} tokens/s"
-            bar.update(task, description=job["status"], completed=progress["update"], figures=figures)
+            bar.update(task, description=job["status"], completed=progress[done], figures=figures(progress))
+            if not console.is_terminal and time.monotonic() - told > TOLD_SECONDS:
+                told = time.monotonic()
+                console.print(f"  {progress[done]} of {progress[total]}  {figures(progress)}", highlight=False)
     if job["status"] != "succeeded":
         error = job["error"] or {}
         raise CommandError(f"the job ended as {job['status']}: {error.get('message')} ({error.get('hint')})")
     return job
 
 
-def _judge(
-    client: httpx.Client,
-    console: Console,
-    name: str,
-    claims: list[dict[str, Any]],
-    adapter: str | None,
-    corpus: str,
-) -> Judged:
-    asks = [{"claim": row["claim"], "adapter": adapter, "corpus": corpus, "max_steps": 4} for row in claims]
-    ungrounded = [
-        {"claim": row["claim"], "adapter": adapter, "mode": "ungrounded"} for row in claims[:UNGROUNDED_CLAIMS]
-    ]
-    columns = [TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console) as bar:
-        started = time.monotonic()
-        answers = _predict(client, bar, f"judging {len(claims)} held-out claims with the {name}", asks)
-        seconds = time.monotonic() - started
-        written = _predict(client, bar, f"letting the {name} write {len(ungrounded)} trajectories alone", ungrounded)
-    failed = next((answer for answer in [*answers, *written] if "verdict" not in answer), None)
-    if failed is not None:
-        raise CommandError(f"a claim could not be judged: {failed['detail']}")
-    return Judged(name, answers, written, seconds)
+def _artifact(client: httpx.Client, job: dict[str, Any], name: str) -> bytes:
+    response = client.get(f"/jobs/{job['id']}/artifacts/{name}")
+    if not response.is_success:
+        ok(response)  # raises
+    return response.content
 
 
-def _predict(client: httpx.Client, bar: Progress, what: str, asks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers, in order."""
-    task = bar.add_task(what, total=len(asks))
-
-    def answer(chunk: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = ok(client.post("/predict/batch", json={"requests": chunk}))["data"]
-        bar.advance(task, len(chunk))
-        return found
-
-    chunks = [asks[start : start + CHUNK] for start in range(0, len(asks), CHUNK)]
-    with ThreadPoolExecutor(2) as pool:
-        return [one for answers in pool.map(answer, chunks) for one in answers]
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion (Wilson 1927)."""
-    if trials == 0:
-        return 0.0, 1.0
-    share, z2 = successes / trials, CONFIDENCE_Z**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    spread = CONFIDENCE_Z * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return centre - spread, centre + spread
-
-
-def valid_action_rate(answers: list[dict[str, Any]]) -> float:
-    """Share of well-formed actions among the steps that a model wrote without a grammar."""
-    steps = [step for answer in answers for step in answer["steps"] or [{"action": None}]]
-    valid = [s for s in steps if s["action"] and s["action"]["name"] in ("Search", "Lookup", "Finish")]
-    return len(valid) / len(steps) if steps else 0.0
-
-
-def _show(console: Console, claims: list[dict[str, Any]], judged: list[Judged]) -> None:
-    table = Table(title=f"{len(claims)} held-out claims, about pages never trained on")
-    for heading in (
-        "",
-        "accuracy (95 % interval)",
-        "page found",
-        "agrees",
-        "valid actions without grammar",
-        "claims/s",
-    ):
-        table.add_column(heading, justify="right" if heading else "left")
-    for model in judged:
-        right = sum(a["verdict"] == row["label"] for a, row in zip(model.answers, claims, strict=True))
-        low, high = wilson(right, len(claims))
-        found = sum(bool(a["evidence"]) for a in model.answers)
-        agreeing = sum(a["agrees"] for a in model.answers)
-        table.add_row(
-            model.name,
-            f"{right / len(claims):.2f} ({low:.2f} to {high:.2f})",
-            f"{found / len(claims):.2f}",
-            f"{agreeing / len(claims):.2f}",
-            f"{valid_action_rate(model.ungrounded):.2f}",
-            f"{len(claims) / model.seconds:.1f}",
-        )
-    console.print(table)
-    for model in judged:
-        shown = next(
-            (a for a, r in zip(model.answers, claims, strict=True) if a["verdict"] == r["label"]),
-            model.answers[0],
-        )
-        gold = next(row["label"] for a, row in zip(model.answers, claims, strict=True) if a is shown)
-        console.print(f"\n[bold]{model.name}[/] on: {shown['claim']}  [dim](gold: {gold})[/]")
-        for line in shown["text"].splitlines():
-            console.print(f"  {line}", markup=False, highlight=False)
+def _show(client: httpx.Client, console: Console, job: dict[str, Any]) -> None:
+    report = json.loads(_artifact(client, job, "report.json"))
+    console.print(_table(report))
+    for test in report["comparisons"][:1]:
+        difference = test["difference"]
         console.print(
-            f"  → {shown['verdict']} with probability {shown['confidence']:.2f}; "
-            f"{len(shown['evidence'])} sentences read; {shown['timings']['total']:.2f} s"
+            f"the adapter against its base: {difference['value']:+.2f} ({difference['low']:+.2f} to "
+            f"{difference['high']:+.2f}), McNemar p = {test['p_value']:.1g}"
         )
+    answers = [json.loads(line) for line in _artifact(client, job, "answers.jsonl").splitlines()]
+    adapter = next(run["run"] for run in report["runs"] if run["run"]["adapter"])
+    for label in LABELS:
+        # The first claim of each label, whatever became of it.
+        _print_trace(console, next(a for a in answers if a["run"] == adapter and a["label"] == label))
+
+
+def _table(report: dict[str, Any]) -> Table:
+    """Accuracy and recall of each run. It fits a terminal of 80 columns."""
+    table = Table(
+        title=f"{report['claims']} held-out claims, about pages never trained on",
+        caption="S, R, N: recall of SUPPORTS, REFUTES, NOT ENOUGH INFO. page: the claim's page was read.",
+    )
+    table.add_column("")
+    for heading in ("accuracy", "95 % interval", "S", "R", "N", "page"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for report_of_run in report["runs"]:
+        run, accuracy = report_of_run["run"], report_of_run["accuracy"]
+        name = "adapter" if run["adapter"] else "base"
+        if run["control"]:
+            name = f"{name}, {run['control'].replace('_', ' ')}"
+        recalled = [_shown(report_of_run["recall"][label]) for label in LABELS]
+        table.add_row(name, *_with_interval(accuracy), *recalled, _shown(report_of_run["page_found"]))
+    table.add_section()
+    table.add_row("always one label", f"{report['baselines']['majority']:.2f}")
+    if overlap := report["baselines"]["overlap"]:
+        table.add_row("counting shared words", *_with_interval(overlap))
+    return table
+
+
+def _print_trace(console: Console, judged: dict[str, Any]) -> None:
+    answer = judged["answer"]
+    console.print(f"\n[bold]{escape(answer['claim'])}[/]  [dim](label: {judged['label']})[/]", highlight=False)
+    for line in answer["text"].splitlines():
+        console.print(f"  {line}", markup=False, highlight=False)
+    console.print(
+        f"  → {answer['verdict']} with probability {answer['confidence']:.2f}; "
+        f"{len(answer['evidence'])} sentences read; {answer['timings']['total']:.2f} s"
+    )
+
+
+def _with_interval(share: dict[str, Any]) -> tuple[str, str]:
+    return f"{share['value']:.2f}", f"{share['low']:.2f} to {share['high']:.2f}"
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _next_steps(console: Console, client: httpx.Client, *, keep: bool) -> None:

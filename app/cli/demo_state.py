@@ -17,7 +17,7 @@ SPEC: dict[str, Any] = {
     "dataset": DEMO,
     "adapter": {"type": "lora", "r": 16},
     "quantization": {"bits": 4},
-    "trainer": {"train_steps": 30, "effective_batch_size": 8, "learning_rate": 1e-3},
+    "trainer": {"train_steps": 30, "effective_batch_size": 8, "learning_rate": 5e-4, "verdict_branch": 0.5},
     "seed": 42,
 }
 CLAIM = "The Danube flows into the Black Sea."

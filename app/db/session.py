@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from app.db.repositories.adapters import Adapters
 from app.db.repositories.artifacts import Artifacts
 from app.db.repositories.blob_references import BlobReferences
+from app.db.repositories.evaluation_answers import EvaluationAnswers
 from app.db.repositories.jobs import Jobs
 from app.db.repositories.keys import IdempotencyKeys
 from app.db.repositories.predictions import Predictions
@@ -73,6 +74,10 @@ class Unit:
     @cached_property
     def artifacts(self) -> Artifacts:
         return Artifacts(self.session)
+
+    @cached_property
+    def evaluation_answers(self) -> EvaluationAnswers:
+        return EvaluationAnswers(self.session)
 
     @cached_property
     def blob_references(self) -> BlobReferences:

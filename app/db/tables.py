@@ -150,6 +150,17 @@ class ArtifactRow(Base):
     created_at: Mapped[datetime]
 
 
+class EvaluationAnswerRow(Base):
+    """The answer of one run of an evaluation job to its claim number `claim`, from 0."""
+
+    __tablename__ = "evaluation_answers"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    run: Mapped[str] = mapped_column(NAME, primary_key=True)
+    claim: Mapped[int] = mapped_column(primary_key=True)
+    answer: Mapped[dict[str, Any]]
+
+
 class AdapterRow(Base):
     """`job_id`: the job that published it at its end. Null for a published checkpoint, and if the job was deleted."""
 

@@ -14,8 +14,11 @@ succeeded, failed and cancelled are terminal.
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from app.domain.evaluations import EvaluationPlan, EvaluationProgress, EvaluationSpec
 from app.domain.frozen import Frozen
 from app.domain.plans import Plan
 from app.domain.specs import JobKind, TrainSpec
@@ -110,6 +113,10 @@ class JobProgress(Frozen):
     warnings: tuple[str, ...] = ()
 
 
+JobSpec = Annotated[TrainSpec | EvaluationSpec, Field(discriminator="kind")]
+JobPlan = Annotated[Plan | EvaluationPlan, Field(discriminator="kind")]
+
+
 class Lease(Frozen):
     """An attempt's right to a job. Every write carries the epoch, and fails after another attempt began a new epoch."""
 
@@ -126,9 +133,9 @@ class Job(Frozen):
     kind: JobKind
     name: str
     status: JobStatus
-    spec: TrainSpec
-    plan: Plan | None
-    progress: JobProgress | None
+    spec: JobSpec
+    plan: JobPlan | None
+    progress: JobProgress | EvaluationProgress | None
     queue_position: int | None
     attempts: int
     adapter_id: str | None

@@ -7,19 +7,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
 from app.domain.adapters import Manifest
 from app.domain.attempts import CheckpointWritten, EvaluationFinished, UpdateMetrics
 from app.domain.errors import NotFoundError
-from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobProgress, JobStatus, Lease
+from app.domain.jobs import MAX_ATTEMPTS, TERMINAL, JobError, JobProgress, JobSpec, JobStatus, Lease
 from app.domain.ledger import OwnedReservation
-from app.domain.specs import TrainSpec
 from app.domain.splits import SplitName
 from app.services.jobs import best_of
 from app.services.plans import Plans, Prepared
 from app.services.staged_blobs import staged
 from app.storage import Blob, Blobs
+
+_SPEC: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
 
 CHECKPOINTS_KEPT = 2
 S = JobStatus
@@ -48,7 +51,7 @@ class Leased:
     job_id: str
     name: str
     kind: str
-    spec: TrainSpec
+    spec: JobSpec
     attempt: int
 
 
@@ -200,6 +203,12 @@ class Attempts:
             return target
         return None
 
+    def succeed(self, lease: Lease, message: str, data: dict[str, Any]) -> None:
+        """End a job that publishes no adapter."""
+        with self._database.write() as unit:
+            if unit.jobs.end(lease, (S.RUNNING, S.PAUSING, S.CANCELLING), S.SUCCEEDED):
+                unit.jobs.add_event(lease.job_id, "succeeded", message, "info", data)
+
     def fail(self, lease: Lease, error: JobError) -> None:
         """End the job as failed, or as cancelled if the user asked to cancel."""
         with self._database.write() as unit:
@@ -235,7 +244,7 @@ def _leased(row: JobRow, lease: Lease) -> Leased:
         job_id=row.id,
         name=row.name,
         kind=row.kind,
-        spec=TrainSpec.model_validate(row.spec),
+        spec=_SPEC.validate_python(row.spec),
         attempt=row.attempts,
     )
 

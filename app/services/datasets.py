@@ -1,7 +1,9 @@
 """Datasets: an uploaded file becomes a validated, immutable set of trajectories."""
 
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,18 +110,20 @@ class Datasets:
         """(rows after row number `after`, whether more follow)."""
         with self._database.read() as unit:
             row = _get_row(unit, reference)
-        shown: list[Trajectory] = []
+        shown = [read_canonical(line) for line in islice(self._lines(row), after, after + limit)]
+        return shown, after + limit < row.rows
+
+    def stream(self, reference: str) -> Iterator[Trajectory]:
+        """All rows, in order."""
+        with self._database.read() as unit:
+            row = _get_row(unit, reference)
+        return map(read_canonical, self._lines(row))
+
+    def _lines(self, row: DatasetRow) -> Iterator[bytes]:
         rest = b""
-        number = 0
         for chunk in self._blobs.stream(row.digest):
             *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                number += 1
-                if number > after:
-                    shown.append(read_canonical(line))
-                if len(shown) == limit:
-                    return shown, number < row.rows
-        return shown, False
+            yield from lines
 
     def delete(self, reference: str) -> None:
         """Delete a dataset. Raises ConflictError while an unfinished job uses it."""

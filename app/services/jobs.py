@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
 from app.domain.errors import ConflictError, InvalidError, Loc, NotFoundError, Problem
+from app.domain.evaluations import EvaluationProgress
 from app.domain.identity import new_id
 from app.domain.jobs import (
     ACTION_TRANSITIONS,
@@ -21,13 +22,15 @@ from app.domain.jobs import (
     Job,
     JobAction,
     JobError,
+    JobPlan,
     JobProgress,
+    JobSpec,
     JobStatus,
     Metric,
 )
 from app.domain.plans import Plan
 from app.domain.remedies import Change
-from app.domain.specs import JobKind, TrainSpec
+from app.domain.specs import JobKind
 from app.queue import Doorbell
 from app.services.naming import check_name
 from app.services.plans import Plans, Prepared
@@ -42,8 +45,9 @@ _MESSAGES = {
 }
 
 
-_PLAN: TypeAdapter[Plan | None] = TypeAdapter(Plan | None)
-_PROGRESS: TypeAdapter[JobProgress | None] = TypeAdapter(JobProgress | None)
+_SPEC: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
+_PLAN: TypeAdapter[JobPlan | None] = TypeAdapter(JobPlan | None)
+_PROGRESS: TypeAdapter[JobProgress | EvaluationProgress | None] = TypeAdapter(JobProgress | EvaluationProgress | None)
 _ERROR: TypeAdapter[JobError | None] = TypeAdapter(JobError | None)
 _NOTHING = "null"
 
@@ -291,10 +295,10 @@ def _to_job(row: Any) -> Job:
 
 
 @lru_cache(PARSED_DOCUMENTS)
-def _read_spec(text: str) -> TrainSpec:
-    return TrainSpec.model_validate_json(text)
+def _read_spec(text: str) -> JobSpec:
+    return _SPEC.validate_json(text)
 
 
 @lru_cache(PARSED_DOCUMENTS)
-def _read_plan(text: str | None) -> Plan | None:
+def _read_plan(text: str | None) -> JobPlan | None:
     return _PLAN.validate_json(text or _NOTHING)

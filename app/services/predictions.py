@@ -29,7 +29,7 @@ from app.domain.specs import Generation
 from app.domain.trajectories import parse_action
 from app.domain.tuning_methods import Quantization
 from app.generation import Generator
-from app.knowledge.base import KnowledgeExplorer
+from app.knowledge.base import KnowledgeExplorer, KnowledgeSource
 from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.corpora import Corpora
@@ -88,6 +88,12 @@ class Predictions:
         with self._slots.slot({model.digest}):
             return self._drain(request, model, is_cancelled)
 
+    def predict_from(
+        self, request: PredictRequest, source: KnowledgeSource, is_cancelled: IsCancelled = never_cancelled
+    ) -> Prediction:
+        """Judge one claim of an evaluation, with Observations from `source`. It takes no slot of the users'."""
+        return self._drain(request, self._resolve_model(request), is_cancelled, source)
+
     def stream(
         self, request: PredictRequest, is_cancelled: IsCancelled = never_cancelled
     ) -> Generating[PredictionEvent]:
@@ -128,15 +134,26 @@ class Predictions:
                 found.add(self._resolve_model(one).digest)
         return found
 
-    def _drain(self, request: PredictRequest, model: PredictionModel, is_cancelled: IsCancelled) -> Prediction:
-        for event in self._run(request, model, is_cancelled):
+    def _drain(
+        self,
+        request: PredictRequest,
+        model: PredictionModel,
+        is_cancelled: IsCancelled,
+        source: KnowledgeSource | None = None,
+    ) -> Prediction:
+        for event in self._run(request, model, is_cancelled, source):
             if isinstance(event, Predicted):
                 return event.prediction
         raise AssertionError("the loop ends with a prediction")
 
     def _run(
-        self, request: PredictRequest, model: PredictionModel, is_cancelled: IsCancelled
+        self,
+        request: PredictRequest,
+        model: PredictionModel,
+        is_cancelled: IsCancelled,
+        source: KnowledgeSource | None = None,
     ) -> Iterator[PredictionEvent]:
+        """`source`: replaces the corpus."""
         started = time.monotonic()
         self._stored.refuse_taken(request.name)
         runs: list[Run] = []
@@ -144,10 +161,12 @@ class Predictions:
             runs.append(self._run_ungrounded(request, self._start_session(model, None, is_cancelled), model.limit))
             corpus = None
         else:
-            corpus, source = self._corpora.open(request.corpus)
+            corpus, opened = self._corpora.open(request.corpus)
             for sample in range(request.samples):
                 session = self._start_session(model, sample if request.samples > 1 else None, is_cancelled)
-                loop = ReactLoop(session, KnowledgeExplorer(source), request.claim, request.max_steps, model.limit)
+                loop = ReactLoop(
+                    session, KnowledgeExplorer(source or opened), request.claim, request.max_steps, model.limit
+                )
                 for event in loop.run():
                     if sample == 0:
                         yield event

@@ -24,6 +24,7 @@ from app.domain.base_models import BaseModelDescription
 from app.domain.devices import DeviceDescription
 from app.domain.jobs import Lease
 from app.domain.react import ReactFormat
+from app.domain.specs import TrainSpec
 from app.domain.tuning_methods import servable_by
 from app.generation import GenerationRequest, ScriptedGenerator
 from app.generation.transport import ExclusiveTransport
@@ -238,6 +239,7 @@ def metric(update: int, loss: float | None = 1.5) -> UpdateMetrics:
 def manifest_of(services: Services, lease: Lease) -> Manifest:
     """A manifest for the adapter of a leased job."""
     job = services.jobs.get(lease.job_id)
+    assert isinstance(job.spec, TrainSpec)
     base = services.base_models.get(job.spec.base_model)
     kind: AdapterKind = "full" if job.spec.adapter is None else "peft"
     return Manifest(

@@ -12,6 +12,8 @@ from app.cli.errors import CommandError
 from app.cli.rerun import rerun
 from app.composition import Services, compose
 from app.domain.jobs import JobStatus
+from app.domain.plans import Plan
+from app.domain.specs import TrainSpec
 from tests.api.conftest import listening, nothing_left
 from tests.conftest import dataset_jsonl
 from worker.supervisor import Supervisor
@@ -65,7 +67,8 @@ def test_the_new_job_has_the_old_jobs_spec(services: Services, client: httpx.Cli
     job, manifest = rerun(client, "first")
     first, again = services.jobs.get("first"), services.jobs.get(job["id"])
     assert manifest is None
-    assert first.plan is not None
+    assert isinstance(first.plan, Plan)
+    assert isinstance(first.spec, TrainSpec)
     assert again.plan == first.plan
     assert again.name != first.name
     length = first.plan.max_sequence_length

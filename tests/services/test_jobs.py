@@ -9,7 +9,17 @@ import pytest
 from app.composition import Services
 from app.domain.attempts import CheckpointWritten, EvaluationFinished, UpdateMetrics
 from app.domain.errors import ConflictError, InvalidError, LeaseLostError, NotFoundError, NotYetSupportedError
-from app.domain.jobs import ACTION_TRANSITIONS, MAX_ATTEMPTS, TRANSITIONS, Job, JobAction, JobError, JobStatus
+from app.domain.jobs import (
+    ACTION_TRANSITIONS,
+    MAX_ATTEMPTS,
+    TRANSITIONS,
+    Job,
+    JobAction,
+    JobError,
+    JobProgress,
+    JobStatus,
+)
+from app.domain.plans import Plan
 from app.domain.specs import JobKind
 from app.domain.splits import SplitName
 from app.queue import MemoryDoorbell
@@ -93,7 +103,7 @@ def test_a_submitted_job_waits_with_a_plan_and_rings_the_bell(
 
     assert job.status is JobStatus.QUEUED
     assert job.queue_position == 1
-    assert job.plan is not None
+    assert isinstance(job.plan, Plan)
     assert (job.plan.rows_trained, job.plan.total_updates, job.plan.rows_per_update) == (4, 4, 2)
     assert job.spec.dataset == dataset
     assert rung == [(job.id, JobKind.TRAIN)]
@@ -147,7 +157,7 @@ def test_a_warning_about_a_result_is_on_the_job_and_in_an_event(services: Servic
     services.attempts.record(lease, [metrics(1)], None)
     services.attempts.warn(lease, ("the loss rose: 2.79 over the first updates, 46.80 over the last ones",))
     progress = services.jobs.get(job.id).progress
-    assert progress is not None
+    assert isinstance(progress, JobProgress)
     assert progress.update == 1
     assert progress.warnings == ("the loss rose: 2.79 over the first updates, 46.80 over the last ones",)
     event = services.jobs.events(job.id, 0, 100)[0][-1]
@@ -341,7 +351,7 @@ def test_a_repeated_update_replaces_its_metrics(services: Services, job: Job) ->
     rows, _ = services.jobs.metrics(job.id, 0, 10)
     assert [(row.update, row.loss) for row in rows] == [(1, 1.5), (2, 0.5)]
     progress = services.jobs.get(job.id).progress
-    assert progress is not None
+    assert isinstance(progress, JobProgress)
     assert (progress.update, progress.eta_seconds) == (2, 2.0)
     assert "update_skipped" in [event.kind for event in services.jobs.events(job.id, 0, 100)[0]]
 

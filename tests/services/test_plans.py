@@ -111,7 +111,8 @@ def test_a_job_that_is_too_large_is_refused_and_any_remedy_lets_it_in(services: 
     assert plan.remedies[1].change == {"trainer": {"batch_size": 2, "gradient_accumulation_steps": 4}}
     for remedy in plan.remedies:
         better = services.jobs.submit(apply_change(TrainSpec.model_validate(spec), remedy.change).model_dump())
-        assert better.plan is not None
+        assert isinstance(better.plan, Plan)
+        assert isinstance(better.spec, TrainSpec)
         assert better.plan.fits
         assert better.plan.memory is not None
         assert better.plan.memory.total == remedy.bytes

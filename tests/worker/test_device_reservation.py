@@ -15,6 +15,7 @@ from app.domain.attempts import UpdateMetrics
 from app.domain.errors import UnavailableError
 from app.domain.jobs import Event, Job, JobAction, JobStatus
 from app.domain.ledger import Policy, Reservation, Tenant
+from app.domain.plans import Plan
 from tests.conftest import dataset_jsonl
 from tests.waiting import until
 from tests.worker.test_supervisor import LONG, TRAINER, _start_owner, children, updates
@@ -82,7 +83,7 @@ def host(request: pytest.FixtureRequest, services: Services, tmp_path: Path) -> 
 def test_a_small_job_shares_the_device_and_does_not_wait(host: Host) -> None:
     host.reserve_inference()
     job = host.submit(LONG)
-    assert job.plan is not None
+    assert isinstance(job.plan, Plan)
     assert job.plan.policy is Policy.SHARE
     thread = host.work()
     until(lambda: updates(host.services, job) > 0)

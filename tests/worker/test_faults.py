@@ -20,8 +20,8 @@ from app.settings import Settings
 from tests.conftest import dataset_jsonl
 from tests.worker.test_supervisor import LONG, TRAINER, children, updates
 from worker import attempt
-from worker.attempt import RESERVE_BYTES
 from worker.supervisor import Supervisor
+from worker.training_attempt import RESERVE_BYTES
 
 MIB = 1 << 20
 

@@ -20,7 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from app.composition import Services, compose
 from app.domain.adapters import adapter_digest
 from app.domain.errors import InvalidError
-from app.domain.jobs import Job, JobAction, JobStatus
+from app.domain.jobs import Job, JobAction, JobProgress, JobStatus
+from app.domain.plans import Plan
+from app.domain.specs import TrainSpec
 from tests.conftest import dataset_jsonl
 from tests.waiting import until
 from worker.device import describe_device
@@ -67,7 +69,7 @@ def background() -> Iterator[Callable[[Supervisor], threading.Thread]]:
 
 def updates(services: Services, job: Job) -> int:
     progress = services.jobs.get(job.id).progress
-    return progress.update if progress else 0
+    return progress.update if isinstance(progress, JobProgress) else 0
 
 
 def children() -> list[psutil.Process]:
@@ -137,7 +139,7 @@ def test_a_run_whose_loss_rises_is_warned_about_on_the_job_and_on_its_adapter(
 
     done = services.jobs.get(job.id)
     losses = [metric.loss for metric in services.jobs.metrics(job.id, 0, 100)[0]]
-    assert done.progress is not None
+    assert isinstance(done.progress, JobProgress)
     assert len(done.progress.warnings) == 1, losses
     (warning,) = done.progress.warnings
     assert warning.startswith("the loss rose")
@@ -189,7 +191,8 @@ def test_the_pace_of_a_job_predicts_the_time_of_the_next(
 ) -> None:
     services.devices.report(services.settings.worker_name, describe_device(("gpu",)))
     job = submit(**TRAINER)
-    assert job.plan is not None
+    assert isinstance(job.plan, Plan)
+    assert isinstance(job.spec, TrainSpec)
     assert (job.plan.fits, job.plan.seconds) == (True, None)
     supervisor.work()
     (device,) = services.devices.list_devices()
@@ -454,6 +457,7 @@ def test_a_job_starts_from_a_published_adapter(
         return spec | {"adapter": {"type": "lora", "r": 4, "pretrained_adapter_weights": name} | adapter}
 
     later = services.jobs.submit(going_on())
+    assert isinstance(later.spec, TrainSpec)
     assert later.spec.adapter is not None
     assert later.spec.adapter.pretrained_adapter_weights == services.jobs.get(first.id).adapter_id
     assert supervisor.work()

@@ -30,7 +30,15 @@ from sqlalchemy.orm import Session
 from app.db.base import clock
 from app.db.repositories.paging import page_after
 from app.db.repositories.rows import first, put
-from app.db.tables import AdapterRow, ArtifactRow, CheckpointRow, EventRow, JobRow, MetricRow
+from app.db.tables import (
+    AdapterRow,
+    ArtifactRow,
+    CheckpointRow,
+    EvaluationAnswerRow,
+    EventRow,
+    JobRow,
+    MetricRow,
+)
 from app.domain.errors import LeaseLostError
 from app.domain.jobs import LEASED, MAX_ATTEMPTS, TERMINAL, JobStatus, Lease
 
@@ -88,7 +96,7 @@ class Jobs:
         return _rows_changed(self._session.execute(changed)) == 1
 
     def delete(self, row: JobRow) -> set[str]:
-        """Delete a job with its events, metrics, checkpoints and artifacts. Returns the blobs that these referred to.
+        """Delete a job with all that belongs to it. Returns the blobs that its checkpoints and artifacts referred to.
 
         Its adapter remains, and no longer refers to the job.
         """
@@ -98,6 +106,7 @@ class Jobs:
         blobs |= set(self._session.scalars(artifacts))
         self._session.execute(delete(EventRow).where(EventRow.job_id == row.id))
         self._session.execute(delete(MetricRow).where(MetricRow.job_id == row.id))
+        self._session.execute(delete(EvaluationAnswerRow).where(EvaluationAnswerRow.job_id == row.id))
         self._session.execute(update(AdapterRow).where(AdapterRow.job_id == row.id).values(job_id=None))
         self._session.execute(delete(JobRow).where(JobRow.id == row.id))
         return blobs

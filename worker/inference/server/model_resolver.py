@@ -70,7 +70,7 @@ class PublishedResolver:
         return [model for model in known if model is not None]
 
     def _base_of_job(self, job: Job) -> ServedModel | None:
-        if not shares_its_base(job.spec.adapter):
+        if not isinstance(job.spec, TrainSpec) or not shares_its_base(job.spec.adapter):
             return None
         base = self._services.base_models.get(job.spec.base_model)
         digest = self._services.base_models.served_digest(base, job.spec.quantization)

@@ -1,0 +1,191 @@
+"""Evaluation jobs: their spec, what they record for each claim, and the report."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from app.domain.claims import Verdict
+from app.domain.frozen import Frozen
+from app.domain.predictions import MAX_STEPS
+from app.domain.spec_base import Count, Integer, Name, Reference, Spec
+from app.domain.specs import Metadata
+from app.domain.splits import SplitName
+
+MAX_ADAPTERS = 16
+
+
+ControlName = Literal["claim_only", "shuffled_pages"]
+CONTROLS: tuple[ControlName, ...] = ("claim_only", "shuffled_pages")
+
+
+class EvaluationSpec(Spec):
+    """An evaluation job: it judges a dataset's claims with adapters and base. Only `dataset` is required.
+
+    `include_base`: also judges with the base model of the adapters, or with `base_model`. `split`: only the claims of
+    this split. `max_claims`: only the first ones. `controls`: `claim_only` repeats each adapter's run with empty
+    pages, `shuffled_pages` with other pages than those that were asked for.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    name: Name | None = None
+    dataset: Reference
+    corpus: Reference | None = None
+    adapters: Annotated[tuple[Reference, ...], Field(max_length=MAX_ADAPTERS)] = ()
+    base_model: Reference | None = None
+    include_base: bool = True
+    split: SplitName | None = None
+    max_claims: Count | None = None
+    max_steps: Annotated[Integer, Field(ge=1, le=MAX_STEPS)] = 7
+    controls: tuple[ControlName, ...] = CONTROLS
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 42
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class EvaluationRun(Frozen):
+    """One pass over the claims: a model, as it serves or under a control.
+
+    `adapter`: its id, None for the base model alone. `name`: for people.
+    """
+
+    adapter: str | None
+    base_model: str
+    control: ControlName | None = None
+    name: str
+
+    @property
+    def key(self) -> str:
+        """Identifies the run within its job."""
+        return f"{self.adapter or self.base_model}{f'/{self.control}' if self.control else ''}"
+
+
+class EvaluationPlan(Frozen):
+    """What an evaluation job does, resolved when it is submitted: ids, and the corpus's snapshot."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    dataset: str
+    corpus: str
+    snapshot: str
+    claims: int
+    runs: tuple[EvaluationRun, ...]
+
+
+class EvaluationProgress(Frozen):
+    """`done` of `total` claims are judged, over all runs."""
+
+    done: int = 0
+    total: int
+    run: str | None = None
+    claims_per_second: float | None = None
+    eta_seconds: float | None = None
+
+
+class GoldClaim(Frozen):
+    """A claim with its label. `page`: the page that it is about, as far as the dataset says; it names the cluster."""
+
+    claim: str
+    label: Verdict
+    page: str | None
+    evidence: tuple[tuple[str, int], ...] = ()
+    read: str = ""
+    """The text of the dataset's own Observations, or of its evidence."""
+
+
+class Share(Frozen):
+    """A share of claims with its 95 % interval, clustered by page."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Calibration(Frozen):
+    """How far the probabilities can be trusted.
+
+    `reliability`: (mean confidence, accuracy, claims) of ten bins of equal mass. `coverage`: (coverage, accuracy).
+    `auroc`: of confidence, for right against wrong verdicts.
+    """
+
+    ece: float
+    brier: float
+    auroc: float | None
+    accuracy_at_half_coverage: float | None
+    reliability: tuple[tuple[float, float, int], ...]
+    coverage: tuple[tuple[float, float], ...]
+
+
+class RunReport(Frozen):
+    """The figures of one run. Shares are of the claims, unless said otherwise.
+
+    `confusion`: label → verdict → claims. `fever_score`: the verdict is right, and where the label is not NOT ENOUGH
+    INFO, a whole evidence set was read (FEVER, arXiv:1803.05355). `page_found`: of claims whose page is known.
+    `by_probability`: accuracy of the most probable verdict. `search_hits`: of Searches, how many opened a page.
+    `invented_observations`: Observations that did not come from the corpus or the server.
+    """
+
+    run: EvaluationRun
+    claims: int
+    correct: int
+    accuracy: Share
+    by_probability: float
+    recall: dict[Verdict, float | None]
+    macro_f1: float
+    confusion: dict[Verdict, dict[Verdict, int]]
+    fever_score: float
+    evidence_precision: float | None
+    evidence_recall: float | None
+    evidence_f1: float | None
+    page_found: float | None
+    accuracy_on_found: float | None
+    finished: float
+    abstained: float
+    search_hits: float | None
+    invented_observations: int
+    steps: float
+    completion_tokens: float
+    seconds: float
+    calibration: Calibration
+
+
+class Comparison(Frozen):
+    """Two runs over the same claims, paired. `difference`: accuracy of `second` minus that of `first`.
+
+    `p_value`: McNemar's exact test over the claims that only one of the two judged right.
+    """
+
+    first: str
+    second: str
+    difference: Share
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+class Baselines(Frozen):
+    """Judges that read little, on the same claims. `overlap`: a threshold rule on the share of the claim's words
+    that the dataset's own Observations contain, cross-fitted over pages. None if the dataset has no such text."""
+
+    majority: float
+    overlap: Share | None
+
+
+class EvaluationReport(Frozen):
+    """The report of an evaluation job: `report.json` among its artifacts."""
+
+    job: str
+    name: str
+    dataset: str
+    corpus: str
+    snapshot: str
+    claims: int
+    labels: dict[Verdict, int]
+    baselines: Baselines
+    runs: tuple[RunReport, ...]
+    comparisons: tuple[Comparison, ...]
+
+
+def evaluation_examples() -> dict[str, Any]:
+    """Examples for the documentation. They run after `veritune demo`."""
+    return {
+        "an adapter and its base": {"dataset": "demo", "adapters": ["demo"], "max_claims": 12},
+        "the base alone": {"dataset": "demo", "max_claims": 12, "controls": []},
+    }

@@ -1,0 +1,242 @@
+"""Evaluations: submit one, and judge its claims for the attempt that runs it."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+
+from sqlalchemy.exc import IntegrityError
+
+from app.db import Database
+from app.db.tables import EvaluationAnswerRow, JobRow
+from app.domain.errors import ConflictError, InvalidError, Problem
+from app.domain.evaluation_report import build_baselines, build_run_report, compare
+from app.domain.evaluations import (
+    EvaluationPlan,
+    EvaluationProgress,
+    EvaluationReport,
+    EvaluationRun,
+    EvaluationSpec,
+    GoldClaim,
+)
+from app.domain.identity import new_id
+from app.domain.jobs import JobStatus, Lease
+from app.domain.predictions import Prediction, PredictRequest
+from app.domain.specs import JobKind
+from app.domain.trajectories import ActionName, Trajectory
+from app.knowledge import KnowledgeSource
+from app.knowledge.controls import EmptySource, ShuffledSource
+from app.queue import Doorbell
+from app.services.adapters import Adapters
+from app.services.base_models import BaseModels
+from app.services.corpora import Corpora
+from app.services.datasets import Datasets
+from app.services.naming import check_name
+from app.services.predictions import Predictions
+from app.services.prompt_session import IsCancelled
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedEvaluation:
+    """An evaluation job with what it judges. `answers`: run key → index of the claim → its answer, as far as judged."""
+
+    spec: EvaluationSpec
+    plan: EvaluationPlan
+    gold: list[GoldClaim]
+    source: KnowledgeSource
+    answers: dict[str, dict[int, Prediction]]
+
+    def remaining(self) -> Iterator[tuple[EvaluationRun, int]]:
+        """What is still to be judged, run by run."""
+        for run in self.plan.runs:
+            for index in range(len(self.gold)):
+                if index not in self.answers[run.key]:
+                    yield run, index
+
+
+class Evaluations:
+    def __init__(
+        self,
+        database: Database,
+        datasets: Datasets,
+        corpora: Corpora,
+        adapters: Adapters,
+        base_models: BaseModels,
+        predictions: Predictions,
+        doorbell: Doorbell,
+    ) -> None:
+        self._database = database
+        self._datasets = datasets
+        self._corpora = corpora
+        self._adapters = adapters
+        self._base_models = base_models
+        self._predictions = predictions
+        self._doorbell = doorbell
+
+    def submit(self, spec: EvaluationSpec) -> str:
+        """Queue an evaluation and return the job's id. The doorbell rings after the row is committed.
+
+        Raises NotFoundError and InvalidError if something that it names is not there.
+        """
+        check_name(spec.name)
+        plan = self._plan(spec)
+        job_id = new_id("job")
+        name = spec.name or f"evaluation-{job_id[-8:]}"
+        row = JobRow(
+            id=job_id,
+            kind=JobKind.EVALUATE.value,
+            name=name,
+            status=JobStatus.QUEUED.value,
+            spec=spec.model_copy(update={"dataset": plan.dataset, "corpus": plan.corpus}).model_dump(mode="json"),
+            plan=plan.model_dump(mode="json"),
+            progress=EvaluationProgress(total=plan.claims * len(plan.runs)).model_dump(mode="json"),
+            error=None,
+            dataset_id=plan.dataset,
+            base_model=plan.runs[0].base_model,
+            created_at=datetime.now(UTC),
+        )
+        try:
+            with self._database.write() as unit:
+                unit.jobs.add(row)
+                data = {"claims": plan.claims, "runs": len(plan.runs)}
+                unit.jobs.add_event(job_id, "queued", "waiting for a worker", "info", data)
+        except IntegrityError:
+            self._datasets.get(plan.dataset)  # raises NotFoundError if it was deleted meanwhile
+            raise ConflictError(
+                f"there is a job named {name!r} already; choose another name or leave it out", code="name_taken"
+            ) from None
+        self._doorbell.ring(job_id, JobKind.EVALUATE)
+        return job_id
+
+    def _plan(self, spec: EvaluationSpec) -> EvaluationPlan:
+        dataset = self._datasets.get(spec.dataset)
+        corpus, source = self._corpora.open(spec.corpus)
+        claims = len(self._gold(spec, source))
+        if claims == 0:
+            message = f"{dataset.name} has no claim in the split {spec.split}"
+            raise InvalidError(message, code="no_claims", problems=(Problem(("split",), message),))
+        runs = self._runs(spec)
+        return EvaluationPlan(
+            dataset=dataset.id, corpus=corpus, snapshot=source.snapshot, claims=claims, runs=tuple(runs)
+        )
+
+    def _runs(self, spec: EvaluationSpec) -> list[EvaluationRun]:
+        """Bases first, then adapters, then the controls of each adapter; of a base, if there is no adapter."""
+        adapters = [self._adapters.get(reference) for reference in spec.adapters]
+        bases_of = {one.id: self._base_models.by_digest(one.manifest.base.digest).name for one in adapters}
+        tuned = [EvaluationRun(adapter=one.id, base_model=bases_of[one.id], name=one.name) for one in adapters]
+        names = [spec.base_model] if spec.base_model or not adapters else list(dict.fromkeys(bases_of.values()))
+        bases = [self._base_models.get(name).name for name in names]
+        plain = [EvaluationRun(adapter=None, base_model=name, name=name) for name in bases]
+        if not spec.include_base and tuned:
+            plain = []
+        runs = {run.key: run for run in (*plain, *tuned)}
+        for run in tuned or plain:
+            for control in spec.controls:
+                controlled = run.model_copy(
+                    update={"control": control, "name": f"{run.name}, {control.replace('_', ' ')}"}
+                )
+                runs[controlled.key] = controlled
+        return list(runs.values())
+
+    def _gold(self, spec: EvaluationSpec, source: KnowledgeSource) -> list[GoldClaim]:
+        rows = self._datasets.stream(spec.dataset)
+        chosen = (row for row in rows if spec.split is None or row.split is spec.split)
+        return [_to_gold(row, source) for row in islice(chosen, spec.max_claims)]
+
+    # For attempts.
+
+    def prepare(self, job_id: str, spec: EvaluationSpec) -> PreparedEvaluation:
+        """Resolve everything again, for an attempt. Raises NotFoundError if an adapter or the corpus was deleted."""
+        with self._database.read() as unit:
+            row = unit.jobs.find(job_id)
+            assert row is not None, "a leased job is not deleted"
+            plan = EvaluationPlan.model_validate(row.plan)
+            stored = unit.evaluation_answers.list_answers(job_id)
+        for run in plan.runs:
+            if run.adapter is not None:
+                self._adapters.get(run.adapter)
+        answers: dict[str, dict[int, Prediction]] = defaultdict(dict)
+        for answer in stored:
+            answers[answer.run][answer.claim] = Prediction.model_validate(answer.answer)
+        _, source = self._corpora.open(plan.corpus)
+        return PreparedEvaluation(spec, plan, self._gold(spec, source), source, answers)
+
+    def judge(
+        self, prepared: PreparedEvaluation, run: EvaluationRun, index: int, is_cancelled: IsCancelled
+    ) -> Prediction:
+        """Judge one claim, as `/predict` would, or under the run's control."""
+        request = PredictRequest(
+            claim=prepared.gold[index].claim,
+            adapter=run.adapter,
+            base_model=None if run.adapter else run.base_model,
+            corpus=prepared.plan.corpus,
+            max_steps=prepared.spec.max_steps,
+        )
+        return self._predictions.predict_from(request, _source(prepared, run), is_cancelled)
+
+    def record(
+        self, lease: Lease, run: EvaluationRun, answers: dict[int, Prediction], progress: EvaluationProgress
+    ) -> None:
+        """Write a batch of answers, and the job's progress."""
+        with self._database.write() as unit:
+            unit.jobs.write(lease, progress=progress.model_dump(mode="json"))
+            for index, answer in answers.items():
+                document = answer.model_dump(mode="json")
+                unit.evaluation_answers.put(
+                    EvaluationAnswerRow(job_id=lease.job_id, run=run.key, claim=index, answer=document)
+                )
+
+
+def build_report(job_id: str, name: str, prepared: PreparedEvaluation) -> EvaluationReport:
+    """The report of an evaluation whose claims are all judged."""
+    gold, seed = prepared.gold, prepared.spec.seed
+    answers = {run.key: [prepared.answers[run.key][i] for i in range(len(gold))] for run in prepared.plan.runs}
+    reports = [build_run_report(run, gold, answers[run.key], seed) for run in prepared.plan.runs]
+    plain = [report for report in reports if report.run.control is None]
+    pairs = [(first, second) for number, first in enumerate(plain) for second in plain[number + 1 :]]
+    pairs += [
+        (report, next(one for one in plain if one.run.adapter == report.run.adapter))
+        for report in reports
+        if report.run.control is not None
+    ]
+    return EvaluationReport(
+        job=job_id,
+        name=name,
+        dataset=prepared.plan.dataset,
+        corpus=prepared.plan.corpus,
+        snapshot=prepared.plan.snapshot,
+        claims=len(gold),
+        labels={label: sum(claim.label is label for claim in gold) for label in type(gold[0].label)},
+        baselines=build_baselines(gold, seed),
+        runs=tuple(reports),
+        comparisons=tuple(
+            compare(first, second, gold, (answers[first.run.key], answers[second.run.key]), seed)
+            for first, second in pairs
+        ),
+    )
+
+
+def _source(prepared: PreparedEvaluation, run: EvaluationRun) -> KnowledgeSource:
+    if run.control == "claim_only":
+        return EmptySource(prepared.source)
+    if run.control == "shuffled_pages":
+        titles: Sequence[str] = [claim.page for claim in prepared.gold if claim.page is not None]
+        return ShuffledSource(prepared.source, titles, prepared.spec.seed)
+    return prepared.source
+
+
+def _to_gold(row: Trajectory, source: KnowledgeSource) -> GoldClaim:
+    """The page: of the evidence; else the one that the last Search of the trajectory opens."""
+    searched = [step.action.argument for step in row.steps if step.action.name is ActionName.SEARCH]
+    pages = [one.page for one in row.evidence]
+    if not pages and searched and (opened := source.search(searched[-1]).page):
+        pages = [opened.title]
+    return GoldClaim(
+        claim=row.claim,
+        label=row.verdict,
+        page=pages[0] if pages else None,
+        evidence=tuple((one.page, one.sentence) for one in row.evidence),
+        read=" ".join(step.observation for step in row.steps if step.observation),
+    )
