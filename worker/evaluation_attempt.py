@@ -17,6 +17,7 @@ from app.domain.jobs import JobStatus
 from app.domain.predictions import Prediction
 from app.services.evaluations import PreparedEvaluation, build_report
 from worker.attempt import Attempt
+from worker.evaluation_page import render_page
 
 THREADS = 16
 """Claims that are judged at a time: the engine's batch."""
@@ -94,7 +95,9 @@ class EvaluationAttempt(Attempt):
         answers = self._directory / "answers.jsonl"
         with answers.open("w", encoding="utf-8") as out:
             out.writelines(_lines(prepared))
-        for artifact in (path, answers):
+        page = self._directory / "report.html"
+        page.write_text(render_page(report, prepared.gold, prepared.in_order()), encoding="utf-8")
+        for artifact in (path, page, answers):
             self._retry(lambda p=artifact: self._services.artifacts.put(self._lease, p))  # type: ignore[misc]
         accuracies = {one.run.name: round(one.accuracy.value, 4) for one in report.runs}
         message = "; ".join(f"{name}: accuracy {value:.3f}" for name, value in accuracies.items())

@@ -25,7 +25,8 @@ def submit_evaluation(
     """Judge a dataset's claims with base and adapters, and report how well.
 
     The report has accuracy with its interval, recall, evidence, calibration, controls and paired tests.
-    The answer is a job of kind `evaluate`. Poll it under `/jobs`; its artifacts are `report.json` and `answers.jsonl`.
+    The answer is a job of kind `evaluate`. Poll it under `/jobs`; its artifacts are `report.html`, `report.json` and
+    `answers.jsonl`.
     """
 
     def work() -> tuple[int, dict[str, Any]]:

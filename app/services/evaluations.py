@@ -54,6 +54,10 @@ class PreparedEvaluation:
                 if index not in self.answers[run.key]:
                     yield run, index
 
+    def in_order(self) -> dict[str, Sequence[Prediction]]:
+        """Run key → its answers in the order of the claims. Only once all are judged."""
+        return {run.key: [self.answers[run.key][i] for i in range(len(self.gold))] for run in self.plan.runs}
+
 
 class Evaluations:
     def __init__(
@@ -192,7 +196,7 @@ class Evaluations:
 def build_report(job_id: str, name: str, prepared: PreparedEvaluation) -> EvaluationReport:
     """The report of an evaluation whose claims are all judged."""
     gold, seed = prepared.gold, prepared.spec.seed
-    answers = {run.key: [prepared.answers[run.key][i] for i in range(len(gold))] for run in prepared.plan.runs}
+    answers = prepared.in_order()
     reports = [build_run_report(run, gold, answers[run.key], seed) for run in prepared.plan.runs]
     plain = [report for report in reports if report.run.control is None]
     pairs = [(first, second) for number, first in enumerate(plain) for second in plain[number + 1 :]]

@@ -98,6 +98,9 @@ def test_a_model_that_reads_is_told_from_one_that_does_not(served: Services) -> 
     assert plain.invented_observations == 0
     assert claim_only.confusion[SUPPORTS][Verdict.NOT_ENOUGH_INFO] == report.labels[SUPPORTS] == CLAIMS / 2
     assert report.baselines.majority == 0.5
+    page = b"".join(served.artifacts.stream(job.id, "report.html")).decode()
+    assert page.count("<svg") == 3
+    assert "tiny, claim only" in page
     answers = b"".join(served.artifacts.stream(job.id, "answers.jsonl")).splitlines()
     assert len(answers) == 3 * CLAIMS
     assert json.loads(answers[0])["answer"]["steps"]
