@@ -8,7 +8,7 @@ import typer
 import uvicorn
 from typer.core import TyperGroup
 
-from app.cli import corpora, demo, models, up
+from app.cli import corpora, demo, evaluation, models, up
 from app.cli.client import client_of
 from app.cli.errors import CommandError
 from app.cli.rerun import rerun
@@ -118,6 +118,28 @@ def demo_command(
 ) -> None:
     """Upload, train, publish, then judge held-out claims with the base and with the adapter."""
     demo.demo(_settings(port=port, host=host, home=home), examples, keep=keep)
+
+
+@application.command("evaluate")
+def evaluate_command(
+    dataset: str,
+    adapter: Annotated[list[str] | None, typer.Option(help="An adapter to judge with; may be repeated.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Corpus to search; default is the promoted one.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model to judge with beside the adapters.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job.")] = None,
+    max_claims: Annotated[int | None, typer.Option(min=1, help="Only the dataset's first claims.")] = None,
+    controls: Annotated[bool, typer.Option(help="Repeat the run with empty and with other pages.")] = True,
+    page: Annotated[Path, typer.Option(help="Where the report is written, as HTML.")] = Path("report.html"),
+    port: Port = None,
+    host: Host = None,
+) -> None:
+    """Judge a dataset's claims with base and adapters, and report how well."""
+    asked = {"corpus": corpus, "base_model": base_model, "name": name, "max_claims": max_claims}
+    spec = {"dataset": dataset, "adapters": adapter or []} | {key: value for key, value in asked.items() if value}
+    if not controls:
+        spec["controls"] = []
+    with client_of(_settings(port=port, host=host)) as client:
+        evaluation.evaluate(client, spec, page)
 
 
 @application.command("rerun")

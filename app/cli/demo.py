@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,15 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from app.cli.client import client_of, get, ok
 from app.cli.demo_state import DEMO, demo_spec, leave_paused, store_prediction, upload
 from app.cli.errors import CommandError
+from app.cli.evaluation import LABELS, build_table, follow_evaluation, follow_job, get_artifact
 from app.settings import Settings
 
 START_SECONDS = 600.0
 HELD_OUT = "demo-heldout"
-LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
-POLL_SECONDS = 0.5
-TOLD_SECONDS = 20.0
-"""Where the output is no terminal, a line says this often how far a job is."""
 
 
 def demo(settings: Settings, examples: Path, *, keep: bool) -> None:
@@ -123,7 +118,7 @@ def _train(client: httpx.Client, console: Console, train: Path) -> dict[str, Any
             return ""
         return f"loss {progress['loss']:.3f} · {progress['tokens_per_second']:.0f} tokens/s"
 
-    return _follow(client, console, job, "update", "total_updates", figures)
+    return follow_job(client, console, job, "update", "total_updates", figures)
 
 
 def _evaluate(client: httpx.Client, console: Console, held_out: Path, corpus: str, adapter: str) -> dict[str, Any]:
@@ -133,86 +128,23 @@ def _evaluate(client: httpx.Client, console: Console, held_out: Path, corpus: st
     job = ok(client.post("/evaluations", json=asked))
     runs = [run["name"] for run in job["plan"]["runs"]]
     console.print(f"[bold]4[/] judging {dataset['rows']} held-out claims with each of: {'; '.join(runs)}")
-    return _follow(client, console, job, "done", "total", lambda progress: progress["run"] or "")
-
-
-def _follow(
-    client: httpx.Client,
-    console: Console,
-    job: dict[str, Any],
-    done: str,
-    total: str,
-    figures: Callable[[dict[str, Any]], str],
-) -> dict[str, Any]:
-    """Show a job's progress until it has ended. Raises CommandError unless it succeeded."""
-    columns = [
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    ]
-    told = time.monotonic()
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("queued", total=job["progress"][total], figures="")
-        while job["status"] in ("queued", "running"):
-            time.sleep(POLL_SECONDS)
-            job = get(client, f"/jobs/{job['id']}")
-            progress = job["progress"]
-            bar.update(task, description=job["status"], completed=progress[done], figures=figures(progress))
-            if not console.is_terminal and time.monotonic() - told > TOLD_SECONDS:
-                told = time.monotonic()
-                console.print(f"  {progress[done]} of {progress[total]}  {figures(progress)}", highlight=False)
-    if job["status"] != "succeeded":
-        error = job["error"] or {}
-        raise CommandError(f"the job ended as {job['status']}: {error.get('message')} ({error.get('hint')})")
-    return job
-
-
-def _artifact(client: httpx.Client, job: dict[str, Any], name: str) -> bytes:
-    response = client.get(f"/jobs/{job['id']}/artifacts/{name}")
-    if not response.is_success:
-        ok(response)  # raises
-    return response.content
+    return follow_evaluation(client, console, job)
 
 
 def _show(client: httpx.Client, console: Console, job: dict[str, Any]) -> None:
-    report = json.loads(_artifact(client, job, "report.json"))
-    console.print(_table(report))
+    report = json.loads(get_artifact(client, job, "report.json"))
+    console.print(build_table(report))
     for test in report["comparisons"][:1]:
         difference = test["difference"]
         console.print(
             f"the adapter against its base: {difference['value']:+.2f} ({difference['low']:+.2f} to "
             f"{difference['high']:+.2f}), McNemar p = {test['p_value']:.1g}"
         )
-    answers = [json.loads(line) for line in _artifact(client, job, "answers.jsonl").splitlines()]
+    answers = [json.loads(line) for line in get_artifact(client, job, "answers.jsonl").splitlines()]
     adapter = next(run["run"] for run in report["runs"] if run["run"]["adapter"])
     for label in LABELS:
         # The first claim of each label, whatever became of it.
         _print_trace(console, next(a for a in answers if a["run"] == adapter and a["label"] == label))
-
-
-def _table(report: dict[str, Any]) -> Table:
-    """Accuracy and recall of each run. It fits a terminal of 80 columns."""
-    table = Table(
-        title=f"{report['claims']} held-out claims, about pages never trained on",
-        caption="S, R, N: recall of SUPPORTS, REFUTES, NOT ENOUGH INFO. page: the claim's page was read.",
-    )
-    table.add_column("")
-    for heading in ("accuracy", "95 % interval", "S", "R", "N", "page"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for report_of_run in report["runs"]:
-        run, accuracy = report_of_run["run"], report_of_run["accuracy"]
-        name = "adapter" if run["adapter"] else "base"
-        if run["control"]:
-            name = f"{name}, {run['control'].replace('_', ' ')}"
-        recalled = [_shown(report_of_run["recall"][label]) for label in LABELS]
-        table.add_row(name, *_with_interval(accuracy), *recalled, _shown(report_of_run["page_found"]))
-    table.add_section()
-    table.add_row("always one label", f"{report['baselines']['majority']:.2f}")
-    if overlap := report["baselines"]["overlap"]:
-        table.add_row("counting shared words", *_with_interval(overlap))
-    return table
 
 
 def _print_trace(console: Console, judged: dict[str, Any]) -> None:
@@ -224,14 +156,6 @@ def _print_trace(console: Console, judged: dict[str, Any]) -> None:
         f"  → {answer['verdict']} with probability {answer['confidence']:.2f}; "
         f"{len(answer['evidence'])} sentences read; {answer['timings']['total']:.2f} s"
     )
-
-
-def _with_interval(share: dict[str, Any]) -> tuple[str, str]:
-    return f"{share['value']:.2f}", f"{share['low']:.2f} to {share['high']:.2f}"
-
-
-def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
 
 
 def _next_steps(console: Console, client: httpx.Client, *, keep: bool) -> None:

@@ -1,0 +1,106 @@
+"""Follows a job in the terminal, and shows an evaluation's report there."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from app.cli.client import get, ok
+from app.cli.errors import CommandError
+
+LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
+POLL_SECONDS = 0.5
+TOLD_SECONDS = 20.0
+"""Where the output is no terminal, a line says this often how far a job is."""
+
+
+def follow_job(
+    client: httpx.Client,
+    console: Console,
+    job: dict[str, Any],
+    done: str,
+    total: str,
+    figures: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Show a job's progress until it has ended. Raises CommandError unless it succeeded."""
+    columns = [
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    ]
+    told = time.monotonic()
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("queued", total=job["progress"][total], figures="")
+        while job["status"] in ("queued", "running"):
+            time.sleep(POLL_SECONDS)
+            job = get(client, f"/jobs/{job['id']}")
+            progress = job["progress"]
+            bar.update(task, description=job["status"], completed=progress[done], figures=figures(progress))
+            if not console.is_terminal and time.monotonic() - told > TOLD_SECONDS:
+                told = time.monotonic()
+                console.print(f"  {progress[done]} of {progress[total]}  {figures(progress)}", highlight=False)
+    if job["status"] != "succeeded":
+        error = job["error"] or {}
+        raise CommandError(f"the job ended as {job['status']}: {error.get('message')} ({error.get('hint')})")
+    return job
+
+
+def follow_evaluation(client: httpx.Client, console: Console, job: dict[str, Any]) -> dict[str, Any]:
+    """Show an evaluation's progress until it has ended. Raises CommandError unless it succeeded."""
+    return follow_job(client, console, job, "done", "total", lambda progress: progress["run"] or "")
+
+
+def get_artifact(client: httpx.Client, job: dict[str, Any], name: str) -> bytes:
+    response = client.get(f"/jobs/{job['id']}/artifacts/{name}")
+    if not response.is_success:
+        ok(response)  # raises
+    return response.content
+
+
+def build_table(report: dict[str, Any]) -> Table:
+    """Accuracy and recall of each run. It fits a terminal of 80 columns."""
+    table = Table(
+        title=f"{report['claims']} held-out claims, about pages never trained on",
+        caption="S, R, N: recall of SUPPORTS, REFUTES, NOT ENOUGH INFO. page: the claim's page was read.",
+    )
+    table.add_column("")
+    for heading in ("accuracy", "95 % interval", "S", "R", "N", "page"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for report_of_run in report["runs"]:
+        run, accuracy = report_of_run["run"], report_of_run["accuracy"]
+        recalled = [_shown(report_of_run["recall"][label]) for label in LABELS]
+        table.add_row(run["name"], *_with_interval(accuracy), *recalled, _shown(report_of_run["page_found"]))
+    table.add_section()
+    table.add_row("always one label", f"{report['baselines']['majority']:.2f}")
+    if overlap := report["baselines"]["overlap"]:
+        table.add_row("counting shared words", *_with_interval(overlap))
+    return table
+
+
+def _with_interval(share: dict[str, Any]) -> tuple[str, str]:
+    return f"{share['value']:.2f}", f"{share['low']:.2f} to {share['high']:.2f}"
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def evaluate(client: httpx.Client, spec: dict[str, Any], page: Path) -> None:
+    """Run an evaluation job, print its table, and write its page to `page`."""
+    console = Console()
+    job = ok(client.post("/evaluations", json=spec))
+    runs = [run["name"] for run in job["plan"]["runs"]]
+    console.print(f"[bold]{job['name']}[/]: {job['plan']['claims']} claims, each judged by: {'; '.join(runs)}")
+    follow_evaluation(client, console, job)
+    report = json.loads(get_artifact(client, job, "report.json"))
+    console.print(build_table(report))
+    page.write_bytes(get_artifact(client, job, "report.html"))
+    console.print(f"the whole report is in {page}")
