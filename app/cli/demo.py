@@ -154,8 +154,13 @@ def _print_trace(console: Console, judged: dict[str, Any]) -> None:
         console.print(f"  {line}", markup=False, highlight=False)
     console.print(
         f"  → {answer['verdict']} with probability {answer['confidence']:.2f}; "
-        f"{len(answer['evidence'])} sentences read; {answer['timings']['total']:.2f} s"
+        f"cites {_cited(answer)}; {answer['timings']['total']:.2f} s"
     )
+
+
+def _cited(answer: dict[str, Any]) -> str:
+    """The sentences that decided, by page and number."""
+    return ", ".join(f"{one['page']} {one['sentence_id']}" for one in answer["evidence"]) or "nothing"
 
 
 def _next_steps(console: Console, client: httpx.Client, *, keep: bool) -> None:

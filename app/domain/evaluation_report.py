@@ -45,6 +45,7 @@ def build_run_report(
         for step in answer.steps
         if step.observation and step.action and step.action.name == ActionName.SEARCH
     ]
+    decided = [answer for answer in answers if answer.verdict is not Verdict.NOT_ENOUGH_INFO]
     count = max(1, len(pairs))
     return RunReport(
         run=run,
@@ -64,6 +65,7 @@ def build_run_report(
         finished=sum(not answer.forced for answer in answers) / count,
         abstained=sum(answer.abstained for answer in answers) / count,
         search_hits=_ratio(sum(searches), len(searches)),
+        quotes_verified=_ratio(sum(answer.quotes_verified for answer in decided), len(decided)),
         invented_observations=sum(
             step.observation is not None and step.observation.source == "model" for a in answers for step in a.steps
         ),
@@ -190,7 +192,7 @@ def _score_evidence(
 
 
 def _earns_fever_score(claim: GoldClaim, answer: Prediction) -> bool:
-    read = {(sentence.page, sentence.sentence_id) for sentence in answer.evidence}
+    read = {(sentence.page, sentence.sentence_id) for sentence in answer.read}
     return answer.verdict is claim.label and (
         claim.label is Verdict.NOT_ENOUGH_INFO or (bool(claim.evidence) and set(claim.evidence) <= read)
     )
@@ -208,7 +210,7 @@ def _macro_f1(confusion: dict[Verdict, dict[Verdict, int]]) -> float:
 
 
 def _opened(answer: Prediction, page: str | None) -> bool:
-    return any(sentence.page == page for sentence in answer.evidence)
+    return any(sentence.page == page for sentence in answer.read)
 
 
 def _most_probable(answer: Prediction) -> Verdict:

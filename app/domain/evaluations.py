@@ -119,7 +119,8 @@ class RunReport(Frozen):
     `confusion`: label → verdict → claims. `fever_score`: the verdict is right, and where the label is not NOT ENOUGH
     INFO, a whole evidence set was read (FEVER, arXiv:1803.05355). `page_found`: of claims whose page is known.
     `by_probability`: accuracy of the most probable verdict. `search_hits`: of Searches, how many opened a page.
-    `invented_observations`: Observations that did not come from the corpus or the server.
+    `quotes_verified`: of SUPPORTS and REFUTES verdicts. `invented_observations`: Observations that came neither from
+    the corpus nor from the server.
     """
 
     run: EvaluationRun
@@ -139,6 +140,7 @@ class RunReport(Frozen):
     finished: float
     abstained: float
     search_hits: float | None
+    quotes_verified: float | None
     invented_observations: int
     steps: float
     completion_tokens: float

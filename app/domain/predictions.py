@@ -72,11 +72,22 @@ class PredictedStep(Frozen):
     observation: ObservedText | None
 
 
+Stance = Literal["supports", "refutes", "neutral"]
+
+
 class CitedSentence(Frozen):
+    """A sentence of a page. `span`: its characters that the last Thought quotes, half-open.
+
+    `sha256`: of its text in UTF-8, in hex; None in predictions that an earlier version stored.
+    """
+
     page: str
     sentence_id: int
     text: str
     url: str | None = None
+    span: tuple[int, int] | None = None
+    stance: Stance = "neutral"
+    sha256: str | None = None
 
 
 class PredictionUsage(Frozen):
@@ -106,7 +117,9 @@ class Prediction(Frozen):
 
     `verdict`: the trajectory's. `confidence`: its probability. `agrees`: no other verdict is more probable.
     `grounded`: every Observation came from a corpus or the server. `forced`: the server ended the trajectory.
-    `abstained`: NOT ENOUGH INFO, and no page was read. `text`: the trajectory as ReAct text.
+    `abstained`: NOT ENOUGH INFO, and no page was read. `evidence`: the sentences that the last Thought quotes; all that
+    were `read` if it quotes none. `quotes_verified`: it quotes something, and an Observation contains every quotation.
+    `text`: the trajectory as ReAct text.
     """
 
     id: str
@@ -123,6 +136,8 @@ class Prediction(Frozen):
     abstained: bool
     steps: tuple[PredictedStep, ...]
     evidence: tuple[CitedSentence, ...]
+    quotes_verified: bool = False
+    read: tuple[CitedSentence, ...] = ()
     text: str
     adapter: str | None
     base_model: str

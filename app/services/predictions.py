@@ -15,6 +15,7 @@ from app.domain.claims import Verdict, parse_verdict
 from app.domain.errors import ClientDisconnectedError, ConflictError, VerituneError
 from app.domain.identity import new_id
 from app.domain.predictions import (
+    CitedSentence,
     ObservedText,
     Predicted,
     PredictedAction,
@@ -24,6 +25,7 @@ from app.domain.predictions import (
     PredictRequest,
     Timings,
 )
+from app.domain.quotations import cite
 from app.domain.react import ReactFormat, build_header, parse_steps
 from app.domain.specs import Generation
 from app.domain.trajectories import parse_action
@@ -257,6 +259,12 @@ def _build_action(text: str | None) -> PredictedAction | None:
     return PredictedAction(name=action.name, argument=action.argument)
 
 
+def _cite(trace: Trace) -> tuple[tuple[CitedSentence, ...], bool]:
+    """(the sentences that decided, whether the last Thought's quotations were all observed)."""
+    observed = [step.observation.text for step in trace.steps if step.observation and step.observation.page]
+    return cite(trace.steps[-1].thought if trace.steps else "", trace.verdict, observed, trace.read)
+
+
 def _build_prediction(
     request: PredictRequest, model: PredictionModel, runs: list[Run], corpus: str | None, seconds: float
 ) -> Prediction:
@@ -271,6 +279,7 @@ def _build_prediction(
         if other is not shown:
             meter.add(other.session.meter)
     grounded = request.mode == "grounded"
+    evidence, verified = _cite(shown.trace)
     return Prediction(
         id=new_id("pred"),
         name=request.name,
@@ -284,7 +293,9 @@ def _build_prediction(
         forced=shown.trace.forced,
         abstained=grounded and verdict is Verdict.NOT_ENOUGH_INFO and not shown.trace.read_a_page,
         steps=tuple(shown.trace.steps),
-        evidence=tuple(shown.trace.evidence),
+        evidence=evidence,
+        quotes_verified=verified,
+        read=tuple(shown.trace.read),
         text=render_trajectory(shown.trace),
         adapter=model.adapter,
         base_model=model.base.name,

@@ -4,6 +4,7 @@ It is one synchronous generator of typed events. `/predict` drains it, and the s
 2022, arXiv 2210.03629.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,9 @@ class Trace:
     """The result of one run of the loop."""
 
     steps: list[PredictedStep] = field(default_factory=list)
-    evidence: list[CitedSentence] = field(default_factory=list)
+    read: list[CitedSentence] = field(default_factory=list)
+    """The sentences that Observations showed, in order."""
+
     probabilities: dict[Verdict, float] = field(default_factory=dict)
     verdict: Verdict = Verdict.NOT_ENOUGH_INFO
     forced: bool = False
@@ -43,7 +46,7 @@ class Trace:
 
     @property
     def read_a_page(self) -> bool:
-        return bool(self.evidence)
+        return bool(self.read)
 
 
 LoopEvent = ThoughtWritten | ActionChosen | Observed
@@ -139,7 +142,7 @@ class ReactLoop:
         else:
             text = encoder.shorten_observation(text, budget)
         if page is not None:
-            self._cite(page.title, page.url, ids, page.sentences)
+            self._note_read(page.title, page.url, ids, page.sentences)
         return ObservedText(
             text=text,
             page=found.page,
@@ -150,11 +153,13 @@ class ReactLoop:
             trimmed=text != found.text,
         )
 
-    def _cite(self, page: str, url: str | None, ids: tuple[int, ...], sentences: tuple[str, ...]) -> None:
-        known = {(cited.page, cited.sentence_id) for cited in self.trace.evidence}
-        self.trace.evidence += [
-            CitedSentence(page=page, sentence_id=i, text=sentences[i], url=url) for i in ids if (page, i) not in known
-        ]
+    def _note_read(self, page: str, url: str | None, ids: tuple[int, ...], sentences: tuple[str, ...]) -> None:
+        known = {(read.page, read.sentence_id) for read in self.trace.read}
+        for i in ids:
+            if (page, i) not in known:
+                digest = hashlib.sha256(sentences[i].encode()).hexdigest()
+                sentence = CitedSentence(page=page, sentence_id=i, text=sentences[i], url=url, sha256=digest)
+                self.trace.read.append(sentence)
 
     def _finish(self, number: int, before: list[int]) -> Iterator[LoopEvent]:
         """Finish with the model's verdict. Then score all three verdicts on the prompt before the last Thought."""

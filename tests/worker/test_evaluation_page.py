@@ -33,6 +33,7 @@ def predicted(claim: str, verdict: Verdict, confidence: float) -> Prediction:
         abstained=False,
         steps=(),
         evidence=(),
+        quotes_verified=False,
         text=f"Thought 1: {SCRIPT}",
         adapter=None,
         base_model="tiny",
