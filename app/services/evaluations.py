@@ -116,13 +116,17 @@ class Evaluations:
     def _plan(self, spec: EvaluationSpec) -> EvaluationPlan:
         dataset = self._datasets.get(spec.dataset)
         corpus, source = self._corpora.open(spec.corpus)
-        claims = len(self._gold(spec, source))
+        claims = dataset.rows if spec.split is None else sum(1 for _ in self._rows(spec))
         if claims == 0:
             message = f"{dataset.name} has no claim in the split {spec.split}"
             raise InvalidError(message, code="no_claims", problems=(Problem(("split",), message),))
         runs = self._runs(spec)
         return EvaluationPlan(
-            dataset=dataset.id, corpus=corpus, snapshot=source.snapshot, claims=claims, runs=tuple(runs)
+            dataset=dataset.id,
+            corpus=corpus,
+            snapshot=source.snapshot,
+            claims=min(claims, spec.max_claims or claims),
+            runs=tuple(runs),
         )
 
     def _runs(self, spec: EvaluationSpec) -> list[EvaluationRun]:
@@ -144,10 +148,12 @@ class Evaluations:
                 runs[controlled.key] = controlled
         return list(runs.values())
 
-    def _gold(self, spec: EvaluationSpec, source: KnowledgeSource) -> list[GoldClaim]:
+    def _rows(self, spec: EvaluationSpec) -> Iterator[Trajectory]:
         rows = self._datasets.stream(spec.dataset)
-        chosen = (row for row in rows if spec.split is None or row.split is spec.split)
-        return [_to_gold(row, source) for row in islice(chosen, spec.max_claims)]
+        return (row for row in rows if spec.split is None or row.split is spec.split)
+
+    def _gold(self, spec: EvaluationSpec, source: KnowledgeSource) -> list[GoldClaim]:
+        return [_to_gold(row, source) for row in islice(self._rows(spec), spec.max_claims)]
 
     # For attempts.
 

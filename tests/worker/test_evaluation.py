@@ -10,7 +10,7 @@ import pytest
 from app.composition import Services, compose
 from app.domain.claims import Verdict
 from app.domain.errors import ConflictError, InvalidError, NotFoundError
-from app.domain.evaluations import EvaluationProgress, EvaluationReport, EvaluationSpec
+from app.domain.evaluations import EvaluationPlan, EvaluationProgress, EvaluationReport, EvaluationSpec
 from app.domain.jobs import Job, JobAction, JobStatus
 from app.generation.base import GenerationRequest
 from app.generation.scripted import ScriptedGenerator
@@ -173,6 +173,18 @@ def test_what_is_not_there_is_refused_at_once(served: Services) -> None:
     ):
         with pytest.raises(wanted):
             submit(served, **spec)
+
+
+def test_only_the_chosen_claims_are_judged(served: Services, tmp_path: Path) -> None:
+    lines = [json.loads(line) | {"split": number % 3} for number, line in enumerate(dataset_jsonl(9).splitlines())]
+    (tmp_path / "split.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    served.datasets.create(tmp_path / "split.jsonl", "split.jsonl", None, "split", {})
+    for asked, wanted in (({"split": "test"}, 3), ({"split": "test", "max_claims": 2}, 2), ({"max_claims": 50}, 9)):
+        job = submit(served, dataset="split", controls=[], **asked)
+        assert isinstance(job.plan, EvaluationPlan)
+        assert job.plan.claims == wanted
+        assert run(served)
+        assert report_of(served, job).claims == wanted
 
 
 def test_a_deleted_evaluation_leaves_no_answer(served: Services) -> None:
