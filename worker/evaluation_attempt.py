@@ -99,6 +99,7 @@ class EvaluationAttempt(Attempt):
         page.write_text(render_page(report, prepared.gold, prepared.in_order()), encoding="utf-8")
         for artifact in (path, page, answers):
             self._retry(lambda p=artifact: self._services.artifacts.put(self._lease, p))  # type: ignore[misc]
+        self._retry(lambda: self._services.evaluations.calibrate(prepared))
         accuracies = {one.run.name: round(one.accuracy.value, 4) for one in report.runs}
         message = "; ".join(f"{name}: accuracy {value:.3f}" for name, value in accuracies.items())
         self._end(lambda: self._attempts.succeed(self._lease, message, accuracies))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from app.domain.claims import Verdict
-from app.domain.evaluations import Comparison, EvaluationReport, GoldClaim, RunReport, Share
+from app.domain.evaluations import CalibrationReport, Comparison, EvaluationReport, GoldClaim, RunReport, Share
 from app.domain.predictions import Prediction
 
 ERRORS_SHOWN = 20
@@ -65,7 +65,8 @@ def render_page(report: EvaluationReport, gold: Sequence[GoldClaim], answers: di
         "<h2>Confusion: rows are labels, columns verdicts</h2>",
         _panels(_confusion(run) for run in report.runs),
         "<h2>Can the probabilities be trusted?</h2>",
-        _panels(_calibration(run) for run in plain),
+        _panels(_calibration(run.calibration, run.run.name) for run in plain),
+        _panels(_calibration(run.calibrated, f"{run.run.name}, fitted") for run in plain if run.calibrated),
         "<h2>All figures</h2>",
         _figures(report),
         "<h2>Runs compared, over the same claims</h2>" if report.comparisons else "",
@@ -161,11 +162,10 @@ def _cell(count: int, share: float, *, right: bool) -> str:
     )
 
 
-def _calibration(run: RunReport) -> str:
-    found = run.calibration
+def _calibration(found: CalibrationReport, name: str) -> str:
     reliability = [(confidence, accuracy) for confidence, accuracy, _ in found.reliability]
     return (
-        f"<h3>{escape(run.run.name)}</h3><p class=soft>ECE {found.ece:.3f} · Brier {found.brier:.3f} · "
+        f"<h3>{escape(name)}</h3><p class=soft>ECE {found.ece:.3f} · Brier {found.brier:.3f} · "
         f"AUROC {_number(found.auroc)} · accuracy at half coverage {_number(found.accuracy_at_half_coverage)}</p>"
         + _plot("confidence → accuracy, ten bins", reliability, dots=True, diagonal=True)
         + _plot("share of claims → accuracy", found.coverage, dots=False, diagonal=False)

@@ -128,6 +128,7 @@ def evaluate_command(
     base_model: Annotated[str | None, typer.Option(help="Base model to judge with beside the adapters.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the job.")] = None,
     max_claims: Annotated[int | None, typer.Option(min=1, help="Only the dataset's first claims.")] = None,
+    fit_calibration: Annotated[bool, typer.Option(help="Fit the adapters' probabilities to the labels.")] = False,
     controls: Annotated[bool, typer.Option(help="Repeat the run with empty and with other pages.")] = True,
     page: Annotated[Path, typer.Option(help="Where the report is written, as HTML.")] = Path("report.html"),
     port: Port = None,
@@ -136,6 +137,8 @@ def evaluate_command(
     """Judge a dataset's claims with base and adapters, and report how well."""
     asked = {"corpus": corpus, "base_model": base_model, "name": name, "max_claims": max_claims}
     spec = {"dataset": dataset, "adapters": adapter or []} | {key: value for key, value in asked.items() if value}
+    if fit_calibration:
+        spec["fit_calibration"] = True
     if not controls:
         spec["controls"] = []
     with client_of(_settings(port=port, host=host)) as client:

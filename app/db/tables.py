@@ -162,7 +162,10 @@ class EvaluationAnswerRow(Base):
 
 
 class AdapterRow(Base):
-    """`job_id`: the job that published it at its end. Null for a published checkpoint, and if the job was deleted."""
+    """`job_id`: the job that published it at its end. Null for a published checkpoint, and if the job was deleted.
+
+    `calibration`: of its verdicts' probabilities. Null until an evaluation has fitted one.
+    """
 
     __tablename__ = "adapters"
     __table_args__ = (UniqueConstraint("job_id"),)
@@ -175,6 +178,7 @@ class AdapterRow(Base):
     base_model: Mapped[str] = mapped_column(NAME)
     files: Mapped[dict[str, Any]]
     manifest: Mapped[dict[str, Any]]
+    calibration: Mapped[dict[str, Any] | None]
     bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
 

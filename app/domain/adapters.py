@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from app.domain.base_models import served_base_digest
+from app.domain.calibration import Calibration
 from app.domain.frozen import Frozen
 from app.domain.spec_base import Name
 from app.domain.tuning_methods import Quantization
@@ -73,7 +74,10 @@ class Manifest(Frozen):
 
 
 class Adapter(Frozen):
-    """An adapter as the API returns it. `aliases` contains `default` if it is the promoted adapter."""
+    """An adapter as the API returns it. `aliases` contains `default` if it is the promoted adapter.
+
+    `calibration`: applied to its verdicts' probabilities. None until an evaluation has fitted one.
+    """
 
     id: str
     object: Literal["adapter"] = "adapter"
@@ -85,6 +89,7 @@ class Adapter(Frozen):
     aliases: tuple[str, ...]
     bytes: int
     manifest: Manifest
+    calibration: Calibration | None = None
     created_at: datetime
 
 

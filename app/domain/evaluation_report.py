@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from app.domain.calibration import fit_calibration
 from app.domain.claims import Verdict
-from app.domain.evaluations import Baselines, Calibration, Comparison, EvaluationRun, GoldClaim, RunReport, Share
+from app.domain.evaluations import Baselines, CalibrationReport, Comparison, EvaluationRun, GoldClaim, RunReport, Share
 from app.domain.predictions import Prediction
 from app.domain.statistics import (
     accuracy_at_coverage,
@@ -26,9 +27,9 @@ VERDICTS = tuple(Verdict)
 
 
 def build_run_report(
-    run: EvaluationRun, gold: Sequence[GoldClaim], answers: Sequence[Prediction], seed: int
+    run: EvaluationRun, gold: Sequence[GoldClaim], answers: Sequence[Prediction], seed: int, *, fits: bool = False
 ) -> RunReport:
-    """The figures of one run. `answers`: in the order of `gold`."""
+    """The figures of one run. `answers`: in the order of `gold`. `fits`: also those of fitted probabilities."""
     pairs = list(zip(gold, answers, strict=True))
     correct = [answer.verdict is claim.label for claim, answer in pairs]
     confusion = {label: dict.fromkeys(VERDICTS, 0) for label in VERDICTS}
@@ -72,7 +73,8 @@ def build_run_report(
         steps=sum(len(answer.steps) for answer in answers) / count,
         completion_tokens=sum(answer.usage.completion_tokens for answer in answers) / count,
         seconds=sum(answer.timings.total for answer in answers) / count,
-        calibration=_calibrate(answers, correct, gold),
+        calibration=_report_calibration([answer.probabilities for answer in answers], answers, gold),
+        calibrated=_report_calibration(_cross_fit_calibration(gold, answers), answers, gold) if fits else None,
     )
 
 
@@ -108,18 +110,25 @@ def build_baselines(gold: Sequence[GoldClaim], seed: int) -> Baselines:
 
 
 def _cross_fit_overlap(gold: Sequence[GoldClaim]) -> list[bool]:
-    """Whether each claim is judged right by the threshold rule that was fitted to the pages of the other folds."""
+    """Whether each claim is judged right by the threshold rule that was fitted to the claims of other pages."""
     shares = [_overlap(claim) for claim in gold]
-    pages = {page: number for number, page in enumerate(dict.fromkeys(_clusters(gold)))}
-    folds = [pages[page] % FOLDS for page in _clusters(gold)]
     right = [False] * len(gold)
-    for fold in range(FOLDS):
-        fitted = [index for index, own in enumerate(folds) if own != fold] or list(range(len(gold)))
-        bounds, labels = _fit_thresholds([shares[i] for i in fitted], [gold[i].label for i in fitted])
-        for index, own in enumerate(folds):
-            if own == fold:
-                right[index] = labels[sum(shares[index] >= bound for bound in bounds)] is gold[index].label
+    for held_out, others in _folds(gold):
+        bounds, labels = _fit_thresholds([shares[i] for i in others], [gold[i].label for i in others])
+        for index in held_out:
+            right[index] = labels[sum(shares[index] >= bound for bound in bounds)] is gold[index].label
     return right
+
+
+def _folds(gold: Sequence[GoldClaim]) -> Iterator[tuple[list[int], list[int]]]:
+    """(indices of a fold, indices of the claims of other pages), fold by fold. With one page, both are all claims."""
+    clusters = _clusters(gold)
+    numbers = {page: number % FOLDS for number, page in enumerate(dict.fromkeys(clusters))}
+    for fold in range(FOLDS):
+        held_out = [index for index, page in enumerate(clusters) if numbers[page] == fold]
+        others = [index for index, page in enumerate(clusters) if numbers[page] != fold]
+        if held_out:
+            yield held_out, others or held_out
 
 
 def _fit_thresholds(
@@ -154,12 +163,17 @@ def _words(text: str) -> set[str]:
 # Parts of a run's report.
 
 
-def _calibrate(answers: Sequence[Prediction], correct: Sequence[bool], gold: Sequence[GoldClaim]) -> Calibration:
-    confidences = [answer.confidence for answer in answers]
-    rows = [[answer.probabilities[verdict] for verdict in VERDICTS] for answer in answers]
-    return Calibration(
+def _report_calibration(
+    rows: Sequence[Mapping[Verdict, float]], answers: Sequence[Prediction], gold: Sequence[GoldClaim]
+) -> CalibrationReport:
+    """`rows`: the probabilities of each answer, raw or fitted. The verdicts are the answers'."""
+    confidences = [row[answer.verdict] for row, answer in zip(rows, answers, strict=True)]
+    correct = [answer.verdict is claim.label for answer, claim in zip(answers, gold, strict=True)]
+    return CalibrationReport(
         ece=expected_calibration_error(confidences, correct),
-        brier=brier(rows, [VERDICTS.index(claim.label) for claim in gold]),
+        brier=brier(
+            [[row[verdict] for verdict in VERDICTS] for row in rows], [VERDICTS.index(claim.label) for claim in gold]
+        ),
         auroc=auroc(confidences, correct),
         accuracy_at_half_coverage=accuracy_at_coverage(confidences, correct, 0.5),
         reliability=tuple(
@@ -172,6 +186,16 @@ def _calibrate(answers: Sequence[Prediction], correct: Sequence[bool], gold: Seq
         ),
         coverage=tuple(risk_coverage(confidences, correct)),
     )
+
+
+def _cross_fit_calibration(gold: Sequence[GoldClaim], answers: Sequence[Prediction]) -> list[Mapping[Verdict, float]]:
+    """The probabilities of each answer by a calibration that was fitted to the claims of other pages."""
+    rows: list[Mapping[Verdict, float]] = [answer.probabilities for answer in answers]
+    for held_out, others in _folds(gold):
+        fitted = fit_calibration([answers[i].probabilities for i in others], [gold[i].label for i in others])
+        for index in held_out:
+            rows[index] = fitted.apply(answers[index].probabilities)
+    return rows
 
 
 def _score_evidence(

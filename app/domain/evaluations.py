@@ -23,7 +23,8 @@ class EvaluationSpec(Spec):
 
     `include_base`: also judges with the base model of the adapters, or with `base_model`. `split`: only the claims of
     this split. `max_claims`: only the first ones. `controls`: `claim_only` repeats each adapter's run with empty
-    pages, `shuffled_pages` with other pages than those that were asked for.
+    pages, `shuffled_pages` with other pages than those that were asked for. `fit_calibration`: fits the probabilities
+    of each adapter to the labels and applies that to its predictions from now on; give it claims that were not trained.
     """
 
     kind: Literal["evaluate"] = "evaluate"
@@ -37,6 +38,7 @@ class EvaluationSpec(Spec):
     max_claims: Count | None = None
     max_steps: Annotated[Integer, Field(ge=1, le=MAX_STEPS)] = 7
     controls: tuple[ControlName, ...] = CONTROLS
+    fit_calibration: bool = False
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 42
     metadata: Metadata = Field(default_factory=dict)
 
@@ -98,7 +100,7 @@ class Share(Frozen):
     high: float
 
 
-class Calibration(Frozen):
+class CalibrationReport(Frozen):
     """How far the probabilities can be trusted.
 
     `reliability`: (mean confidence, accuracy, claims) of ten bins of equal mass. `coverage`: (coverage, accuracy).
@@ -119,6 +121,7 @@ class RunReport(Frozen):
     `confusion`: label → verdict → claims. `fever_score`: the verdict is right, and where the label is not NOT ENOUGH
     INFO, a whole evidence set was read (FEVER, arXiv:1803.05355). `page_found`: of claims whose page is known.
     `by_probability`: accuracy of the most probable verdict. `search_hits`: of Searches, how many opened a page.
+    `calibrated`: after fitting a calibration to the claims of other pages, if one was fitted.
     `quotes_verified`: of SUPPORTS and REFUTES verdicts. `invented_observations`: Observations that came neither from
     the corpus nor from the server.
     """
@@ -145,7 +148,8 @@ class RunReport(Frozen):
     steps: float
     completion_tokens: float
     seconds: float
-    calibration: Calibration
+    calibration: CalibrationReport
+    calibrated: CalibrationReport | None = None
 
 
 class Comparison(Frozen):

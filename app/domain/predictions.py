@@ -112,14 +112,17 @@ class Timings(Frozen):
     search: float
 
 
+ProbabilityMethod = Literal["verdict_branch", "verdict_branch_calibrated", "vote"]
+
+
 class Prediction(Frozen):
     """A claim's verdict and how it came about.
 
-    `verdict`: the trajectory's. `confidence`: its probability. `agrees`: no other verdict is more probable.
-    `grounded`: every Observation came from a corpus or the server. `forced`: the server ended the trajectory.
-    `abstained`: NOT ENOUGH INFO, and no page was read. `evidence`: the sentences that the last Thought quotes; all that
-    were `read` if it quotes none. `quotes_verified`: it quotes something, and an Observation contains every quotation.
-    `text`: the trajectory as ReAct text.
+    `verdict`: the trajectory's. `confidence`: its probability, by the adapter's calibration if it has one. `agrees`: no
+    other verdict is more probable. `grounded`: every Observation came from a corpus or the server. `forced`: the server
+    ended the trajectory. `abstained`: NOT ENOUGH INFO, and no page was read. `evidence`: the sentences that the last
+    Thought quotes; all that were `read` if it quotes none. `quotes_verified`: it quotes something, and an Observation
+    contains every quotation. `text`: the trajectory as ReAct text.
     """
 
     id: str
@@ -129,7 +132,7 @@ class Prediction(Frozen):
     verdict: Verdict
     confidence: float
     probabilities: dict[Verdict, float]
-    probability_method: Literal["verdict_branch", "vote"]
+    probability_method: ProbabilityMethod
     agrees: bool
     grounded: bool
     forced: bool

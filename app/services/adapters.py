@@ -25,6 +25,7 @@ from app.domain.adapters import (
     adapter_digest,
     render_model_card,
 )
+from app.domain.calibration import Calibration
 from app.domain.errors import NotFoundError, VerituneError
 from app.domain.identity import new_id
 from app.domain.jobs import JobStatus, Lease
@@ -153,6 +154,11 @@ class Adapters:
         with self._database.write() as unit:
             unit.aliases.point(RESOURCE, DEFAULT, _get_row(unit, reference).id)
         return self.get(reference)
+
+    def calibrate(self, reference: str, calibration: Calibration) -> None:
+        """Apply this to the probabilities of the adapter's verdicts from now on."""
+        with self._database.write() as unit:
+            _get_row(unit, reference).calibration = calibration.model_dump(mode="json")
 
     def delete(self, reference: str) -> None:
         """Unpublish an adapter. Blobs that another row refers to remain: adapter_config.json is often the same.
@@ -287,6 +293,7 @@ def _to_adapter(row: AdapterRow, aliases: dict[str, list[str]]) -> Adapter:
             "aliases": tuple(sorted(aliases.get(row.id, []))),
             "bytes": row.bytes,
             "manifest": row.manifest,
+            "calibration": row.calibration,
             "created_at": row.created_at,
         }
     )

@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from app.db import Database
 from app.db.tables import EvaluationAnswerRow, JobRow
+from app.domain.calibration import LEAST_CLAIMS, fit_calibration
 from app.domain.errors import ConflictError, InvalidError, Problem
 from app.domain.evaluation_report import build_baselines, build_run_report, compare
 from app.domain.evaluations import (
@@ -117,6 +118,9 @@ class Evaluations:
         dataset = self._datasets.get(spec.dataset)
         corpus, source = self._corpora.open(spec.corpus)
         claims = dataset.rows if spec.split is None else sum(1 for _ in self._rows(spec))
+        if spec.fit_calibration and min(claims, spec.max_claims or claims) < LEAST_CLAIMS:
+            message = f"a calibration is fitted to at least {LEAST_CLAIMS} claims; there are fewer"
+            raise InvalidError(message, code="too_few_claims", problems=(Problem(("fit_calibration",), message),))
         if claims == 0:
             message = f"{dataset.name} has no claim in the split {spec.split}"
             raise InvalidError(message, code="no_claims", problems=(Problem(("split",), message),))
@@ -184,7 +188,8 @@ class Evaluations:
             corpus=prepared.plan.corpus,
             max_steps=prepared.spec.max_steps,
         )
-        return self._predictions.predict_from(request, _source(prepared, run), is_cancelled)
+        calibrated = not prepared.spec.fit_calibration
+        return self._predictions.predict_from(request, _source(prepared, run), is_cancelled, calibrated=calibrated)
 
     def record(
         self, lease: Lease, run: EvaluationRun, answers: dict[int, Prediction], progress: EvaluationProgress
@@ -198,12 +203,24 @@ class Evaluations:
                     EvaluationAnswerRow(job_id=lease.job_id, run=run.key, claim=index, answer=document)
                 )
 
+    def calibrate(self, prepared: PreparedEvaluation) -> None:
+        """Fit the probabilities of each adapter to all labels, and apply that from now on."""
+        for run in prepared.plan.runs:
+            if prepared.spec.fit_calibration and run.adapter is not None and run.control is None:
+                rows = [answer.probabilities for answer in prepared.in_order()[run.key]]
+                fitted = fit_calibration(rows, [claim.label for claim in prepared.gold])
+                self._adapters.calibrate(run.adapter, fitted)
+
 
 def build_report(job_id: str, name: str, prepared: PreparedEvaluation) -> EvaluationReport:
     """The report of an evaluation whose claims are all judged."""
     gold, seed = prepared.gold, prepared.spec.seed
     answers = prepared.in_order()
-    reports = [build_run_report(run, gold, answers[run.key], seed) for run in prepared.plan.runs]
+    fits = prepared.spec.fit_calibration
+    reports = [
+        build_run_report(run, gold, answers[run.key], seed, fits=fits and run.adapter is not None)
+        for run in prepared.plan.runs
+    ]
     plain = [report for report in reports if report.run.control is None]
     pairs = [(first, second) for number, first in enumerate(plain) for second in plain[number + 1 :]]
     pairs += [

@@ -6,11 +6,11 @@ from collections.abc import Generator as Generating
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from app.db.tables import BaseModelRow
 from app.domain.adapters import Adapter
+from app.domain.calibration import Calibration
 from app.domain.claims import Verdict, parse_verdict
 from app.domain.errors import ClientDisconnectedError, ConflictError, VerituneError
 from app.domain.identity import new_id
@@ -23,6 +23,7 @@ from app.domain.predictions import (
     Prediction,
     PredictionEvent,
     PredictRequest,
+    ProbabilityMethod,
     Timings,
 )
 from app.domain.quotations import cite
@@ -55,6 +56,7 @@ class PredictionModel:
     form: ReactFormat
     limit: int
     generation: Generation
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +93,11 @@ class Predictions:
             return self._drain(request, model, is_cancelled)
 
     def predict_from(
-        self, request: PredictRequest, source: KnowledgeSource, is_cancelled: IsCancelled = never_cancelled
+        self, request: PredictRequest, source: KnowledgeSource, is_cancelled: IsCancelled, *, calibrated: bool
     ) -> Prediction:
         """Judge one claim of an evaluation, with Observations from `source`. It takes no slot of the users'."""
-        return self._drain(request, self._resolve_model(request), is_cancelled, source)
+        model = self._resolve_model(request)
+        return self._drain(request, model if calibrated else replace(model, calibration=None), is_cancelled, source)
 
     def stream(
         self, request: PredictRequest, is_cancelled: IsCancelled = never_cancelled
@@ -200,7 +203,7 @@ class Predictions:
         generation = Generation.model_validate(adapter.manifest.spec["generation"])
         form = ReactFormat.model_validate(adapter.manifest.format)
         limit = adapter.manifest.max_sequence_length
-        return PredictionModel(adapter.digest, adapter.id, base, form, limit, generation)
+        return PredictionModel(adapter.digest, adapter.id, base, form, limit, generation, adapter.calibration)
 
     def _start_session(self, model: PredictionModel, sample: int | None, is_cancelled: IsCancelled) -> PromptSession:
         generation = model.generation
@@ -268,12 +271,14 @@ def _cite(trace: Trace) -> tuple[tuple[CitedSentence, ...], bool]:
 def _build_prediction(
     request: PredictRequest, model: PredictionModel, runs: list[Run], corpus: str | None, seconds: float
 ) -> Prediction:
-    method: Literal["verdict_branch", "vote"] = "vote" if len(runs) > 1 else "verdict_branch"
+    method: ProbabilityMethod = "vote" if len(runs) > 1 else "verdict_branch"
     votes = Counter(run.trace.verdict for run in runs)
     verdict = votes.most_common(1)[0][0]
     shown = next(run for run in runs if run.trace.verdict is verdict)
     voted = {v: votes[v] / len(runs) for v in Verdict}
     probabilities = voted if method == "vote" else shown.trace.probabilities
+    if method == "verdict_branch" and model.calibration is not None:
+        method, probabilities = "verdict_branch_calibrated", model.calibration.apply(probabilities)
     meter = shown.session.meter
     for other in runs:
         if other is not shown:

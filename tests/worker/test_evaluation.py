@@ -12,8 +12,10 @@ from app.domain.claims import Verdict
 from app.domain.errors import ConflictError, InvalidError, NotFoundError
 from app.domain.evaluations import EvaluationPlan, EvaluationProgress, EvaluationReport, EvaluationSpec
 from app.domain.jobs import Job, JobAction, JobStatus
+from app.domain.predictions import PredictRequest
 from app.generation.base import GenerationRequest
 from app.generation.scripted import ScriptedGenerator
+from tests.api.conftest import lease, make_adapter
 from tests.conftest import corpus_jsonl, dataset_jsonl
 from worker.supervisor import Supervisor
 
@@ -185,6 +187,41 @@ def test_only_the_chosen_claims_are_judged(served: Services, tmp_path: Path) -> 
         assert job.plan.claims == wanted
         assert run(served)
         assert report_of(served, job).claims == wanted
+
+
+def test_a_fitted_calibration_is_applied_to_the_adapter_from_then_on(served: Services, tmp_path: Path) -> None:
+    (tmp_path / "many.jsonl").write_bytes(dataset_jsonl(40))
+    served.datasets.create(tmp_path / "many.jsonl", "many.jsonl", None, "many", {})
+    served.jobs.submit({"dataset": "many"})
+    adapter = make_adapter(served, lease(served), tmp_path / "adapter", "judge")
+    asked = PredictRequest(claim="The Rhine flows into the North Sea.", adapter=adapter, corpus="pages")
+    raw = served.predictions.predict(asked)
+    assert raw.probability_method == "verdict_branch"
+    assert raw.confidence == pytest.approx(0.9)
+
+    job = submit(served, dataset="many", adapters=["judge"], fit_calibration=True, controls=[])
+    assert run(served)
+    base, fitted = report_of(served, job).runs
+    assert (base.run.adapter, base.calibrated) == (None, None)
+    assert fitted.calibrated is not None
+    assert fitted.calibrated.ece < fitted.calibration.ece
+    calibration = served.adapters.get("judge").calibration
+    assert calibration is not None
+    assert calibration.claims == 40
+    after = served.predictions.predict(asked)
+    assert after.probability_method == "verdict_branch_calibrated"
+    assert after.verdict is raw.verdict
+    assert after.probabilities == pytest.approx(calibration.apply(raw.probabilities))
+
+    again = submit(served, dataset="many", adapters=["judge"], controls=[], include_base=False)
+    assert run(served)
+    (applied,) = report_of(served, again).runs
+    assert applied.calibration.ece < fitted.calibration.ece
+
+
+def test_a_calibration_needs_claims(served: Services) -> None:
+    with pytest.raises(InvalidError, match="at least 30 claims"):
+        submit(served, fit_calibration=True)
 
 
 def test_a_deleted_evaluation_leaves_no_answer(served: Services) -> None:
