@@ -133,7 +133,7 @@ def _evaluate(client: httpx.Client, console: Console, held_out: Path, corpus: st
 
 def _show(client: httpx.Client, console: Console, job: dict[str, Any]) -> None:
     report = json.loads(get_artifact(client, job, "report.json"))
-    console.print(build_table(report))
+    console.print(build_table(report, "held-out claims, about pages never trained on"))
     for test in report["comparisons"][:1]:
         difference = test["difference"]
         console.print(

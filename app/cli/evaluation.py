@@ -65,10 +65,10 @@ def get_artifact(client: httpx.Client, job: dict[str, Any], name: str) -> bytes:
     return response.content
 
 
-def build_table(report: dict[str, Any]) -> Table:
+def build_table(report: dict[str, Any], title: str = "claims") -> Table:
     """Accuracy and recall of each run. It fits a terminal of 80 columns."""
     table = Table(
-        title=f"{report['claims']} held-out claims, about pages never trained on",
+        title=f"{report['claims']} {title}",
         caption="S, R, N: recall of SUPPORTS, REFUTES, NOT ENOUGH INFO. page: the claim's page was read.",
     )
     table.add_column("")
