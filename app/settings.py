@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.domain.base_models import DEFAULT_BASE_MODEL
+from app.domain.model_catalogue import DEFAULT_BASE_MODEL
 from app.queue.base import QUEUES
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -14,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 import worker  # noqa: F401  before anything imports bitsandbytes, of which it keeps the advice from the output
 from app.composition import Services, compose
 from app.db.migrating import migrate
-from app.domain.base_models import FETCHABLE_MODELS, BaseModelDescription
+from app.domain.base_models import BaseModelDescription
+from app.domain.model_catalogue import FETCHABLE_MODELS
 from app.queue import MemoryDoorbell
 from app.settings import Settings
 

@@ -157,7 +157,7 @@ def rerun_command(job: str, port: Port = None, host: Host = None) -> None:
 
 @models_application.command("fetch")
 def models_fetch(name: str, home: Home = None) -> None:
-    """Download a model of the catalogue (smollm2-135m, qwen2.5-coder-0.5b-instruct), convert it, and list it."""
+    """Download a model of the catalogue, convert it, and list it: qwen2.5-coder-0.5b-instruct, smollm2-135m, …"""
     described = models.fetch(_services(home), name)
     typer.echo(f"{described.name}  {described.parameters:,} parameters  digest {described.digest[:12]}")
 

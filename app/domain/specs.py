@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
-from app.domain.base_models import DEFAULT_BASE_MODEL
+from app.domain.model_catalogue import DEFAULT_BASE_MODEL
 from app.domain.react import DEFAULT_TEMPLATE, PLACEHOLDER, ReactFormat
 from app.domain.spec_base import Count, Fraction, Integer, Name, Positive, Real, Reference, Spec, build_disagreement
 from app.domain.tuning_methods import (

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from app.domain.base_models import (
-    FETCHABLE_MODELS,
     MODEL_SOURCE,
     BaseModelDescription,
     DirectorySource,
@@ -25,6 +24,7 @@ from app.domain.base_models import (
     WheelFile,
     served_base_digest,
 )
+from app.domain.model_catalogue import FETCHABLE_MODELS
 from app.domain.tuning_methods import Quantization
 from tests.tiny import make_tiny_model, without_pad
 from worker.models.describe import fp16_safety, sha256_of

@@ -14,7 +14,6 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from app.domain.base_models import (
-    FETCHABLE_MODELS,
     MODEL_SOURCE,
     BaseModelDescription,
     DirectorySource,
@@ -23,6 +22,7 @@ from app.domain.base_models import (
     HubSource,
     ModelSource,
 )
+from app.domain.model_catalogue import FETCHABLE_MODELS
 from app.domain.spec_base import Name
 from app.domain.tuning_methods import Quantization
 from worker.models.describe import sha256_of
