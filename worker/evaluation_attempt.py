@@ -8,23 +8,37 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
+from pathlib import Path
 
 import structlog
 
-from app.domain.errors import BusyError, ClientDisconnectedError, StorageError, UnavailableError
+from app.composition import Services
+from app.domain.errors import (
+    BusyError,
+    ClientDisconnectedError,
+    InvalidError,
+    StorageError,
+    UnavailableError,
+    VerituneError,
+)
 from app.domain.evaluations import EvaluationProgress, EvaluationRun, EvaluationSpec
 from app.domain.jobs import JobStatus
 from app.domain.predictions import Prediction
+from app.services.attempts import Leased
 from app.services.evaluations import PreparedEvaluation, build_report
 from worker.attempt import Attempt
 from worker.evaluation_page import render_page
+from worker.heartbeat import Heartbeat
 
 THREADS = 16
 """Claims that are judged at a time: the engine's batch."""
 
 FLUSH_SECONDS = 1.0
-AWAY_SECONDS = 2.0
-"""Pause before a claim is judged again after inference was away or busy."""
+RETRY_PAUSE_SECONDS = 2.0
+"""Pause before a claim is judged again after inference did not answer or was busy."""
+
+MAX_FAILURES = 5
+"""The job fails after a claim has failed so often while inference was ready."""
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +46,13 @@ Judged = tuple[EvaluationRun, int, Prediction]
 
 
 class EvaluationAttempt(Attempt):
+    def __init__(
+        self, services: Services, leased: Leased, directory: Path, heartbeat: Heartbeat, leaving: threading.Event
+    ) -> None:
+        super().__init__(services, leased, directory, heartbeat, leaving)
+        self._waiting = threading.Lock()
+        self._has_waited = False
+
     def _run(self) -> None:
         spec = self._leased.spec
         assert isinstance(spec, EvaluationSpec)
@@ -61,6 +82,9 @@ class EvaluationAttempt(Attempt):
                         self._flush(progress)
                 self._flush(progress)
                 return False
+            except VerituneError:
+                self._flush(progress)
+                raise
             finally:
                 stopped.set()  # the claims that are still being judged end at their next model call
 
@@ -72,16 +96,42 @@ class EvaluationAttempt(Attempt):
         return self._leaving.is_set() or self._heartbeat.status in (JobStatus.CANCELLING, JobStatus.PAUSING)
 
     def _judge(self, prepared: PreparedEvaluation, run: EvaluationRun, index: int, stopped: threading.Event) -> Judged:
-        """Judge one claim. While inference is away or busy, wait: a training job may have its device."""
+        """Judge one claim. While inference does not answer or is busy, wait: a training job may have its device."""
+        failures = 0
         while True:
             try:
                 return run, index, self._services.evaluations.judge(prepared, run, index, stopped.is_set)
             except (ClientDisconnectedError, StorageError):
                 raise
-            except (BusyError, UnavailableError) as error:
-                log.info("claim_waits", job=self._leased.job_id, reason=error.detail)
-            if stopped.wait(AWAY_SECONDS):
+            except InvalidError as error:
+                message = f"claim {index + 1}, judged by {run.name}: {error.detail}"
+                raise InvalidError(message, code=error.code) from error
+            except BusyError as error:
+                reason = error.detail
+            except UnavailableError as error:
+                reason, failures = error.detail, failures + self._is_ready()
+                if failures >= MAX_FAILURES or error.code == "inference_secret":
+                    raise
+            self._note_wait(reason)
+            if stopped.wait(RETRY_PAUSE_SECONDS):
                 raise ClientDisconnectedError("the evaluation stopped")
+
+    def _is_ready(self) -> bool:
+        """Whether inference could judge a claim now."""
+        try:
+            self._services.predictions.check()
+        except VerituneError:
+            return False
+        return True
+
+    def _note_wait(self, reason: str) -> None:
+        """Write an event at the first wait of this attempt."""
+        log.info("claim_waits", job=self._leased.job_id, reason=reason)
+        with self._waiting:
+            if not self._has_waited:
+                self._has_waited = True
+                message = f"claims wait for inference: {reason}"
+                self._retry(lambda: self._attempts.add_event(self._lease, "waiting", message, "warning"))
 
     def _flush(self, progress: "_Progress") -> None:
         for run, answers in progress.take().items():
@@ -99,9 +149,9 @@ class EvaluationAttempt(Attempt):
         page.write_text(render_page(report, prepared.gold, prepared.in_order()), encoding="utf-8")
         for artifact in (path, page, answers):
             self._retry(lambda p=artifact: self._services.artifacts.put(self._lease, p))  # type: ignore[misc]
-        self._retry(lambda: self._services.evaluations.calibrate(prepared))
-        accuracies = {one.run.name: round(one.accuracy.value, 4) for one in report.runs}
-        message = "; ".join(f"{name}: accuracy {value:.3f}" for name, value in accuracies.items())
+        self._retry(lambda: self._services.evaluations.calibrate(self._lease, prepared))
+        accuracies = {one.run.key: round(one.accuracy.value, 4) for one in report.runs}
+        message = "; ".join(f"{one.run.name}: accuracy {one.accuracy.value:.3f}" for one in report.runs)
         self._end(lambda: self._attempts.succeed(self._lease, message, accuracies))
 
 
@@ -115,17 +165,17 @@ class _Progress:
         self._judged = 0
         self._done = sum(len(answers) for answers in prepared.answers.values())
         self._run: str | None = None
-        self._pending: dict[EvaluationRun, dict[int, Prediction]] = {}
+        self._pending: dict[str, dict[int, Prediction]] = {}
 
     def add(self, judged: Judged) -> None:
         run, index, prediction = judged
         self._prepared.answers[run.key][index] = prediction
-        self._pending.setdefault(run, {})[index] = prediction
+        self._pending.setdefault(run.key, {})[index] = prediction
         self._run = run.name
         self._judged += 1
         self._done += 1
 
-    def take(self) -> dict[EvaluationRun, dict[int, Prediction]]:
+    def take(self) -> dict[str, dict[int, Prediction]]:
         taken, self._pending = self._pending, {}
         self.flushed_at = time.monotonic()
         return taken

@@ -16,7 +16,7 @@ from app.cli.errors import CommandError
 
 LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
 POLL_SECONDS = 0.5
-TOLD_SECONDS = 20.0
+PRINT_SECONDS = 20.0
 """Where the output is no terminal, a line says this often how far a job is."""
 
 
@@ -36,7 +36,7 @@ def follow_job(
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     ]
-    told = time.monotonic()
+    printed_at = time.monotonic()
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("queued", total=job["progress"][total], figures="")
         while job["status"] in ("queued", "running"):
@@ -44,9 +44,11 @@ def follow_job(
             job = get(client, f"/jobs/{job['id']}")
             progress = job["progress"]
             bar.update(task, description=job["status"], completed=progress[done], figures=figures(progress))
-            if not console.is_terminal and time.monotonic() - told > TOLD_SECONDS:
-                told = time.monotonic()
+            if not console.is_terminal and time.monotonic() - printed_at > PRINT_SECONDS:
+                printed_at = time.monotonic()
                 console.print(f"  {progress[done]} of {progress[total]}  {figures(progress)}", highlight=False)
+    if job["status"] in ("pausing", "paused"):
+        raise CommandError(f"{job['name']} was paused; go on with POST /jobs/{job['id']}/resume")
     if job["status"] != "succeeded":
         error = job["error"] or {}
         raise CommandError(f"the job ended as {job['status']}: {error.get('message')} ({error.get('hint')})")

@@ -24,21 +24,25 @@ def add(services: Services, name: str, source: str) -> BaseModelDescription:
 
 
 def ensure_default(services: Services, say: Callable[[str], None]) -> str:
-    """The name of a listed model for jobs that name none: the default, fetched if it is missing.
+    """The name of the model for jobs that name none: the default, fetched if it is missing.
 
-    If a default of the catalogue cannot be downloaded, the small one takes its place. A default that is not of the
-    catalogue is only fetched, and refused, if no model is listed at all. Raises CommandError.
+    A deployment that lists only models of its own downloads nothing unasked. If the default cannot be downloaded, the
+    small one takes its place. Raises CommandError if no model is listed then.
     """
-    default = services.settings.default_base_model
+    settings = services.settings
+    default, is_asked = settings.default_base_model, "default_base_model" in settings.model_fields_set
     listed = {model.name for model in services.base_models.list_base_models()}
-    if default in listed or (listed and default not in FETCHABLE_MODELS):
+    if default in listed or (listed and not is_asked and SMALL_BASE_MODEL not in listed):
         return default
     say(f"fetching the base model {default}")
     try:
         return fetch(services, default).name
     except CommandError as failed:
         if default not in FETCHABLE_MODELS or default == SMALL_BASE_MODEL:
-            raise
+            if not listed:
+                raise
+            say(f"{failed}; jobs have to name one of: {', '.join(sorted(listed))}")
+            return default
         say(f"{failed}; going on with {SMALL_BASE_MODEL}")
     return SMALL_BASE_MODEL if SMALL_BASE_MODEL in listed else fetch(services, SMALL_BASE_MODEL).name
 

@@ -14,6 +14,8 @@ def rerun(client: httpx.Client, reference: str) -> tuple[dict[str, Any], dict[st
     Raises CommandError, also if the base model or the dataset has changed since the manifest was written.
     """
     job = get(client, f"/jobs/{reference}")
+    if job["kind"] != "train":
+        raise CommandError(f"{job['name']} trained nothing; only a training job can be run again")
     manifest = get(client, f"/adapters/{job['adapter_id']}")["manifest"] if job["adapter_id"] else None
     if manifest is not None:
         _check_unchanged(client, job, manifest)

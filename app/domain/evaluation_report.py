@@ -27,9 +27,9 @@ VERDICTS = tuple(Verdict)
 
 
 def build_run_report(
-    run: EvaluationRun, gold: Sequence[GoldClaim], answers: Sequence[Prediction], seed: int, *, fits: bool = False
+    run: EvaluationRun, gold: Sequence[GoldClaim], answers: Sequence[Prediction], seed: int, *, fit: bool = False
 ) -> RunReport:
-    """The figures of one run. `answers`: in the order of `gold`. `fits`: also those of fitted probabilities."""
+    """The figures of one run. `answers`: in the order of `gold`. `fit`: also those of fitted probabilities."""
     pairs = list(zip(gold, answers, strict=True))
     correct = [answer.verdict is claim.label for claim, answer in pairs]
     confusion = {label: dict.fromkeys(VERDICTS, 0) for label in VERDICTS}
@@ -46,6 +46,7 @@ def build_run_report(
         for step in answer.steps
         if step.observation and step.action and step.action.name == ActionName.SEARCH
     ]
+    fitted = _cross_fit_calibration(gold, answers) if fit and len(set(_clusters(gold))) > 1 else None
     decided = [answer for answer in answers if answer.verdict is not Verdict.NOT_ENOUGH_INFO]
     count = max(1, len(pairs))
     return RunReport(
@@ -74,7 +75,7 @@ def build_run_report(
         completion_tokens=sum(answer.usage.completion_tokens for answer in answers) / count,
         seconds=sum(answer.timings.total for answer in answers) / count,
         calibration=_report_calibration([answer.probabilities for answer in answers], answers, gold),
-        calibrated=_report_calibration(_cross_fit_calibration(gold, answers), answers, gold) if fits else None,
+        calibrated=_report_calibration(fitted, answers, gold) if fitted else None,
     )
 
 

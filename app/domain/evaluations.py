@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from app.domain.calibration import Calibration
 from app.domain.claims import Verdict
 from app.domain.frozen import Frozen
 from app.domain.predictions import MAX_STEPS
@@ -46,13 +47,14 @@ class EvaluationSpec(Spec):
 class EvaluationRun(Frozen):
     """One pass over the claims: a model, as it serves or under a control.
 
-    `adapter`: its id, None for the base model alone. `name`: for people.
+    `adapter`: its id, None for the base model alone. `name`: for people. `calibration`: applied to its probabilities.
     """
 
     adapter: str | None
     base_model: str
     control: ControlName | None = None
     name: str
+    calibration: Calibration | None = None
 
     @property
     def key(self) -> str:
@@ -89,7 +91,7 @@ class GoldClaim(Frozen):
     page: str | None
     evidence: tuple[tuple[str, int], ...] = ()
     read: str = ""
-    """The text of the dataset's own Observations, or of its evidence."""
+    """The text of the dataset's own Observations."""
 
 
 class Share(Frozen):
@@ -119,7 +121,7 @@ class RunReport(Frozen):
     """The figures of one run. Shares are of the claims, unless said otherwise.
 
     `confusion`: label → verdict → claims. `fever_score`: the verdict is right, and where the label is not NOT ENOUGH
-    INFO, a whole evidence set was read (FEVER, arXiv:1803.05355). `page_found`: of claims whose page is known.
+    INFO, all listed evidence was read (FEVER, arXiv:1803.05355). `page_found`: of claims whose page is known.
     `by_probability`: accuracy of the most probable verdict. `search_hits`: of Searches, how many opened a page.
     `calibrated`: after fitting a calibration to the claims of other pages, if one was fitted.
     `quotes_verified`: of SUPPORTS and REFUTES verdicts. `invented_observations`: Observations that came neither from

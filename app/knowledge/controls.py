@@ -52,12 +52,12 @@ class ShuffledSource(ControlSource):
 
     def __init__(self, source: KnowledgeSource, titles: Sequence[str], seed: int) -> None:
         super().__init__(source)
-        order = sorted(set(titles))
+        found = {page.title: page for title in titles if (page := source.search(title).page) is not None}
+        order = [found[title] for title in sorted(found)]
         random.Random(seed).shuffle(order)
-        self._others = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+        self._others = {page.title: other for page, other in zip(order, [*order[1:], *order[:1]], strict=True)}
 
     def show(self, page: CorpusPage) -> CorpusPage:
-        # A page that no claim is about shows the page of the first title.
-        other = self._others.get(page.title) or next(iter(self._others), page.title)
-        found = self._source.search(other).page
-        return page if found is None else found
+        other = self._others.get(page.title) or next(iter(self._others.values()), page)
+        # With a single title there is no other page: it opens empty.
+        return other if other.title != page.title else CorpusPage(title=page.title, sentences=("",), url=page.url)

@@ -25,7 +25,6 @@ from app.domain.adapters import (
     adapter_digest,
     render_model_card,
 )
-from app.domain.calibration import Calibration
 from app.domain.errors import NotFoundError, VerituneError
 from app.domain.identity import new_id
 from app.domain.jobs import JobStatus, Lease
@@ -154,11 +153,6 @@ class Adapters:
         with self._database.write() as unit:
             unit.aliases.point(RESOURCE, DEFAULT, _get_row(unit, reference).id)
         return self.get(reference)
-
-    def calibrate(self, reference: str, calibration: Calibration) -> None:
-        """Apply this to the probabilities of the adapter's verdicts from now on."""
-        with self._database.write() as unit:
-            _get_row(unit, reference).calibration = calibration.model_dump(mode="json")
 
     def delete(self, reference: str) -> None:
         """Unpublish an adapter. Blobs that another row refers to remain: adapter_config.json is often the same.

@@ -204,10 +204,12 @@ class Attempts:
         return None
 
     def succeed(self, lease: Lease, message: str, data: dict[str, Any]) -> None:
-        """End a job that publishes no adapter."""
+        """End a job that publishes no adapter, or end it as cancelled if the user asked to cancel."""
         with self._database.write() as unit:
-            if unit.jobs.end(lease, (S.RUNNING, S.PAUSING, S.CANCELLING), S.SUCCEEDED):
+            if unit.jobs.end(lease, (S.RUNNING, S.PAUSING), S.SUCCEEDED):
                 unit.jobs.add_event(lease.job_id, "succeeded", message, "info", data)
+            elif unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
+                unit.jobs.add_event(lease.job_id, "cancelled", "cancelled", "info", {})
 
     def fail(self, lease: Lease, error: JobError) -> None:
         """End the job as failed, or as cancelled if the user asked to cancel."""

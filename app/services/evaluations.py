@@ -14,6 +14,7 @@ from app.domain.calibration import LEAST_CLAIMS, fit_calibration
 from app.domain.errors import ConflictError, InvalidError, Problem
 from app.domain.evaluation_report import build_baselines, build_run_report, compare
 from app.domain.evaluations import (
+    ControlName,
     EvaluationPlan,
     EvaluationProgress,
     EvaluationReport,
@@ -37,15 +38,21 @@ from app.services.naming import check_name
 from app.services.predictions import Predictions
 from app.services.prompt_session import IsCancelled
 
+MAX_ANSWERS = 20_000
+"""Claims times runs of one evaluation. Its answers are in memory while it runs: about 20 KB each."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedEvaluation:
-    """An evaluation job with what it judges. `answers`: run key → index of the claim → its answer, as far as judged."""
+    """An evaluation job with what it judges.
+
+    `sources`: what is searched, by control. `answers`: run key → index of the claim → its answer, as far as judged.
+    """
 
     spec: EvaluationSpec
     plan: EvaluationPlan
     gold: list[GoldClaim]
-    source: KnowledgeSource
+    sources: dict[ControlName | None, KnowledgeSource]
     answers: dict[str, dict[int, Prediction]]
 
     def remaining(self) -> Iterator[tuple[EvaluationRun, int]]:
@@ -118,18 +125,25 @@ class Evaluations:
         dataset = self._datasets.get(spec.dataset)
         corpus, source = self._corpora.open(spec.corpus)
         claims = dataset.rows if spec.split is None else sum(1 for _ in self._rows(spec))
+        _refuse_without_effect(spec)
         if spec.fit_calibration and min(claims, spec.max_claims or claims) < LEAST_CLAIMS:
             message = f"a calibration is fitted to at least {LEAST_CLAIMS} claims; there are fewer"
             raise InvalidError(message, code="too_few_claims", problems=(Problem(("fit_calibration",), message),))
         if claims == 0:
             message = f"{dataset.name} has no claim in the split {spec.split}"
             raise InvalidError(message, code="no_claims", problems=(Problem(("split",), message),))
+        claims = min(claims, spec.max_claims or claims)
         runs = self._runs(spec)
+        if claims * len(runs) > MAX_ANSWERS:
+            message = (
+                f"{claims:,} claims judged {len(runs)} times are more than {MAX_ANSWERS:,} answers; set max_claims"
+            )
+            raise InvalidError(message, code="too_many_claims", problems=(Problem(("max_claims",), message),))
         return EvaluationPlan(
             dataset=dataset.id,
             corpus=corpus,
             snapshot=source.snapshot,
-            claims=min(claims, spec.max_claims or claims),
+            claims=claims,
             runs=tuple(runs),
         )
 
@@ -137,7 +151,15 @@ class Evaluations:
         """Bases first, then adapters, then the controls of each adapter; of a base, if there is no adapter."""
         adapters = [self._adapters.get(reference) for reference in spec.adapters]
         bases_of = {one.id: self._base_models.by_digest(one.manifest.base.digest).name for one in adapters}
-        tuned = [EvaluationRun(adapter=one.id, base_model=bases_of[one.id], name=one.name) for one in adapters]
+        tuned = [
+            EvaluationRun(
+                adapter=one.id,
+                base_model=bases_of[one.id],
+                name=one.name,
+                calibration=None if spec.fit_calibration else one.calibration,
+            )
+            for one in adapters
+        ]
         names = [spec.base_model] if spec.base_model or not adapters else list(dict.fromkeys(bases_of.values()))
         bases = [self._base_models.get(name).name for name in names]
         plain = [EvaluationRun(adapter=None, base_model=name, name=name) for name in bases]
@@ -168,14 +190,21 @@ class Evaluations:
             assert row is not None, "a leased job is not deleted"
             plan = EvaluationPlan.model_validate(row.plan)
             stored = unit.evaluation_answers.list_answers(job_id)
-        for run in plan.runs:
-            if run.adapter is not None:
-                self._adapters.get(run.adapter)
         answers: dict[str, dict[int, Prediction]] = defaultdict(dict)
         for answer in stored:
             answers[answer.run][answer.claim] = Prediction.model_validate(answer.answer)
         _, source = self._corpora.open(plan.corpus)
-        return PreparedEvaluation(spec, plan, self._gold(spec, source), source, answers)
+        gold = self._gold(spec, source)
+        titles = [claim.page for claim in gold if claim.page is not None]
+        sources: dict[ControlName | None, KnowledgeSource] = {
+            None: source,
+            "claim_only": EmptySource(source),
+            "shuffled_pages": ShuffledSource(source, titles, spec.seed),
+        }
+        prepared = PreparedEvaluation(spec, plan, gold, sources, answers)
+        for adapter in {run.adapter for run, _ in prepared.remaining() if run.adapter is not None}:
+            self._adapters.get(adapter)
+        return prepared
 
     def judge(
         self, prepared: PreparedEvaluation, run: EvaluationRun, index: int, is_cancelled: IsCancelled
@@ -188,37 +217,41 @@ class Evaluations:
             corpus=prepared.plan.corpus,
             max_steps=prepared.spec.max_steps,
         )
-        calibrated = not prepared.spec.fit_calibration
-        return self._predictions.predict_from(request, _source(prepared, run), is_cancelled, calibrated=calibrated)
+        return self._predictions.predict_from(request, prepared.sources[run.control], run.calibration, is_cancelled)
 
-    def record(
-        self, lease: Lease, run: EvaluationRun, answers: dict[int, Prediction], progress: EvaluationProgress
-    ) -> None:
-        """Write a batch of answers, and the job's progress."""
+    def record(self, lease: Lease, run: str, answers: dict[int, Prediction], progress: EvaluationProgress) -> None:
+        """Write a batch of answers of the run with this key, and the job's progress. It ends a series of strikes."""
         with self._database.write() as unit:
-            unit.jobs.write(lease, progress=progress.model_dump(mode="json"))
+            unit.jobs.write(lease, strikes=0, progress=progress.model_dump(mode="json"))
             for index, answer in answers.items():
                 document = answer.model_dump(mode="json")
                 unit.evaluation_answers.put(
-                    EvaluationAnswerRow(job_id=lease.job_id, run=run.key, claim=index, answer=document)
+                    EvaluationAnswerRow(job_id=lease.job_id, run=run, claim=index, answer=document)
                 )
 
-    def calibrate(self, prepared: PreparedEvaluation) -> None:
-        """Fit the probabilities of each adapter to all labels, and apply that from now on."""
-        for run in prepared.plan.runs:
-            if prepared.spec.fit_calibration and run.adapter is not None and run.control is None:
-                rows = [answer.probabilities for answer in prepared.in_order()[run.key]]
-                fitted = fit_calibration(rows, [claim.label for claim in prepared.gold])
-                self._adapters.calibrate(run.adapter, fitted)
+    def calibrate(self, lease: Lease, prepared: PreparedEvaluation) -> None:
+        """Fit each adapter's probabilities to all labels, and apply that from now on. Deleted ones are left out."""
+        labels = [claim.label for claim in prepared.gold]
+        tuned = [run for run in prepared.plan.runs if run.adapter is not None and run.control is None]
+        for run in tuned if prepared.spec.fit_calibration else ():
+            rows = [answer.probabilities for answer in prepared.in_order()[run.key]]
+            fitted = fit_calibration(rows, labels)
+            with self._database.write() as unit:
+                unit.jobs.write(lease, owner=lease.owner)
+                if row := unit.adapters.find(str(run.adapter)):
+                    row.calibration = fitted.model_dump(mode="json")
+                else:
+                    message = f"{run.name} was deleted; its calibration is not kept"
+                    unit.jobs.add_event(lease.job_id, "warning", message, "warning", {})
 
 
 def build_report(job_id: str, name: str, prepared: PreparedEvaluation) -> EvaluationReport:
     """The report of an evaluation whose claims are all judged."""
     gold, seed = prepared.gold, prepared.spec.seed
     answers = prepared.in_order()
-    fits = prepared.spec.fit_calibration
+    fit = prepared.spec.fit_calibration
     reports = [
-        build_run_report(run, gold, answers[run.key], seed, fits=fits and run.adapter is not None)
+        build_run_report(run, gold, answers[run.key], seed, fit=fit and run.adapter is not None)
         for run in prepared.plan.runs
     ]
     plain = [report for report in reports if report.run.control is None]
@@ -245,25 +278,33 @@ def build_report(job_id: str, name: str, prepared: PreparedEvaluation) -> Evalua
     )
 
 
-def _source(prepared: PreparedEvaluation, run: EvaluationRun) -> KnowledgeSource:
-    if run.control == "claim_only":
-        return EmptySource(prepared.source)
-    if run.control == "shuffled_pages":
-        titles: Sequence[str] = [claim.page for claim in prepared.gold if claim.page is not None]
-        return ShuffledSource(prepared.source, titles, prepared.spec.seed)
-    return prepared.source
+def _refuse_without_effect(spec: EvaluationSpec) -> None:
+    """Raise InvalidError for keys that would do nothing."""
+    found = []
+    if spec.fit_calibration and not spec.adapters:
+        found.append(Problem(("fit_calibration",), "a calibration belongs to an adapter; name one in adapters"))
+    if not spec.include_base and not spec.adapters:
+        found.append(Problem(("include_base",), "without adapters only the base is judged; leave it out"))
+    if not spec.include_base and spec.base_model is not None:
+        found.append(Problem(("include_base",), "base_model is judged only with include_base; leave one of them out"))
+    if found:
+        raise InvalidError(found[0].message, code="without_effect", problems=tuple(found))
 
 
 def _to_gold(row: Trajectory, source: KnowledgeSource) -> GoldClaim:
     """The page: of the evidence; else the one that the last Search of the trajectory opens."""
     searched = [step.action.argument for step in row.steps if step.action.name is ActionName.SEARCH]
-    pages = [one.page for one in row.evidence]
-    if not pages and searched and (opened := source.search(searched[-1]).page):
-        pages = [opened.title]
+    titles = {
+        name: page.title
+        for name in (*{one.page for one in row.evidence}, *searched[-1:])
+        if (page := source.search(name).page)
+    }
+    evidence = tuple((titles.get(one.page, one.page), one.sentence) for one in row.evidence)
+    pages = [page for page, _ in evidence] or [titles[name] for name in searched[-1:] if name in titles]
     return GoldClaim(
         claim=row.claim,
         label=row.verdict,
         page=pages[0] if pages else None,
-        evidence=tuple((one.page, one.sentence) for one in row.evidence),
+        evidence=evidence,
         read=" ".join(step.observation for step in row.steps if step.observation),
     )

@@ -93,11 +93,15 @@ class Predictions:
             return self._drain(request, model, is_cancelled)
 
     def predict_from(
-        self, request: PredictRequest, source: KnowledgeSource, is_cancelled: IsCancelled, *, calibrated: bool
+        self,
+        request: PredictRequest,
+        source: KnowledgeSource,
+        calibration: Calibration | None,
+        is_cancelled: IsCancelled,
     ) -> Prediction:
         """Judge one claim of an evaluation, with Observations from `source`. It takes no slot of the users'."""
-        model = self._resolve_model(request)
-        return self._drain(request, model if calibrated else replace(model, calibration=None), is_cancelled, source)
+        model = replace(self._resolve_model(request), calibration=calibration)
+        return self._drain(request, model, is_cancelled, source)
 
     def stream(
         self, request: PredictRequest, is_cancelled: IsCancelled = never_cancelled
@@ -277,7 +281,8 @@ def _build_prediction(
     shown = next(run for run in runs if run.trace.verdict is verdict)
     voted = {v: votes[v] / len(runs) for v in Verdict}
     probabilities = voted if method == "vote" else shown.trace.probabilities
-    if method == "verdict_branch" and model.calibration is not None:
+    # Without Observations the scores are others than those that were fitted.
+    if request.mode == "grounded" and method == "verdict_branch" and model.calibration is not None:
         method, probabilities = "verdict_branch_calibrated", model.calibration.apply(probabilities)
     meter = shown.session.meter
     for other in runs:

@@ -156,7 +156,7 @@ class ReactLoop:
     def _note_read(self, page: str, url: str | None, ids: tuple[int, ...], sentences: tuple[str, ...]) -> None:
         known = {(read.page, read.sentence_id) for read in self.trace.read}
         for i in ids:
-            if (page, i) not in known:
+            if (page, i) not in known and sentences[i]:  # an evaluation's control opens pages without text
                 digest = hashlib.sha256(sentences[i].encode()).hexdigest()
                 sentence = CitedSentence(page=page, sentence_id=i, text=sentences[i], url=url, sha256=digest)
                 self.trace.read.append(sentence)

@@ -14,7 +14,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # Processes of the previous version neither run evaluations nor delete jobs that have answers.
+    # The previous version cannot read evaluation jobs: upgrade all API processes before the first one is submitted.
     op.create_table(
         "evaluation_answers",
         sa.Column("job_id", sa.String(length=40), nullable=False),

@@ -9,14 +9,16 @@ import pytest
 
 from app.composition import Services, compose
 from app.domain.claims import Verdict
-from app.domain.errors import ConflictError, InvalidError, NotFoundError
+from app.domain.errors import ConflictError, InvalidError, NotFoundError, UnavailableError, VerituneError
 from app.domain.evaluations import EvaluationPlan, EvaluationProgress, EvaluationReport, EvaluationSpec
 from app.domain.jobs import Job, JobAction, JobStatus
 from app.domain.predictions import PredictRequest
 from app.generation.base import GenerationRequest
 from app.generation.scripted import ScriptedGenerator
+from app.services import evaluations
 from tests.api.conftest import lease, make_adapter
 from tests.conftest import corpus_jsonl, dataset_jsonl
+from worker import evaluation_attempt
 from worker.supervisor import Supervisor
 
 CLAIMS = 12
@@ -44,10 +46,13 @@ def judges_by_reading(prompt: str, request: GenerationRequest) -> str:
 class Counting(ScriptedGenerator):
     """Stops the deployment's worker after `limit` requests, as a killed runner would."""
 
+    fault: VerituneError | None = None
     limit: int | None = None
     stop: Supervisor | None = None
 
     def generate(self, request):  # type: ignore[no-untyped-def]
+        if self.fault is not None:
+            raise self.fault
         answer = super().generate(request)
         if self.limit is not None and len(self.requests) >= self.limit and self.stop:
             self.stop.leave()
@@ -95,6 +100,7 @@ def test_a_model_that_reads_is_told_from_one_that_does_not(served: Services) -> 
     plain, claim_only, shuffled = report.runs
     assert [one.run.key for one in report.runs] == ["tiny", "tiny/claim_only", "tiny/shuffled_pages"]
     assert plain.accuracy.value > claim_only.accuracy.value
+    assert (claim_only.page_found, claim_only.abstained) == (0.0, 1.0)
     assert plain.page_found == 1.0
     assert shuffled.page_found == 0.0
     assert plain.invented_observations == 0
@@ -219,9 +225,61 @@ def test_a_fitted_calibration_is_applied_to_the_adapter_from_then_on(served: Ser
     assert applied.calibration.ece < fitted.calibration.ece
 
 
-def test_a_calibration_needs_claims(served: Services) -> None:
+def test_a_calibration_needs_claims(served: Services, tmp_path: Path) -> None:
+    served.jobs.submit({"dataset": "rows"})
+    make_adapter(served, lease(served), tmp_path / "adapter", "judge")
     with pytest.raises(InvalidError, match="at least 30 claims"):
-        submit(served, fit_calibration=True)
+        submit(served, adapters=["judge"], fit_calibration=True)
+
+
+def test_keys_without_effect_and_too_many_claims_are_refused(served: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    for spec, words in (
+        ({"fit_calibration": True}, "name one in adapters"),
+        ({"include_base": False}, "only the base is judged"),
+        ({"include_base": False, "base_model": "tiny"}, "only the base is judged"),
+    ):
+        with pytest.raises(InvalidError, match=words):
+            submit(served, **spec)
+    monkeypatch.setattr(evaluations, "MAX_ANSWERS", 3 * CLAIMS - 1)
+    with pytest.raises(InvalidError, match="set max_claims"):
+        submit(served)
+    submit(served, max_claims=CLAIMS - 1)
+
+
+def test_a_claim_that_fails_while_inference_is_ready_ends_the_job_in_words(
+    served: Services, generator: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_attempt, "RETRY_PAUSE_SECONDS", 0.01)
+    generator.fault = UnavailableError("logits that are not finite", code="inference_away")
+    job = submit(served)
+    assert run(served)
+    assert served.jobs.get(job.id).status is JobStatus.FAILED
+    events = served.jobs.events(job.id, 0, 100)[0]
+    assert ("waiting", "claims wait for inference: logits that are not finite") in [
+        (event.kind, event.message) for event in events
+    ]
+    assert "logits that are not finite" in events[-1].message
+
+
+def test_a_claim_that_inference_refuses_is_named(served: Services, generator: Counting) -> None:
+    generator.fault = InvalidError("the prompt has 3,000 tokens", code="inference_refused")
+    job = submit(served)
+    assert run(served)
+    job = served.jobs.get(job.id)
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert re.fullmatch(r"claim \d+, judged by tiny: the prompt has 3,000 tokens", job.error.message)
+
+
+def test_an_adapter_that_was_deleted_half_way_is_named(served: Services, tmp_path: Path) -> None:
+    served.jobs.submit({"dataset": "rows"})
+    adapter = make_adapter(served, lease(served), tmp_path / "adapter", "judge")
+    job = submit(served, adapters=["judge"])
+    served.adapters.delete(adapter)
+    assert run(served)
+    error = served.jobs.get(job.id).error
+    assert error is not None
+    assert error.code == "unknown_adapter"
 
 
 def test_a_deleted_evaluation_leaves_no_answer(served: Services) -> None:

@@ -46,7 +46,9 @@ S = JobStatus
 
 _JOBS = JobRow.__table__.c
 _WAITING = JobRow.__table__.alias("waiting")
-_AHEAD = select(func.count()).where(_WAITING.c.status == S.QUEUED, _WAITING.c.id <= _JOBS.id)
+_AHEAD = select(func.count()).where(
+    _WAITING.c.status == S.QUEUED, _WAITING.c.kind == _JOBS.kind, _WAITING.c.id <= _JOBS.id
+)
 
 JOB_COLUMNS: Select[*tuple[Any, ...]] = select(
     *(_JOBS[name] for name in ("id", "kind", "name", "status", "attempts", "adapter_id")),
@@ -55,7 +57,7 @@ JOB_COLUMNS: Select[*tuple[Any, ...]] = select(
     case((_JOBS.status == S.QUEUED, _AHEAD.scalar_subquery())).label("queue_position"),
 )
 """The columns of a job's answer, in one statement without ORM rows, because clients poll it. Documents are JSON text.
-`queue_position` is 1 for the next job to run, and null if the job does not wait."""
+`queue_position` is 1 for the next job of its kind, and null if the job does not wait."""
 
 _REFERENCES: BindParameter[str] = bindparam("references", expanding=True)
 _BY_REFERENCE = JOB_COLUMNS.where(or_(_JOBS.id.in_(_REFERENCES), _JOBS.name.in_(_REFERENCES)))
