@@ -62,7 +62,7 @@ def _service(settings: Settings, console: Console, *, keep: bool) -> Iterator[ht
             return
         log = settings.home_path / "up.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        console.print(f"[dim]starting veritune up; its log is {log}[/]")
+        console.print(f"[dim]starting veritune up; its log is {log}[/]", soft_wrap=True)
         with log.open("w") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "app.cli", "up"], stdout=out, stderr=out, start_new_session=True

@@ -105,4 +105,4 @@ def evaluate(client: httpx.Client, spec: dict[str, Any], page: Path) -> None:
     report = json.loads(get_artifact(client, job, "report.json"))
     console.print(build_table(report))
     page.write_bytes(get_artifact(client, job, "report.html"))
-    console.print(f"the whole report is in {page}")
+    console.print(f"the whole report is in {page}", soft_wrap=True)

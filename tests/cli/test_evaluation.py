@@ -50,7 +50,7 @@ def test_it_prints_the_table_and_writes_the_page(
     page = tmp_path / "report.html"
     evaluate(client, {"dataset": "rows", "corpus": "pages", "name": "check"}, page)
     printed = capsys.readouterr().out
-    for words in ("check: 6 claims", "tiny, shuffled pages", "always one label", "0.50", str(page.name)):
+    for words in ("check: 6 claims", "tiny, shuffled pages", "always one label", "0.50", str(page)):
         assert words in printed
     assert page.read_text("utf-8").startswith("<!doctype html>")
 
