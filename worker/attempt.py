@@ -7,6 +7,7 @@ often passes is retried first.
 import shutil
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +30,7 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-class Attempt:
+class Attempt(ABC):
     """For one thread. `directory`: the attempt's own. `leaving` is set when this worker must leave."""
 
     def __init__(
@@ -58,9 +59,9 @@ class Attempt:
             log.exception("attempt_broke", job=self._leased.job_id)
             self._end_broken(error)
 
+    @abstractmethod
     def _run(self) -> None:
         """Do the job, and end it. Raises VerituneError for a fault that ends the attempt."""
-        raise NotImplementedError
 
     def _release(self, reason: str, *, strike: bool) -> None:
         self._end(lambda: self._attempts.release(self._lease, reason, strike=strike))

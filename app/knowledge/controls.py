@@ -1,6 +1,7 @@
 """Sources for an evaluation's controls: the same pages as another source, with nothing or with other things to read."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,7 +9,7 @@ from app.domain.corpora import CorpusPage
 from app.knowledge.base import Hit, KnowledgeSource, SearchResult
 
 
-class ControlSource:
+class ControlSource(ABC):
     """Answers as `source` does, but `show` replaces the page that a Search opens."""
 
     def __init__(self, source: KnowledgeSource) -> None:
@@ -36,8 +37,9 @@ class ControlSource:
     def close(self) -> None:
         """The source belongs to its corpus, and stays open."""
 
+    @abstractmethod
     def show(self, page: CorpusPage) -> CorpusPage:
-        raise NotImplementedError
+        """The page that opens in place of `page`."""
 
 
 class EmptySource(ControlSource):
