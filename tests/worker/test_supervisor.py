@@ -19,12 +19,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app.composition import Services, compose
 from app.domain.adapters import adapter_digest
+from app.domain.attempts import TrainOrder
 from app.domain.errors import InvalidError
 from app.domain.jobs import Job, JobAction, JobProgress, JobStatus
 from app.domain.plans import Plan
 from app.domain.specs import TrainSpec
 from tests.conftest import dataset_jsonl
 from tests.waiting import until
+from worker.child import Child
 from worker.device import describe_device
 from worker.supervisor import Supervisor
 
@@ -124,6 +126,28 @@ def test_a_job_runs_to_a_published_adapter(
             assert tensors.get_tensor(key).abs().max() > 0, key
     assert adapter.digest == adapter_digest(services.blobs.put_file(weights).digest, config)
     assert not list(services.settings.work_path.glob("job_*"))
+
+
+def test_the_child_is_told_how_much_memory_the_plan_leaves_it(
+    services: Services, supervisor: Supervisor, submit: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services.devices.report(services.settings.worker_name, describe_device(("gpu",)))
+    orders: list[TrainOrder] = []
+    begin = Child.begin
+
+    def listen(child: Child, order: TrainOrder) -> None:
+        orders.append(order)
+        begin(child, order)
+
+    monkeypatch.setattr(Child, "begin", listen)
+    job = submit(**TRAINER)
+    assert isinstance(job.plan, Plan)
+
+    assert supervisor.work()
+
+    assert services.jobs.get(job.id).status is JobStatus.SUCCEEDED
+    assert job.plan.memory is not None
+    assert [order.resident_limit for order in orders] == [job.plan.memory.between_micro_batches]
 
 
 def test_a_run_whose_loss_rises_is_warned_about_on_the_job_and_on_its_adapter(
