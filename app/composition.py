@@ -25,6 +25,7 @@ from app.services.ledger import Ledger
 from app.services.plans import Plans
 from app.services.predictions import Predictions
 from app.services.stored_predictions import StoredPredictions
+from app.services.syntheses import Syntheses
 from app.settings import Settings
 from app.storage import Blobs, open_blobs
 
@@ -138,6 +139,10 @@ class Services:
             self.predictions,
             self.doorbell,
         )
+
+    @cached_property
+    def syntheses(self) -> Syntheses:
+        return Syntheses(self.database, self.datasets, self.corpora, self.doorbell)
 
     @cached_property
     def idempotency(self) -> Idempotency:

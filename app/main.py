@@ -11,7 +11,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
-from app.api import adapters, corpora, datasets, errors, evaluations, health, jobs, models, predict
+from app.api import adapters, corpora, datasets, errors, evaluations, health, jobs, models, predict, syntheses
 from app.api.guard import Guard
 from app.api.schema import DocumentedApp
 from app.asgi import RequestNormalizer
@@ -75,7 +75,7 @@ def create_app(services: Services | None = None) -> FastAPI:
     app.state.services = served
     errors.install(app)
     # Jobs first: clients poll these routes, and routers are tried in this order.
-    for module in (jobs, evaluations, datasets, adapters, corpora, predict, models, health):
+    for module in (jobs, evaluations, syntheses, datasets, adapters, corpora, predict, models, health):
         app.include_router(module.router)
     _serve_docs(app)
     app.add_middleware(Guard, settings=served.settings)

@@ -69,7 +69,7 @@ class Update:
         return batches_of_update(self._rows, update, self._order.schedule, self._order.spec.seed)
 
     def run(self, batches: list[MicroBatch]) -> None:
-        backward(self.trainable, self.state, batches, sum(batch.labelled for batch in batches))
+        backward(self.trainable, self.state, batches)
         optimizer_step(self.state, 1e-4, gradient_norm(self.state), 1.0)
         self.state.masters.reset()
 

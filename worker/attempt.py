@@ -16,6 +16,7 @@ import structlog
 
 from app.composition import Services
 from app.domain.errors import LeaseLostError, UnavailableError, VerituneError
+from app.domain.jobs import JobStatus
 from app.services.attempts import Leased
 from worker.attempt_error import DISK, TRANSIENT, job_error, may_pass
 from worker.device_reservation import NotReserved
@@ -62,6 +63,14 @@ class Attempt(ABC):
     @abstractmethod
     def _run(self) -> None:
         """Do the job, and end it. Raises VerituneError for a fault that ends the attempt."""
+
+    def _must_stop(self) -> bool:
+        """Whether the user or this worker's end stops the attempt. Raises LeaseLostError, or the heartbeat's fault."""
+        if self._heartbeat.lost.is_set():
+            raise self._lost()
+        if self._heartbeat.full is not None:
+            raise self._heartbeat.full
+        return self._leaving.is_set() or self._heartbeat.status in (JobStatus.CANCELLING, JobStatus.PAUSING)
 
     def _release(self, reason: str, *, strike: bool) -> None:
         self._end(lambda: self._attempts.release(self._lease, reason, strike=strike))

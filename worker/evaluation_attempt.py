@@ -22,7 +22,6 @@ from app.domain.errors import (
     VerituneError,
 )
 from app.domain.evaluations import EvaluationProgress, EvaluationRun, EvaluationSpec
-from app.domain.jobs import JobStatus
 from app.domain.predictions import Prediction
 from app.services.attempts import Leased
 from app.services.evaluations import PreparedEvaluation, build_report
@@ -87,13 +86,6 @@ class EvaluationAttempt(Attempt):
                 raise
             finally:
                 stopped.set()  # the claims that are still being judged end at their next model call
-
-    def _must_stop(self) -> bool:
-        if self._heartbeat.lost.is_set():
-            raise self._lost()
-        if self._heartbeat.full is not None:
-            raise self._heartbeat.full
-        return self._leaving.is_set() or self._heartbeat.status in (JobStatus.CANCELLING, JobStatus.PAUSING)
 
     def _judge(self, prepared: PreparedEvaluation, run: EvaluationRun, index: int, stopped: threading.Event) -> Judged:
         """Judge one claim. While inference does not answer or is busy, wait: a training job may have its device."""

@@ -19,12 +19,13 @@ from worker.attempt import Attempt
 from worker.child import SPARE_BYTES, Spares
 from worker.evaluation_attempt import EvaluationAttempt
 from worker.heartbeat import Heartbeat
+from worker.synthesis_attempt import SynthesisAttempt
 from worker.training_attempt import TrainingAttempt
 
 TRAINING_CHILD = "worker.training"
 """The module that a training job's child process runs."""
 
-KINDS = frozenset({JobKind.TRAIN, JobKind.EVALUATE})
+KINDS = frozenset({JobKind.TRAIN, JobKind.EVALUATE, JobKind.SYNTHESIZE, JobKind.REGROUND})
 """The kinds of job that a worker can run."""
 
 log = structlog.get_logger(__name__)
@@ -86,6 +87,8 @@ class Supervisor:
     def _attempt(self, leased: Leased, directory: Path, heartbeat: Heartbeat) -> Attempt:
         if leased.kind == JobKind.EVALUATE:
             return EvaluationAttempt(self._services, leased, directory, heartbeat, self._leaving)
+        if leased.kind in (JobKind.SYNTHESIZE, JobKind.REGROUND):
+            return SynthesisAttempt(self._services, leased, directory, heartbeat, self._leaving)
         return TrainingAttempt(
             self._services, leased, directory, heartbeat, self._leaving, lambda: self._spares.take(TRAINING_CHILD)
         )

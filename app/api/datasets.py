@@ -6,6 +6,7 @@ from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 
 from app.api.dependencies import AFTER, IdOf, Limit, Page, ServicesDep, form_of, named, on_disk, problems
 from app.api.routing import StrictRoute
+from app.domain.datasets import RowKind
 from app.domain.trajectories import Trajectory
 from app.services.datasets import Dataset
 
@@ -21,7 +22,11 @@ Column = Annotated[str | None, Form(max_length=200, description="The name of thi
     status_code=201,
     summary="Upload a dataset",
     responses={200: {"model": Dataset, "description": "A dataset with this content exists already"}, **problems(409)},
-    dependencies=[form_of("file", "name", "claim_column", "trajectories_column", "label_column", "split_column")],
+    dependencies=[
+        form_of(
+            "file", "name", "claim_column", "trajectories_column", "label_column", "page_column", "split_column", "kind"
+        )
+    ],
 )
 def upload_dataset(
     services: ServicesDep,
@@ -33,22 +38,33 @@ def upload_dataset(
     claim_column: Column = None,
     trajectories_column: Column = None,
     label_column: Column = None,
+    page_column: Column = None,
     split_column: Column = None,
+    kind: Annotated[
+        RowKind,
+        Form(
+            description="`claims`: the rows are claims with labels, and with `page` or `evidence` if known. No steps."
+        ),
+    ] = "trajectories",
 ) -> Dataset:
     """Validate a file row by row and keep the rows that can be trained on.
 
     The response counts the rows that were kept, repaired, warned about and refused. Each finding names its line. One
     kept row is enough for a dataset. Uploading the same content again returns the same dataset (200).
+
+    With `kind=claims` a row needs a claim and a label only. Such a dataset can be judged by `POST /evaluations`, and
+    `POST /datasets/synthesize` makes trajectories of it.
     """
     given = {
         "claim": claim_column,
         "trajectories": trajectories_column,
         "label": label_column,
+        "page": page_column,
         "split": split_column,
     }
     columns = {word: column for word, column in given.items() if column}
     with on_disk(file, services.datasets.scratch_file()) as path:
-        made, new = services.datasets.create(path, file.filename or "upload", file.content_type, name, columns)
+        made, new = services.datasets.create(path, file.filename or "upload", file.content_type, name, columns, kind)
     response.status_code = 201 if new else 200
     return made
 

@@ -8,7 +8,7 @@ import typer
 import uvicorn
 from typer.core import TyperGroup
 
-from app.cli import corpora, demo, evaluation, models, up
+from app.cli import corpora, demo, evaluation, models, synthesis, up
 from app.cli.client import client_of
 from app.cli.errors import CommandError
 from app.cli.rerun import rerun
@@ -143,6 +143,41 @@ def evaluate_command(
         spec["controls"] = []
     with client_of(_settings(port=port, host=host)) as client:
         evaluation.evaluate(client, spec, page)
+
+
+@application.command("synthesize")
+def synthesize_command(
+    dataset: str,
+    corpus: Annotated[str | None, typer.Option(help="Corpus to search; default is the promoted one.")] = None,
+    output: Annotated[str | None, typer.Option(help="Name of the new dataset.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job.")] = None,
+    max_claims: Annotated[int | None, typer.Option(min=1, help="Only the dataset's first claims.")] = None,
+    report: Annotated[Path, typer.Option(help="Where the report is written, as JSON.")] = Path("synthesis.json"),
+    port: Port = None,
+    host: Host = None,
+) -> None:
+    """Make trajectories to train on from a dataset's labelled claims, by running Search and Lookup on a corpus."""
+    asked = {"corpus": corpus, "output": output, "name": name, "max_claims": max_claims}
+    spec = {"dataset": dataset} | {key: value for key, value in asked.items() if value}
+    with client_of(_settings(port=port, host=host)) as client:
+        synthesis.run(client, "/datasets/synthesize", spec, report)
+
+
+@application.command("reground")
+def reground_command(
+    dataset: str,
+    corpus: Annotated[str | None, typer.Option(help="Corpus to search; default is the promoted one.")] = None,
+    output: Annotated[str | None, typer.Option(help="Name of the new dataset.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job.")] = None,
+    report: Annotated[Path, typer.Option(help="Where the report is written, as JSON.")] = Path("reground.json"),
+    port: Port = None,
+    host: Host = None,
+) -> None:
+    """Replay a dataset's Actions on a corpus, and replace its Observations by what that answers."""
+    asked = {"corpus": corpus, "output": output, "name": name}
+    options = {key: value for key, value in asked.items() if value}
+    with client_of(_settings(port=port, host=host)) as client:
+        synthesis.run(client, f"/datasets/{dataset}/reground", options, report)
 
 
 @application.command("rerun")

@@ -17,7 +17,8 @@ from rich.markup import escape
 from app.cli.client import client_of, get, ok
 from app.cli.demo_state import DEMO, demo_spec, leave_paused, store_prediction, upload
 from app.cli.errors import CommandError
-from app.cli.evaluation import LABELS, build_table, follow_evaluation, follow_job, get_artifact
+from app.cli.evaluation import LABELS, build_table, follow_evaluation, get_artifact
+from app.cli.follow import follow_job
 from app.settings import Settings
 
 START_SECONDS = 600.0

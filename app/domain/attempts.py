@@ -50,22 +50,25 @@ class TrainOrder(Frozen):
 class EncodedBranch(Frozen):
     """A continuation that branches off a trajectory after its first `at` tokens.
 
-    `ids`: the continuation's token ids. `trained`: half-open spans of `ids` that carry a loss."""
+    `ids`: the continuation's token ids. `trained`: half-open spans of `ids` that carry a loss. `verdict`: index in
+    `ids` of the verdict's first token, None without a verdict."""
 
     at: int
     ids: tuple[int, ...]
     trained: tuple[tuple[int, int], ...]
+    verdict: int | None = None
 
 
 class EncodedRow(Frozen):
     """One trajectory as token ids. Training learns only rows of the split `train`.
 
-    `trained`: half-open spans of `ids` that carry a loss. `branch`: the verdict branch, without the tokens that it
-    shares with the trajectory."""
+    `trained`: half-open spans of `ids` that carry a loss. `verdict`: index in `ids` of the verdict's first token.
+    `branch`: the verdict branch, without the tokens that it shares with the trajectory."""
 
     line: int
     ids: tuple[int, ...]
     trained: tuple[tuple[int, int], ...]
+    verdict: int | None = None
     branch: EncodedBranch | None = None
     part: SplitName = SplitName.TRAIN
 
@@ -117,7 +120,8 @@ class EvaluationFinished(Frozen):
     """The validation or test rows were evaluated.
 
     `loss`: mean over their labelled tokens, None if it is not finite. `accuracy`: share of labelled tokens for which
-    the model's most probable token is the right one. `best`: this loss is lower than all earlier ones.
+    the model's most probable token is the right one. `verdict_accuracy`: the same of the verdicts behind the last
+    Observation, without a Thought; None if no row has that branch. `best`: this loss is lower than all earlier ones.
 
     A validation is reported before its update's metrics. If a command interrupted it, it is reported after the resume.
     """
@@ -128,6 +132,7 @@ class EvaluationFinished(Frozen):
     rows: int
     loss: float | None
     accuracy: float
+    verdict_accuracy: float | None = None
     best: bool = False
     seconds: float
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field
 
@@ -48,6 +49,7 @@ _MEANINGS: dict[Severity, dict[str, str]] = {
         "extra_key": "a step has keys that are not read",
         "bad_label": "a label is no verdict; it is not used",
         "bad_evidence": "the evidence is not a list of [page, sentence number]; what cannot be read is left out",
+        "bad_page": "the page is not a title; it is not used",
         "claim_column_unread": "a chat row's claim column holds no text; the claim is taken from the messages",
         "bad_split": "the split is not 0, 1, 2, train, validation or test; the row is kept without one",
     },
@@ -107,12 +109,18 @@ def build_finding(line: int, code: str, message: str) -> Finding:
     return Finding(line=line, code=code, severity=SEVERITY_BY_CODE[code], message=message)
 
 
-class Columns(Frozen):
-    """Names of the upload's columns."""
+RowKind = Literal["trajectories", "claims"]
+"""What an upload's rows are: trajectories with their steps, or claims with labels only."""
 
+
+class Columns(Frozen):
+    """Names of the upload's columns. `kind`: what its rows are."""
+
+    kind: RowKind = "trajectories"
     claim: str = "claim"
     trajectories: str = "trajectories"
     label: str = "label"
+    page: str = "page"
     split: str = "split"
 
 
@@ -166,7 +174,8 @@ _CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_ke
 def canonical_line(trajectory: Trajectory) -> bytes:
     """The trajectory as one line of canonical JSONL: sorted keys, no spaces, UTF-8, a newline at the end.
 
-    A row without a split has no key `split`. So datasets of earlier versions, which had no splits, keep their digests.
+    A row without a split has no key `split`, and one without a page no key `page`. So datasets of earlier versions,
+    which had neither, keep their digests.
     """
     steps = [
         {"action": str(step.action), "observation": step.observation, "thought": step.thought}
@@ -178,6 +187,8 @@ def canonical_line(trajectory: Trajectory) -> bytes:
         "label": trajectory.verdict.value,
         "steps": steps,
     }
+    if trajectory.page is not None:
+        row["page"] = trajectory.page
     if trajectory.split is not None:
         row["split"] = trajectory.split.value
     return _CANONICAL.encode(row).encode() + b"\n"
@@ -191,7 +202,9 @@ def read_canonical(line: bytes) -> Trajectory:
         for step in row["steps"]
     )
     evidence = tuple(Evidence(page=page, sentence=sentence) for page, sentence in row["evidence"])
-    trajectory = Trajectory(claim=row["claim"], steps=steps, evidence=evidence, split=row.get("split"))
+    trajectory = Trajectory(
+        claim=row["claim"], steps=steps, evidence=evidence, page=row.get("page"), split=row.get("split")
+    )
     if row["label"] != trajectory.verdict:
         raise ValueError(f"labelled {row['label']!r}, but finishes with {trajectory.verdict.value!r}")
     return trajectory

@@ -16,6 +16,7 @@ from app.domain.react import (
     SegmentKind,
     build_action_opening,
     build_header,
+    build_label,
     render_turn,
 )
 from app.domain.trajectories import ActionName, Step, Trajectory
@@ -118,7 +119,7 @@ class Encoder:
 
     def map_verdict_tokens(self) -> dict[int, Verdict]:
         """First token of each verdict → the verdict."""
-        labels = [Segment(SegmentKind.ARGUMENT, verdict.value, trained=True) for verdict in Verdict]
+        labels = [build_label(verdict) for verdict in Verdict]
         return {token: Verdict(s.text) for token, s in self.map_first_tokens(labels).items()}
 
     def get_observation_budget(self, used: int, limit: int) -> int:

@@ -91,7 +91,7 @@ class GoldClaim(Frozen):
     page: str | None
     evidence: tuple[tuple[str, int], ...] = ()
     read: str = ""
-    """The text of the dataset's own Observations."""
+    """The text of the dataset's own Observations; if it has none, the first sentences of the page."""
 
 
 class Share(Frozen):

@@ -22,6 +22,7 @@ from app.domain.evaluations import EvaluationPlan, EvaluationProgress, Evaluatio
 from app.domain.frozen import Frozen
 from app.domain.plans import Plan
 from app.domain.specs import JobKind, TrainSpec
+from app.domain.synthesis import RegroundSpec, SynthesisPlan, SynthesisProgress, SynthesisSpec
 
 
 class JobStatus(StrEnum):
@@ -113,8 +114,9 @@ class JobProgress(Frozen):
     warnings: tuple[str, ...] = ()
 
 
-JobSpec = Annotated[TrainSpec | EvaluationSpec, Field(discriminator="kind")]
-JobPlan = Annotated[Plan | EvaluationPlan, Field(discriminator="kind")]
+JobSpec = Annotated[TrainSpec | EvaluationSpec | SynthesisSpec | RegroundSpec, Field(discriminator="kind")]
+JobPlan = Annotated[Plan | EvaluationPlan | SynthesisPlan, Field(discriminator="kind")]
+AnyProgress = JobProgress | EvaluationProgress | SynthesisProgress
 
 
 class Lease(Frozen):
@@ -135,7 +137,7 @@ class Job(Frozen):
     status: JobStatus
     spec: JobSpec
     plan: JobPlan | None
-    progress: JobProgress | EvaluationProgress | None
+    progress: AnyProgress | None
     queue_position: int | None
     attempts: int
     adapter_id: str | None

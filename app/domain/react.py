@@ -92,6 +92,11 @@ def build_action_opening(name: ActionName) -> Segment:
     return Segment(SegmentKind.ACTION, f" {name}[", trained=True)
 
 
+def build_label(verdict: Verdict) -> Segment:
+    """The argument of Finish."""
+    return Segment(SegmentKind.ARGUMENT, verdict.value, trained=True)
+
+
 CLOSE = Segment(SegmentKind.CLOSE, "]", trained=True)
 TURN_END = Segment(SegmentKind.TURN_END, "\n", trained=True)
 END = Segment(SegmentKind.END, "", trained=True)
@@ -145,9 +150,8 @@ class ReactFormat(Frozen):
 
     def render_labelled_branch(self, trajectory: Trajectory) -> list[Segment]:
         """The verdict branch with its label. Only the label, CLOSE and END are trained."""
-        label = Segment(SegmentKind.ARGUMENT, trajectory.verdict.value, trained=True)
         opening = self.render_verdict_branch(trajectory.claim, trajectory.steps[:-1])
-        return [*(Segment(s.kind, s.text, False) for s in opening), label, CLOSE, END]
+        return [*(Segment(s.kind, s.text, False) for s in opening), build_label(trajectory.verdict), CLOSE, END]
 
 
 def render_turn(number: int, thought: str, action: Action) -> list[Segment]:

@@ -13,7 +13,15 @@ from functools import lru_cache
 from pydantic import ValidationError
 
 from app.domain.chat import ChatClaim
-from app.domain.claims import Verdict, check_claim, is_blank, parse_verdict, to_one_line
+from app.domain.claims import (
+    STEP_MARKER,
+    Verdict,
+    check_claim,
+    forbidden_character,
+    is_blank,
+    parse_verdict,
+    to_one_line,
+)
 from app.domain.datasets import Columns, Finding, SourceRow
 from app.domain.evidence import read_evidence
 from app.domain.react import RawStep
@@ -28,6 +36,9 @@ from app.domain.row_formats import (
 )
 from app.domain.splits import SplitName, read_split_name
 from app.domain.trajectories import Action, ActionName, Evidence, Step, Trajectory, parse_action
+
+PAGE_LIMIT = 300
+"""Longest title of a claim's page, in characters."""
 
 _LABEL = re.compile(r"\bLabel\s*:")
 _FINISH = re.compile(r"finish\s*(?:\[(.*)\])?\.?", re.IGNORECASE | re.DOTALL)
@@ -55,11 +66,19 @@ def read_row(row: SourceRow, columns: Columns) -> RowResult:
     source, value = find_steps_column(row, columns)
     label, trajectory = None, None
     try:
-        written = read_raw_trajectory(value, source, findings)
+        if columns.kind == "claims":
+            source, written = "", RawTrajectory(ChatClaim(), "", [])
+        else:
+            written = read_raw_trajectory(value, source, findings)
         claim = _read_claim(row.fields.get(columns.claim), written.claim, columns.claim, findings)
         label = _read_label(row.fields.get(columns.label), columns.label, findings)
         evidence = _read_evidence(row.fields.get("evidence"), findings)
-        trajectory = _build_trajectory(claim, written, label, evidence, findings)
+        if columns.kind == "claims":
+            trajectory = _build_claim_only(claim, label, columns.label, evidence)
+        else:
+            trajectory = _build_trajectory(claim, written, label, evidence, findings)
+        if (page := _read_page(row.fields.get(columns.page), columns.page, findings)) is not None:
+            trajectory = trajectory.model_copy(update={"page": page})
         if (split := _read_split(row.fields.get(columns.split), columns.split, findings)) is not None:
             trajectory = trajectory.model_copy(update={"split": split})
     except RefusedError as refused:
@@ -133,6 +152,17 @@ def _read_evidence(value: object, findings: RowFindings) -> tuple[Evidence, ...]
     return evidence
 
 
+def _read_page(value: object, name: str, findings: RowFindings) -> str | None:
+    """The title of the claim's page. A bad value is a warning only."""
+    if value is None or _is_blank(value):
+        return None
+    title = to_one_line(value) if isinstance(value, str) and not forbidden_character(value) else ""
+    if not title or len(title) > PAGE_LIMIT or STEP_MARKER.search(title):
+        findings.add("bad_page", f"{name!r} is not a page's title and is not used")
+        return None
+    return title
+
+
 def _read_split(value: object, name: str, findings: RowFindings) -> SplitName | None:
     """The row's split. A bad value is a warning only, because many files have a `split` column of another meaning."""
     try:
@@ -160,6 +190,13 @@ def _build_trajectory(
     built = tuple(_build_step(raw, number, number == last) for number, raw in enumerate(finished, start=1))
     _note_control_tokens(claim, built, findings)
     return Trajectory(claim=claim, steps=built, evidence=evidence)
+
+
+def _build_claim_only(claim: str, label: Verdict | None, name: str, evidence: tuple[Evidence, ...]) -> Trajectory:
+    if label is None:
+        raise RefusedError("no_verdict", f"the row has no label that is a verdict in {name!r}; {_SPELL}")
+    finish = Step(thought="", action=Action(name=ActionName.FINISH, argument=label.value))
+    return Trajectory(claim=claim, steps=(finish,), evidence=evidence)
 
 
 def _note_control_tokens(claim: str, steps: Sequence[Step], findings: RowFindings) -> None:

@@ -29,6 +29,7 @@ class JobKind(StrEnum):
     EXPORT = "export"
     EVALUATE = "evaluate"
     SYNTHESIZE = "synthesize"
+    REGROUND = "reground"
     DISTILL = "distill"
 
 
@@ -99,7 +100,8 @@ class Trainer(Spec):
 
     The effective batch is `batch_size` × `gradient_accumulation_steps`. Three numbers that contradict each other are
     refused. `early_stop`: training ends after so many evaluations in a row without a lower validation loss; -1 and 0
-    disable it.
+    disable it. `verdict_weight`: the weight of a verdict's first token in the loss; every other trained token has 1.
+    The weighted losses are divided by the sum of their weights.
     """
 
     type: Literal["finetune"] = "finetune"
@@ -118,6 +120,7 @@ class Trainer(Spec):
     enable_gradient_checkpointing: Literal["auto"] | bool = "auto"
     train_on_observations: bool = False
     verdict_branch: Fraction = 0.25
+    verdict_weight: Annotated[Real, Field(ge=1, le=1_000)] = 1.0
 
     @model_validator(mode="after")
     def _batches_agree(self) -> Self:

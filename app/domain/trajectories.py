@@ -108,12 +108,14 @@ class Evidence(Frozen):
 class Trajectory(Frozen):
     """A claim's steps and verdict. Only the last step is Finish, with that verdict.
 
-    `split`: from the upload's split column, None if there is no such column.
+    `page`: title of the page that the claim is about, None if the dataset does not say. `split`: from the upload's
+    split column, None if there is no such column.
     """
 
     claim: Claim
     steps: tuple[Step, ...]
     evidence: tuple[Evidence, ...] = ()
+    page: Line | None = None
     split: SplitName | None = None
 
     @model_validator(mode="after")

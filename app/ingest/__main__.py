@@ -34,7 +34,8 @@ def _limit_self(limits: IngestLimits) -> None:
 
 
 def _result(order: dict[str, Any], limits: IngestLimits) -> dict[str, Any]:
-    upload = Upload(Path(order["path"]), order["filename"], order["content_type"], read_columns(order["columns"]))
+    columns = read_columns(order["columns"], order["kind"])
+    upload = Upload(Path(order["path"]), order["filename"], order["content_type"], columns)
     try:
         report, digest = write_canonical(upload, Path(CANONICAL), rows_limit=limits.rows, line_bytes=limits.row_bytes)
     except InvalidError as error:

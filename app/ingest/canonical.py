@@ -53,6 +53,7 @@ def _nothing_kept(report: DatasetReport, builder: DatasetReportBuilder, columns:
     for code, role, wanted in (
         ("missing_trajectory", "trajectories", columns.trajectories),
         ("missing_claim", "claim", columns.claim),
+        *([("no_verdict", "label", columns.label)] if columns.kind == "claims" else []),
     ):
         if names and report.codes.get(code) == report.rows_read and wanted not in names:
             return missing_column(role, wanted, names)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.domain.datasets import DatasetReport
+from app.domain.datasets import DatasetReport, RowKind
 from app.domain.errors import InvalidError, Problem
 from app.ingest.columns import read_columns
 
@@ -59,15 +59,17 @@ def ingest(
     out_dir: Path,
     *,
     columns: Mapping[str, str] | None = None,
+    kind: RowKind = "trajectories",
     limits: IngestLimits | None = None,
 ) -> IngestResult:
     """Reads the file at `path` into `out_dir/<digest>.jsonl`. `filename` is the sender's name for it.
 
-    `columns` maps claim, trajectories, label and split to the file's own column names. Raises InvalidError when the
+    `columns` maps claim, trajectories, label, page and split to the own column names of the file, whose rows are of
+    `kind`. Raises InvalidError when the
     file is bad or exceeds a limit, and RuntimeError when the reader itself fails.
     """
     limits = limits or IngestLimits()
-    read_columns(columns)
+    read_columns(columns, kind)
     work = Path(tempfile.mkdtemp(prefix=".ingest-", dir=out_dir))
     try:
         order = {
@@ -75,6 +77,7 @@ def ingest(
             "filename": filename,
             "content_type": content_type,
             "columns": dict(columns or {}),
+            "kind": kind,
             "limits": asdict(limits),
         }
         return _collect(_run(order, work, limits), work, out_dir)

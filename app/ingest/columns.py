@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from app.domain.datasets import Columns
+from app.domain.datasets import Columns, RowKind
 from app.domain.errors import InvalidError, Problem
 from app.domain.spelling import find_correction
 
@@ -14,9 +14,9 @@ _OTHER_WORDS = {
 _SHOWN = 20
 
 
-def read_columns(given: Mapping[str, str] | None) -> Columns:
+def read_columns(given: Mapping[str, str] | None, kind: RowKind = "trajectories") -> Columns:
     """The column mapping that a user sent. Raises InvalidError `bad_columns`."""
-    known = tuple(Columns.model_fields)
+    known = tuple(name for name in Columns.model_fields if name != "kind")
     for key, name in (given or {}).items():
         if key not in known:
             raise InvalidError(
@@ -26,7 +26,7 @@ def read_columns(given: Mapping[str, str] | None) -> Columns:
             )
         if not isinstance(name, str) or not name.strip():
             raise InvalidError(f"{_field(key)} is no column's name", code="bad_columns")
-    return Columns(**{key: name.strip() for key, name in (given or {}).items()})
+    return Columns(kind=kind, **{key: name.strip() for key, name in (given or {}).items()})
 
 
 def check_header(names: Sequence[str], columns: Columns, shapes: Iterable[str] = ()) -> frozenset[str]:
@@ -34,13 +34,20 @@ def check_header(names: Sequence[str], columns: Columns, shapes: Iterable[str] =
 
     Raises InvalidError: `missing_column` with the names found and a did-you-mean, `duplicate_column`.
     """
-    source = next((name for name in (columns.trajectories, *shapes) if name in names), None)
+    source: str | None
+    if columns.kind == "claims":
+        source = columns.label if columns.label in names else None
+        role = "label"
+    else:
+        source = next((name for name in (columns.trajectories, *shapes) if name in names), None)
+        role = "trajectories"
     if columns.claim not in names and source != "messages":
         raise missing_column("claim", columns.claim, names)
     if source is None:
-        raise missing_column("trajectories", columns.trajectories, names)
+        raise missing_column(role, getattr(columns, role), names)
     also = ("evidence",) if shapes else ()
-    used = [name for name in (columns.claim, source, columns.label, columns.split, *also) if name in names]
+    wanted = (columns.claim, source, columns.label, columns.page, columns.split, *also)
+    used = [name for name in dict.fromkeys(wanted) if name in names]
     for name in used:
         if names.count(name) > 1:
             raise InvalidError(
@@ -64,6 +71,8 @@ def missing_column(role: str, wanted: str, names: Sequence[str]) -> InvalidError
     close = _closest(role, wanted, names)
     hint = f"did you mean {close[:40]!r}? Send {_field(role)}={close[:40]}" if close else None
     hint = hint or f"rename the column that holds the {role} to {wanted[:40]!r}, or name it in {_field(role)}"
+    if role == "trajectories" and not close:
+        hint += "; for claims with labels and without steps, send kind=claims"
     return InvalidError(
         f"{message}; {hint}", code="missing_column", problems=(Problem((_field(role),), message, hint),)
     )

@@ -106,7 +106,7 @@ def _detect_unparsed_json(line: bytes, newline: bytes) -> Format:
 
 
 def _detect_other_text(text: bytes, suffix: str, named: Format | None, columns: Columns) -> Format:
-    if columns.trajectories in header_names(text):
+    if (columns.claim if columns.kind == "claims" else columns.trajectories) in header_names(text):
         return Format.CSV
     if suffix == ".parquet":
         raise InvalidError(

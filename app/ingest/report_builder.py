@@ -115,7 +115,8 @@ class DatasetReportBuilder:
     def _used_columns(self, row: SourceRow, source: str) -> frozenset[str]:
         evidence = "" if isinstance(row.fields.get("evidence"), str) else "evidence"
         empty = [name for name in ("evidence", "steps", "messages") if row.fields.get(name, "") is None]
-        own = (self.columns.claim, self.columns.trajectories, self.columns.label, self.columns.split)
+        columns = self.columns
+        own = (columns.claim, columns.trajectories, columns.label, columns.page, columns.split)
         return frozenset((*own, source, evidence, *empty))
 
     def _note_columns(self, line: int, names: tuple[str, ...], used: frozenset[str]) -> None:

@@ -9,9 +9,10 @@ QUEUES: dict[JobKind, str] = {
     JobKind.EXPORT: "gpu",
     JobKind.EVALUATE: "cpu",
     JobKind.SYNTHESIZE: "cpu",
+    JobKind.REGROUND: "cpu",
     JobKind.DISTILL: "cpu",
 }
-"""Job kind → the queue whose workers run it: `gpu` needs tensors, `cpu` predicts through inference."""
+"""Job kind → the queue whose workers run it: `gpu` needs tensors, `cpu` predicts or reads a corpus."""
 
 
 def kinds_of(queues: tuple[str, ...]) -> tuple[str, ...]:

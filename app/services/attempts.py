@@ -140,7 +140,10 @@ class Attempts:
     def evaluated(self, lease: Lease, found: EvaluationFinished) -> None:
         """Record an evaluation as an event. Add it to the metrics of its update, if those are stored already."""
         measured = "not finite" if found.loss is None else f"{found.loss:.4f}"
-        message = f"{found.part} loss {measured}, token accuracy {found.accuracy:.1%} at update {found.update}"
+        message = f"{found.part} loss {measured}, token accuracy {found.accuracy:.1%}"
+        if found.verdict_accuracy is not None:
+            message += f", verdict accuracy {found.verdict_accuracy:.1%}"
+        message += f" at update {found.update}"
         with self._database.write() as unit:
             unit.jobs.write(lease, owner=lease.owner)
             unit.jobs.add_event(

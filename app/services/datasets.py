@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from app.db import Database, Unit
 from app.db.tables import DatasetRow
-from app.domain.datasets import DatasetReport, read_canonical
+from app.domain.datasets import DatasetReport, RowKind, read_canonical
 from app.domain.errors import ConflictError, NotFoundError
 from app.domain.frozen import Frozen
 from app.domain.identity import new_id
@@ -55,14 +55,20 @@ class Datasets:
         sweep(self._scratch, "upload-*", "ingest-*")
 
     def create(
-        self, upload: Path, filename: str, content_type: str | None, name: str | None, columns: dict[str, str]
+        self,
+        upload: Path,
+        filename: str,
+        content_type: str | None,
+        name: str | None,
+        columns: dict[str, str],
+        kind: RowKind = "trajectories",
     ) -> tuple[Dataset, bool]:
         """(the dataset, whether it is new). The same content gives the same dataset, under its first name."""
         check_name(name)
         filename = shown_filename(filename)
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ingest-") as directory:
-            read = ingest(upload, filename, content_type, Path(directory), columns=columns)
+            read = ingest(upload, filename, content_type, Path(directory), columns=columns, kind=kind)
             with self._database.read() as unit:
                 if same := _find_existing(unit, read.digest, name):
                     return same, False
@@ -100,6 +106,10 @@ class Datasets:
     def get(self, reference: str) -> Dataset:
         with self._database.read() as unit:
             return _to_dataset(_get_row(unit, reference))
+
+    def has(self, reference: str) -> bool:
+        with self._database.read() as unit:
+            return unit.datasets.find(reference) is not None
 
     def list_datasets(self, after: str | None, limit: int) -> tuple[list[Dataset], bool]:
         with self._database.read() as unit:

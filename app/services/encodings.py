@@ -19,6 +19,7 @@ from app.domain.encoding import EncodedSequence, Encoder
 from app.domain.errors import InvalidError, NotFoundError, Problem
 from app.domain.frozen import Frozen
 from app.domain.plans import OverlengthRow, TokenLengths
+from app.domain.react import CLOSE, END, build_label
 from app.domain.spec_parser import MAX_PROBLEMS
 from app.domain.specs import TrainSpec
 from app.domain.splits import SplitName, draw_split
@@ -27,7 +28,7 @@ from app.storage import Blobs
 from app.storage.blobs import hash_file
 
 MAX_NOTES = 10_000
-REVISION = 4
+REVISION = 5
 """Increase it if the same inputs give other ids, so that blobs of older versions are not reused."""
 
 
@@ -56,6 +57,11 @@ class EncodingSummary(Frozen):
     def usable_rows(self) -> int:
         """Rows of all parts that were not dropped."""
         return self.trained + self.validation + self.test
+
+    @property
+    def protected_share(self) -> float:
+        """Share of the usable rows that were trimmed around a quotation."""
+        return self.protected / self.usable_rows
 
 
 class Encodings:
@@ -231,13 +237,17 @@ def _encode_trajectory(trajectory: Trajectory, spec: TrainSpec, encoder: Encoder
 
 def _encode_row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Encoder, tally: _Tally) -> EncodedRow:
     whole, part = _encode_trajectory(trajectory, spec, encoder), _choose_part(trajectory, line, spec)
+    # The verdict, CLOSE and END are the last segments, with and without the branch.
+    from_end = sum(len(encoder.encode_segment(segment)) for segment in (build_label(trajectory.verdict), CLOSE, END))
+    verdict = len(whole.ids) - from_end
     if not _has_branch(line, spec):
-        return tally.row(EncodedRow(line=line, ids=whole.ids, trained=whole.trained, part=part), whole.labelled)
+        row = EncodedRow(line=line, ids=whole.ids, trained=whole.trained, verdict=verdict, part=part)
+        return tally.row(row, whole.labelled)
     branch = encoder.encode(encoder.form.render_labelled_branch(trajectory))
     at = encoder.count_tokens(encoder.form.render_prompt(trajectory.claim, trajectory.steps[:-1]))
     trained = tuple((start - at, end - at) for start, end in branch.trained)
-    own = EncodedBranch(at=at, ids=branch.ids[at:], trained=trained)
-    row = EncodedRow(line=line, ids=whole.ids, trained=whole.trained, branch=own, part=part)
+    own = EncodedBranch(at=at, ids=branch.ids[at:], trained=trained, verdict=len(branch.ids) - at - from_end)
+    row = EncodedRow(line=line, ids=whole.ids, trained=whole.trained, verdict=verdict, branch=own, part=part)
     return tally.row(row, whole.labelled + branch.labelled)
 
 

@@ -3,15 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import islice
 
-from sqlalchemy.exc import IntegrityError
-
 from app.db import Database
-from app.db.tables import EvaluationAnswerRow, JobRow
+from app.db.tables import EvaluationAnswerRow
 from app.domain.calibration import LEAST_CLAIMS, fit_calibration
-from app.domain.errors import ConflictError, InvalidError, Problem
+from app.domain.errors import InvalidError, Problem
 from app.domain.evaluation_report import build_baselines, build_run_report, compare
 from app.domain.evaluations import (
     ControlName,
@@ -22,12 +19,11 @@ from app.domain.evaluations import (
     EvaluationSpec,
     GoldClaim,
 )
-from app.domain.identity import new_id
-from app.domain.jobs import JobStatus, Lease
+from app.domain.jobs import Lease
 from app.domain.predictions import Prediction, PredictRequest
-from app.domain.specs import JobKind
 from app.domain.trajectories import ActionName, Trajectory
 from app.knowledge import KnowledgeSource
+from app.knowledge.base import SENTENCES_SHOWN
 from app.knowledge.controls import EmptySource, ShuffledSource
 from app.queue import Doorbell
 from app.services.adapters import Adapters
@@ -37,6 +33,7 @@ from app.services.datasets import Datasets
 from app.services.naming import check_name
 from app.services.predictions import Predictions
 from app.services.prompt_session import IsCancelled
+from app.services.submission import queue_job
 
 MAX_ANSWERS = 20_000
 """Claims times runs of one evaluation. Its answers are in memory while it runs: about 20 KB each."""
@@ -93,33 +90,10 @@ class Evaluations:
         """
         check_name(spec.name)
         plan = self._plan(spec)
-        job_id = new_id("job")
-        name = spec.name or f"evaluation-{job_id[-8:]}"
-        row = JobRow(
-            id=job_id,
-            kind=JobKind.EVALUATE.value,
-            name=name,
-            status=JobStatus.QUEUED.value,
-            spec=spec.model_copy(update={"dataset": plan.dataset, "corpus": plan.corpus}).model_dump(mode="json"),
-            plan=plan.model_dump(mode="json"),
-            progress=EvaluationProgress(total=plan.claims * len(plan.runs)).model_dump(mode="json"),
-            error=None,
-            dataset_id=plan.dataset,
-            base_model=plan.runs[0].base_model,
-            created_at=datetime.now(UTC),
-        )
-        try:
-            with self._database.write() as unit:
-                unit.jobs.add(row)
-                data = {"claims": plan.claims, "runs": len(plan.runs)}
-                unit.jobs.add_event(job_id, "queued", "waiting for a worker", "info", data)
-        except IntegrityError:
-            self._datasets.get(plan.dataset)  # raises NotFoundError if it was deleted meanwhile
-            raise ConflictError(
-                f"there is a job named {name!r} already; choose another name or leave it out", code="name_taken"
-            ) from None
-        self._doorbell.ring(job_id, JobKind.EVALUATE)
-        return job_id
+        progress = EvaluationProgress(total=plan.claims * len(plan.runs))
+        details = {"claims": plan.claims, "runs": len(plan.runs)}
+        base = plan.runs[0].base_model
+        return queue_job(self._database, self._doorbell, self._datasets, spec, plan, progress, details, base)
 
     def _plan(self, spec: EvaluationSpec) -> EvaluationPlan:
         dataset = self._datasets.get(spec.dataset)
@@ -292,19 +266,23 @@ def _refuse_without_effect(spec: EvaluationSpec) -> None:
 
 
 def _to_gold(row: Trajectory, source: KnowledgeSource) -> GoldClaim:
-    """The page: of the evidence; else the one that the last Search of the trajectory opens."""
+    """The page: the row's own; else of the evidence; else the one that the last Search of the trajectory opens."""
     searched = [step.action.argument for step in row.steps if step.action.name is ActionName.SEARCH]
     titles = {
         name: page.title
-        for name in (*{one.page for one in row.evidence}, *searched[-1:])
+        for name in (*{one.page for one in row.evidence}, *searched[-1:], *([row.page] if row.page else []))
         if (page := source.search(name).page)
     }
     evidence = tuple((titles.get(one.page, one.page), one.sentence) for one in row.evidence)
-    pages = [page for page, _ in evidence] or [titles[name] for name in searched[-1:] if name in titles]
+    own = [titles.get(row.page, row.page)] if row.page else []
+    pages = own or [page for page, _ in evidence] or [titles[name] for name in searched[-1:] if name in titles]
+    observed = [step.observation for step in row.steps if step.observation]
+    if not observed and pages and (opened := source.search(pages[0]).page):
+        observed = list(opened.sentences[:SENTENCES_SHOWN])
     return GoldClaim(
         claim=row.claim,
         label=row.verdict,
         page=pages[0] if pages else None,
         evidence=evidence,
-        read=" ".join(step.observation for step in row.steps if step.observation),
+        read=" ".join(observed),
     )

@@ -12,11 +12,11 @@ from sqlalchemy.exc import IntegrityError
 from app.db import Database, Unit
 from app.db.tables import CheckpointRow, JobRow
 from app.domain.errors import ConflictError, InvalidError, Loc, NotFoundError, Problem
-from app.domain.evaluations import EvaluationProgress
 from app.domain.identity import new_id
 from app.domain.jobs import (
     ACTION_TRANSITIONS,
     TERMINAL,
+    AnyProgress,
     Checkpoint,
     Event,
     Job,
@@ -47,7 +47,7 @@ _MESSAGES = {
 
 _SPEC: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
 _PLAN: TypeAdapter[JobPlan | None] = TypeAdapter(JobPlan | None)
-_PROGRESS: TypeAdapter[JobProgress | EvaluationProgress | None] = TypeAdapter(JobProgress | EvaluationProgress | None)
+_PROGRESS: TypeAdapter[AnyProgress | None] = TypeAdapter(AnyProgress | None)
 _ERROR: TypeAdapter[JobError | None] = TypeAdapter(JobError | None)
 _NOTHING = "null"
 

@@ -21,7 +21,8 @@ from app.services.devices import Devices
 from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
 from app.services.initial_adapter import pin_initial_adapter
 from app.services.ledger import Ledger
-from app.services.splits import check_parts, check_split_column, empty_parts
+from app.services.plan_warnings import list_warnings
+from app.services.splits import check_parts, check_split_column
 from app.services.targets import check_targets
 
 CHECKPOINTING_FROM = 1_000_000_000
@@ -259,15 +260,6 @@ def _plan(
     summary: EncodingSummary,
     schedule: Schedule,
 ) -> Plan:
-    share = summary.protected / summary.usable_rows
-    warnings = [*empty_parts(spec, summary), *_warn_of_single_verdict(dataset)]
-    if summary.dropped:
-        warnings.append(f"{summary.dropped} rows do not fit {limit} tokens and are dropped; see overlength")
-    if share > 0.05:
-        warnings.append(
-            f"{share:.0%} of the rows were trimmed around a quotation, which serving cannot do; "
-            "raise global_max_sequence_length"
-        )
     return Plan(
         base_model=base,
         dataset=dataset.name,
@@ -279,7 +271,7 @@ def _plan(
         rows_trimmed=summary.trimmed,
         rows_protected=summary.protected,
         rows_dropped=summary.dropped,
-        protected_share=round(share, 4),
+        protected_share=round(summary.protected_share, 4),
         max_sequence_length=limit,
         lengths=summary.lengths,
         tokens_per_epoch=summary.tokens,
@@ -291,13 +283,5 @@ def _plan(
         tokens_per_micro_batch=schedule.max_tokens,
         warmup_updates=schedule.warmup_updates,
         overlength=summary.notes[:ROWS_LISTED],
-        warnings=tuple(warnings),
+        warnings=list_warnings(spec, summary, dataset, limit),
     )
-
-
-def _warn_of_single_verdict(dataset: DatasetRow) -> list[str]:
-    """A warning if all rows end in one verdict: a model that sees no other verdict always gives this one."""
-    labels = [label for label, rows in dataset.report["labels"].items() if rows]
-    if len(labels) != 1:
-        return []
-    return [f"every row of the dataset ends in {labels[0]}: the model will learn to say that; add rows of the others"]

@@ -233,6 +233,15 @@ def test_changes_add_up_within_a_section() -> None:
     assert merge_changes({"trainer": {"a": 1}, "b": 2}, {"trainer": {"c": 3}}) == {"trainer": {"a": 1, "c": 3}, "b": 2}
 
 
+def test_rows_without_steps_are_warned_about(services: Services, tmp_path: Path) -> None:
+    path = tmp_path / "claims.jsonl"
+    rows = [{"claim": f"It is {n}.", "label": label} for n, label in enumerate(("SUPPORTS", "REFUTES"))]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    services.datasets.create(path, path.name, None, "claims", {}, "claims")
+    (warning,) = services.jobs.plan({"dataset": "claims"}).warnings
+    assert "2 rows of the dataset have no Search" in warning
+
+
 def test_a_dataset_of_one_verdict_is_warned_about(services: Services, dataset: str, tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     rows = [{"claim": f"It is {n}.", "trajectories": trajectory_text("REFUTES", "Rhine", "It is.")} for n in range(3)]

@@ -33,8 +33,16 @@ def make_rows(count: int) -> list[EncodedRow]:
     for number in range(count):
         length = 12 + 5 * (number % 7)
         ids = tuple((7 * number + 3 * place) % (VOCABULARY - 10) + 5 for place in range(length))
-        branch = EncodedBranch(at=length // 2, ids=(9, 11, 13, 15), trained=((2, 4),)) if number % 3 == 0 else None
-        rows.append(EncodedRow(line=number + 1, ids=ids, trained=((2, 5), (length - 4, length)), branch=branch))
+        branch = EncodedBranch(at=length // 2, ids=(9, 11, 13, 15), trained=((2, 4),), verdict=2)
+        rows.append(
+            EncodedRow(
+                line=number + 1,
+                ids=ids,
+                trained=((2, 5), (length - 4, length)),
+                verdict=length - 3,
+                branch=branch if number % 3 == 0 else None,
+            )
+        )
     return rows
 
 
@@ -45,7 +53,9 @@ def unpack(rows: list[EncodedRow]) -> list[EncodedRow]:
         separate.append(row.model_copy(update={"branch": None}))
         if (own := row.branch) is not None:
             trained = tuple((start + own.at, end + own.at) for start, end in own.trained)
-            separate.append(EncodedRow(line=row.line, ids=row.ids[: own.at] + own.ids, trained=trained))
+            verdict = None if own.verdict is None else own.verdict + own.at
+            ids = row.ids[: own.at] + own.ids
+            separate.append(EncodedRow(line=row.line, ids=ids, trained=trained, verdict=verdict))
     return separate
 
 

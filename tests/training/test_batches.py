@@ -12,6 +12,7 @@ from app.domain.attempts import EncodedBranch, EncodedRow
 from app.domain.plans import Schedule
 from tests.training.conftest import make_rows
 from worker.training.batches import (
+    Label,
     batches_of_update,
     collate,
     pack_micro_batches,
@@ -131,8 +132,18 @@ def test_a_token_attends_to_its_own_row_and_a_branch_not_to_the_tokens_after_its
     ]
 
 
+def test_the_verdicts_of_a_row_and_of_its_branch_are_marked() -> None:
+    own = EncodedBranch(at=2, ids=(30, 31, 32), trained=((1, 3),), verdict=1)
+    row = EncodedRow(line=1, ids=(10, 11, 12, 13), trained=((2, 4),), verdict=3, branch=own)
+    batch = collate([row, row.model_copy(update={"verdict": None, "branch": None})])
+    assert batch.targets.tolist() == [12, 13, 31, 32, 12, 13]
+    assert batch.targets[batch.verdicts].tolist() == [13, 31]
+    assert batch.targets[batch.branch_verdicts].tolist() == [31]
+    assert batch.loss_weights(5).tolist() == [1, 5, 5, 1, 1, 1]
+
+
 def test_the_first_token_of_a_row_is_never_a_label() -> None:
-    assert shifted_labels(EncodedRow(line=1, ids=(1, 2, 3), trained=((0, 3),))) == [(0, 2), (1, 3)]
+    assert shifted_labels(EncodedRow(line=1, ids=(1, 2, 3), trained=((0, 3),))) == [Label(0, 2), Label(1, 3)]
 
 
 @given(update=st.integers(1, 9))

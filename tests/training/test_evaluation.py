@@ -59,16 +59,25 @@ def test_evaluation_gives_the_loss_of_each_sequence_alone_without_dropout(
 
     by_line = dict.fromkeys(range(1, 8), 0.0)
     right = labelled = 0
+    verdicts: list[bool] = []
     for module in trainable.method.module.modules():
         if isinstance(module, torch.nn.Dropout):
             module.eval()
     for row in unpack(rows):
         with torch.no_grad():
             logits = trainable.method.module(input_ids=torch.tensor([row.ids])).logits[0]
-        places, targets = (torch.tensor(column) for column in zip(*shifted_labels(row), strict=True))
+        labels = shifted_labels(row)
+        places = torch.tensor([label.predictor for label in labels])
+        targets = torch.tensor([label.target for label in labels])
         by_line[row.line] += float(cross_entropy(logits[places], targets, reduction="sum"))
         right += int((logits[places].argmax(-1) == targets).sum())
         labelled += len(targets)
+    for row in rows:
+        if (own := row.branch) is not None and own.verdict is not None:
+            with torch.no_grad():
+                logits = trainable.method.module(input_ids=torch.tensor([row.ids[: own.at] + own.ids])).logits[0]
+            verdicts.append(int(logits[own.at + own.verdict - 1].argmax()) == own.ids[own.verdict])
+    assert found.verdict_accuracy == pytest.approx(sum(verdicts) / len(verdicts))
     assert dict(zip(found.lines, found.loss_sums, strict=True)) == pytest.approx(by_line, rel=1e-4)
     assert found.loss == pytest.approx(sum(by_line.values()) / labelled, rel=1e-4)
     assert found.accuracy == pytest.approx(right / labelled)

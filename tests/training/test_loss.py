@@ -34,15 +34,16 @@ ROWS = make_rows(8)
 
 
 def backward(
-    model: TrainableModel, batches: list[MicroBatch], chunk: int = 512
+    model: TrainableModel, batches: list[MicroBatch], chunk: int = 512, verdict_weight: float = 1.0
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """(mean loss, gradients) of one update."""
+    """(mean loss, gradients) of one update. The gradients are those of the weighted mean."""
     labelled = sum(batch.labelled for batch in batches)
+    weights = sum(float(batch.loss_weights(verdict_weight).sum()) for batch in batches)
     model.method.module.zero_grad()
     total = 0.0
     for batch in batches:
         hidden = model.hidden(batch)
-        total += float(backward_loss(hidden, model.head, batch, 1 / labelled, chunk).sum())
+        total += float(backward_loss(hidden, model.head, batch, 1 / weights, chunk, verdict_weight).sum())
     gradients = {name: p.grad.clone() for name, p in model.method.parameters().items() if p.grad is not None}
     return total / labelled, gradients
 
@@ -54,19 +55,24 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def test_it_is_the_loss_of_each_sequence_read_alone(model: TrainableModel) -> None:
+@pytest.mark.parametrize("verdict_weight", [1.0, 20.0])
+def test_it_is_the_loss_of_each_sequence_read_alone(model: TrainableModel, verdict_weight: float) -> None:
     """Packed rows and shared beginnings change nothing: stock PEFT, one sequence at a time, gives the same."""
-    loss, gradients = backward(model, [collate(ROWS)])
+    loss, gradients = backward(model, [collate(ROWS)], 7, verdict_weight)
     model.method.module.zero_grad()
     alone = unpack(ROWS)
-    labelled = sum(len(shifted_labels(row)) for row in alone)
+    labels = {id(row): shifted_labels(row) for row in alone}
+    labelled = sum(map(len, labels.values()))
+    weights = labelled + (verdict_weight - 1) * len(alone)  # each of these sequences has one verdict
     expected = 0.0
     for row in alone:
         logits = model.method.module(input_ids=torch.tensor([row.ids])).logits[0]
-        places, targets = (torch.tensor(column) for column in zip(*shifted_labels(row), strict=True))
-        part = cross_entropy(logits[places], targets, reduction="sum") / labelled
-        part.backward()  # type: ignore[no-untyped-call]
-        expected += float(part.detach())
+        places = torch.tensor([label.predictor for label in labels[id(row)]])
+        losses = cross_entropy(logits[places], torch.tensor(row.ids)[places + 1], reduction="none")
+        own = labels[id(row)]
+        factors = torch.tensor([verdict_weight if label.predictor + 1 == row.verdict else 1.0 for label in own])
+        (losses @ factors / weights).backward()  # type: ignore[no-untyped-call]
+        expected += float(losses.detach().sum()) / labelled
     assert loss == pytest.approx(expected, rel=1e-5)
     assert same(gradients, {n: p.grad for n, p in model.method.parameters().items() if p.grad is not None})
 
@@ -89,7 +95,7 @@ def test_each_rows_sum_is_its_own(model: TrainableModel, chunk: int) -> None:
         measured, hits = measure_loss(model.hidden(batch), model.head, batch, chunk)
         logits = model.head(model.hidden(batch)[batch.predictors])
     assert measured.tolist() == pytest.approx(alone, rel=1e-5)
-    assert int(hits) == int((logits.argmax(-1) == batch.targets).sum())
+    assert hits.tolist() == (logits.argmax(-1) == batch.targets).tolist()
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 130])

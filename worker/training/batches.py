@@ -5,9 +5,10 @@ The update's number and the seed determine its rows, so a checkpoint holds no st
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -23,7 +24,8 @@ class MicroBatch:
     """A micro-batch: its rows follow each other in one sequence.
 
     `predictors`: indices into `ids` of the tokens whose next token carries a loss. `targets`: the ids of those next
-    tokens. `row_indices`: the row in `rows` that each target belongs to. `lines`: the line of each row in the dataset.
+    tokens. `verdicts`: whether each target is the first token of a verdict; `branch_verdicts`: of a verdict branch's.
+    `row_indices`: the row in `rows` that each target belongs to. `lines`: the line of each row in the dataset.
     """
 
     ids: torch.Tensor  # [num_tokens]
@@ -31,6 +33,8 @@ class MicroBatch:
     rows: tuple[PackedRow, ...]
     predictors: torch.Tensor  # [num_labelled]
     targets: torch.Tensor  # [num_labelled]
+    verdicts: torch.Tensor  # [num_labelled]
+    branch_verdicts: torch.Tensor  # [num_labelled]
     row_indices: torch.Tensor  # [num_labelled]
     lines: tuple[int, ...]
 
@@ -42,11 +46,21 @@ class MicroBatch:
     def labelled(self) -> int:
         return self.targets.numel()
 
+    def loss_weights(self, verdict_weight: float) -> torch.Tensor:
+        """Weight of each target's loss: [num_labelled]."""
+        return 1 + (verdict_weight - 1) * self.verdicts.float()
+
     def to(self, device: torch.device) -> "MicroBatch":
-        ids, positions, predictors, targets, row_indices = (
-            tensor.to(device) for tensor in (self.ids, self.positions, self.predictors, self.targets, self.row_indices)
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            positions=self.positions.to(device),
+            predictors=self.predictors.to(device),
+            targets=self.targets.to(device),
+            verdicts=self.verdicts.to(device),
+            branch_verdicts=self.branch_verdicts.to(device),
+            row_indices=self.row_indices.to(device),
         )
-        return MicroBatch(ids, positions, self.rows, predictors, targets, row_indices, self.lines)
 
 
 def read_rows(path: Path, vocab_size: int) -> list[EncodedRow]:
@@ -81,19 +95,32 @@ def _check_row(row: EncodedRow, vocab_size: int) -> None:
         )
 
 
-def shifted_labels(row: EncodedRow) -> list[tuple[int, int]]:
-    """(index of the predicting token, id of the token to predict) of a row, its branch included: labels shifted by one.
+class Label(NamedTuple):
+    """`predictor`: index of the token that predicts `target`, the id of the token behind it."""
+
+    predictor: int
+    target: int
+    verdict: bool = False
+    in_branch: bool = False
+
+
+def shifted_labels(row: EncodedRow) -> list[Label]:
+    """The labels of a row, its branch included: shifted by one.
 
     No token predicts the row's first token, so it is never a label. The trajectory's token before the branch predicts
     the branch's first token.
     """
-    labels = [(index - 1, row.ids[index]) for start, end in row.trained for index in range(max(start, 1), end)]
+    labels = [
+        Label(index - 1, row.ids[index], index == row.verdict)
+        for start, end in row.trained
+        for index in range(max(start, 1), end)
+    ]
     if (branch := row.branch) is None:
         return labels
     for start, end in branch.trained:
         for index in range(start, end):
             predictor = len(row.ids) + index - 1 if index else branch.at - 1
-            labels.append((predictor, branch.ids[index]))
+            labels.append(Label(predictor, branch.ids[index], index == branch.verdict, in_branch=True))
     return labels
 
 
@@ -150,20 +177,25 @@ def collate(rows: Sequence[EncodedRow]) -> MicroBatch:
     """Pack `rows` into one micro-batch."""
     ids: list[int] = []
     packed: list[PackedRow] = []
-    labels: list[tuple[int, int, int]] = []
+    labels: list[Label] = []
+    row_indices: list[int] = []
     for row_index, row in enumerate(rows):
         start = len(ids)
         branch = (len(row.branch.ids), row.branch.at) if row.branch else (0, 0)
         packed.append(PackedRow(start, len(row.ids), *branch))
-        labels += [(start + predictor, target, row_index) for predictor, target in shifted_labels(row)]
+        own = [label._replace(predictor=start + label.predictor) for label in shifted_labels(row)]
+        labels += own
+        row_indices += [row_index] * len(own)
         ids += row.all_ids
     return MicroBatch(
         ids=torch.tensor(ids, dtype=torch.long),
         positions=torch.tensor([position for row in packed for position in position_ids(row)], dtype=torch.long),
         rows=tuple(packed),
-        predictors=torch.tensor([predictor for predictor, _, _ in labels], dtype=torch.long),
-        targets=torch.tensor([target for _, target, _ in labels], dtype=torch.long),
-        row_indices=torch.tensor([row_index for _, _, row_index in labels], dtype=torch.long),
+        predictors=torch.tensor([label.predictor for label in labels], dtype=torch.long),
+        targets=torch.tensor([label.target for label in labels], dtype=torch.long),
+        verdicts=torch.tensor([label.verdict for label in labels], dtype=torch.bool),
+        branch_verdicts=torch.tensor([label.verdict and label.in_branch for label in labels], dtype=torch.bool),
+        row_indices=torch.tensor(row_indices, dtype=torch.long),
         lines=tuple(row.line for row in rows),
     )
 

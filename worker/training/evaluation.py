@@ -22,12 +22,14 @@ micro-batches better."""
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """`loss`: mean over labelled tokens. `accuracy`: share of labelled tokens that have the highest logit.
+    `verdict_accuracy`: the same of the verdict branches' verdicts, None if there are none.
 
     `loss_sums`: each row's loss, summed over its labelled tokens. `lines`: the line of each row in the dataset.
     """
 
     loss: float
     accuracy: float
+    verdict_accuracy: float | None
     lines: list[int]
     loss_sums: list[float]
     seconds: float
@@ -47,21 +49,27 @@ class HeldOut:
         """Evaluate the model on these rows. `should_stop` is called before each micro-batch; if it is true, None."""
         began = time.perf_counter()
         lines: list[int] = []
-        loss_sums, correct, labelled = [], [], 0
+        loss_sums, hits, verdict_hits = [], [], []
         with _eval_mode(trainable.method.module), torch.no_grad():
             for batch in self._batches():
                 if should_stop():
                     return None
                 on_device = batch.to(device)
-                row_sums, num_correct = measure_loss(trainable.hidden(on_device), trainable.head, on_device)
+                row_sums, batch_hits = measure_loss(trainable.hidden(on_device), trainable.head, on_device)
                 loss_sums.append(row_sums)
-                correct.append(num_correct)
+                hits.append(batch_hits)
+                verdict_hits.append(batch_hits[on_device.branch_verdicts])
                 lines += batch.lines
-                labelled += batch.labelled
         sums: list[float] = torch.cat(loss_sums).tolist()
-        accuracy = int(torch.stack(correct).sum()) / labelled
-        seconds = time.perf_counter() - began
-        return Evaluation(math.fsum(sums) / labelled, accuracy, lines, sums, seconds)
+        every, verdicts = torch.cat(hits), torch.cat(verdict_hits)
+        return Evaluation(
+            loss=math.fsum(sums) / every.numel(),
+            accuracy=_share(every) or 0.0,
+            verdict_accuracy=_share(verdicts),
+            lines=lines,
+            loss_sums=sums,
+            seconds=time.perf_counter() - began,
+        )
 
     def _batches(self) -> Iterator[MicroBatch]:
         for start in range(0, len(self.rows), PACKING_WINDOW):
@@ -69,6 +77,10 @@ class HeldOut:
             lengths = [len(row.all_ids) for row in window]
             for group in pack_micro_batches(lengths, self._max_rows, self._max_tokens):
                 yield collate([window[index] for index in group])
+
+
+def _share(hits: torch.Tensor) -> float | None:
+    return int(hits.sum()) / hits.numel() if hits.numel() else None
 
 
 @contextmanager

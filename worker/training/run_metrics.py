@@ -66,6 +66,7 @@ def evaluation_event(
         rows=len(evaluation.lines),
         loss=evaluation.loss if math.isfinite(evaluation.loss) else None,
         accuracy=evaluation.accuracy,
+        verdict_accuracy=evaluation.verdict_accuracy,
         best=best,
         seconds=evaluation.seconds,
     )

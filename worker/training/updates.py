@@ -23,7 +23,7 @@ def find_micro_batch_size(
         return
 
     def run(batch: MicroBatch) -> None:
-        backward(trainable, state, [batch], batch.labelled)
+        backward(trainable, state, [batch])
 
     generators = state.get_generators()
     size = find_max_tokens(run, rows, order.schedule.max_rows, order.schedule.max_tokens)
@@ -42,6 +42,7 @@ def accumulate_gradients(
     arrived between two micro-batches. Gradients and generators are then as before the update, so that a resumed run
     repeats it exactly. Raises MemoryError if a single row does not fit.
     """
+    verdict_weight = order.spec.trainer.verdict_weight
     while True:
         limits = order.schedule.model_copy(
             update={"max_tokens": state.progress.max_tokens or order.schedule.max_tokens}
@@ -50,7 +51,7 @@ def accumulate_gradients(
         labelled = sum(batch.labelled for batch in batches)
         generators, loss_sums = state.get_generators(), list[float]()
         fits = fits_in_memory(
-            lambda: loss_sums.extend(backward(trainable, state, batches, labelled, channel.must_exit))  # noqa: B023  called here
+            lambda: loss_sums.extend(backward(trainable, state, batches, verdict_weight, channel.must_exit))  # noqa: B023  called here
         )
         if fits and loss_sums:
             state.row_losses.record((line for batch in batches for line in batch.lines), loss_sums, update)
@@ -75,20 +76,23 @@ def backward(
     trainable: TrainableModel,
     state: RunState,
     batches: list[MicroBatch],
-    labelled: int,
+    verdict_weight: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[float]:
-    """Backpropagate the mean loss over `labelled` tokens into the master weights. Returns each row's summed loss.
+    """Backpropagate the weighted mean loss of `batches` into the master weights. Returns each row's summed loss.
 
     `should_stop` is called before each micro-batch; if it is true, the result is empty.
     """
-    weight = state.scaler.scale(torch.ones((), device=state.device)) / labelled
+    labelled = sum(batch.labelled for batch in batches)
+    verdicts = sum(int(batch.verdicts.sum()) for batch in batches)
+    total = labelled + (verdict_weight - 1) * verdicts
+    weight = state.scaler.scale(torch.ones((), device=state.device)) / total
     loss_sums: list[torch.Tensor] = []  # [num_rows] for each micro-batch
     for batch in batches:
         if should_stop():
             return []
         state.heap.trim_if_grown()
-        loss_sums.append(backward_micro_batch(trainable, state.masters, batch, weight))
+        loss_sums.append(backward_micro_batch(trainable, state.masters, batch, weight, verdict_weight))
     sums: list[float] = torch.cat(
         loss_sums
     ).tolist()  # the only synchronisation with the device in an update's gradients
@@ -96,14 +100,20 @@ def backward(
 
 
 def backward_micro_batch(
-    trainable: TrainableModel, masters: MasterWeights, batch: MicroBatch, weight: torch.Tensor
+    trainable: TrainableModel,
+    masters: MasterWeights,
+    batch: MicroBatch,
+    weight: torch.Tensor,
+    verdict_weight: float = 1.0,
 ) -> torch.Tensor:
     """Add a micro-batch's gradients, times `weight`, to those of the master weights.
 
     Returns each row's summed loss, [num_rows]. Does not synchronise with the device of `weight`.
     """
     on_device = batch.to(weight.device)
-    loss_sums = backward_loss(trainable.hidden(on_device), trainable.head, on_device, weight)
+    loss_sums = backward_loss(
+        trainable.hidden(on_device), trainable.head, on_device, weight, verdict_weight=verdict_weight
+    )
     masters.collect()
     return loss_sums
 
