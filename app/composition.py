@@ -16,6 +16,7 @@ from app.services.corpora import Corpora
 from app.services.datasets import Datasets
 from app.services.devices import Devices
 from app.services.encodings import Encodings
+from app.services.evaluation_attempts import EvaluationAttempts
 from app.services.evaluations import Evaluations
 from app.services.events import EventFeed
 from app.services.idempotency import Idempotency
@@ -86,7 +87,7 @@ class Services:
 
     @cached_property
     def jobs(self) -> Jobs:
-        return Jobs(self.database, self.blobs, self.plans, self.doorbell)
+        return Jobs(self.database, self.blobs, self.plans, self.evaluations, self.doorbell)
 
     @cached_property
     def job_snapshots(self) -> JobSnapshots:
@@ -136,9 +137,12 @@ class Services:
             self.corpora,
             self.adapters,
             self.base_models,
-            self.predictions,
             self.doorbell,
         )
+
+    @cached_property
+    def evaluation_attempts(self) -> EvaluationAttempts:
+        return EvaluationAttempts(self.database, self.evaluations, self.corpora, self.adapters, self.predictions)
 
     @cached_property
     def syntheses(self) -> Syntheses:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,7 +37,9 @@ class Results:
     def publish(self, finished: TrainingFinished, adapter: Path) -> None:
         """Publish the adapter and end the job as succeeded."""
         manifest = self.manifest(finished)
-        self._services.adapters.publish(self._leased.lease, self._leased.name, adapter, manifest)
+        options = self._prepared.spec.trainer.evaluate_after
+        follow = None if options is None else partial(self._services.evaluations.build_after, options)
+        self._services.adapters.publish(self._leased.lease, self._leased.name, adapter, manifest, follow)
         self._remember_pace(finished)
 
     def store_artifacts(self) -> None:

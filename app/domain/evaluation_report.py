@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from app.domain.calibration import fit_calibration
 from app.domain.claims import Verdict
-from app.domain.evaluations import Baselines, CalibrationReport, Comparison, EvaluationRun, GoldClaim, RunReport, Share
+from app.domain.evaluations import (
+    Baselines,
+    CalibrationReport,
+    Comparison,
+    EvaluationRun,
+    Gate,
+    GoldClaim,
+    RunReport,
+    Share,
+)
 from app.domain.predictions import Prediction
 from app.domain.statistics import (
     accuracy_at_coverage,
@@ -21,6 +30,7 @@ from app.domain.statistics import (
 from app.domain.trajectories import ActionName
 
 FOLDS = 5
+GATE_P_VALUE = 0.05
 OVERLAP_CUTS = 20
 _WORD = re.compile(r"\w+")
 VERDICTS = tuple(Verdict)
@@ -99,6 +109,12 @@ def compare(
         only_second=only_second,
         p_value=mcnemar(only_first, only_second),
     )
+
+
+def decide_gate(comparison: Comparison) -> Gate:
+    """Promote only what is significantly better: everything else is kept, and inconclusive."""
+    better = comparison.p_value < GATE_P_VALUE and comparison.difference.low > 0
+    return Gate(comparison=comparison, outcome="promoted" if better else "inconclusive")
 
 
 def build_baselines(gold: Sequence[GoldClaim], seed: int) -> Baselines:

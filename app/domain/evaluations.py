@@ -8,8 +8,7 @@ from app.domain.calibration import Calibration
 from app.domain.claims import Verdict
 from app.domain.frozen import Frozen
 from app.domain.predictions import MAX_STEPS
-from app.domain.spec_base import Count, Integer, Name, Reference, Spec
-from app.domain.specs import Metadata
+from app.domain.spec_base import Count, Integer, Metadata, Name, Reference, Spec
 from app.domain.splits import SplitName
 
 MAX_ADAPTERS = 16
@@ -19,28 +18,38 @@ ControlName = Literal["claim_only", "shuffled_pages"]
 CONTROLS: tuple[ControlName, ...] = ("claim_only", "shuffled_pages")
 
 
-class EvaluationSpec(Spec):
-    """An evaluation job: it judges a dataset's claims with adapters and base. Only `dataset` is required.
+class EvaluationOptions(Spec):
+    """How an evaluation judges. Only `dataset` is required.
 
-    `include_base`: also judges with the base model of the adapters, or with `base_model`. `split`: only the claims of
-    this split. `max_claims`: only the first ones. `controls`: `claim_only` repeats each adapter's run with empty
-    pages, `shuffled_pages` with other pages than those that were asked for. `fit_calibration`: fits the probabilities
-    of each adapter to the labels and applies that to its predictions from now on; give it claims that were not trained.
+    `split`: only the claims of this split. `max_claims`: only the first ones. `controls`: `claim_only` repeats each
+    adapter's run with empty pages, `shuffled_pages` with other pages than those that were asked for.
+    `fit_calibration`: fits the probabilities of each adapter to the labels and applies that to its predictions from now
+    on; give it claims that were not trained. `promote`: makes the adapter the default one if it is significantly better
+    than the present default adapter, or than its base if there is none.
     """
 
-    kind: Literal["evaluate"] = "evaluate"
-    name: Name | None = None
     dataset: Reference
     corpus: Reference | None = None
-    adapters: Annotated[tuple[Reference, ...], Field(max_length=MAX_ADAPTERS)] = ()
-    base_model: Reference | None = None
-    include_base: bool = True
     split: SplitName | None = None
     max_claims: Count | None = None
     max_steps: Annotated[Integer, Field(ge=1, le=MAX_STEPS)] = 7
     controls: tuple[ControlName, ...] = CONTROLS
     fit_calibration: bool = False
+    promote: bool = False
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 42
+
+
+class EvaluationSpec(EvaluationOptions):
+    """An evaluation job: it judges a dataset's claims with adapters and base.
+
+    `include_base`: also judges with the base model of the adapters, or with `base_model`.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    name: Name | None = None
+    adapters: Annotated[tuple[Reference, ...], Field(max_length=MAX_ADAPTERS)] = ()
+    base_model: Reference | None = None
+    include_base: bool = True
     metadata: Metadata = Field(default_factory=dict)
 
 
@@ -63,7 +72,10 @@ class EvaluationRun(Frozen):
 
 
 class EvaluationPlan(Frozen):
-    """What an evaluation job does, resolved when it is submitted: ids, and the corpus's snapshot."""
+    """What an evaluation job does, resolved when it is submitted: ids, and the corpus's snapshot.
+
+    `gate`: keys of the run to beat and of the adapter's run, if the adapter is to be promoted.
+    """
 
     kind: Literal["evaluate"] = "evaluate"
     dataset: str
@@ -71,6 +83,7 @@ class EvaluationPlan(Frozen):
     snapshot: str
     claims: int
     runs: tuple[EvaluationRun, ...]
+    gate: tuple[str, str] | None = None
 
 
 class EvaluationProgress(Frozen):
@@ -168,6 +181,13 @@ class Comparison(Frozen):
     p_value: float
 
 
+class Gate(Frozen):
+    """Whether an adapter earned its promotion: p below 0.05, and the interval of the difference above 0."""
+
+    comparison: Comparison
+    outcome: Literal["promoted", "inconclusive"]
+
+
 class Baselines(Frozen):
     """Judges that read little, on the same claims. `overlap`: a threshold rule on the share of the claim's words
     that the dataset's own Observations contain, cross-fitted over pages. None if the dataset has no such text."""
@@ -189,6 +209,7 @@ class EvaluationReport(Frozen):
     baselines: Baselines
     runs: tuple[RunReport, ...]
     comparisons: tuple[Comparison, ...]
+    gate: Gate | None = None
 
 
 def evaluation_examples() -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Building blocks of a spec: the base model, references, names and numbers."""
 
+import json
 import re
 from collections.abc import Hashable
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.domain.claims import forbidden_character, to_one_line
@@ -80,3 +81,15 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Positive = Annotated[Real, Field(gt=0)]
 Count = Annotated[Integer, Field(ge=1)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
+
+METADATA_LIMIT = 16_384
+
+
+def _bounded(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    size = len(json.dumps(metadata, ensure_ascii=False, separators=(",", ":")))
+    if size > METADATA_LIMIT:
+        raise ValueError(f"metadata has {size:,} characters as JSON; at most {METADATA_LIMIT:,} are kept")
+    return metadata
+
+
+Metadata = Annotated[dict[str, JsonValue], AfterValidator(_bounded)]

@@ -4,16 +4,27 @@ All of the vocabulary is parsed. `not_yet_supported` lists the options that this
 refused when it is submitted.
 """
 
-import json
 import math
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
+from app.domain.evaluations import EvaluationOptions
 from app.domain.model_catalogue import DEFAULT_BASE_MODEL
 from app.domain.react import DEFAULT_TEMPLATE, PLACEHOLDER, ReactFormat
-from app.domain.spec_base import Count, Fraction, Integer, Name, Positive, Real, Reference, Spec, build_disagreement
+from app.domain.spec_base import (
+    Count,
+    Fraction,
+    Integer,
+    Metadata,
+    Name,
+    Positive,
+    Real,
+    Reference,
+    Spec,
+    build_disagreement,
+)
 from app.domain.tuning_methods import (
     PAIRINGS,
     AdapterSpec,
@@ -95,13 +106,20 @@ class Optimizer(Spec):
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
 
 
+class EvaluateAfter(EvaluationOptions):
+    """The evaluation of the adapter that a job trains, beside its base."""
+
+    promote: bool = True
+
+
 class Trainer(Spec):
     """`batch_size`: most rows of a micro-batch; `auto` limits its tokens instead.
 
     The effective batch is `batch_size` × `gradient_accumulation_steps`. Three numbers that contradict each other are
     refused. `early_stop`: training ends after so many evaluations in a row without a lower validation loss; -1 and 0
     disable it. `verdict_weight`: the weight of a verdict's first token in the loss; every other trained token has 1.
-    The weighted losses are divided by the sum of their weights.
+    The weighted losses are divided by the sum of their weights. `evaluate_after`: an evaluation job that
+    is queued when the adapter is published.
     """
 
     type: Literal["finetune"] = "finetune"
@@ -121,6 +139,7 @@ class Trainer(Spec):
     train_on_observations: bool = False
     verdict_branch: Fraction = 0.25
     verdict_weight: Annotated[Real, Field(ge=1, le=1_000)] = 1.0
+    evaluate_after: EvaluateAfter | None = None
 
     @model_validator(mode="after")
     def _batches_agree(self) -> Self:
@@ -161,19 +180,6 @@ class Backend(Spec):
     type: Literal["local"] = "local"
     processes: Annotated[Integer, Field(ge=1, le=64)] = 1
     strategy: Literal["ddp", "fsdp"] | None = None
-
-
-METADATA_LIMIT = 16_384
-
-
-def _bounded(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    size = len(json.dumps(metadata, ensure_ascii=False, separators=(",", ":")))
-    if size > METADATA_LIMIT:
-        raise ValueError(f"metadata has {size:,} characters as JSON; at most {METADATA_LIMIT:,} are kept")
-    return metadata
-
-
-Metadata = Annotated[dict[str, JsonValue], AfterValidator(_bounded)]
 
 
 class TrainSpec(Spec):

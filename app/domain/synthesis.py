@@ -7,8 +7,7 @@ from pydantic import Field, model_validator
 
 from app.domain.claims import Verdict
 from app.domain.frozen import Frozen
-from app.domain.spec_base import Count, Fraction, Integer, Name, Reference, Spec
-from app.domain.specs import Metadata
+from app.domain.spec_base import Count, Fraction, Integer, Metadata, Name, Reference, Spec
 from app.domain.splits import SplitName
 
 REASONS: dict[str, str] = {

@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import structlog
 
 from app.atomic_dirs import locked, publish
 from app.db import Database, Unit
-from app.db.tables import AdapterRow
+from app.db.tables import AdapterRow, JobRow
 from app.domain.adapters import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -25,11 +25,12 @@ from app.domain.adapters import (
     adapter_digest,
     render_model_card,
 )
-from app.domain.errors import NotFoundError, VerituneError
+from app.domain.errors import InvalidError, NotFoundError, VerituneError
 from app.domain.identity import new_id
 from app.domain.jobs import JobStatus, Lease
 from app.services.naming import free_name
 from app.services.staged_blobs import discard_unreferenced, staged
+from app.services.submission import add_job
 from app.storage import Blobs, stale, sweep
 
 RESOURCE = "adapter"
@@ -38,6 +39,7 @@ DELETED = ".deleted-"
 """Prefix of an empty marker file. Its time says when the adapter of the sibling directory was deleted."""
 
 S = JobStatus
+Follow = Callable[[Adapter], JobRow]
 log = structlog.get_logger(__name__)
 
 
@@ -58,15 +60,20 @@ class Adapters:
                 shutil.rmtree(self._directory / digest, ignore_errors=True)
             mark.unlink(missing_ok=True)
 
-    def publish(self, lease: Lease, name: str, directory: Path, manifest: Manifest) -> str | None:
+    def publish(
+        self, lease: Lease, name: str, directory: Path, manifest: Manifest, follow: Follow | None = None
+    ) -> str | None:
         """Store what was trained and end its job as succeeded, in one transaction.
 
         Its name is `name`, or one made from it where another adapter has that. Returns the adapter's id; None when the
         user asked to cancel before the transaction began (the job is cancelled then, and nothing is published).
+
+        `follow`: builds a job that is queued in the same transaction and decides on the promotion. Without it, the
+        first adapter of a deployment becomes the default one.
         """
         with staged(self._database, self._blobs) as blobs:
             row = self._store(self._free_name(name), directory, manifest, blobs)
-            published = self._commit(lease, row, name)
+            published = self._commit(lease, row, name, follow)
         if published is None:
             discard_unreferenced(self._database, self._blobs, blobs.created)
         else:
@@ -106,7 +113,8 @@ class Adapters:
         with self._database.read() as unit:
             return free_name(name, lambda taken: unit.adapters.find(taken) is not None)
 
-    def _commit(self, lease: Lease, row: AdapterRow, asked: str) -> str | None:
+    def _commit(self, lease: Lease, row: AdapterRow, asked: str, follow: Follow | None) -> str | None:
+        job, reason = _build_following(row, follow)
         with self._database.write() as unit:
             if unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
                 unit.jobs.add_event(lease.job_id, "cancelled", "cancelled before it was published", "info", {})
@@ -118,7 +126,14 @@ class Adapters:
                 unit.jobs.add_event(lease.job_id, "name_taken", message, "warning", {"name": row.name})
             data = {"adapter_id": row.id, "digest": row.digest}
             unit.jobs.add_event(lease.job_id, "succeeded", f"published as {row.id}", "info", data)
-            if unit.aliases.find_target(RESOURCE, DEFAULT) is None:
+            if job is not None and unit.datasets.find(str(job.dataset_id)) is not None:
+                add_job(unit, job, {"adapter_id": row.id})
+                message = f"{job.name} evaluates the adapter"
+                unit.jobs.add_event(lease.job_id, "evaluation", message, "info", {"job_id": job.id})
+            elif follow is not None:
+                message = f"the adapter is not evaluated: {reason or 'the dataset was deleted'}"
+                unit.jobs.add_event(lease.job_id, "warning", message, "warning", {})
+            if follow is None and unit.aliases.find_target(RESOURCE, DEFAULT) is None:
                 unit.aliases.point(RESOURCE, DEFAULT, row.id)
         return row.id
 
@@ -291,3 +306,13 @@ def _to_adapter(row: AdapterRow, aliases: dict[str, list[str]]) -> Adapter:
             "created_at": row.created_at,
         }
     )
+
+
+def _build_following(row: AdapterRow, follow: Follow | None) -> tuple[JobRow | None, str]:
+    """(the job that follows the publishing, why there is none)."""
+    if follow is None:
+        return None, ""
+    try:
+        return follow(_to_adapter(row, {})), ""
+    except (NotFoundError, InvalidError) as error:
+        return None, error.detail

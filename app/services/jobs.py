@@ -30,8 +30,9 @@ from app.domain.jobs import (
 )
 from app.domain.plans import Plan
 from app.domain.remedies import Change
-from app.domain.specs import JobKind
+from app.domain.specs import JobKind, TrainSpec
 from app.queue import Doorbell
+from app.services.evaluations import Evaluations
 from app.services.naming import check_name
 from app.services.plans import Plans, Prepared
 from app.storage import Blobs
@@ -56,10 +57,13 @@ PARSED_DOCUMENTS = 256
 
 
 class Jobs:
-    def __init__(self, database: Database, blobs: Blobs, plans: Plans, doorbell: Doorbell) -> None:
+    def __init__(
+        self, database: Database, blobs: Blobs, plans: Plans, evaluations: Evaluations, doorbell: Doorbell
+    ) -> None:
         self._database = database
         self._blobs = blobs
         self._plans = plans
+        self._evaluations = evaluations
         self._doorbell = doorbell
 
     def plan(self, data: Any, device: str | None = None, *, every_row: bool = False) -> Plan:
@@ -68,6 +72,7 @@ class Jobs:
         `every_row`: list all over-length rows that were noted, not only the first ones.
         """
         prepared = self._plans.with_remedies(self._plans.prepare(data, device=device))
+        self._evaluations.resolve_after(prepared.spec)
         listed = {"overlength": prepared.summary.notes} if every_row else {}
         return prepared.plan.model_copy(update=listed)
 
@@ -79,7 +84,7 @@ class Jobs:
         prepared = self._plans.with_remedies(self._plans.prepare(data))
         check_name(prepared.spec.name)
         _refuse_if_too_large(prepared.plan)
-        row = _row(prepared)
+        row = _row(prepared, self._evaluations.resolve_after(prepared.spec))
         try:
             with self._database.write() as unit:
                 _refuse_name_of_adapter(unit, row.name)
@@ -253,9 +258,8 @@ def unknown_job(reference: str) -> NotFoundError:
     return NotFoundError(f"there is no job {reference!r}; GET /jobs lists them", code="unknown_job")
 
 
-def _row(prepared: Prepared) -> JobRow:
+def _row(prepared: Prepared, spec: TrainSpec) -> JobRow:
     job_id = new_id("job")
-    spec = prepared.spec
     frozen = spec.model_copy(update={"base_model": prepared.base.name, "dataset": prepared.dataset.id})
     return JobRow(
         id=job_id,

@@ -34,7 +34,7 @@ from app.queue import Doorbell
 from app.services.corpora import Corpora
 from app.services.datasets import Dataset, Datasets
 from app.services.naming import check_name
-from app.services.submission import queue_job
+from app.services.submission import build_job_row, queue_job
 
 AnySynthesis = SynthesisSpec | RegroundSpec
 
@@ -87,7 +87,8 @@ class Syntheses:
             raise InvalidError(message, code="nothing_to_replay", problems=(Problem(("dataset",), message),))
         plan = self.prepare(spec).plan
         progress = SynthesisProgress(rows_total=plan.rows)
-        return queue_job(self._database, self._doorbell, self._datasets, spec, plan, progress, {"rows": plan.rows})
+        row = build_job_row(spec, plan, progress)
+        return queue_job(self._database, self._doorbell, self._datasets, row, {"rows": plan.rows})
 
     def prepare(self, spec: AnySynthesis) -> PreparedSynthesis:
         """Resolve what the job reads. Raises NotFoundError if the dataset or the corpus is not there."""

@@ -9,8 +9,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from app.domain.errors import InvalidError, NotYetSupportedError
+from app.domain.spec_base import METADATA_LIMIT
 from app.domain.spec_parser import read_spec
-from app.domain.specs import METADATA_LIMIT, TrainSpec, not_yet_supported, spec_examples
+from app.domain.specs import TrainSpec, not_yet_supported, spec_examples
 from app.domain.tuning_methods import PAIRINGS, LoraAdapter, Quantization, name_adapter_type, name_quantization
 from tests.conftest import SHARED, needs_shared_data
 
@@ -59,6 +60,18 @@ EVERYTHING: dict[str, Any] = {
         "enable_gradient_checkpointing": True,
         "train_on_observations": True,
         "verdict_branch": 0,
+        "verdict_weight": 20,
+        "evaluate_after": {
+            "dataset": "heldout",
+            "corpus": "pages",
+            "split": "test",
+            "max_claims": 100,
+            "max_steps": 5,
+            "controls": [],
+            "fit_calibration": True,
+            "promote": False,
+            "seed": 7,
+        },
     },
     "generation": {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 64},
     "backend": {"type": "local", "processes": 1},
@@ -229,7 +242,7 @@ NULL_SAYS_SOMETHING = {("adapter",), ("quantization",), ("trainer", "gradient_cl
 def test_a_null_is_the_default_at_every_other_key() -> None:
     sections_and_keys = {key[:end] for _, key, _ in KEYS for end in range(1, len(key) + 1)}
     for path in sections_and_keys - NULL_SAYS_SOMETHING:
-        if path[0] in ("dataset", "adapter"):
+        if path[0] in ("dataset", "adapter") or path[:2] == ("trainer", "evaluate_after") != path:
             continue
         document: Any = None
         for key in reversed(path):
@@ -242,6 +255,13 @@ def test_a_null_is_the_default_at_every_key_of_an_adapter(adapter: dict[str, Any
     for key in set(adapter) - {"type"}:
         asked = {"type": adapter["type"], key: None}
         assert read_spec(LEAST | {"adapter": asked}) == read_spec(LEAST | {"adapter": {"type": adapter["type"]}}), key
+
+
+def test_a_null_is_the_default_at_every_key_of_an_evaluation_after() -> None:
+    least = {"dataset": "heldout"}
+    for key in set(EVERYTHING["trainer"]["evaluate_after"]) - {"dataset"}:
+        asked = {"trainer": {"evaluate_after": least | {key: None}}}
+        assert read_spec(LEAST | asked) == read_spec(LEAST | {"trainer": {"evaluate_after": least}}), key
 
 
 def test_a_null_that_says_something() -> None:

@@ -100,7 +100,7 @@ def test_a_cancelled_request_does_not_delay_the_others(services: Services, jobs:
 def test_every_request_gets_the_error_of_an_unavailable_database(services: Services, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     away = Database(f"sqlite:///{tmp_path / 'folder'}")
-    polls = JobSnapshots(Jobs(away, services.blobs, services.plans, services.doorbell))
+    polls = JobSnapshots(Jobs(away, services.blobs, services.plans, services.evaluations, services.doorbell))
 
     async def ask() -> list[Job | BaseException]:
         answers: list[Job | BaseException] = []

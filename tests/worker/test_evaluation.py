@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from app.composition import Services, compose
 from app.domain.claims import Verdict
 from app.domain.errors import ConflictError, InvalidError, NotFoundError, UnavailableError, VerituneError
 from app.domain.evaluations import EvaluationPlan, EvaluationProgress, EvaluationReport, EvaluationSpec
-from app.domain.jobs import Job, JobAction, JobStatus
+from app.domain.jobs import Event, Job, JobAction, JobStatus
 from app.domain.predictions import PredictRequest
+from app.domain.specs import TrainSpec
 from app.generation.base import GenerationRequest
 from app.generation.scripted import ScriptedGenerator
 from app.services import evaluations
-from tests.api.conftest import lease, make_adapter
+from tests.api.conftest import lease, make_adapter, manifest_of, write_adapter
 from tests.conftest import corpus_jsonl, dataset_jsonl
 from worker import evaluation_attempt
 from worker.supervisor import Supervisor
@@ -288,3 +290,112 @@ def test_a_deleted_evaluation_leaves_no_answer(served: Services) -> None:
     served.jobs.delete(job.id)
     with served.database.read() as unit:
         assert unit.evaluation_answers.list_answers(job.id) == []
+
+
+# The gate.
+
+
+def train_and_publish(served: Services, directory: Path, name: str, **after: object) -> str:
+    """Publish an adapter at the end of a job with `evaluate_after`, as the supervisor does. Returns its id."""
+    options = {"dataset": "rows", "corpus": "pages", "controls": []} | after
+    job = served.jobs.submit({"dataset": "rows", "name": name, "trainer": {"evaluate_after": options}})
+    assert isinstance(job.spec, TrainSpec)
+    assert job.spec.trainer.evaluate_after is not None
+    assert job.spec.trainer.evaluate_after.dataset == served.datasets.get("rows").id
+    lent = lease(served)
+    follow = partial(served.evaluations.build_after, job.spec.trainer.evaluate_after)
+    manifest = manifest_of(served, lent)
+    files = write_adapter(directory, name, manifest.kind)
+    published = served.adapters.publish(lent, name, files, manifest, follow)
+    assert published is not None
+    return published
+
+
+def last_event(served: Services, kind: str) -> Event:
+    """The newest event of this kind, of all jobs."""
+    jobs, _ = served.jobs.list_jobs(None, 50, None)
+    return next(event for job in jobs for event in served.jobs.events(job.id, 0, 100)[0] if event.kind == kind)
+
+
+def test_an_adapter_that_beats_its_base_is_promoted_and_one_that_does_not_beat_that_is_kept(
+    served: Services, generator: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train_and_publish(served, tmp_path / "first", "first")
+    readers = {served.adapters.get(first).digest}
+    labels = {row.claim: row.verdict for row in served.datasets.stream("rows")}
+
+    def judge(prompt: str, request: GenerationRequest) -> str:
+        """A reader gives the label; the base alone never does."""
+        answer = judges_by_reading(prompt, request)
+        if answer not in set(Verdict):
+            return answer
+        label = labels[re.findall(r"Claim: (.*)", prompt)[-1]]
+        return label if request.model in readers else next(one for one in Verdict if one is not label)
+
+    monkeypatch.setattr(generator, "_script", judge)
+    assert served.adapters.default() is None
+    evaluation = last_event(served, "evaluation").data["job_id"]
+    assert run(served)
+    report = report_of(served, served.jobs.get(evaluation))
+    assert report.gate is not None
+    assert (report.gate.outcome, report.gate.comparison.first) == ("promoted", "tiny")
+    assert report.gate.comparison.p_value < 0.05
+    promoted = served.adapters.default()
+    assert promoted is not None
+    assert promoted.id == first
+    assert "first is the default adapter" in last_event(served, "promoted").message
+
+    second = train_and_publish(served, tmp_path / "second", "second")
+    readers.add(served.adapters.get(second).digest)
+    evaluation = last_event(served, "evaluation").data["job_id"]
+    assert run(served)
+    report = report_of(served, served.jobs.get(evaluation))
+    assert report.gate is not None
+    assert (report.gate.outcome, report.gate.comparison.first) == ("inconclusive", first)
+    assert [one.run.adapter for one in report.runs] == [None, first, second]
+    assert served.adapters.default() == promoted
+    assert "second is kept, not promoted" in last_event(served, "inconclusive").message
+
+
+def test_without_a_gate_the_adapter_is_evaluated_and_not_promoted(served: Services, tmp_path: Path) -> None:
+    train_and_publish(served, tmp_path / "only", "only", promote=False)
+    assert run(served)
+    assert report_of(served, served.jobs.get(last_event(served, "evaluation").data["job_id"])).gate is None
+    assert served.adapters.default() is None
+
+
+def test_an_adapter_is_published_also_if_its_evaluation_cannot_be_queued(served: Services, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_bytes(dataset_jsonl(3))
+    served.datasets.create(tmp_path / "other.jsonl", "other.jsonl", None, "other", {})
+    options = {"dataset": "other", "corpus": "pages"}
+    job = served.jobs.submit({"dataset": "rows", "trainer": {"evaluate_after": options}})
+    assert isinstance(job.spec, TrainSpec)
+    assert job.spec.trainer.evaluate_after is not None
+    lent = lease(served)
+    served.datasets.delete("other")
+    manifest = manifest_of(served, lent)
+    follow = partial(served.evaluations.build_after, job.spec.trainer.evaluate_after)
+    files = write_adapter(tmp_path / "adapter", "made", manifest.kind)
+    assert served.adapters.publish(lent, "made", files, manifest, follow)
+    assert served.jobs.get(job.id).status is JobStatus.SUCCEEDED
+    assert "the adapter is not evaluated: there is no dataset" in last_event(served, "warning").message
+
+
+def test_an_evaluation_after_training_is_checked_when_the_job_is_submitted(served: Services) -> None:
+    for options, words in (
+        ({"dataset": "none"}, "there is no dataset"),
+        ({"dataset": "rows", "corpus": "none"}, "there is no corpus"),
+        ({"dataset": "rows", "split": "test"}, "no claim in the split"),
+        ({"dataset": "rows", "fit_calibration": True}, "at least 30 claims"),
+    ):
+        for ask in (served.jobs.submit, served.jobs.plan):
+            with pytest.raises(InvalidError, match=words) as refused:
+                ask({"dataset": "rows", "trainer": {"evaluate_after": options}})
+            assert refused.value.problems[0].loc == ("trainer", "evaluate_after")
+
+
+def test_a_promotion_needs_one_adapter_and_its_base(served: Services) -> None:
+    with pytest.raises(InvalidError, match="exactly one"):
+        submit(served, promote=True)
+    with pytest.raises(InvalidError, match="leave include_base out"):
+        submit(served, promote=True, include_base=False, adapters=["none"])
