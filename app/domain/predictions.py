@@ -6,10 +6,16 @@ from pydantic import Field, model_validator
 
 from app.domain.claims import Claim, Verdict
 from app.domain.frozen import Frozen
-from app.domain.spec_base import Integer, Name, Reference, Spec, build_disagreement
+from app.domain.spec_base import Fraction, Integer, Name, Reference, Spec, build_disagreement
 from app.domain.trajectories import ActionName
 
 MAX_STEPS = 10
+
+
+class VerdictPolicy(Spec):
+    """When to withhold a verdict. `abstain_below`: SUPPORTS and REFUTES need at least this probability."""
+
+    abstain_below: Fraction = 0.0
 
 
 class PredictRequest(Spec):
@@ -18,6 +24,7 @@ class PredictRequest(Spec):
     `adapter`: by default the promoted adapter, else the base; `null` is the base. `store`: stores the prediction, with
     a unique `name` if one is given. In mode `ungrounded` the model writes all steps in one generation, Observations
     included. `corpus`, `max_steps` and `samples` are refused then, and a stream has only the prediction.
+    `verdict_policy`: the answer is NOT ENOUGH INFO where the verdict is not probable enough.
     """
 
     claim: Claim
@@ -28,6 +35,7 @@ class PredictRequest(Spec):
     stream: bool = False
     max_steps: Annotated[Integer, Field(ge=1, le=MAX_STEPS)] = 7
     samples: Annotated[Integer, Field(ge=1, le=16)] = 1
+    verdict_policy: VerdictPolicy = VerdictPolicy()
     store: bool = False
     name: Name | None = None
 
@@ -118,11 +126,12 @@ ProbabilityMethod = Literal["verdict_branch", "verdict_branch_calibrated", "vote
 class Prediction(Frozen):
     """A claim's verdict and how it came about.
 
-    `verdict`: the trajectory's. `confidence`: its probability, by the adapter's calibration if it has one. `agrees`: no
+    `verdict`: the trajectory's, or NOT ENOUGH INFO where the policy withheld that: `withheld` has it then.
+    `confidence`: the probability of the trajectory's verdict, by the adapter's calibration if it has one. `agrees`: no
     other verdict is more probable. `grounded`: every Observation came from a corpus or the server. `forced`: the server
-    ended the trajectory. `abstained`: NOT ENOUGH INFO, and no page was read. `evidence`: the sentences that the last
-    Thought quotes; all that were `read` if it quotes none. `quotes_verified`: it quotes something, and an Observation
-    contains every quotation. `text`: the trajectory as ReAct text.
+    ended the trajectory. `abstained`: NOT ENOUGH INFO, and no page was read or a verdict was withheld. `evidence`: the
+    sentences that the last Thought quotes; all that were `read` if it quotes none. `quotes_verified`: it quotes
+    something, and an Observation contains every quotation. `text`: the trajectory as ReAct text.
     """
 
     id: str
@@ -130,6 +139,7 @@ class Prediction(Frozen):
     name: str | None
     claim: str
     verdict: Verdict
+    withheld: Verdict | None = None
     confidence: float
     probabilities: dict[Verdict, float]
     probability_method: ProbabilityMethod

@@ -289,19 +289,23 @@ def _build_prediction(
         if other is not shown:
             meter.add(other.session.meter)
     grounded = request.mode == "grounded"
+    decided = verdict is not Verdict.NOT_ENOUGH_INFO
+    withheld = verdict if decided and probabilities[verdict] < request.verdict_policy.abstain_below else None
+    unread = grounded and not decided and not shown.trace.read_a_page
     evidence, verified = _cite(shown.trace)
     return Prediction(
         id=new_id("pred"),
         name=request.name,
         claim=request.claim,
-        verdict=verdict,
+        verdict=Verdict.NOT_ENOUGH_INFO if withheld else verdict,
+        withheld=withheld,
         confidence=probabilities[verdict],
         probabilities=probabilities,
         probability_method=method,
         agrees=probabilities[verdict] >= max(probabilities.values()),
         grounded=grounded,
         forced=shown.trace.forced,
-        abstained=grounded and verdict is Verdict.NOT_ENOUGH_INFO and not shown.trace.read_a_page,
+        abstained=unread or withheld is not None,
         steps=tuple(shown.trace.steps),
         evidence=evidence,
         quotes_verified=verified,

@@ -84,6 +84,21 @@ def test_the_observation_is_the_corpus_text_and_its_sentences_are_cited(ask: Cal
     )
 
 
+@pytest.mark.parametrize(("least", "withheld"), [(0.0, False), (0.89, False), (0.91, True)])
+def test_a_verdict_that_is_not_probable_enough_is_withheld(
+    ask: Callable[[Script], Services], least: float, withheld: bool
+) -> None:
+    """The scripted model's verdict has a probability of 0.9."""
+    policy = {"claim": CLAIM, "verdict_policy": {"abstain_below": least}}
+    prediction = ask(STRAIGHT).predictions.predict(PredictRequest.model_validate(policy))
+    assert prediction.confidence == pytest.approx(0.9)
+    assert prediction.steps[-1].action is not None
+    assert prediction.steps[-1].action.argument == "SUPPORTS"
+    found = (prediction.verdict, prediction.withheld, prediction.abstained)
+    nei, supports = Verdict.NOT_ENOUGH_INFO, Verdict.SUPPORTS
+    assert found == ((nei, supports, True) if withheld else (supports, None, False))
+
+
 def test_the_observation_says_that_a_page_does_not_exist(ask: Callable[[Script], Services]) -> None:
     script = plan(("Look it up.", "Search[River Volga]"), ("Nothing there.", "Finish[NOT ENOUGH INFO]"))
     prediction = ask(script).predictions.predict(PredictRequest(claim="The Volga is long."))
