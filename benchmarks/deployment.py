@@ -27,7 +27,7 @@ class BenchmarkError(Exception):
 class Deployment:
     """A running `veritune up` over `home`. `marks`: seconds from its start to each named moment."""
 
-    def __init__(self, home: Path, cache: Path) -> None:
+    def __init__(self, home: Path, cache: Path, base: str = "smollm2-135m") -> None:
         self.port = free_port()
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=600, trust_env=False)
         self.marks: dict[str, float] = {}
@@ -35,7 +35,7 @@ class Deployment:
         own = {
             "VERITUNE_HOME": str(home),
             "VERITUNE_CACHE": str(cache),
-            "VERITUNE_DEFAULT_BASE_MODEL": "smollm2-135m",
+            "VERITUNE_DEFAULT_BASE_MODEL": base,
             "VERITUNE_PORT": str(self.port),
             "VERITUNE_INFERENCE_PORT": str(free_port()),
         }

@@ -116,7 +116,8 @@ def accuracy(pairs: Sequence[Pair], judged: Sequence[dict[str, float]]) -> float
 def main() -> None:
     """`python -m benchmarks.encoder_peer TRAIN TEST MODEL EPOCHS SEED`: JSON lines of {claim, page, label} in."""
     train, test, directory, epochs, seed = sys.argv[1:6]
-    rows = [[Pair(**json.loads(line)) for line in Path(path).open(encoding="utf-8")] for path in (train, test)]
+    texts = (Path(path).read_text("utf-8") for path in (train, test))
+    rows = [[Pair(**json.loads(line)) for line in text.splitlines()] for text in texts]
     encoder = Encoder(fetch_encoder(Path(directory)), int(seed))
     began = time.perf_counter()
     updates = encoder.train(rows[0], float(epochs), 3_600.0, 1e-4, int(seed))

@@ -119,14 +119,14 @@ def decide_gate(comparison: Comparison) -> Gate:
 
 def build_baselines(gold: Sequence[GoldClaim], seed: int) -> Baselines:
     majority = max(Counter(claim.label for claim in gold).values(), default=0) / max(1, len(gold))
-    overlap = _cross_fit_overlap(gold) if any(claim.read for claim in gold) else None
+    overlap = judge_by_overlap(gold) if any(claim.read for claim in gold) else None
     return Baselines(majority=majority, overlap=None if overlap is None else _share(overlap, gold, seed))
 
 
 # Baselines.
 
 
-def _cross_fit_overlap(gold: Sequence[GoldClaim]) -> list[bool]:
+def judge_by_overlap(gold: Sequence[GoldClaim]) -> list[bool]:
     """Whether each claim is judged right by the threshold rule that was fitted to the claims of other pages."""
     shares = [_overlap(claim) for claim in gold]
     right = [False] * len(gold)
