@@ -30,6 +30,13 @@ _MESSAGES = {
 """Messages for pydantic's error types whose own messages name Python types."""
 
 
+ROUTES_OF_OTHER_KINDS: dict[str, str] = {
+    JobKind.EVALUATE: "POST /evaluations",
+    JobKind.SYNTHESIZE: "POST /datasets/synthesize",
+    JobKind.REGROUND: "POST /datasets/{dataset}/reground",
+}
+
+
 def read_spec(data: Any) -> TrainSpec:
     """The spec in `data`.
 
@@ -69,6 +76,9 @@ def _reject_unfilled(template: str) -> None:
 
 def _build_kind_error(kind: Any) -> InvalidError:
     known = [member.value for member in JobKind]
+    if route := ROUTES_OF_OTHER_KINDS.get(str(kind)):
+        message = f"a job of kind {kind} is submitted with {route}"
+        return InvalidError(message, code="invalid_spec", problems=(Problem(("kind",), message),))
     if kind in known:
         message = f"this version does not run jobs of kind {kind}; it runs train"
         return NotYetSupportedError(message, problems=(Problem(("kind",), message),))

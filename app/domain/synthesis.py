@@ -11,7 +11,7 @@ from app.domain.spec_base import Count, Fraction, Integer, Metadata, Name, Refer
 from app.domain.splits import SplitName
 
 REASONS: dict[str, str] = {
-    "page_not_named": "the row names neither a page nor evidence",
+    "page_not_named": "the row names no page and no evidence, and its claim opens no page",
     "page_missing": "the corpus has no such page",
     "evidence_missing": "the page has no sentence of that number",
     "evidence_elsewhere": "the evidence is on other pages than the row's page",
@@ -95,7 +95,10 @@ class Refusal(Frozen):
 
 
 class ActionCounts(Frozen):
-    """What the corpus answered. `searches_found`: opened a page. `lookups_found`: showed a sentence."""
+    """What the corpus answered: to the Actions of the rows made, or, in a `reground`, of all rows.
+
+    `searches_found`: opened a page. `lookups_found`: showed a sentence.
+    """
 
     searches: int = 0
     searches_found: int = 0

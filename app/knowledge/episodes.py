@@ -17,6 +17,9 @@ from app.knowledge.base import KnowledgeExplorer, KnowledgeSource
 QUOTED_WORDS = 40
 """Most words of a quotation. With the claim it fits the 128 tokens that a Thought may have."""
 
+NAME_WORDS = 6
+"""Most words of a page's name that is looked for in a claim."""
+
 LOOKUPS = 3
 """Most Lookups of one episode."""
 
@@ -38,7 +41,7 @@ class EpisodeRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LabelledClaim:
-    """A claim to play an episode for. `page`: a title; if None, that of the evidence."""
+    """A claim to play an episode for. `page`: a title; if None, that of the evidence, or one that the claim names."""
 
     claim: str
     label: Verdict
@@ -79,20 +82,29 @@ class Episode:
                 action=Action(name=ActionName.FINISH, argument=self._row.label.value),
             )
         )
-        return Trajectory(
-            claim=self._row.claim, steps=tuple(self._steps), evidence=self._row.evidence, page=self._row.page
-        )
+        return Trajectory(claim=self._row.claim, steps=tuple(self._steps), evidence=self._row.evidence, page=page.title)
 
     # What the episode is about.
 
     def _find_page(self) -> CorpusPage:
         title = self._row.page or (self._row.evidence[0].page if self._row.evidence else None)
         if title is None:
-            raise EpisodeRefused("page_not_named", "the row names neither a page nor evidence")
+            return self._find_named_page()
         page = self._source.search(title).page
         if page is None:
             raise EpisodeRefused("page_missing", f"the corpus has no page {title[:100]!r}")
         return page
+
+    def _find_named_page(self) -> CorpusPage:
+        """The page that the claim names: the first words of it that open one, as many as possible."""
+        words = [word.strip(".,;:!?\"'()[]") for word in self._row.claim.split()]
+        for start in range(len(words)):
+            for end in range(min(len(words), start + NAME_WORDS), start, -1):
+                name = " ".join(words[start:end])
+                page = self._source.search(name).page if content_words(name) else None
+                if page is not None:
+                    return page
+        raise EpisodeRefused("page_not_named", "the row names no page and no evidence, and its claim opens no page")
 
     def _choose_sentence(self, page: CorpusPage, words: set[str]) -> int:
         """The sentence that the verdict rests on: of the page's evidence, or of all its sentences, the one nearest to

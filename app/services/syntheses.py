@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from app.db import Database
 from app.domain.claims import Verdict
+from app.domain.corpora import Observation
 from app.domain.datasets import canonical_line
 from app.domain.errors import ConflictError, InvalidError, Problem
 from app.domain.jobs import Lease
@@ -29,7 +30,7 @@ from app.domain.thoughts import skeleton_of
 from app.domain.trajectories import ActionName, Trajectory
 from app.knowledge import KnowledgeSource
 from app.knowledge.episodes import Episode, EpisodeRefused, LabelledClaim
-from app.knowledge.regrounding import reground
+from app.knowledge.regrounding import reground, replay
 from app.queue import Doorbell
 from app.services.corpora import Corpora
 from app.services.datasets import Dataset, Datasets
@@ -111,12 +112,12 @@ class Syntheses:
         for row in islice(self._datasets.stream(prepared.spec.dataset), prepared.plan.rows):
             tally.read += 1
             try:
-                made = _make(row, prepared)
+                made = _make(row, prepared, tally)
             except EpisodeRefused as refused:
                 _note_refusal(tally, row, refused)
                 yield None
                 continue
-            _note_made(tally, made, prepared.source)
+            _note_made(tally, made)
             yield canonical_line(made)
 
     def record(self, lease: Lease, prepared: PreparedSynthesis, tally: Tally, dataset: str | None = None) -> None:
@@ -133,19 +134,19 @@ class Syntheses:
         return self._datasets.create(rows, filename, "application/jsonl", prepared.spec.output, {})[0]
 
 
-def _make(row: Trajectory, prepared: PreparedSynthesis) -> Trajectory:
-    spec = prepared.spec
+def _make(row: Trajectory, prepared: PreparedSynthesis, tally: Tally) -> Trajectory:
+    spec, source = prepared.spec, prepared.source
+    if isinstance(spec, RegroundSpec):
+        observed = replay(row, source)
+        _note_actions(tally, row, observed)
+        return reground(row, observed)
     try:
-        if isinstance(spec, RegroundSpec):
-            return reground(row, prepared.source)
-        claim = LabelledClaim(row.claim, row.verdict, row.page, row.evidence)
-        made = Episode(prepared.source, claim, spec.seed).play()
+        made = Episode(source, LabelledClaim(row.claim, row.verdict, row.page, row.evidence), spec.seed).play()
     except ValidationError as error:
         raise EpisodeRefused("too_long", str(error.errors(include_url=False)[0]["msg"])) from None
-    if row.split is not None:
-        return made.model_copy(update={"split": row.split})
-    page = row.page or row.evidence[0].page
-    return made.model_copy(update={"split": draw_split(_draw(f"{spec.seed}:{page}"), spec.split)})
+    _note_actions(tally, made, replay(made, source))
+    part = row.split or draw_split(_draw(f"{spec.seed}:{made.page}"), spec.split)
+    return made.model_copy(update={"split": part})
 
 
 def _draw(text: str) -> float:
@@ -159,7 +160,17 @@ def _note_refusal(tally: Tally, row: Trajectory, refused: EpisodeRefused) -> Non
         tally.refusals.append(Refusal(row=tally.read, claim=row.claim, code=refused.code, message=refused.message))
 
 
-def _note_made(tally: Tally, made: Trajectory, source: KnowledgeSource) -> None:
+def _note_actions(tally: Tally, row: Trajectory, observed: Sequence[Observation]) -> None:
+    for step, found in zip(row.steps, observed, strict=False):
+        search = step.action.name is ActionName.SEARCH
+        tally.actions["searches" if search else "lookups"] += 1
+        if search:
+            tally.actions["searches_found"] += found.page is not None
+        else:
+            tally.actions["lookups_found"] += bool(found.sentences)
+
+
+def _note_made(tally: Tally, made: Trajectory) -> None:
     tally.made += 1
     tally.labels[made.verdict] += 1
     tally.steps[len(made.steps)] += 1
@@ -167,12 +178,6 @@ def _note_made(tally: Tally, made: Trajectory, source: KnowledgeSource) -> None:
         tally.splits[made.split] += 1
     for step in made.steps:
         tally.thoughts[skeleton_of(step.thought, step.action.argument, made.claim)] += 1
-        if step.action.name is ActionName.SEARCH:
-            tally.actions["searches"] += 1
-            tally.actions["searches_found"] += source.search(step.action.argument).page is not None
-        elif step.action.name is ActionName.LOOKUP:
-            tally.actions["lookups"] += 1
-            tally.actions["lookups_found"] += (step.observation or "").startswith("(Result ")
 
 
 def build_synthesis_report(

@@ -6,7 +6,7 @@ from app.domain.corpora import CorpusPage
 from app.domain.trajectories import Step, Trajectory, parse_action
 from app.knowledge.episodes import EpisodeRefused
 from app.knowledge.memory import MemoryKnowledge
-from app.knowledge.regrounding import reground
+from app.knowledge.regrounding import reground, replay
 
 SOURCE = MemoryKnowledge(
     [
@@ -28,7 +28,7 @@ def test_observations_are_the_corpus_own() -> None:
         ("And on.", "Lookup[km]", "(Result 1 / 9) An old text of 3 km."),
         ("It is long.", "Finish[SUPPORTS]", None),
     )
-    new = reground(old, SOURCE)
+    new = reground(old, replay(old, SOURCE))
     assert [step.observation for step in new.steps] == [
         "Could not find Elba.",
         "The Elbe rises in the Giant Mountains. It is 1,112 km long.",
@@ -53,15 +53,15 @@ def test_a_thought_that_quotes_what_is_read_no_more_is_left_out(thought: str, co
         (thought, "Finish[SUPPORTS]", None),
     )
     if code is None:
-        assert reground(old, SOURCE).steps[-1].thought == thought
+        assert reground(old, replay(old, SOURCE)).steps[-1].thought == thought
         return
     with pytest.raises(EpisodeRefused) as refused:
-        reground(old, SOURCE)
+        reground(old, replay(old, SOURCE))
     assert refused.value.code == code
 
 
 def test_a_row_that_opens_no_page_is_left_out() -> None:
     old = trajectory(("I read.", "Search[Rhine]", "The Rhine is long."), ("It is.", "Finish[SUPPORTS]", None))
     with pytest.raises(EpisodeRefused) as refused:
-        reground(old, SOURCE)
+        reground(old, replay(old, SOURCE))
     assert refused.value.code == "nothing_found"
