@@ -3,6 +3,7 @@
     --home DIR     state of the run; a run that was stopped goes on there (default .cache/quality)
     --claims N     only the first N test claims
     --seeds N      adapters of the same recipe
+    --quick        a few updates, dev claims and encoder updates, to see that it runs; writes no result
     --cache DIR    where converted base models lie (VERITUNE_CACHE)
 
 Pages are split 60/15/25 by the hash of their title. Trajectories are synthesised from the claims, adapters are
@@ -17,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.domain.claims import Verdict
 from app.domain.evaluation_report import judge_by_overlap
@@ -39,18 +40,29 @@ TRAINER: dict[str, Any] = {
 }
 """The recipe, chosen on dev (`docs/log.md`)."""
 
-TRAIN_MINUTES = 60
-DEV_CLAIMS = 300
-UNGROUNDED_CLAIMS = 100
-ENCODER_EPOCHS = 3
 ENCODER_RATE = 1e-4
+
+
+class Size(NamedTuple):
+    """How much is done. `trainer`: in addition to the recipe."""
+
+    trainer: dict[str, Any]
+    dev_claims: int
+    ungrounded_claims: int
+    encoder_epochs: float
+    encoder_seconds: float
+
+
+WHOLE = Size({}, dev_claims=300, ungrounded_claims=100, encoder_epochs=3, encoder_seconds=3_600)
+QUICK = Size({"train_steps": 4}, dev_claims=30, ungrounded_claims=4, encoder_epochs=3, encoder_seconds=20)
 
 
 class Run:
     """The steps, each of which leaves a named thing in the deployment and is skipped if that is there."""
 
-    def __init__(self, deployment: Deployment, directory: Path, fever: Fever) -> None:
+    def __init__(self, deployment: Deployment, directory: Path, fever: Fever, size: Size) -> None:
         self.deployment = deployment
+        self.size = size
         self.directory = directory
         self.fever = fever
 
@@ -74,7 +86,8 @@ class Run:
     def train(self, name: str, dataset: str, seed: int) -> dict[str, Any]:
         """{seconds, updates, loss, losses} of the job, which publishes an adapter of this name."""
         if not self._has(f"/jobs/{name}"):
-            spec = {"name": name, "dataset": dataset, "base_model": BASE, "seed": seed, "trainer": TRAINER}
+            spec = {"name": name, "dataset": dataset, "base_model": BASE, "seed": seed}
+            spec["trainer"] = TRAINER | self.size.trainer
             self.deployment.post("/jobs", json=spec)
         job = self._finish(name)
         metrics = self._all(f"/jobs/{name}/metrics")
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=ROOT / ".cache" / "quality")
     parser.add_argument("--claims", type=int)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
     cache = os.environ.get("VERITUNE_CACHE", str(ROOT / ".cache" / "veritune"))
     parser.add_argument("--cache", type=Path, default=Path(cache))
     given = parser.parse_args()
@@ -152,10 +166,11 @@ def main() -> None:
     parts["test"] = parts["test"][: given.claims]
     deployment = Deployment(given.home / "deployment", given.cache.resolve(), BASE)
     try:
-        result = _measure(Run(deployment, given.home, fever), parts, given.seeds)
+        result = _measure(Run(deployment, given.home, fever, QUICK if given.quick else WHOLE), parts, given.seeds)
     finally:
         deployment.stop()
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if not given.quick:
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["scores"], indent=1))
 
 
@@ -172,14 +187,14 @@ def _measure(run: Run, parts: dict[str, list[FeverClaim]], seeds: int) -> dict[s
         controls=[],
         include_base=False,
         fit_calibration=True,
-        max_claims=DEV_CLAIMS,
+        max_claims=run.size.dev_claims,
     )
     test = {"dataset": "claims-test", "max_claims": len(parts["test"])}
     report, answers = run.evaluate("test", **test, adapters=[names[0], "claim-only"], controls=["shuffled_pages"])
     for name in names[1:]:
         answers |= run.evaluate(f"test-{name}", **test, adapters=[name], controls=[], include_base=False)[1]
     peers = [_judge_with_encoder(run, parts, number) for number in range(1, seeds + 1)]
-    valid = run.write_ungrounded(parts["test"][:UNGROUNDED_CLAIMS], names[0])
+    valid = run.write_ungrounded(parts["test"][: run.size.ungrounded_claims], names[0])
     return head("verdicts on FEVER, pages never trained on", "benchmarks.quality") | {
         "recipe": TRAINER,
         "base": BASE,
@@ -246,7 +261,7 @@ def _judge_with_encoder(run: Run, parts: dict[str, list[FeverClaim]], seed: int)
         for part in ("train", "test")
     }
     began = time.perf_counter()
-    updates = encoder.train(pairs["train"], ENCODER_EPOCHS, TRAIN_MINUTES * 60.0, ENCODER_RATE, seed)
+    updates = encoder.train(pairs["train"], run.size.encoder_epochs, run.size.encoder_seconds, ENCODER_RATE, seed)
     seconds = time.perf_counter() - began
     judged = encoder.judge(pairs["test"])
     right = [max(p, key=p.__getitem__) == pair.label for pair, p in zip(pairs["test"], judged, strict=True)]
