@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -105,16 +104,6 @@ class Run:
         answers = self.deployment.client.get(f"/jobs/{name}/artifacts/answers.jsonl")
         return self._artifact(name, "report.json"), read_answers(answers.content)
 
-    def write_ungrounded(self, claims: Sequence[FeverClaim], adapter: str) -> float:
-        """The share of valid actions where the model writes alone, without the grammar."""
-        valid = total = 0
-        for claim in claims:
-            body = {"claim": claim.claim, "adapter": adapter, "mode": "ungrounded"}
-            for step in self.deployment.post("/predict", json=body)["steps"]:
-                total += 1
-                valid += step["action"] is not None and step["action"]["name"] in ("Search", "Lookup", "Finish")
-        return valid / max(1, total)
-
     def _has(self, route: str) -> bool:
         return self.deployment.client.get(route).is_success
 
@@ -194,7 +183,15 @@ def _measure(run: Run, parts: dict[str, list[FeverClaim]], seeds: int) -> dict[s
     for name in names[1:]:
         answers |= run.evaluate(f"test-{name}", **test, adapters=[name], controls=[], include_base=False)[1]
     peers = [_judge_with_encoder(run, parts, number) for number in range(1, seeds + 1)]
-    valid = run.write_ungrounded(parts["test"][: run.size.ungrounded_claims], names[0])
+    alone, _ = run.evaluate(
+        "ungrounded",
+        dataset="claims-test",
+        adapters=names[:1],
+        controls=["ungrounded"],
+        include_base=False,
+        max_claims=run.size.ungrounded_claims,
+    )
+    valid = next(one["valid_actions"] for one in alone["runs"] if one["run"]["control"] == "ungrounded")
     return head("verdicts on FEVER, pages never trained on", "benchmarks.quality") | {
         "recipe": TRAINER,
         "base": BASE,

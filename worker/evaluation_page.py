@@ -211,6 +211,7 @@ def _figures(report: EvaluationReport) -> str:
         ("accuracy where it was found", [_number(run.accuracy_on_found) for run in report.runs]),
         ("finished by itself", [f"{run.finished:.3f}" for run in report.runs]),
         ("searches that hit", [_number(run.search_hits) for run in report.runs]),
+        ("valid actions", [f"{run.valid_actions:.3f}" for run in report.runs]),
         ("S and R with verified quotations", [_number(run.quotes_verified) for run in report.runs]),
         ("invented Observations", [str(run.invented_observations) for run in report.runs]),
         ("steps a claim", [f"{run.steps:.1f}" for run in report.runs]),

@@ -76,6 +76,7 @@ def build_run_report(
         accuracy_on_found=_ratio(sum(right_where_found), len(right_where_found)),
         finished=sum(not answer.forced for answer in answers) / count,
         abstained=sum(answer.abstained for answer in answers) / count,
+        valid_actions=_share_of_valid_actions(answers),
         search_hits=_ratio(sum(searches), len(searches)),
         quotes_verified=_ratio(sum(answer.quotes_verified for answer in decided), len(decided)),
         invented_observations=sum(
@@ -213,6 +214,16 @@ def _cross_fit_calibration(gold: Sequence[GoldClaim], answers: Sequence[Predicti
         for index in held_out:
             rows[index] = fitted.apply(answers[index].probabilities)
     return rows
+
+
+def _share_of_valid_actions(answers: Sequence[Prediction]) -> float:
+    names = set(ActionName)
+    valid = [
+        step.action is not None and step.action.name in names and bool(step.action.argument)
+        for answer in answers
+        for step in answer.steps
+    ]
+    return sum(valid) / max(1, len(valid))
 
 
 def _score_evidence(

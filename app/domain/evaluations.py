@@ -14,7 +14,7 @@ from app.domain.splits import SplitName
 MAX_ADAPTERS = 16
 
 
-ControlName = Literal["claim_only", "shuffled_pages"]
+ControlName = Literal["claim_only", "shuffled_pages", "ungrounded"]
 CONTROLS: tuple[ControlName, ...] = ("claim_only", "shuffled_pages")
 
 
@@ -22,7 +22,8 @@ class EvaluationOptions(Spec):
     """How an evaluation judges. Only `dataset` is required.
 
     `split`: only the claims of this split. `max_claims`: only the first ones. `controls`: `claim_only` repeats each
-    adapter's run with empty pages, `shuffled_pages` with other pages than those that were asked for.
+    adapter's run with empty pages, `shuffled_pages` with other pages than those that were asked for, and
+    `ungrounded` with a model that writes all steps alone, Observations too, without the grammar.
     `fit_calibration`: fits the probabilities of each adapter to the labels and applies that to its predictions from now
     on; give it claims that were not trained. `promote`: makes the adapter the default one if it is significantly better
     than the present default adapter, or than its base if there is none.
@@ -137,8 +138,9 @@ class RunReport(Frozen):
     INFO, all listed evidence was read (FEVER, arXiv:1803.05355). `page_found`: of claims whose page is known.
     `by_probability`: accuracy of the most probable verdict. `search_hits`: of Searches, how many opened a page.
     `calibrated`: after fitting a calibration to the claims of other pages, if one was fitted.
-    `quotes_verified`: of SUPPORTS and REFUTES verdicts. `invented_observations`: Observations that came neither from
-    the corpus nor from the server.
+    `valid_actions`: of all steps, how many are Search, Lookup or Finish with an argument; always all where the grammar
+    chooses them. `quotes_verified`: of SUPPORTS and REFUTES verdicts. `invented_observations`: Observations that came
+    neither from the corpus nor from the server.
     """
 
     run: EvaluationRun
@@ -158,6 +160,7 @@ class RunReport(Frozen):
     finished: float
     abstained: float
     search_hits: float | None
+    valid_actions: float
     quotes_verified: float | None
     invented_observations: int
     steps: float

@@ -98,14 +98,16 @@ class EvaluationAttempts:
         self, prepared: PreparedEvaluation, run: EvaluationRun, index: int, is_cancelled: IsCancelled
     ) -> Prediction:
         """Judge one claim, as `/predict` would, or under the run's control."""
-        request = PredictRequest(
-            claim=prepared.gold[index].claim,
-            adapter=run.adapter,
-            base_model=None if run.adapter else run.base_model,
-            corpus=prepared.plan.corpus,
-            max_steps=prepared.spec.max_steps,
-        )
-        return self._predictions.predict_from(request, prepared.sources[run.control], run.calibration, is_cancelled)
+        asked = {"claim": prepared.gold[index].claim, "adapter": run.adapter}
+        if run.adapter is None:
+            asked["base_model"] = run.base_model
+        if run.control == "ungrounded":
+            request = PredictRequest.model_validate({**asked, "mode": "ungrounded"})
+        else:
+            limits = {"corpus": prepared.plan.corpus, "max_steps": prepared.spec.max_steps}
+            request = PredictRequest.model_validate({**asked, **limits})
+        source = prepared.sources.get(run.control, prepared.sources[None])
+        return self._predictions.predict_from(request, source, run.calibration, is_cancelled)
 
     def record(self, lease: Lease, run: str, answers: dict[int, Prediction], progress: EvaluationProgress) -> None:
         """Write a batch of answers of the run with this key, and the job's progress. It ends a series of strikes."""

@@ -292,6 +292,25 @@ def test_a_deleted_evaluation_leaves_no_answer(served: Services) -> None:
         assert unit.evaluation_answers.list_answers(job.id) == []
 
 
+def test_a_model_that_writes_alone_invents_its_observations(
+    served: Services, generator: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(prompt: str, request: GenerationRequest) -> str:
+        if request.stop or request.allowed_token_ids is not None:
+            return judges_by_reading(prompt, request)
+        return (
+            " I know.\nAction 1: Browse[Rhine]\nObservation 1: It is so.\nThought 2: Yes.\nAction 2: Finish[SUPPORTS]"
+        )
+
+    monkeypatch.setattr(generator, "_script", judge)
+    job = submit(served, controls=["ungrounded"])
+    assert run(served)
+    plain, alone = report_of(served, job).runs
+    assert (plain.valid_actions, plain.invented_observations) == (1.0, 0)
+    assert (alone.run.control, alone.valid_actions, alone.invented_observations) == ("ungrounded", 0.5, CLAIMS)
+    assert alone.confusion[SUPPORTS][SUPPORTS] == CLAIMS / 2
+
+
 # The gate.
 
 
