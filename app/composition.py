@@ -16,7 +16,7 @@ from app.services.corpora import Corpora
 from app.services.datasets import Datasets
 from app.services.devices import Devices
 from app.services.encodings import Encodings
-from app.services.evaluation_attempts import EvaluationAttempts
+from app.services.evaluation_runner import EvaluationRunner
 from app.services.evaluations import Evaluations
 from app.services.events import EventFeed
 from app.services.idempotency import Idempotency
@@ -141,8 +141,8 @@ class Services:
         )
 
     @cached_property
-    def evaluation_attempts(self) -> EvaluationAttempts:
-        return EvaluationAttempts(self.database, self.evaluations, self.corpora, self.adapters, self.predictions)
+    def evaluation_runner(self) -> EvaluationRunner:
+        return EvaluationRunner(self.database, self.evaluations, self.corpora, self.adapters, self.predictions)
 
     @cached_property
     def syntheses(self) -> Syntheses:

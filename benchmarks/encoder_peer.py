@@ -1,6 +1,7 @@
-"""A peer for verdicts: a 22M encoder (all-MiniLM-L6-v2), fine-tuned to classify a claim with its gold page.
+"""A peer for verdicts: a 22M encoder (all-MiniLM-L6-v2), fine-tuned to classify a claim beside its gold page.
 
-It is given the right page and writes no trajectory, so it shows what a small classifier makes of the same rows.
+It is given the first sentences of the right page, at most 256 tokens with the claim, and writes no trajectory. So it
+shows what a small classifier makes of the same rows.
 """
 
 import json

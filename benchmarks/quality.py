@@ -7,8 +7,9 @@
     --cache DIR    where converted base models lie (VERITUNE_CACHE)
 
 Pages are split 60/15/25 by the hash of their title. Trajectories are synthesised from the claims, adapters are
-trained on them, calibrated on dev, and judge the test claims by evaluation jobs. A small encoder with the gold page is
-the peer. Everything goes through the HTTP API of one deployment. Writes `benchmarks/results/quality.json`.
+trained on them, calibrated on dev, and judge the test claims by evaluation jobs. A small encoder that reads the first
+five sentences of the gold page is the peer. Everything goes through the HTTP API of one deployment. Writes
+`benchmarks/results/quality.json`.
 """
 
 import argparse
@@ -37,7 +38,7 @@ TRAINER: dict[str, Any] = {
     "verdict_branch": 1.0,
     "verdict_weight": 30,
 }
-"""The recipe, chosen on dev (`docs/log.md`)."""
+"""The recipe. `docs/log.md` has what was tried on dev."""
 
 ENCODER_RATE = 1e-4
 
@@ -83,7 +84,7 @@ class Run:
         return self._artifact("synthesis", "report.json")
 
     def train(self, name: str, dataset: str, seed: int) -> dict[str, Any]:
-        """{seconds, updates, loss, losses} of the job, which publishes an adapter of this name."""
+        """{seconds, updates, losses} of the job, which publishes an adapter of this name."""
         if not self._has(f"/jobs/{name}"):
             spec = {"name": name, "dataset": dataset, "base_model": BASE, "seed": seed}
             spec["trainer"] = TRAINER | self.size.trainer
@@ -113,15 +114,15 @@ class Run:
 
     def _finish(self, name: str) -> dict[str, Any]:
         """Wait for the job, and tell its progress each minute."""
-        told = 0.0
+        printed_at = 0.0
         while True:
             job: dict[str, Any] = self.deployment.get(f"/jobs/{name}")
             if job["status"] == "succeeded":
                 return job
             if job["status"] in ("failed", "cancelled"):
                 raise BenchmarkError(f"{name} is {job['status']}: {job['error']}")
-            if time.monotonic() - told > 60:
-                told = time.monotonic()
+            if time.monotonic() - printed_at > 60:
+                printed_at = time.monotonic()
                 print(f"{name}: {job['status']} {json.dumps(job['progress'])}", flush=True)
             time.sleep(1)
 
@@ -152,10 +153,12 @@ def main() -> None:
     given.home.mkdir(parents=True, exist_ok=True)
     fever = Fever()
     parts = {part: fever.list_claims(part) for part in ("train", "dev", "test")}
-    parts["test"] = parts["test"][: given.claims]
+    chosen = parts["test"][: given.claims]
     deployment = Deployment(given.home / "deployment", given.cache.resolve(), BASE)
     try:
-        result = _measure(Run(deployment, given.home, fever, QUICK if given.quick else WHOLE), parts, given.seeds)
+        result = _measure(
+            Run(deployment, given.home, fever, QUICK if given.quick else WHOLE), parts, chosen, given.seeds
+        )
     finally:
         deployment.stop()
     if not given.quick:
@@ -163,7 +166,7 @@ def main() -> None:
     print(json.dumps(result["scores"], indent=1))
 
 
-def _measure(run: Run, parts: dict[str, list[FeverClaim]], seeds: int) -> dict[str, Any]:
+def _measure(run: Run, parts: dict[str, list[FeverClaim]], chosen: list[FeverClaim], seeds: int) -> dict[str, Any]:
     run.upload(parts)
     synthesis = run.synthesise()
     names = [f"seed-{number}" for number in range(1, seeds + 1)]
@@ -178,11 +181,14 @@ def _measure(run: Run, parts: dict[str, list[FeverClaim]], seeds: int) -> dict[s
         fit_calibration=True,
         max_claims=run.size.dev_claims,
     )
-    test = {"dataset": "claims-test", "max_claims": len(parts["test"])}
-    report, answers = run.evaluate("test", **test, adapters=[names[0], "claim-only"], controls=["shuffled_pages"])
+    count = len(chosen)
+    test = {"dataset": "claims-test", "max_claims": count}
+    report, answers = run.evaluate(
+        f"test-{count}", **test, adapters=[names[0], "claim-only"], controls=["shuffled_pages"]
+    )
     for name in names[1:]:
-        answers |= run.evaluate(f"test-{name}", **test, adapters=[name], controls=[], include_base=False)[1]
-    peers = [_judge_with_encoder(run, parts, number) for number in range(1, seeds + 1)]
+        answers |= run.evaluate(f"test-{count}-{name}", **test, adapters=[name], controls=[], include_base=False)[1]
+    peers = [_judge_with_encoder(run, parts["train"], chosen, number) for number in range(1, seeds + 1)]
     alone, _ = run.evaluate(
         "ungrounded",
         dataset="claims-test",
@@ -200,10 +206,10 @@ def _measure(run: Run, parts: dict[str, list[FeverClaim]], seeds: int) -> dict[s
         },
         "trained": trained,
         "baselines": report["baselines"],
-        "scores": _summarise(run.fever, parts["test"], answers, names, peers) | {"valid_actions_ungrounded": valid},
-        "runs": {name: score(parts["test"], found) for name, found in answers.items()},
+        "scores": _summarise(run.fever, chosen, answers, names, peers) | {"valid_actions_ungrounded": valid},
+        "runs": {name: score(chosen, found) for name, found in answers.items()},
         "peers": peers,
-        "rows": _raw_rows(parts["test"], answers),
+        "rows": _raw_rows(chosen, answers),
     }
 
 
@@ -246,22 +252,21 @@ def _mean(values: list[float | None]) -> float | None:
     return round(fmean(known), 4) if known else None
 
 
-def _judge_with_encoder(run: Run, parts: dict[str, list[FeverClaim]], seed: int) -> dict[str, Any]:
-    """The peer's accuracy on the test claims, given their gold pages."""
-    stored = run.directory / f"encoder-{seed}.json"
+def _judge_with_encoder(run: Run, train: list[FeverClaim], test: list[FeverClaim], seed: int) -> dict[str, Any]:
+    """The peer's accuracy on the test claims, given the first five sentences of their pages."""
+    stored = run.directory / f"encoder-{len(test)}-{seed}.json"
     if stored.exists():
         document: dict[str, Any] = json.loads(stored.read_text())
         return document
     encoder = Encoder(fetch_encoder(run.directory / "encoder"), seed)
-    pairs = {
-        part: [Pair(c.claim, run.fever.first_sentences(c.page), c.label) for c in parts[part]]
-        for part in ("train", "test")
-    }
+    learned, judged_pairs = (
+        [Pair(c.claim, run.fever.first_sentences(c.page), c.label) for c in claims] for claims in (train, test)
+    )
     began = time.perf_counter()
-    updates = encoder.train(pairs["train"], run.size.encoder_epochs, run.size.encoder_seconds, ENCODER_RATE, seed)
+    updates = encoder.train(learned, run.size.encoder_epochs, run.size.encoder_seconds, ENCODER_RATE, seed)
     seconds = time.perf_counter() - began
-    judged = encoder.judge(pairs["test"])
-    right = [max(p, key=p.__getitem__) == pair.label for pair, p in zip(pairs["test"], judged, strict=True)]
+    judged = encoder.judge(judged_pairs)
+    right = [max(p, key=p.__getitem__) == pair.label for pair, p in zip(judged_pairs, judged, strict=True)]
     found = {"seed": seed, "accuracy": fmean(right), "updates": updates, "seconds": round(seconds, 1)}
     stored.write_text(json.dumps(found))
     return found

@@ -25,7 +25,7 @@ from app.domain.errors import (
 from app.domain.evaluations import EvaluationProgress, EvaluationRun, EvaluationSpec
 from app.domain.predictions import Prediction
 from app.services.attempts import Leased
-from app.services.evaluation_attempts import PreparedEvaluation, build_report
+from app.services.evaluation_runner import PreparedEvaluation, build_report
 from worker.attempt import Attempt
 from worker.evaluation_page import render_page
 from worker.heartbeat import Heartbeat
@@ -56,7 +56,7 @@ class EvaluationAttempt(Attempt):
     def _run(self) -> None:
         spec = self._leased.spec
         assert isinstance(spec, EvaluationSpec)
-        prepared = self._retry(lambda: self._services.evaluation_attempts.prepare(self._leased.job_id, spec))
+        prepared = self._retry(lambda: self._services.evaluation_runner.prepare(self._leased.job_id, spec))
         if not self._judge_all(prepared):
             self._release("stopped behind the last judged claim", strike=False)
             return
@@ -93,7 +93,7 @@ class EvaluationAttempt(Attempt):
         failures = 0
         while True:
             try:
-                return run, index, self._services.evaluation_attempts.judge(prepared, run, index, stopped.is_set)
+                return run, index, self._services.evaluation_runner.judge(prepared, run, index, stopped.is_set)
             except (ClientDisconnectedError, StorageError):
                 raise
             except InvalidError as error:
@@ -128,7 +128,7 @@ class EvaluationAttempt(Attempt):
 
     def _flush(self, progress: "_Progress") -> None:
         for run, answers in progress.take().items():
-            record = partial(self._services.evaluation_attempts.record, self._lease, run, answers, progress.now())
+            record = partial(self._services.evaluation_runner.record, self._lease, run, answers, progress.now())
             self._retry(record)
 
     def _conclude(self, prepared: PreparedEvaluation) -> None:
@@ -143,8 +143,8 @@ class EvaluationAttempt(Attempt):
         page.write_text(render_page(report, prepared.gold, prepared.in_order()), encoding="utf-8")
         for artifact in (path, page, answers):
             self._retry(lambda p=artifact: self._services.artifacts.put(self._lease, p))  # type: ignore[misc]
-        self._retry(lambda: self._services.evaluation_attempts.calibrate(self._lease, prepared))
-        self._retry(lambda: self._services.evaluation_attempts.promote(self._lease, prepared, report))
+        self._retry(lambda: self._services.evaluation_runner.calibrate(self._lease, prepared))
+        self._retry(lambda: self._services.evaluation_runner.promote(self._lease, prepared, report))
         accuracies = {one.run.key: round(one.accuracy.value, 4) for one in report.runs}
         message = "; ".join(f"{one.run.name}: accuracy {one.accuracy.value:.3f}" for one in report.runs)
         self._end(lambda: self._attempts.succeed(self._lease, message, accuracies))

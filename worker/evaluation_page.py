@@ -71,6 +71,7 @@ def render_page(report: EvaluationReport, gold: Sequence[GoldClaim], answers: di
         _figures(report),
         "<h2>Runs compared, over the same claims</h2>" if report.comparisons else "",
         _comparisons(report),
+        _gate(report),
         f"<h2>Wrong verdicts of {escape(best.run.name)}</h2>",
         _errors(gold, answers[best.run.key]),
     ]
@@ -224,6 +225,16 @@ def _figures(report: EvaluationReport) -> str:
         for name, values in columns
     )
     return f'<div class="panel wide"><table><tr><th></th>{heads}</tr>{rows}</table></div>'
+
+
+def _gate(report: EvaluationReport) -> str:
+    """What became of the adapter that was to be promoted."""
+    if report.gate is None:
+        return ""
+    names = {run.run.key: run.run.name for run in report.runs}
+    adapter, beaten = names[report.gate.comparison.second], names[report.gate.comparison.first]
+    said = "is better than" if report.gate.outcome == "promoted" else "is not shown to be better than"
+    return f"<p>Gate: {escape(adapter)} {said} {escape(beaten)}: {report.gate.outcome}.</p>"
 
 
 def _comparisons(report: EvaluationReport) -> str:

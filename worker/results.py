@@ -38,8 +38,10 @@ class Results:
         """Publish the adapter and end the job as succeeded."""
         manifest = self.manifest(finished)
         options = self._prepared.spec.trainer.evaluate_after
-        follow = None if options is None else partial(self._services.evaluations.build_after, options)
-        self._services.adapters.publish(self._leased.lease, self._leased.name, adapter, manifest, follow)
+        build = None if options is None else partial(self._services.evaluations.build_evaluation_job, options)
+        gated = options is not None and options.promote
+        lease, name = self._leased.lease, self._leased.name
+        self._services.adapters.publish(lease, name, adapter, manifest, build, gated=gated)
         self._remember_pace(finished)
 
     def store_artifacts(self) -> None:

@@ -48,8 +48,8 @@ def reground_dataset(
     open nothing, or whose Thoughts quote what is observed no more, are left out. The answer is a job of kind
     `reground`.
     """
-    spec = RegroundSpec(dataset=dataset, **options.model_dump())
-    return _submit(services, spec, f"POST /datasets/{dataset}/reground", key, body)
+    spec = RegroundSpec(dataset=services.datasets.get(dataset).id, **options.model_dump())
+    return _submit(services, spec, "POST /datasets/reground", key, f"{dataset}\n".encode() + body)
 
 
 def _submit(services: ServicesDep, spec: AnySynthesis, route: str, key: str | None, body: bytes) -> Response:

@@ -63,5 +63,7 @@ def evaluate(client: httpx.Client, spec: dict[str, Any], page: Path) -> None:
     follow_evaluation(client, console, job)
     report = json.loads(get_artifact(client, job, "report.json"))
     console.print(build_table(report))
+    if report.get("gate"):
+        console.print(f"gate: {report['gate']['outcome']}")
     page.write_bytes(get_artifact(client, job, "report.html"))
     console.print(f"the whole report is in {page}", soft_wrap=True)

@@ -25,7 +25,7 @@ def run(client: httpx.Client, route: str, spec: dict[str, Any], path: Path) -> N
         raise
     report = _write_report(client, done, path)
     console.print(f"{report['rows_made']} of {report['rows_read']} rows made: dataset {report['dataset']}")
-    console.print(_count(report))
+    console.print(_describe_counts(report))
     actions = report["actions"]
     console.print(
         f"{actions['searches_found']} of {actions['searches']} Searches opened a page, "
@@ -46,7 +46,7 @@ def _write_report(client: httpx.Client, job: dict[str, Any], path: Path) -> dict
     return report
 
 
-def _count(report: dict[str, Any]) -> str:
+def _describe_counts(report: dict[str, Any]) -> str:
     labels = ", ".join(f"{count} {label}" for label, count in report["labels"].items())
     steps = ", ".join(f"{count} of {number}" for number, count in report["steps"].items())
     splits = ", ".join(f"{count} {part}" for part, count in report["splits"].items())

@@ -86,6 +86,12 @@ class EvaluationPlan(Frozen):
     runs: tuple[EvaluationRun, ...]
     gate: tuple[str, str] | None = None
 
+    @property
+    def own_runs(self) -> tuple[EvaluationRun, ...]:
+        """The plain runs of the adapters that the job names: not of the one to beat."""
+        beaten = self.gate[0] if self.gate else None
+        return tuple(run for run in self.runs if run.adapter and run.control is None and run.key != beaten)
+
 
 class EvaluationProgress(Frozen):
     """`done` of `total` claims are judged, over all runs."""
@@ -192,8 +198,9 @@ class Gate(Frozen):
 
 
 class Baselines(Frozen):
-    """Judges that read little, on the same claims. `overlap`: a threshold rule on the share of the claim's words
-    that the dataset's own Observations contain, cross-fitted over pages. None if the dataset has no such text."""
+    """Judges that read little, on the same claims. `overlap`: a threshold rule on the share of the claim's words that
+    the dataset's own Observations contain, or, without any, the page's first sentences; cross-fitted over pages. None
+    if there is no such text."""
 
     majority: float
     overlap: Share | None

@@ -74,7 +74,7 @@ def read_row(row: SourceRow, columns: Columns) -> RowResult:
         label = _read_label(row.fields.get(columns.label), columns.label, findings)
         evidence = _read_evidence(row.fields.get("evidence"), findings)
         if columns.kind == "claims":
-            trajectory = _build_claim_only(claim, label, columns.label, evidence)
+            trajectory = _build_claim_only(claim, label, columns.label, evidence, findings)
         else:
             trajectory = _build_trajectory(claim, written, label, evidence, findings)
         if (page := _read_page(row.fields.get(columns.page), columns.page, findings)) is not None:
@@ -192,9 +192,12 @@ def _build_trajectory(
     return Trajectory(claim=claim, steps=built, evidence=evidence)
 
 
-def _build_claim_only(claim: str, label: Verdict | None, name: str, evidence: tuple[Evidence, ...]) -> Trajectory:
+def _build_claim_only(
+    claim: str, label: Verdict | None, name: str, evidence: tuple[Evidence, ...], findings: RowFindings
+) -> Trajectory:
     if label is None:
         raise RefusedError("no_verdict", f"the row has no label that is a verdict in {name!r}; {_SPELL}")
+    _note_control_tokens(claim, (), findings)
     finish = Step(thought="", action=Action(name=ActionName.FINISH, argument=label.value))
     return Trajectory(claim=claim, steps=(finish,), evidence=evidence)
 

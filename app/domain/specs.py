@@ -118,7 +118,8 @@ class Trainer(Spec):
     The effective batch is `batch_size` × `gradient_accumulation_steps`. Three numbers that contradict each other are
     refused. `early_stop`: training ends after so many evaluations in a row without a lower validation loss; -1 and 0
     disable it. `verdict_weight`: the weight of a verdict's first token in the loss; every other trained token has 1.
-    The weighted losses are divided by the sum of their weights. `evaluate_after`: an evaluation job that
+    The weighted losses are divided by the sum of their weights. The losses that are reported, and
+    by which the best state is chosen, are unweighted. `evaluate_after`: an evaluation job that
     is queued when the adapter is published.
     """
 

@@ -11,13 +11,14 @@ from app.domain.spec_base import Count, Fraction, Integer, Metadata, Name, Refer
 from app.domain.splits import SplitName
 
 REASONS: dict[str, str] = {
-    "page_not_named": "the row names no page and no evidence, and its claim opens no page",
+    "page_not_named": "the row names no page, and no words of its claim open one",
     "page_missing": "the corpus has no such page",
     "evidence_missing": "the page has no sentence of that number",
     "evidence_elsewhere": "the evidence is on other pages than the row's page",
     "evidence_unreachable": "the evidence is not among the first sentences, and no word of the claim leads to it",
     "label_doubted": "the page contradicts the label by a year",
-    "too_long": "a title, a claim or a sentence is too long for a step",
+    "unwritable": "a title, a claim or a sentence cannot be written in a step: it is too long, or has brackets",
+    "duplicate": "the same trajectory was made of an earlier row",
     "nothing_found": "no Search of the row opens a page of the corpus",
     "quotation_lost": "a Thought quotes a text that the new Observations do not contain",
 }

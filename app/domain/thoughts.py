@@ -8,6 +8,7 @@ the verdict, which the Action says.
 import random
 import re
 
+_DOUBLE_QUOTES = re.compile('["“”]')
 _QUOTATION = re.compile(r"\".*\"")
 
 _BEGINNINGS = (
@@ -41,24 +42,26 @@ _CLAIMS = (
 )  # fmt: skip
 
 
-def search_thought(chance: random.Random, name: str) -> str:
-    return f"{chance.choice(_BEGINNINGS)} {chance.choice(_SEARCHES)}".format(name=name)
+def build_search_thought(rng: random.Random, name: str) -> str:
+    return f"{rng.choice(_BEGINNINGS)} {rng.choice(_SEARCHES)}".format(name=name)
 
 
-def miss_thought(chance: random.Random, name: str) -> str:
-    return chance.choice(_MISSES).format(name=name)
+def build_miss_thought(rng: random.Random, name: str) -> str:
+    return rng.choice(_MISSES).format(name=name)
 
 
-def lookup_thought(chance: random.Random, keyword: str) -> str:
-    return f"{chance.choice(_LOOKUP_BEGINNINGS)} {chance.choice(_LOOKUPS)}".format(keyword=keyword)
+def build_lookup_thought(rng: random.Random, keyword: str) -> str:
+    return f"{rng.choice(_LOOKUP_BEGINNINGS)} {rng.choice(_LOOKUPS)}".format(keyword=keyword)
 
 
-def last_thought(chance: random.Random, sentence: str, claim: str) -> str:
-    """The sentence in quotation marks, then the claim without any: only what was read is quoted."""
-    return f'{chance.choice(_QUOTES)}: "{sentence}" {chance.choice(_CLAIMS)}: {claim}'
+def build_last_thought(rng: random.Random, sentence: str, claim: str) -> str:
+    """The sentence in quotation marks, then the claim. The claim's own quotation marks become single ones, because only
+    what was read is quoted."""
+    plain = _DOUBLE_QUOTES.sub("'", claim)
+    return f'{rng.choice(_QUOTES)}: "{sentence}" {rng.choice(_CLAIMS)}: {plain}'
 
 
-def skeleton_of(thought: str, argument: str, claim: str) -> str:
+def build_skeleton(thought: str, argument: str, claim: str) -> str:
     """The Thought's wording: without the claim, its quotation, and the argument of its Action."""
-    bare = _QUOTATION.sub("…", thought.replace(claim, "…"))
+    bare = _QUOTATION.sub("…", thought.replace(_DOUBLE_QUOTES.sub("'", claim), "…"))
     return bare.replace(argument, "…") if argument else bare

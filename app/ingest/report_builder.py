@@ -77,6 +77,8 @@ class DatasetReportBuilder:
 
     def _keep_unless_duplicate(self, line: int, trajectory: Trajectory, reading: RowResult) -> bytes | None:
         texts = [trajectory.claim]
+        if self.columns.kind == "claims":
+            texts += (trajectory.page or "", str(trajectory.evidence))
         for step in trajectory.steps:
             texts += (step.thought, str(step.action), step.observation or "")
         if self._duplicates.get_or_insert("\0".join(texts), "row"):  # texts hold no NUL, so no claim equals a row
@@ -116,7 +118,8 @@ class DatasetReportBuilder:
         evidence = "" if isinstance(row.fields.get("evidence"), str) else "evidence"
         empty = [name for name in ("evidence", "steps", "messages") if row.fields.get(name, "") is None]
         columns = self.columns
-        own = (columns.claim, columns.trajectories, columns.label, columns.page, columns.split)
+        steps = () if columns.kind == "claims" else (columns.trajectories,)
+        own = (columns.claim, *steps, columns.label, columns.page, columns.split)
         return frozenset((*own, source, evidence, *empty))
 
     def _note_columns(self, line: int, names: tuple[str, ...], used: frozenset[str]) -> None:
@@ -128,7 +131,8 @@ class DatasetReportBuilder:
             if name not in used:
                 message = f"the column {name[:60]!r} is not read"
                 self._note((build_finding(line, "extra_column", message),))
-        roles = {"claim": self.columns.claim, "label": self.columns.label, "split": self.columns.split}
+        columns = self.columns
+        roles = {"claim": columns.claim, "label": columns.label, "page": columns.page, "split": columns.split}
         for role, name in roles.items():
             if name in used and name in names:
                 self.roles.setdefault(role, name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from sqlalchemy.exc import IntegrityError
 
 from app.atomic_dirs import locked, publish
 from app.db import Database, Unit
@@ -39,7 +40,7 @@ DELETED = ".deleted-"
 """Prefix of an empty marker file. Its time says when the adapter of the sibling directory was deleted."""
 
 S = JobStatus
-Follow = Callable[[Adapter], JobRow]
+BuildJob = Callable[[Adapter], JobRow]
 log = structlog.get_logger(__name__)
 
 
@@ -61,19 +62,26 @@ class Adapters:
             mark.unlink(missing_ok=True)
 
     def publish(
-        self, lease: Lease, name: str, directory: Path, manifest: Manifest, follow: Follow | None = None
+        self,
+        lease: Lease,
+        name: str,
+        directory: Path,
+        manifest: Manifest,
+        evaluation: BuildJob | None = None,
+        *,
+        gated: bool = False,
     ) -> str | None:
         """Store what was trained and end its job as succeeded, in one transaction.
 
         Its name is `name`, or one made from it where another adapter has that. Returns the adapter's id; None when the
         user asked to cancel before the transaction began (the job is cancelled then, and nothing is published).
 
-        `follow`: builds a job that is queued in the same transaction and decides on the promotion. Without it, the
-        first adapter of a deployment becomes the default one.
+        `evaluation`: builds the job that evaluates the adapter, which is queued in the same transaction. `gated`: that
+        job decides on the promotion. Otherwise the first adapter of a deployment becomes the default one.
         """
         with staged(self._database, self._blobs) as blobs:
             row = self._store(self._free_name(name), directory, manifest, blobs)
-            published = self._commit(lease, row, name, follow)
+            published = self._commit(lease, row, name, evaluation, gated=gated)
         if published is None:
             discard_unreferenced(self._database, self._blobs, blobs.created)
         else:
@@ -113,8 +121,10 @@ class Adapters:
         with self._database.read() as unit:
             return free_name(name, lambda taken: unit.adapters.find(taken) is not None)
 
-    def _commit(self, lease: Lease, row: AdapterRow, asked: str, follow: Follow | None) -> str | None:
-        job, reason = _build_following(row, follow)
+    def _commit(
+        self, lease: Lease, row: AdapterRow, asked: str, evaluation: BuildJob | None, *, gated: bool
+    ) -> str | None:
+        job, reason = _build_job(row, evaluation)
         with self._database.write() as unit:
             if unit.jobs.end(lease, (S.CANCELLING,), S.CANCELLED):
                 unit.jobs.add_event(lease.job_id, "cancelled", "cancelled before it was published", "info", {})
@@ -126,14 +136,9 @@ class Adapters:
                 unit.jobs.add_event(lease.job_id, "name_taken", message, "warning", {"name": row.name})
             data = {"adapter_id": row.id, "digest": row.digest}
             unit.jobs.add_event(lease.job_id, "succeeded", f"published as {row.id}", "info", data)
-            if job is not None and unit.datasets.find(str(job.dataset_id)) is not None:
-                add_job(unit, job, {"adapter_id": row.id})
-                message = f"{job.name} evaluates the adapter"
-                unit.jobs.add_event(lease.job_id, "evaluation", message, "info", {"job_id": job.id})
-            elif follow is not None:
-                message = f"the adapter is not evaluated: {reason or 'the dataset was deleted'}"
-                unit.jobs.add_event(lease.job_id, "warning", message, "warning", {})
-            if follow is None and unit.aliases.find_target(RESOURCE, DEFAULT) is None:
+            if evaluation is not None:
+                _queue_evaluation(unit, lease, row, job, reason)
+            if not gated and unit.aliases.find_target(RESOURCE, DEFAULT) is None:
                 unit.aliases.point(RESOURCE, DEFAULT, row.id)
         return row.id
 
@@ -308,11 +313,25 @@ def _to_adapter(row: AdapterRow, aliases: dict[str, list[str]]) -> Adapter:
     )
 
 
-def _build_following(row: AdapterRow, follow: Follow | None) -> tuple[JobRow | None, str]:
-    """(the job that follows the publishing, why there is none)."""
-    if follow is None:
+def _build_job(row: AdapterRow, build: BuildJob | None) -> tuple[JobRow | None, str]:
+    """(the job that evaluates the adapter, why there is none). A trained adapter is published without it, too."""
+    if build is None:
         return None, ""
     try:
-        return follow(_to_adapter(row, {})), ""
+        return build(_to_adapter(row, {})), ""
     except (NotFoundError, InvalidError) as error:
         return None, error.detail
+
+
+def _queue_evaluation(unit: Unit, lease: Lease, row: AdapterRow, job: JobRow | None, reason: str) -> None:
+    """Add the job, or an event that says why the adapter is not evaluated."""
+    if job is not None:
+        try:
+            with unit.session.begin_nested():
+                add_job(unit, job, {"adapter_id": row.id})
+            message = f"{job.name} evaluates the adapter"
+            unit.jobs.add_event(lease.job_id, "evaluation", message, "info", {"job_id": job.id})
+            return
+        except IntegrityError:
+            reason = "its dataset was deleted meanwhile"
+    unit.jobs.add_event(lease.job_id, "warning", f"the adapter is not evaluated: {reason}", "warning", {})

@@ -147,13 +147,15 @@ class Corpora:
         """Search pages by free text, best first."""
         return self.open(reference)[1].find(query, limit)
 
+    def resolve(self, reference: str | None) -> Corpus:
+        """The named corpus, or the default one. Reads no pages."""
+        with self._database.read() as unit:
+            return self._to_corpus(unit, _resolve_row(unit, reference))
+
     def open(self, reference: str | None) -> tuple[str, KnowledgeSource]:
         """(id, source) of a corpus, or of the default one if none is named."""
         with self._database.read() as unit:
-            wanted = reference or unit.aliases.find_target(RESOURCE, DEFAULT)
-            if wanted is None:
-                raise _no_default(names=[row.name for row in unit.corpora.list_corpora(None, SUGGESTED)[0]])
-            row = _get_row(unit, wanted)
+            row = _resolve_row(unit, reference)
         return row.id, self._open_file(row)
 
     def _open_file(self, row: CorpusRow) -> CorpusFile:
@@ -217,6 +219,13 @@ def _choose_name(unit: Unit, name: str | None, filename: str, digest: str) -> st
         return row is not None and row.digest != digest  # another upload may store the same pages now
 
     return choose_name(name, filename, taken, "corpus")
+
+
+def _resolve_row(unit: Unit, reference: str | None) -> CorpusRow:
+    wanted = reference or unit.aliases.find_target(RESOURCE, DEFAULT)
+    if wanted is None:
+        raise _no_default(names=[row.name for row in unit.corpora.list_corpora(None, SUGGESTED)[0]])
+    return _get_row(unit, wanted)
 
 
 def _get_row(unit: Unit, reference: str) -> CorpusRow:

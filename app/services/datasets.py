@@ -107,7 +107,7 @@ class Datasets:
         with self._database.read() as unit:
             return _to_dataset(_get_row(unit, reference))
 
-    def has(self, reference: str) -> bool:
+    def exists(self, reference: str) -> bool:
         with self._database.read() as unit:
             return unit.datasets.find(reference) is not None
 

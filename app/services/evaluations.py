@@ -1,4 +1,4 @@
-"""Evaluations: submit one, or build the one that follows a training job. `evaluation_attempts` judges."""
+"""Evaluations: submit one, or build the one that follows a training job. `evaluation_runner` judges."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +16,7 @@ from app.domain.evaluations import (
 )
 from app.domain.spec_parser import build_headline
 from app.domain.specs import EvaluateAfter, TrainSpec
+from app.domain.splits import SplitName
 from app.domain.trajectories import Trajectory
 from app.queue import Doorbell
 from app.services.adapters import Adapters
@@ -61,44 +62,45 @@ class Evaluations:
         progress = EvaluationProgress(total=plan.claims * len(plan.runs))
         return build_job_row(spec, plan, progress, plan.runs[0].base_model)
 
-    def resolve_after(self, spec: TrainSpec) -> TrainSpec:
+    def resolve_evaluate_after(self, spec: TrainSpec) -> TrainSpec:
         """The training job's spec, with the ids of what its `evaluate_after` names.
 
-        Raises InvalidError if something of that is not there.
+        Raises InvalidError if something of that is not there, or if the evaluation could not be run.
         """
         options = spec.trainer.evaluate_after
         if options is None:
             return spec
         try:
-            corpus, _ = self._corpora.open(options.corpus)
-            self._count_claims(options)
+            corpus = self._corpora.resolve(options.corpus)
+            dataset = self._datasets.get(options.dataset)
+            runs = 2 + len(set(options.controls)) + (options.promote and self._adapters.default() is not None)
+            _refuse_too_many(self._count_claims(options), runs)
+            _refuse_trained_rows(spec, options, same=dataset.id == self._datasets.get(spec.dataset).id)
         except (NotFoundError, InvalidError) as error:
             problem = Problem(("trainer", "evaluate_after"), error.detail)
             raise InvalidError(build_headline((problem,)), code=error.code, problems=(problem,)) from None
-        resolved = options.model_copy(update={"dataset": self._datasets.get(options.dataset).id, "corpus": corpus})
+        resolved = options.model_copy(update={"dataset": dataset.id, "corpus": corpus.id})
         trainer = spec.trainer.model_copy(update={"evaluate_after": resolved})
         return spec.model_copy(update={"trainer": trainer})
 
-    def build_after(self, options: EvaluateAfter, adapter: Adapter) -> JobRow:
-        """The job that evaluates an adapter which is about to be published. Raises
-        NotFoundError and InvalidError if something that it names was deleted."""
+    def build_evaluation_job(self, options: EvaluateAfter, adapter: Adapter) -> JobRow:
+        """The job that evaluates an adapter which is about to be published.
+
+        Raises NotFoundError and InvalidError if something that it names was deleted.
+        """
         spec = EvaluationSpec(adapters=(adapter.id,), **options.model_dump())
         return self._row(spec, [adapter])
 
     def _plan(self, spec: EvaluationSpec, adapters: Sequence[Adapter]) -> EvaluationPlan:
         dataset = self._datasets.get(spec.dataset)
-        corpus, source = self._corpora.open(spec.corpus)
+        corpus = self._corpora.resolve(spec.corpus)
         claims = self._count_claims(spec)
         runs, gate = self._runs(spec, adapters)
-        if claims * len(runs) > MAX_ANSWERS:
-            message = (
-                f"{claims:,} claims judged {len(runs)} times are more than {MAX_ANSWERS:,} answers; set max_claims"
-            )
-            raise InvalidError(message, code="too_many_claims", problems=(Problem(("max_claims",), message),))
+        _refuse_too_many(claims, len(runs))
         return EvaluationPlan(
             dataset=dataset.id,
-            corpus=corpus,
-            snapshot=source.snapshot,
+            corpus=corpus.id,
+            snapshot=corpus.digest,
             claims=claims,
             runs=tuple(runs),
             gate=gate,
@@ -160,6 +162,23 @@ def describe_evaluation(row: JobRow) -> dict[str, int]:
     return {"claims": plan.claims, "runs": len(plan.runs)}
 
 
+def _refuse_too_many(claims: int, runs: int) -> None:
+    if claims * runs > MAX_ANSWERS:
+        message = f"{claims:,} claims judged {runs} times are more than {MAX_ANSWERS:,} answers; set max_claims"
+        raise InvalidError(message, code="too_many_claims", problems=(Problem(("max_claims",), message),))
+
+
+def _refuse_trained_rows(spec: TrainSpec, options: EvaluateAfter, *, same: bool) -> None:
+    """Raise InvalidError if the claims to judge are those that are trained. `same`: both are of one dataset."""
+    held_out = spec.preprocessing.split.type == "fixed" and options.split in (SplitName.VALIDATION, SplitName.TEST)
+    if same and not held_out:
+        raise InvalidError(
+            "the rows to judge are the rows that are trained; name another dataset, or train with a fixed split and "
+            "judge its test part",
+            code="trained_rows",
+        )
+
+
 def _refuse_without_effect(spec: EvaluationSpec) -> None:
     """Raise InvalidError for keys that would do nothing."""
     found = []
@@ -171,6 +190,8 @@ def _refuse_without_effect(spec: EvaluationSpec) -> None:
         found.append(Problem(("promote",), "one adapter can be promoted; name exactly one in adapters"))
     if spec.promote and not spec.include_base:
         found.append(Problem(("include_base",), "an adapter is promoted by its comparison; leave include_base out"))
+    if spec.promote and spec.base_model is not None:
+        found.append(Problem(("base_model",), "an adapter is promoted over its own base; leave base_model out"))
     if not spec.include_base and spec.base_model is not None:
         found.append(Problem(("include_base",), "base_model is judged only with include_base; leave one of them out"))
     if found:

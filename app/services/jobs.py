@@ -72,7 +72,7 @@ class Jobs:
         `every_row`: list all over-length rows that were noted, not only the first ones.
         """
         prepared = self._plans.with_remedies(self._plans.prepare(data, device=device))
-        self._evaluations.resolve_after(prepared.spec)
+        self._evaluations.resolve_evaluate_after(prepared.spec)
         listed = {"overlength": prepared.summary.notes} if every_row else {}
         return prepared.plan.model_copy(update=listed)
 
@@ -84,7 +84,7 @@ class Jobs:
         prepared = self._plans.with_remedies(self._plans.prepare(data))
         check_name(prepared.spec.name)
         _refuse_if_too_large(prepared.plan)
-        row = _row(prepared, self._evaluations.resolve_after(prepared.spec))
+        row = _row(prepared, self._evaluations.resolve_evaluate_after(prepared.spec))
         try:
             with self._database.write() as unit:
                 _refuse_name_of_adapter(unit, row.name)

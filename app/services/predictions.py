@@ -266,10 +266,10 @@ def _build_action(text: str | None) -> PredictedAction | None:
     return PredictedAction(name=action.name, argument=action.argument)
 
 
-def _cite(trace: Trace) -> tuple[tuple[CitedSentence, ...], bool]:
+def _cite(trace: Trace, verdict: Verdict) -> tuple[tuple[CitedSentence, ...], bool]:
     """(the sentences that decided, whether the last Thought's quotations were all observed)."""
     observed = [step.observation.text for step in trace.steps if step.observation and step.observation.page]
-    return cite(trace.steps[-1].thought if trace.steps else "", trace.verdict, observed, trace.read)
+    return cite(trace.steps[-1].thought if trace.steps else "", verdict, observed, trace.read)
 
 
 def _build_prediction(
@@ -292,12 +292,13 @@ def _build_prediction(
     decided = verdict is not Verdict.NOT_ENOUGH_INFO
     withheld = verdict if decided and probabilities[verdict] < request.verdict_policy.abstain_below else None
     unread = grounded and not decided and not shown.trace.read_a_page
-    evidence, verified = _cite(shown.trace)
+    answered = Verdict.NOT_ENOUGH_INFO if withheld else verdict
+    evidence, verified = _cite(shown.trace, answered)
     return Prediction(
         id=new_id("pred"),
         name=request.name,
         claim=request.claim,
-        verdict=Verdict.NOT_ENOUGH_INFO if withheld else verdict,
+        verdict=answered,
         withheld=withheld,
         confidence=probabilities[verdict],
         probabilities=probabilities,

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -10,12 +11,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from app.db import Database
-from app.domain.claims import Verdict
 from app.domain.corpora import Observation
 from app.domain.datasets import canonical_line
-from app.domain.errors import ConflictError, InvalidError, Problem
+from app.domain.errors import ConflictError, InvalidError, NotFoundError, Problem
 from app.domain.jobs import Lease
-from app.domain.splits import SplitName, draw_split
+from app.domain.splits import draw_split
 from app.domain.synthesis import (
     REFUSALS_SHOWN,
     ActionCounts,
@@ -26,10 +26,10 @@ from app.domain.synthesis import (
     SynthesisReport,
     SynthesisSpec,
 )
-from app.domain.thoughts import skeleton_of
+from app.domain.thoughts import build_skeleton
 from app.domain.trajectories import ActionName, Trajectory
 from app.knowledge import KnowledgeSource
-from app.knowledge.episodes import Episode, EpisodeRefused, LabelledClaim
+from app.knowledge.episodes import Episode, LabelledClaim, RowRefused
 from app.knowledge.regrounding import reground, replay
 from app.queue import Doorbell
 from app.services.corpora import Corpora
@@ -57,9 +57,6 @@ class Tally:
     made: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     refusals: list[Refusal] = field(default_factory=list)
-    labels: Counter[Verdict] = field(default_factory=Counter)
-    steps: Counter[int] = field(default_factory=Counter)
-    splits: Counter[SplitName] = field(default_factory=Counter)
     actions: Counter[str] = field(default_factory=Counter)
     thoughts: Counter[str] = field(default_factory=Counter)
 
@@ -80,7 +77,7 @@ class Syntheses:
         check_name(spec.name)
         check_name(spec.output)
         dataset = self._datasets.get(spec.dataset)
-        if spec.output is not None and self._datasets.has(spec.output):
+        if spec.output is not None and self._datasets.exists(spec.output):
             message = f"there is a dataset named {spec.output!r} already; choose another name"
             raise ConflictError(message, code="name_taken", problems=(Problem(("output",), message),))
         if isinstance(spec, RegroundSpec) and not dataset.report.actions.get(ActionName.SEARCH.value):
@@ -113,25 +110,33 @@ class Syntheses:
             tally.read += 1
             try:
                 made = _make(row, prepared, tally)
-            except EpisodeRefused as refused:
+            except RowRefused as refused:
                 _note_refusal(tally, row, refused)
                 yield None
                 continue
-            _note_made(tally, made)
+            tally.made += 1
             yield canonical_line(made)
 
-    def record(self, lease: Lease, prepared: PreparedSynthesis, tally: Tally, dataset: str | None = None) -> None:
+    def record(self, lease: Lease, prepared: PreparedSynthesis, tally: Tally, dataset: Dataset | None = None) -> None:
         """Write the job's progress. It ends a series of strikes."""
         progress = SynthesisProgress(
-            rows_read=tally.read, rows_total=prepared.plan.rows, rows_made=tally.made, dataset=dataset
+            rows_read=tally.read,
+            rows_total=prepared.plan.rows,
+            rows_made=dataset.rows if dataset else tally.made,
+            dataset=dataset.id if dataset else None,
         )
         with self._database.write() as unit:
             unit.jobs.write(lease, strikes=0, progress=progress.model_dump(mode="json"))
 
-    def store(self, name: str, prepared: PreparedSynthesis, rows: Path) -> Dataset:
-        """Create the dataset from a file of canonical lines. A repeated attempt finds the one that it created."""
+    def store(self, name: str, prepared: PreparedSynthesis, rows: Path) -> tuple[Dataset, bool]:
+        """(the dataset made of a file of canonical lines, whether it is new). A repeated attempt finds its own."""
         filename = f"{prepared.spec.output or name}.jsonl"
-        return self._datasets.create(rows, filename, "application/jsonl", prepared.spec.output, {})[0]
+        return self._datasets.create(rows, filename, "application/jsonl", prepared.spec.output, {})
+
+    def discard(self, dataset: Dataset) -> None:
+        """Delete a dataset that a stopped attempt has just made, unless another job uses it already."""
+        with suppress(ConflictError, NotFoundError):
+            self._datasets.delete(dataset.id)
 
 
 def _make(row: Trajectory, prepared: PreparedSynthesis, tally: Tally) -> Trajectory:
@@ -143,8 +148,10 @@ def _make(row: Trajectory, prepared: PreparedSynthesis, tally: Tally) -> Traject
     try:
         made = Episode(source, LabelledClaim(row.claim, row.verdict, row.page, row.evidence), spec.seed).play()
     except ValidationError as error:
-        raise EpisodeRefused("too_long", str(error.errors(include_url=False)[0]["msg"])) from None
+        raise RowRefused("unwritable", str(error.errors(include_url=False)[0]["msg"])) from None
     _note_actions(tally, made, replay(made, source))
+    for step in made.steps:
+        tally.thoughts[build_skeleton(step.thought, step.action.argument, made.claim)] += 1
     part = row.split or draw_split(_draw(f"{spec.seed}:{made.page}"), spec.split)
     return made.model_copy(update={"split": part})
 
@@ -154,7 +161,7 @@ def _draw(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**32
 
 
-def _note_refusal(tally: Tally, row: Trajectory, refused: EpisodeRefused) -> None:
+def _note_refusal(tally: Tally, row: Trajectory, refused: RowRefused) -> None:
     tally.refused[refused.code] += 1
     if len(tally.refusals) < REFUSALS_SHOWN:
         tally.refusals.append(Refusal(row=tally.read, claim=row.claim, code=refused.code, message=refused.message))
@@ -170,37 +177,30 @@ def _note_actions(tally: Tally, row: Trajectory, observed: Sequence[Observation]
             tally.actions["lookups_found"] += bool(found.sentences)
 
 
-def _note_made(tally: Tally, made: Trajectory) -> None:
-    tally.made += 1
-    tally.labels[made.verdict] += 1
-    tally.steps[len(made.steps)] += 1
-    if made.split is not None:
-        tally.splits[made.split] += 1
-    for step in made.steps:
-        tally.thoughts[skeleton_of(step.thought, step.action.argument, made.claim)] += 1
-
-
 def build_synthesis_report(
-    job_id: str, name: str, prepared: PreparedSynthesis, tally: Tally, dataset: str | None
+    job_id: str, name: str, prepared: PreparedSynthesis, tally: Tally, dataset: Dataset | None
 ) -> SynthesisReport:
-    synthesised = isinstance(prepared.spec, SynthesisSpec) and bool(tally.thoughts)
-    commonest = max(tally.thoughts.values()) / tally.thoughts.total() if synthesised else None
+    """`dataset`: the one that was made; its counts are those of the report, because storing drops duplicates."""
+    refused = dict(tally.refused.most_common())
+    if dataset is not None and (repeated := tally.made - dataset.rows):
+        refused["duplicate"] = repeated
+    total = tally.thoughts.total()
     return SynthesisReport(
         job=job_id,
         name=name,
         kind=prepared.plan.kind,
         source=prepared.plan.dataset,
-        dataset=dataset,
+        dataset=dataset.id if dataset else None,
         corpus=prepared.plan.corpus,
         snapshot=prepared.plan.snapshot,
         rows_read=tally.read,
-        rows_made=tally.made,
-        refused=dict(tally.refused.most_common()),
+        rows_made=dataset.rows if dataset else 0,
+        refused=refused,
         refusals=tuple(tally.refusals),
-        labels=dict(tally.labels),
-        steps=dict(sorted(tally.steps.items())),
-        splits=dict(tally.splits),
+        labels=dataset.report.labels if dataset else {},
+        steps=dataset.report.steps if dataset else {},
+        splits=dataset.report.splits if dataset else {},
         actions=ActionCounts(**tally.actions),
-        thoughts=len(tally.thoughts) if synthesised else None,
-        commonest_thought=None if commonest is None else round(commonest, 4),
+        thoughts=len(tally.thoughts) or None,
+        commonest_thought=round(max(tally.thoughts.values()) / total, 4) if total else None,
     )

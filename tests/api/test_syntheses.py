@@ -46,6 +46,8 @@ def test_the_answer_is_a_queued_job(client: TestClient, route: str, body: dict[s
         ("/datasets/synthesize", {"dataset": "claims", "split": [1, 1, 0]}, 422, "invalid_request", None),
         ("/datasets/synthesize", {"dataset": "claims", "pages": 3}, 422, "invalid_request", None),
         ("/datasets/none/reground", {}, 404, "unknown_dataset", None),
+        ("/datasets/~x/reground", {}, 404, "unknown_dataset", None),
+        ("/datasets/a%20%20b/reground", {}, 404, "unknown_dataset", None),
         ("/datasets/claims/reground", {}, 422, "nothing_to_replay", "dataset"),
         ("/datasets/rows/reground", {"dataset": "claims"}, 422, "invalid_request", None),
     ],

@@ -61,6 +61,20 @@ def test_a_row_without_claim_or_label_is_refused(tmp_path: Path, fields: dict[st
     assert (len(kept), report.rows_refused, code in report.codes) == (1, 1, True)
 
 
+def test_the_same_claim_about_another_page_is_another_row(tmp_path: Path) -> None:
+    row = {"claim": "Ada wrote it.", "label": "SUPPORTS", "trajectories": "none"}
+    rows = [row | {"page": "Ada"}, row | {"page": "Ada Lovelace"}, row | {"page": "Ada"}]
+    report, kept = read_claims(tmp_path, b"".join(map(json_line, rows)))
+    assert [one.page for one in kept] == ["Ada", "Ada Lovelace"]
+    assert report.columns == {"claim": "claim", "label": "label", "page": "page"}
+    assert found(report) == [(1, "extra_column"), (3, "duplicate")]
+
+
+def test_a_control_token_in_a_claim_is_told(tmp_path: Path) -> None:
+    report, _ = read_claims(tmp_path, json_line({"claim": "Ada <|im_end|> wrote it.", "label": "SUPPORTS"}))
+    assert found(report) == [(1, "control_token_text")]
+
+
 @pytest.mark.parametrize("page", [7, "a\0b", "Thought 1: Ada", "x" * 301])
 def test_a_page_that_is_no_title_is_not_used(tmp_path: Path, page: object) -> None:
     report, (only,) = read_claims(tmp_path, json_line({"claim": "Ada sang it.", "label": "REFUTES", "page": page}))

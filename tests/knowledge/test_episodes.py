@@ -10,10 +10,10 @@ from app.domain.claims import Verdict, check_claim
 from app.domain.corpora import CorpusPage
 from app.domain.datasets import canonical_line, read_canonical
 from app.domain.quotations import find_quotations
-from app.domain.thoughts import skeleton_of
+from app.domain.thoughts import build_skeleton
 from app.domain.trajectories import ActionName, Evidence, Trajectory
 from app.knowledge import KnowledgeExplorer, KnowledgeSource
-from app.knowledge.episodes import Episode, EpisodeRefused, LabelledClaim
+from app.knowledge.episodes import Episode, LabelledClaim, RowRefused
 from app.knowledge.memory import MemoryKnowledge
 from app.knowledge.regrounding import reground, replay
 from tests.conftest import ROOT
@@ -78,6 +78,27 @@ def test_the_page_is_the_one_that_the_claim_names_where_the_row_does_not(source:
     assert (made.page, actions(made)[0]) == (HOLT.title, "Search[Mira Holt]")
 
 
+def test_a_quotation_of_the_claim_is_none_of_the_thought(source: KnowledgeSource) -> None:
+    made = play(source, 'The tower of Arden Point Light is called "the Needle".', NEI)
+    assert find_quotations(made.steps[-1].thought, [LIGHT.sentences[2]]) == [LIGHT.sentences[2]]
+    assert "'the Needle'" in made.steps[-1].thought
+
+
+def test_a_claim_without_a_word_to_look_up_is_judged_by_what_was_shown(source: KnowledgeSource) -> None:
+    made = play(source, "Arden Point Light is a museum piece.", NEI)
+    assert actions(made)[1:] == ["Lookup[museum]", "Finish[NOT ENOUGH INFO]"]
+    made = play(source, "Arden Point Light is admired.", NEI)
+    assert actions(made)[1:] == ["Finish[NOT ENOUGH INFO]"]
+
+
+def test_a_name_inside_a_word_is_no_search() -> None:
+    page = CorpusPage(title="It (film)", sentences=("It is a film of 1990.",))
+    made = Episode(
+        MemoryKnowledge([page]), LabelledClaim("Smith titled a film of 1990.", SUPPORTS, page.title), 2
+    ).play()
+    assert actions(made)[0] == "Search[It (film)]"
+
+
 def test_some_episodes_begin_with_a_miss_and_recover(source: KnowledgeSource) -> None:
     made = [play(source, "Mira Holt built Arden Point Light.", SUPPORTS, LIGHT.title, 1, seed=n) for n in range(200)]
     missed = [one for one in made if one.steps[0].observation and one.steps[0].observation.startswith("Could not find")]
@@ -89,6 +110,9 @@ def test_some_episodes_begin_with_a_miss_and_recover(source: KnowledgeSource) ->
     ("code", "claim", "label", "page", "evidence"),
     [
         ("page_not_named", "It is tall.", SUPPORTS, None, ()),
+        ("page_not_named", "It is tall.", SUPPORTS, None, (1,)),
+        ("evidence_elsewhere", "Mira Holt built a light.", SUPPORTS, None, (1,)),
+        ("unwritable", f"Arden Point Light is {'very ' * 90}old.", SUPPORTS, LIGHT.title, (1,)),
         ("page_missing", "It is tall.", SUPPORTS, "Nowhere", ()),
         ("evidence_missing", "It is tall.", SUPPORTS, LIGHT.title, (7,)),
         ("evidence_elsewhere", "She is tall.", SUPPORTS, HOLT.title, (1,)),
@@ -100,7 +124,7 @@ def test_some_episodes_begin_with_a_miss_and_recover(source: KnowledgeSource) ->
 def test_what_cannot_be_shown_is_refused(
     source: KnowledgeSource, code: str, claim: str, label: Verdict, page: str | None, evidence: tuple[int, ...]
 ) -> None:
-    with pytest.raises(EpisodeRefused) as refused:
+    with pytest.raises(RowRefused) as refused:
         play(source, claim, label, page, *evidence)
     assert refused.value.code == code
 
@@ -135,7 +159,7 @@ def test_the_examples_can_be_synthesised_and_replayed() -> None:
     for claim in claims:
         try:
             made.append(Episode(source, claim, 7).play())
-        except EpisodeRefused as reason:
+        except RowRefused as reason:
             refused[reason.code] += 1
     assert len(made) > 0.9 * len(claims), refused
     for one in made:
@@ -145,21 +169,21 @@ def test_the_examples_can_be_synthesised_and_replayed() -> None:
         found = explorer.search(step.action.argument)
         assert step.action.name is not ActionName.SEARCH or step.observation == found.text
     skeletons = Counter(
-        skeleton_of(step.thought, step.action.argument, one.claim) for one in made for step in one.steps
+        build_skeleton(step.thought, step.action.argument, one.claim) for one in made for step in one.steps
     )
     assert len(skeletons) > 100
     assert max(skeletons.values()) / skeletons.total() < 0.03
 
 
 def test_the_first_step_does_not_tell_the_verdict() -> None:
-    """The wording is drawn by claim and seed alone: another label gives the same first Thought and Action."""
+    """Another label, with or without a page and evidence, gives the same first Thought and Action."""
     claims, source = example_claims()
     for claim in claims[:60]:
         firsts = set()
-        for label in (SUPPORTS, REFUTES, NEI):
+        for label, evidence in ((SUPPORTS, claim.evidence), (REFUTES, ()), (NEI, ()), (NEI, claim.evidence)):
             try:
-                step = Episode(source, LabelledClaim(claim.claim, label, claim.page, claim.evidence), 3).play().steps[0]
-            except EpisodeRefused:
+                step = Episode(source, LabelledClaim(claim.claim, label, None, evidence), 3).play().steps[0]
+            except RowRefused:
                 continue
             firsts.add((step.thought, str(step.action)))
         assert len(firsts) <= 1

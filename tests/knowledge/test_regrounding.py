@@ -4,7 +4,7 @@ import pytest
 
 from app.domain.corpora import CorpusPage
 from app.domain.trajectories import Step, Trajectory, parse_action
-from app.knowledge.episodes import EpisodeRefused
+from app.knowledge.episodes import RowRefused
 from app.knowledge.memory import MemoryKnowledge
 from app.knowledge.regrounding import reground, replay
 
@@ -55,13 +55,13 @@ def test_a_thought_that_quotes_what_is_read_no_more_is_left_out(thought: str, co
     if code is None:
         assert reground(old, replay(old, SOURCE)).steps[-1].thought == thought
         return
-    with pytest.raises(EpisodeRefused) as refused:
+    with pytest.raises(RowRefused) as refused:
         reground(old, replay(old, SOURCE))
     assert refused.value.code == code
 
 
 def test_a_row_that_opens_no_page_is_left_out() -> None:
     old = trajectory(("I read.", "Search[Rhine]", "The Rhine is long."), ("It is.", "Finish[SUPPORTS]", None))
-    with pytest.raises(EpisodeRefused) as refused:
+    with pytest.raises(RowRefused) as refused:
         reground(old, replay(old, SOURCE))
     assert refused.value.code == "nothing_found"

@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.composition import Services, compose
+from app.domain.adapters import Adapter
 from app.domain.claims import Verdict
 from app.domain.errors import ConflictError, InvalidError, NotFoundError, UnavailableError, VerituneError
 from app.domain.evaluations import EvaluationPlan, EvaluationProgress, EvaluationReport, EvaluationSpec
@@ -270,7 +272,7 @@ def test_a_claim_that_inference_refuses_is_named(served: Services, generator: Co
     job = served.jobs.get(job.id)
     assert job.status is JobStatus.FAILED
     assert job.error is not None
-    assert re.fullmatch(r"claim \d+, judged by tiny: the prompt has 3,000 tokens", job.error.message)
+    assert re.fullmatch(r"claim \d+, judged by tiny(, claim only)?: the prompt has 3,000 tokens", job.error.message)
 
 
 def test_an_adapter_that_was_deleted_half_way_is_named(served: Services, tmp_path: Path) -> None:
@@ -314,18 +316,26 @@ def test_a_model_that_writes_alone_invents_its_observations(
 # The gate.
 
 
+@pytest.fixture
+def trained_rows(served: Services, tmp_path: Path) -> None:
+    """A dataset to train on: not the claims that are judged."""
+    (tmp_path / "trained.jsonl").write_bytes(dataset_jsonl(5))
+    served.datasets.create(tmp_path / "trained.jsonl", "trained.jsonl", None, "trained", {})
+
+
 def train_and_publish(served: Services, directory: Path, name: str, **after: object) -> str:
     """Publish an adapter at the end of a job with `evaluate_after`, as the supervisor does. Returns its id."""
     options = {"dataset": "rows", "corpus": "pages", "controls": []} | after
-    job = served.jobs.submit({"dataset": "rows", "name": name, "trainer": {"evaluate_after": options}})
+    job = served.jobs.submit({"dataset": "trained", "name": name, "trainer": {"evaluate_after": options}})
     assert isinstance(job.spec, TrainSpec)
-    assert job.spec.trainer.evaluate_after is not None
-    assert job.spec.trainer.evaluate_after.dataset == served.datasets.get("rows").id
+    resolved = job.spec.trainer.evaluate_after
+    assert resolved is not None
+    assert resolved.dataset == served.datasets.get(str(options["dataset"])).id
     lent = lease(served)
-    follow = partial(served.evaluations.build_after, job.spec.trainer.evaluate_after)
+    build = partial(served.evaluations.build_evaluation_job, resolved)
     manifest = manifest_of(served, lent)
     files = write_adapter(directory, name, manifest.kind)
-    published = served.adapters.publish(lent, name, files, manifest, follow)
+    published = served.adapters.publish(lent, name, files, manifest, build, gated=resolved.promote)
     assert published is not None
     return published
 
@@ -336,22 +346,37 @@ def last_event(served: Services, kind: str) -> Event:
     return next(event for job in jobs for event in served.jobs.events(job.id, 0, 100)[0] if event.kind == kind)
 
 
-def test_an_adapter_that_beats_its_base_is_promoted_and_one_that_does_not_beat_that_is_kept(
-    served: Services, generator: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = train_and_publish(served, tmp_path / "first", "first")
-    readers = {served.adapters.get(first).digest}
-    labels = {row.claim: row.verdict for row in served.datasets.stream("rows")}
+class Knowing:
+    """A model that gives the label where it is an adapter that knows, and never elsewhere."""
 
-    def judge(prompt: str, request: GenerationRequest) -> str:
-        """A reader gives the label; the base alone never does."""
+    def __init__(self, served: Services) -> None:
+        self.served = served
+        self.digests = set[str]()
+        self.labels = {row.claim: row.verdict for row in served.datasets.stream("rows")}
+
+    def learn(self, adapter: str) -> None:
+        self.digests.add(self.served.adapters.get(adapter).digest)
+
+    def __call__(self, prompt: str, request: GenerationRequest) -> str:
         answer = judges_by_reading(prompt, request)
         if answer not in set(Verdict):
             return answer
-        label = labels[re.findall(r"Claim: (.*)", prompt)[-1]]
-        return label if request.model in readers else next(one for one in Verdict if one is not label)
+        label = self.labels[re.findall(r"Claim: (.*)", prompt)[-1]]
+        return label if request.model in self.digests else next(one for one in Verdict if one is not label)
 
-    monkeypatch.setattr(generator, "_script", judge)
+
+@pytest.fixture
+def knowing(served: Services, trained_rows: None, generator: Counting, monkeypatch: pytest.MonkeyPatch) -> Knowing:
+    script = Knowing(served)
+    monkeypatch.setattr(generator, "_script", script)
+    return script
+
+
+def test_an_adapter_that_beats_its_base_is_promoted_and_one_that_does_not_beat_that_is_kept(
+    served: Services, knowing: Knowing, tmp_path: Path
+) -> None:
+    first = train_and_publish(served, tmp_path / "first", "first")
+    knowing.learn(first)
     assert served.adapters.default() is None
     evaluation = last_event(served, "evaluation").data["job_id"]
     assert run(served)
@@ -365,7 +390,7 @@ def test_an_adapter_that_beats_its_base_is_promoted_and_one_that_does_not_beat_t
     assert "first is the default adapter" in last_event(served, "promoted").message
 
     second = train_and_publish(served, tmp_path / "second", "second")
-    readers.add(served.adapters.get(second).digest)
+    knowing.learn(second)
     evaluation = last_event(served, "evaluation").data["job_id"]
     assert run(served)
     report = report_of(served, served.jobs.get(evaluation))
@@ -376,32 +401,76 @@ def test_an_adapter_that_beats_its_base_is_promoted_and_one_that_does_not_beat_t
     assert "second is kept, not promoted" in last_event(served, "inconclusive").message
 
 
-def test_without_a_gate_the_adapter_is_evaluated_and_not_promoted(served: Services, tmp_path: Path) -> None:
-    train_and_publish(served, tmp_path / "only", "only", promote=False)
+def test_a_gate_does_not_undo_a_promotion_that_came_between(served: Services, knowing: Knowing, tmp_path: Path) -> None:
+    first = train_and_publish(served, tmp_path / "first", "first")
+    knowing.learn(first)
+    other = train_and_publish(served, tmp_path / "other", "other", promote=False)
+    served.adapters.promote(other)
+    assert run(served)
+    assert served.adapters.default() == served.adapters.get(other)
+    assert "another adapter was promoted meanwhile" in last_event(served, "warning").message
+
+
+def test_the_adapter_to_beat_keeps_its_own_calibration(served: Services, knowing: Knowing, tmp_path: Path) -> None:
+    (tmp_path / "many.jsonl").write_bytes(dataset_jsonl(40))
+    served.datasets.create(tmp_path / "many.jsonl", "many.jsonl", None, "many", {})
+    knowing.labels = {row.claim: row.verdict for row in served.datasets.stream("many")}
+    first = train_and_publish(served, tmp_path / "first", "first", promote=False)
+    train_and_publish(served, tmp_path / "second", "second", dataset="many", fit_calibration=True)
+    while run(served):
+        pass
+    assert served.adapters.get(first).calibration is None
+    assert served.adapters.get("second").calibration is not None
+
+
+def test_without_a_gate_the_first_adapter_is_promoted_and_evaluated(
+    served: Services, trained_rows: None, tmp_path: Path
+) -> None:
+    only = train_and_publish(served, tmp_path / "only", "only", promote=False)
     assert run(served)
     assert report_of(served, served.jobs.get(last_event(served, "evaluation").data["job_id"])).gate is None
-    assert served.adapters.default() is None
+    assert served.adapters.default() == served.adapters.get(only)
 
 
-def test_an_adapter_is_published_also_if_its_evaluation_cannot_be_queued(served: Services, tmp_path: Path) -> None:
+def test_an_adapter_is_published_also_if_its_evaluation_cannot_be_queued(
+    served: Services, trained_rows: None, tmp_path: Path
+) -> None:
     (tmp_path / "other.jsonl").write_bytes(dataset_jsonl(3))
     served.datasets.create(tmp_path / "other.jsonl", "other.jsonl", None, "other", {})
     options = {"dataset": "other", "corpus": "pages"}
-    job = served.jobs.submit({"dataset": "rows", "trainer": {"evaluate_after": options}})
+    job = served.jobs.submit({"dataset": "trained", "trainer": {"evaluate_after": options}})
     assert isinstance(job.spec, TrainSpec)
-    assert job.spec.trainer.evaluate_after is not None
+    resolved = job.spec.trainer.evaluate_after
+    assert resolved is not None
     lent = lease(served)
-    served.datasets.delete("other")
+
+    def build(adapter: Adapter) -> Any:
+        """Built in time, and the dataset is deleted before the row is added."""
+        row = served.evaluations.build_evaluation_job(resolved, adapter)
+        served.datasets.delete("other")
+        return row
+
     manifest = manifest_of(served, lent)
-    follow = partial(served.evaluations.build_after, job.spec.trainer.evaluate_after)
     files = write_adapter(tmp_path / "adapter", "made", manifest.kind)
-    assert served.adapters.publish(lent, "made", files, manifest, follow)
+    assert served.adapters.publish(lent, "made", files, manifest, build, gated=True)
     assert served.jobs.get(job.id).status is JobStatus.SUCCEEDED
+    assert "the adapter is not evaluated: its dataset was deleted" in last_event(served, "warning").message
+
+    job = served.jobs.submit({"dataset": "trained"})
+    lent = lease(served)
+    gone = partial(served.evaluations.build_evaluation_job, resolved)
+    files = write_adapter(tmp_path / "late", "late", manifest.kind)
+    assert served.adapters.publish(lent, "late", files, manifest_of(served, lent), gone, gated=True)
     assert "the adapter is not evaluated: there is no dataset" in last_event(served, "warning").message
 
 
-def test_an_evaluation_after_training_is_checked_when_the_job_is_submitted(served: Services) -> None:
+def test_an_evaluation_after_training_is_checked_when_the_job_is_submitted(
+    served: Services, trained_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluations, "MAX_ANSWERS", 4 * CLAIMS - 1)
     for options, words in (
+        ({"dataset": "trained"}, "the rows that are trained"),
+        ({"dataset": "rows"}, "set max_claims"),
         ({"dataset": "none"}, "there is no dataset"),
         ({"dataset": "rows", "corpus": "none"}, "there is no corpus"),
         ({"dataset": "rows", "split": "test"}, "no claim in the split"),
@@ -409,12 +478,13 @@ def test_an_evaluation_after_training_is_checked_when_the_job_is_submitted(serve
     ):
         for ask in (served.jobs.submit, served.jobs.plan):
             with pytest.raises(InvalidError, match=words) as refused:
-                ask({"dataset": "rows", "trainer": {"evaluate_after": options}})
+                ask({"dataset": "trained", "trainer": {"evaluate_after": options}})
             assert refused.value.problems[0].loc == ("trainer", "evaluate_after")
 
 
 def test_a_promotion_needs_one_adapter_and_its_base(served: Services) -> None:
     with pytest.raises(InvalidError, match="exactly one"):
         submit(served, promote=True)
-    with pytest.raises(InvalidError, match="leave include_base out"):
-        submit(served, promote=True, include_base=False, adapters=["none"])
+    for key, value in (("include_base", False), ("base_model", "tiny")):
+        with pytest.raises(InvalidError, match=f"leave {key} out"):
+            submit(served, promote=True, adapters=["none"], **{key: value})

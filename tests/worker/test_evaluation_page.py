@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from app.domain.claims import Verdict
-from app.domain.evaluation_report import build_baselines, build_run_report, compare
+from app.domain.evaluation_report import build_baselines, build_run_report, compare, decide_gate
 from app.domain.evaluations import EvaluationReport, EvaluationRun, GoldClaim
 from app.domain.predictions import Prediction, PredictionUsage, Timings
 from worker.evaluation_page import ERRORS_SHOWN, render_page
@@ -61,6 +61,7 @@ def page_of(gold: Sequence[GoldClaim], runs: dict[str, list[Prediction]]) -> str
         baselines=build_baselines(gold, 0),
         runs=tuple(reports),
         comparisons=tuple(comparisons),
+        gate=decide_gate(comparisons[0]) if comparisons else None,
     )
     return render_page(report, gold, dict(runs))
 
@@ -102,6 +103,7 @@ def test_the_page_is_whole_and_shows_text_as_text(wrong: int) -> None:
     assert parser.open == []
     assert "script" not in parser.seen
     assert re.findall(r"""(?:src|href|url)\s*[=(]|https?:|@import""", page) == []
+    assert "is not shown to be better than" in page
     assert page.count("<details>") == min(wrong, ERRORS_SHOWN)
     assert page.count("<svg") == page.count("</svg>") == 5
 

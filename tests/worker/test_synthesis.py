@@ -83,6 +83,17 @@ def test_the_same_synthesis_makes_the_same_dataset(services: Services) -> None:
     assert first == second is not None
 
 
+def test_repeated_trajectories_are_counted_as_left_out(services: Services, tmp_path: Path) -> None:
+    twice = [CLAIMS[3], CLAIMS[3] | {"evidence": [["Volga", 0]]}]
+    (tmp_path / "twice.jsonl").write_text("\n".join(map(json.dumps, twice)))
+    services.datasets.create(tmp_path / "twice.jsonl", "twice.jsonl", None, "twice", {}, "claims")
+    job = submit(services, SynthesisSpec(dataset="twice", corpus="pages", output="made"))
+    assert run(services)
+    report = report_of(services, services.jobs.get(job.id))
+    assert (report.rows_read, report.rows_made, report.refused) == (2, 1, {"duplicate": 1})
+    assert services.datasets.get("made").rows == 1
+
+
 def test_a_split_of_the_claims_is_kept(services: Services, tmp_path: Path) -> None:
     lines = [claim | {"split": number % 3} for number, claim in enumerate(CLAIMS[:3])]
     (tmp_path / "split.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -141,7 +152,7 @@ def test_a_running_synthesis_is_stopped_and_keeps_nothing(
     interrupt(services, monkeypatch, lambda: services.jobs.request_action(job.id, action))
     assert run(services)
     assert services.jobs.get(job.id).status == ends
-    assert not services.datasets.has("made")
+    assert not services.datasets.exists("made")
     if action is JobAction.PAUSE:
         services.jobs.request_action(job.id, JobAction.RESUME)
         assert run(services)

@@ -1,4 +1,4 @@
-"""Evaluations for workers: judge claims, record the answers, calibrate and promote adapters, build the report."""
+"""Runs evaluations for workers: judges claims, records the answers, calibrates and promotes, builds the report."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from app.domain.evaluations import (
     EvaluationSpec,
     GoldClaim,
 )
-from app.domain.jobs import Lease
+from app.domain.jobs import JobStatus, Lease
 from app.domain.predictions import Prediction, PredictRequest
 from app.domain.trajectories import ActionName, Trajectory
 from app.knowledge import KnowledgeSource
@@ -56,7 +56,7 @@ class PreparedEvaluation:
         return {run.key: [self.answers[run.key][i] for i in range(len(self.gold))] for run in self.plan.runs}
 
 
-class EvaluationAttempts:
+class EvaluationRunner:
     def __init__(
         self,
         database: Database,
@@ -122,8 +122,7 @@ class EvaluationAttempts:
     def calibrate(self, lease: Lease, prepared: PreparedEvaluation) -> None:
         """Fit each adapter's probabilities to all labels, and apply that from now on. Deleted ones are left out."""
         labels = [claim.label for claim in prepared.gold]
-        tuned = [run for run in prepared.plan.runs if run.adapter is not None and run.control is None]
-        for run in tuned if prepared.spec.fit_calibration else ():
+        for run in prepared.plan.own_runs if prepared.spec.fit_calibration else ():
             rows = [answer.probabilities for answer in prepared.in_order()[run.key]]
             fitted = fit_calibration(rows, labels)
             with self._database.write() as unit:
@@ -135,19 +134,27 @@ class EvaluationAttempts:
                     unit.jobs.add_event(lease.job_id, "warning", message, "warning", {})
 
     def promote(self, lease: Lease, prepared: PreparedEvaluation, report: EvaluationReport) -> None:
-        """Make the adapter the default one if it passed the gate. A deleted one is left out."""
+        """Make the adapter the default one if it passed the gate.
+
+        Not if it was deleted, if another adapter became the default one meanwhile, or if the job is cancelled.
+        """
         if report.gate is None or prepared.plan.gate is None:
             return
-        run = next(run for run in prepared.plan.runs if run.key == prepared.plan.gate[1])
+        beaten, run = (next(run for run in prepared.plan.runs if run.key == key) for key in prepared.plan.gate)
         found = report.gate.comparison
         by = f"{found.difference.value:+.3f} ({found.difference.low:+.3f} to {found.difference.high:+.3f})"
         figures = f"{by}, p {found.p_value:.2g}"
         with self._database.write() as unit:
             unit.jobs.write(lease, owner=lease.owner)
+            default = unit.aliases.find_target(RESOURCE, DEFAULT)
             if report.gate.outcome == "inconclusive":
                 kind, message = "inconclusive", f"{run.name} is kept, not promoted: {figures}"
             elif unit.adapters.find(str(run.adapter)) is None:
                 kind, message = "warning", f"{run.name} was deleted; it is not promoted"
+            elif default not in (beaten.adapter, run.adapter):
+                kind, message = "warning", f"another adapter was promoted meanwhile; {run.name} is not: {figures}"
+            elif (row := unit.jobs.find(lease.job_id)) and row.status == JobStatus.CANCELLING:
+                return
             else:
                 unit.aliases.point(RESOURCE, DEFAULT, str(run.adapter))
                 kind, message = "promoted", f"{run.name} is the default adapter: {figures}"
@@ -164,7 +171,7 @@ def build_report(job_id: str, name: str, prepared: PreparedEvaluation) -> Evalua
     answers = prepared.in_order()
     fit = prepared.spec.fit_calibration
     reports = [
-        build_run_report(run, gold, answers[run.key], seed, fit=fit and run.adapter is not None)
+        build_run_report(run, gold, answers[run.key], seed, fit=fit and run in prepared.plan.own_runs)
         for run in prepared.plan.runs
     ]
     plain = [report for report in reports if report.run.control is None]
