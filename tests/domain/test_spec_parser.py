@@ -220,8 +220,8 @@ def test_a_config_is_an_object(document: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [("export", "not_yet_supported"), ("evaluate", "not_yet_supported"), ("trian", "invalid_spec"),
-     (3, "invalid_spec"), ([], "invalid_spec"), ({}, "invalid_spec")],
+    [("export", "not_yet_supported"), ("distill", "not_yet_supported"), ("evaluate", "invalid_spec"),
+     ("trian", "invalid_spec"), (3, "invalid_spec"), ([], "invalid_spec"), ({}, "invalid_spec")],
 )  # fmt: skip
 def test_other_kinds_of_job(kind: Any, code: str) -> None:
     error = refusal({"dataset": "rows", "kind": kind})
