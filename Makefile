@@ -15,7 +15,7 @@ LLAMA := .cache/llama.cpp
 LLAMA_PIN := llama-cpp-python==0.3.36
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo up test check format acceptance chaos gpu vllm bench bench-training bench-inference bench-gpu llama model clean
+.PHONY: help setup demo up test check format acceptance chaos gpu vllm bench bench-training bench-inference bench-quality bench-gpu llama model clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -84,6 +84,9 @@ bench-inference: model $(VLLM)/.ready ## Benchmark serving against vLLM, PEFT an
 	@$(BIN)/python -m benchmarks.inference
 	@$(BIN)/python -m benchmarks.served
 	@$(BIN)/python -m benchmarks.decode_step
+
+bench-quality: $(READY) ## Judge FEVER with trained adapters, beside controls and a small encoder: hours; a stopped run goes on
+	@$(BIN)/python -m benchmarks.quality
 
 llama: $(LLAMA)/.ready ## Build llama.cpp's server for bench-inference: five minutes, needs a C++ compiler
 
