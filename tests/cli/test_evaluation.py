@@ -1,6 +1,5 @@
 """`veritune evaluate`: an evaluation job from the terminal."""
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from app.cli.errors import CommandError
 from app.cli.evaluation import evaluate
 from app.composition import Services, compose
 from app.generation.scripted import ScriptedGenerator
-from tests.api.conftest import listening, reads_the_page
+from tests.api.conftest import reads_the_page
+from tests.cli.conftest import listening_with_runner
 from tests.conftest import corpus_jsonl, dataset_jsonl
-from worker.supervisor import Supervisor
 
 
 @pytest.fixture
@@ -27,20 +26,8 @@ def client(services: Services, tmp_path: Path) -> Iterator[httpx.Client]:
         (tmp_path / name).write_bytes(content)
     served.datasets.create(tmp_path / "rows.jsonl", "rows.jsonl", None, "rows", {})
     served.corpora.create(tmp_path / "pages.jsonl", "pages.jsonl", "pages")
-    over, runner = threading.Event(), Supervisor(served, "runner-1", ("cpu",))
-
-    def work() -> None:
-        while not over.wait(0.1):
-            runner.work()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    with listening(served) as found:
+    with listening_with_runner(served) as found:
         yield found
-    over.set()
-    runner.leave()
-    thread.join(60)
-    assert not thread.is_alive()
     served.close()
 
 

@@ -1,7 +1,6 @@
 """`veritune synthesize` and `veritune reground`: datasets made from the terminal."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import pytest
 from app.cli.errors import CommandError
 from app.cli.synthesis import run
 from app.composition import Services
-from tests.api.conftest import listening
+from tests.cli.conftest import listening_with_runner
 from tests.conftest import corpus_jsonl, dataset_jsonl
-from worker.supervisor import Supervisor
 
 CLAIMS = [
     {"claim": "The Volga is a broad river.", "label": "SUPPORTS", "page": "Volga"},
@@ -32,20 +30,8 @@ def client(services: Services, tmp_path: Path) -> Iterator[httpx.Client]:
         services.datasets.create(tmp_path / f"{name}.jsonl", f"{name}.jsonl", None, name, {}, "claims")
     services.datasets.create(tmp_path / "rows.jsonl", "rows.jsonl", None, "rows", {})
     services.corpora.create(tmp_path / "pages.jsonl", "pages.jsonl", "pages")
-    over, runner = threading.Event(), Supervisor(services, "runner-1", ("cpu",))
-
-    def work() -> None:
-        while not over.wait(0.1):
-            runner.work()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    with listening(services) as found:
+    with listening_with_runner(services) as found:
         yield found
-    over.set()
-    runner.leave()
-    thread.join(60)
-    assert not thread.is_alive()
 
 
 def test_it_prints_what_was_made_and_what_was_left_out(
