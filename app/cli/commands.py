@@ -152,12 +152,15 @@ def synthesize_command(
     output: Annotated[str | None, typer.Option(help="Name of the new dataset.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the job.")] = None,
     max_claims: Annotated[int | None, typer.Option(min=1, help="Only the dataset's first claims.")] = None,
+    contrasts: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the rows beside which a changed claim is made.")
+    ] = 0.0,
     report: Annotated[Path, typer.Option(help="Where the report is written, as JSON.")] = Path("synthesis.json"),
     port: Port = None,
     host: Host = None,
 ) -> None:
     """Make trajectories to train on from a dataset's labelled claims, by running Search and Lookup on a corpus."""
-    asked = {"corpus": corpus, "output": output, "name": name, "max_claims": max_claims}
+    asked = {"corpus": corpus, "output": output, "name": name, "max_claims": max_claims, "contrasts": contrasts}
     spec = {"dataset": dataset} | {key: value for key, value in asked.items() if value}
     with client_of(_settings(port=port, host=host)) as client:
         synthesis.run(client, "/datasets/synthesize", spec, report)

@@ -31,7 +31,8 @@ class SynthesisSpec(Spec):
     """Makes trajectories from a dataset's claims by running Search and Lookup on a corpus. No model takes part.
 
     `output`: name of the new dataset. `split`: shares of train, validation and test; all claims of a page are in one
-    part. Rows that name their part keep it. `max_claims`: only the first ones.
+    part. Rows that name their part keep it. `max_claims`: only the first ones. `contrasts`: share of the rows beside
+    which a trajectory of a changed claim is made, which the same page decides the other way.
     """
 
     kind: Literal["synthesize"] = "synthesize"
@@ -41,6 +42,7 @@ class SynthesisSpec(Spec):
     output: Name | None = None
     split: tuple[Fraction, Fraction, Fraction] = (0.8, 0.1, 0.1)
     max_claims: Count | None = None
+    contrasts: Fraction = 0.0
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 42
     metadata: Metadata = Field(default_factory=dict)
 
@@ -112,6 +114,7 @@ class SynthesisReport(Frozen):
 
     `refused`: rows by reason. `refusals`: the first of them. `steps`: trajectories by number of steps. `thoughts`:
     wordings of Thoughts, without what fills them; `commonest_thought` is the share of the most frequent one.
+    `contrasts`: how many of the rows made are of changed claims.
     """
 
     job: str
@@ -123,6 +126,7 @@ class SynthesisReport(Frozen):
     snapshot: str
     rows_read: int
     rows_made: int
+    contrasts: int = 0
     refused: dict[str, int]
     refusals: tuple[Refusal, ...]
     labels: dict[Verdict, int]
@@ -137,5 +141,5 @@ def synthesis_examples() -> dict[str, Any]:
     """Examples for the documentation. They run after `veritune demo`."""
     return {
         "the least": {"dataset": "demo"},
-        "named": {"dataset": "demo", "output": "demo-synthesised", "split": [0.8, 0.2, 0.0]},
+        "named": {"dataset": "demo", "output": "demo-synthesised", "split": [0.8, 0.2, 0.0], "contrasts": 0.5},
     }

@@ -11,10 +11,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from app.db import Database
+from app.domain.contrasts import ContrastBuilder
 from app.domain.corpora import Observation
 from app.domain.datasets import canonical_line
 from app.domain.errors import ConflictError, InvalidError, NotFoundError, Problem
 from app.domain.jobs import Lease
+from app.domain.quotations import find_quotations
 from app.domain.splits import draw_split
 from app.domain.synthesis import (
     REFUSALS_SHOWN,
@@ -51,10 +53,11 @@ class PreparedSynthesis:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the rows so far. `made`: number of trajectories."""
+    """What became of the rows so far. `made`: number of trajectories, of which `contrasts` are of changed claims."""
 
     read: int = 0
     made: int = 0
+    contrasts: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     refusals: list[Refusal] = field(default_factory=list)
     actions: Counter[str] = field(default_factory=Counter)
@@ -105,7 +108,12 @@ class Syntheses:
     # For attempts.
 
     def make_rows(self, prepared: PreparedSynthesis, tally: Tally) -> Iterator[bytes | None]:
-        """For each row of the dataset, the canonical line of its trajectory, or None if it is left out."""
+        """For each row of the dataset, the canonical line of its trajectory, or None if it is left out.
+
+        The line of its contrast follows, if it has one.
+        """
+        spec = prepared.spec
+        builder = ContrastBuilder(spec.seed) if isinstance(spec, SynthesisSpec) and spec.contrasts else None
         for row in islice(self._datasets.stream(prepared.spec.dataset), prepared.plan.rows):
             tally.read += 1
             try:
@@ -116,6 +124,10 @@ class Syntheses:
                 continue
             tally.made += 1
             yield canonical_line(made)
+            if builder is not None and (contrast := _make_contrast(builder, made, prepared, tally)) is not None:
+                tally.made += 1
+                tally.contrasts += 1
+                yield canonical_line(contrast)
 
     def record(self, lease: Lease, prepared: PreparedSynthesis, tally: Tally, dataset: Dataset | None = None) -> None:
         """Write the job's progress. It ends a series of strikes."""
@@ -145,15 +157,37 @@ def _make(row: Trajectory, prepared: PreparedSynthesis, tally: Tally) -> Traject
         observed = replay(row, source)
         _note_actions(tally, row, observed)
         return reground(row, observed)
+    made = _play(LabelledClaim(row.claim, row.verdict, row.page, row.evidence), source, spec.seed, tally)
+    part = row.split or draw_split(_draw(f"{spec.seed}:{made.page}"), spec.split)
+    return made.model_copy(update={"split": part})
+
+
+def _make_contrast(
+    builder: ContrastBuilder, made: Trajectory, prepared: PreparedSynthesis, tally: Tally
+) -> Trajectory | None:
+    """A trajectory of the claim's contrast, on the same page and in the same part. None for most claims."""
+    spec = prepared.spec
+    assert isinstance(spec, SynthesisSpec)
+    observations = [step.observation for step in made.steps if step.observation]
+    quoted = "".join(find_quotations(made.steps[-1].thought, observations)[:1])
+    found = builder.build(made.claim, made.verdict, made.page or "", quoted, " ".join(observations))
+    if found is None or _draw(f"{spec.seed}:{made.claim}:contrast") >= spec.contrasts:
+        return None
+    row = LabelledClaim(found.claim, found.label, made.page, made.evidence)
+    with suppress(RowRefused):
+        return _play(row, prepared.source, spec.seed, tally).model_copy(update={"split": made.split})
+    return None
+
+
+def _play(row: LabelledClaim, source: KnowledgeSource, seed: int, tally: Tally) -> Trajectory:
     try:
-        made = Episode(source, LabelledClaim(row.claim, row.verdict, row.page, row.evidence), spec.seed).play()
+        made = Episode(source, row, seed).play()
     except ValidationError as error:
         raise RowRefused("unwritable", str(error.errors(include_url=False)[0]["msg"])) from None
     _note_actions(tally, made, replay(made, source))
     for step in made.steps:
         tally.thoughts[build_skeleton(step.thought, step.action.argument, made.claim)] += 1
-    part = row.split or draw_split(_draw(f"{spec.seed}:{made.page}"), spec.split)
-    return made.model_copy(update={"split": part})
+    return made
 
 
 def _draw(text: str) -> float:
@@ -195,6 +229,7 @@ def build_synthesis_report(
         snapshot=prepared.plan.snapshot,
         rows_read=tally.read,
         rows_made=dataset.rows if dataset else 0,
+        contrasts=tally.contrasts,
         refused=refused,
         refusals=tuple(tally.refusals),
         labels=dataset.report.labels if dataset else {},

@@ -75,6 +75,28 @@ def test_claims_become_trajectories(services: Services) -> None:
     assert not list(services.settings.work_path.glob("job_*"))
 
 
+def test_contrasts_are_decided_the_other_way_by_the_same_page(services: Services) -> None:
+    """Seed 0 negates a claim about the Volga. What is made of the claims themselves stays the same."""
+    for name, share in (("plain", 0.0), ("changed", 1.0)):
+        submit(
+            services, SynthesisSpec(dataset="claims", corpus="pages", output=name, name=name, contrasts=share, seed=0)
+        )
+        assert run(services)
+    plain, changed = (list(services.datasets.stream(name)) for name in ("plain", "changed"))
+    own = {row.claim for row in plain}
+    assert [row for row in changed if row.claim in own] == plain
+    contrasts = [row for row in changed if row.claim not in own]
+    assert contrasts
+    for row in contrasts:
+        before = changed[changed.index(row) - 1]
+        assert (row.page, row.split) == (before.page, before.split)
+        assert {row.verdict, before.verdict} == {Verdict.SUPPORTS, Verdict.REFUTES}
+        assert [str(step.action) for step in row.steps[:1]] == [str(step.action) for step in before.steps[:1]]
+    reports = [report_of(services, services.jobs.get(name)) for name in ("plain", "changed")]
+    assert [report.contrasts for report in reports] == [0, len(contrasts)]
+    assert reports[1].rows_made == len(changed)
+
+
 def test_the_same_synthesis_makes_the_same_dataset(services: Services) -> None:
     jobs = [submit(services, SynthesisSpec(dataset="claims", corpus="pages")) for _ in range(2)]
     while run(services):
