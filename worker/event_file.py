@@ -17,6 +17,7 @@ _TAGS = {
     "epoch": "train/epoch",
     "validation_loss": "validation/loss",
     "validation_accuracy": "validation/accuracy",
+    "validation_verdict_accuracy": "validation/verdict_accuracy",
 }
 
 

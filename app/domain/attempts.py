@@ -95,9 +95,10 @@ class TrainingStarted(Frozen):
 
 
 class UpdateMetrics(Frozen):
-    """One update. `loss`: mean over its labelled tokens. `tokens_per_second`: real tokens, without padding.
+    """One update. `loss`: mean over its labelled tokens, in which a verdict counts `verdict_weight` times.
 
-    `validation_loss` and `validation_accuracy`: of the weights after this update, if they were evaluated.
+    `tokens_per_second`: real tokens, without padding. `validation_…`: of the weights after this update, if they were
+    evaluated.
     """
 
     event: Literal["metrics"] = "metrics"
@@ -114,13 +115,14 @@ class UpdateMetrics(Frozen):
     seconds: float
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    validation_verdict_accuracy: float | None = None
 
 
 class EvaluationFinished(Frozen):
     """The validation or test rows were evaluated.
 
-    `loss`: mean over their labelled tokens, None if it is not finite. `accuracy`: share of labelled tokens for which
-    the model's most probable token is the right one. `verdict_accuracy`: the same of the verdicts behind the last
+    `loss`: the same mean over their labelled tokens, None if it is not finite. `accuracy`: share of labelled tokens for
+    which the model's most probable token is the right one. `verdict_accuracy`: the same of the verdicts behind the last
     Observation, without a Thought; None if no row has that branch. `best`: this loss is lower than all earlier ones.
 
     A validation is reported before its update's metrics. If a command interrupted it, it is reported after the resume.

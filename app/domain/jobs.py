@@ -173,6 +173,7 @@ class Metric(Frozen):
     seconds: float
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    validation_verdict_accuracy: float | None = None
 
 
 class Checkpoint(Frozen):

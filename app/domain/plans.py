@@ -132,7 +132,7 @@ class Plan(Frozen):
     job trains, None if no device is known. `remedies`: if it does not fit, changes that each make it fit.
     `overlength`: the first rows only, unless all are requested; the counts are exact.
 
-    `rows` = trained + validation + test + dropped. Lengths, tokens and branches count the training rows.
+    `rows` = trained + validation + test + dropped. Lengths, tokens, branches and verdict rows count the training rows.
     """
 
     kind: Literal["train"] = "train"
@@ -152,6 +152,7 @@ class Plan(Frozen):
     tokens_per_epoch: int
     labelled_tokens_per_epoch: int
     verdict_branches: int
+    verdict_rows: int = 0
     total_updates: int
     updates_per_epoch: int
     rows_per_update: int
@@ -187,6 +188,7 @@ def plan_example() -> dict[str, Any]:
         "tokens_per_epoch": 40792,
         "labelled_tokens_per_epoch": 16192,
         "verdict_branches": 58,
+        "verdict_rows": 0,
         "total_updates": 45,
         "updates_per_epoch": 15,
         "rows_per_update": 16,

@@ -117,10 +117,12 @@ class Trainer(Spec):
 
     The effective batch is `batch_size` × `gradient_accumulation_steps`. Three numbers that contradict each other are
     refused. `early_stop`: training ends after so many evaluations in a row without a lower validation loss; -1 and 0
-    disable it. `verdict_weight`: the weight of a verdict's first token in the loss; every other trained token has 1.
-    The weighted losses are divided by the sum of their weights. The losses that are reported, and
-    by which the best state is chosen, are unweighted. `evaluate_after`: an evaluation job that
-    is queued when the adapter is published.
+    disable it. `verdict_branch`: share of rows that also learn the verdict directly behind the last Observation,
+    without a Thought. `verdict_rows`: share of training rows that learn nothing else, from the sentences alone that the
+    last Thought quotes: fewer than half of the tokens. `verdict_weight`: the weight of a verdict's first token in the
+    loss; every other trained token has 1. Weighted losses are divided by the sum of their weights; so are the losses
+    that are reported, and by which the best state is chosen. `evaluate_after`: an evaluation job that is queued when
+    the adapter is published.
     """
 
     type: Literal["finetune"] = "finetune"
@@ -139,6 +141,7 @@ class Trainer(Spec):
     enable_gradient_checkpointing: Literal["auto"] | bool = "auto"
     train_on_observations: bool = False
     verdict_branch: Fraction = 0.25
+    verdict_rows: Fraction = 0.0
     verdict_weight: Annotated[Real, Field(ge=1, le=1_000)] = 1.0
     evaluate_after: EvaluateAfter | None = None
 

@@ -150,7 +150,11 @@ class Attempts:
                 lease.job_id, "evaluated", message, "info", found.model_dump(mode="json", exclude={"event"})
             )
             if found.part is SplitName.VALIDATION:
-                values = {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
+                values = {
+                    "validation_loss": found.loss,
+                    "validation_accuracy": found.accuracy,
+                    "validation_verdict_accuracy": found.verdict_accuracy,
+                }
                 unit.jobs.add_to_metric(lease.job_id, found.update, values)
 
     def checkpoint(self, lease: Lease, written: CheckpointWritten, manifest: Manifest | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from app.db.tables import DatasetRow
 from app.domain.specs import TrainSpec
-from app.services.encodings import EncodingSummary
+from app.services.encoded_rows import EncodingSummary
 from app.services.splits import empty_parts
 
 PROTECTED_SHARE = 0.05

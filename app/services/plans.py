@@ -18,7 +18,8 @@ from app.domain.trainables import count_trainable_parameters
 from app.services.adapters import Adapters
 from app.services.base_models import BaseModels
 from app.services.devices import Devices
-from app.services.encodings import Encodings, EncodingSummary, refuse_overlength
+from app.services.encoded_rows import EncodingSummary
+from app.services.encodings import Encodings, refuse_overlength
 from app.services.initial_adapter import pin_initial_adapter
 from app.services.ledger import Ledger
 from app.services.plan_warnings import list_warnings
@@ -277,6 +278,7 @@ def _plan(
         tokens_per_epoch=summary.tokens,
         labelled_tokens_per_epoch=summary.labelled_tokens,
         verdict_branches=summary.branches,
+        verdict_rows=summary.verdict_rows,
         total_updates=schedule.updates,
         updates_per_epoch=schedule.updates_per_epoch,
         rows_per_update=schedule.rows_per_update,

@@ -4,7 +4,7 @@ from app.db.tables import DatasetRow
 from app.domain.errors import InvalidError, Problem
 from app.domain.specs import TrainSpec
 from app.domain.splits import SPLIT_NAMES
-from app.services.encodings import EncodingSummary
+from app.services.encoded_rows import EncodingSummary
 
 _COLUMN = ("preprocessing", "split", "column")
 

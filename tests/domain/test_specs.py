@@ -60,6 +60,7 @@ EVERYTHING: dict[str, Any] = {
         "enable_gradient_checkpointing": True,
         "train_on_observations": True,
         "verdict_branch": 0,
+        "verdict_rows": 0.5,
         "verdict_weight": 20,
         "evaluate_after": {
             "dataset": "heldout",
@@ -101,7 +102,7 @@ def test_only_the_dataset_is_required_and_every_default_runs() -> None:
     assert (trainer.learning_rate_scheduler.decay, trainer.learning_rate_scheduler.warmup_fraction) == ("cosine", 0.03)
     assert (trainer.gradient_clipping.clipglobalnorm, trainer.early_stop) == (1.0, -1)
     assert (trainer.enable_gradient_checkpointing, trainer.train_on_observations) == ("auto", False)
-    assert trainer.verdict_branch == 0.25
+    assert (trainer.verdict_branch, trainer.verdict_rows, trainer.verdict_weight) == (0.25, 0, 1)
     assert (spec.generation.temperature, spec.generation.max_new_tokens) == (0, 128)
     assert (spec.backend.type, spec.backend.processes, spec.seed, spec.metadata) == ("local", 1, 42, {})
 
@@ -496,6 +497,8 @@ def test_keys_of_an_adapter_that_do_not_go_together(
         ("trainer.batch_size", [0, "all", 4_097]),
         ("trainer.effective_batch_size", [0, -4]),
         ("trainer.verdict_branch", [-0.1, 1.1]),
+        ("trainer.verdict_rows", [-0.1, 1.1, True]),
+        ("trainer.verdict_weight", [0, 1_001]),
         ("trainer.early_stop", [-2]),
         ("trainer.type", ["pretrain"]),
         ("trainer.optimizer.type", ["sgd"]),

@@ -13,10 +13,12 @@ from sqlalchemy import select, update
 
 from app.composition import Services
 from app.db.tables import DatasetRow, EncodingRow
+from app.domain.attempts import EncodedRow
 from app.domain.encoding import Encoder
 from app.domain.errors import NotFoundError, StorageError
 from app.domain.react import ReactFormat
 from app.domain.specs import TrainSpec
+from app.domain.splits import SplitName
 from app.services.encodings import Encodings
 from app.storage import Blobs
 from app.storage.blobs import Blob
@@ -31,6 +33,10 @@ def blob_path(services: Services, digest: str) -> Path:
 
 def blobs_of(services: Services) -> set[str]:
     return {path.name for path in (services.settings.home_path / "blobs").rglob("*") if path.is_file()}
+
+
+def read_encoded(services: Services, digest: str) -> list[EncodedRow]:
+    return [EncodedRow.model_validate_json(line) for line in blob_path(services, digest).read_bytes().splitlines()]
 
 
 def rows_of(services: Services) -> list[EncodingRow]:
@@ -80,6 +86,27 @@ def test_the_same_rows_are_encoded_once(services: Services, dataset: str) -> Non
     assert first.rows == again.rows
     assert other.rows != first.rows
     assert other.summary.branches == other.summary.trained == 4
+
+
+def test_of_a_verdict_row_only_the_verdict_is_learned(services: Services, dataset: str, encoder: Encoder) -> None:
+    """Validation rows stay whole, and so do those of the other share."""
+    split = {"preprocessing": {"split": {"probabilities": [0.5, 0.5, 0]}}}
+    whole, short = (
+        services.plans.prepare(SPEC | split | {"seed": 1, "trainer": {"verdict_branch": 0, "verdict_rows": share}})
+        for share in (0.0, 1.0)
+    )
+    pairs = list(zip(read_encoded(services, whole.rows), read_encoded(services, short.rows), strict=True))
+    assert {row.part for row, _ in pairs} == {SplitName.TRAIN, SplitName.VALIDATION}
+    for row, reduced in pairs:
+        if row.part is SplitName.VALIDATION:
+            assert reduced == row
+            continue
+        assert reduced.verdict is not None
+        assert row.verdict is not None
+        assert reduced.trained == ((reduced.verdict, len(reduced.ids)),)
+        assert reduced.ids[reduced.verdict :] == row.ids[row.verdict :]
+        assert len(reduced.ids) < len(row.ids)
+    assert (whole.summary.verdict_rows, short.summary.verdict_rows) == (0, short.summary.trained)
 
 
 def test_deleting_a_dataset_deletes_its_encodings(services: Services, dataset: str, before: set[str]) -> None:

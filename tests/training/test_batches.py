@@ -135,11 +135,10 @@ def test_a_token_attends_to_its_own_row_and_a_branch_not_to_the_tokens_after_its
 def test_the_verdicts_of_a_row_and_of_its_branch_are_marked() -> None:
     own = EncodedBranch(at=2, ids=(30, 31, 32), trained=((1, 3),), verdict=1)
     row = EncodedRow(line=1, ids=(10, 11, 12, 13), trained=((2, 4),), verdict=3, branch=own)
-    batch = collate([row, row.model_copy(update={"verdict": None, "branch": None})])
+    batch = collate([row, row.model_copy(update={"verdict": None, "branch": None})], verdict_weight=5)
     assert batch.targets.tolist() == [12, 13, 31, 32, 12, 13]
-    assert batch.targets[batch.verdicts].tolist() == [13, 31]
     assert batch.targets[batch.branch_verdicts].tolist() == [31]
-    assert batch.loss_weights(5).tolist() == [1, 5, 5, 1, 1, 1]
+    assert (batch.loss_weights.tolist(), batch.total_weight) == ([1, 5, 5, 1, 1, 1], 14)
 
 
 def test_the_first_token_of_a_row_is_never_a_label() -> None:

@@ -17,7 +17,7 @@ from tests.training.conftest import OrderFactory, make_rows, unpack
 from tests.training.test_child import Start, adapter_bytes
 from tests.training.test_recipe import metrics, run
 from worker.precision import FP32
-from worker.training.batches import shifted_labels
+from worker.training.batches import collate, shifted_labels
 from worker.training.evaluation import HeldOut
 from worker.training.model import load_trainable_model
 
@@ -39,19 +39,25 @@ def of_kind(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == kind]
 
 
+def weighted_mean(found: list[dict[str, Any]], weights: dict[int, float]) -> float:
+    total: float = sum(row["loss"] * weights[row["line"]] for row in found)
+    return total / sum(weights[row["line"]] for row in found)
+
+
 def row_losses(order: TrainOrder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (order.directory / "artifacts" / "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("verdict_weight", [1.0, 20.0])
 def test_evaluation_gives_the_loss_of_each_sequence_alone_without_dropout(
-    make_order: OrderFactory, tiny_base: Path
+    make_order: OrderFactory, tiny_base: Path, verdict_weight: float
 ) -> None:
     order = make_order(SPEC | {"quantization": {"bits": 4}})
     trainable = load_trainable_model(tiny_base, order.spec, 30, FP32, torch.device("cpu"), lambda _: None)
     for parameter in trainable.method.parameters().values():
         torch.nn.init.normal_(parameter, std=0.1)
     rows, drawn = make_rows(7), torch.get_rng_state()
-    found = HeldOut(rows, None, 60).evaluate(trainable, torch.device("cpu"))
+    found = HeldOut(rows, None, 60, verdict_weight).evaluate(trainable, torch.device("cpu"))
     assert found is not None
     assert torch.equal(torch.get_rng_state(), drawn)
     assert trainable.method.module.training
@@ -59,6 +65,7 @@ def test_evaluation_gives_the_loss_of_each_sequence_alone_without_dropout(
 
     by_line = dict.fromkeys(range(1, 8), 0.0)
     right = labelled = 0
+    total_weight = 0.0
     verdicts: list[bool] = []
     for module in trainable.method.module.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -69,7 +76,9 @@ def test_evaluation_gives_the_loss_of_each_sequence_alone_without_dropout(
         labels = shifted_labels(row)
         places = torch.tensor([label.predictor for label in labels])
         targets = torch.tensor([label.target for label in labels])
-        by_line[row.line] += float(cross_entropy(logits[places], targets, reduction="sum"))
+        factors = torch.tensor([verdict_weight if place + 1 == row.verdict else 1.0 for place in places])
+        by_line[row.line] += float(cross_entropy(logits[places], targets, reduction="none") @ factors)
+        total_weight += float(factors.sum())
         right += int((logits[places].argmax(-1) == targets).sum())
         labelled += len(targets)
     for row in rows:
@@ -79,7 +88,7 @@ def test_evaluation_gives_the_loss_of_each_sequence_alone_without_dropout(
             verdicts.append(int(logits[own.at + own.verdict - 1].argmax()) == own.ids[own.verdict])
     assert found.verdict_accuracy == pytest.approx(sum(verdicts) / len(verdicts))
     assert dict(zip(found.lines, found.loss_sums, strict=True)) == pytest.approx(by_line, rel=1e-4)
-    assert found.loss == pytest.approx(sum(by_line.values()) / labelled, rel=1e-4)
+    assert found.loss == pytest.approx(sum(by_line.values()) / total_weight, rel=1e-4)
     assert found.accuracy == pytest.approx(right / labelled)
 
 
@@ -88,8 +97,10 @@ def test_validation_rows_are_evaluated_each_epoch_and_test_rows_once(make_order:
     events = run(order)
     validations = [event for event in of_kind(events, "evaluated") if event["part"] == SplitName.VALIDATION]
     assert [event["update"] for event in validations] == [2, 4, 5]
-    seen = {m["update"]: (m["validation_loss"], m["validation_accuracy"]) for m in metrics(events)}
-    assert seen == {1: (None, None), 3: (None, None)} | {e["update"]: (e["loss"], e["accuracy"]) for e in validations}
+    measures = ("loss", "accuracy", "verdict_accuracy")
+    seen = {m["update"]: tuple(m[f"validation_{name}"] for name in measures) for m in metrics(events)}
+    evaluated = {event["update"]: tuple(event[name] for name in measures) for event in validations}
+    assert seen == {1: (None,) * 3, 3: (None,) * 3} | evaluated
     assert all(0 < event["loss"] < 20 and 0 <= event["accuracy"] <= 1 and event["rows"] == 6 for event in validations)
     (test,) = [event for event in of_kind(events, "evaluated") if event["part"] == SplitName.TEST]
     assert test["rows"] == 6
@@ -179,11 +190,14 @@ def test_a_run_resumed_after_its_best_update_ends_as_if_uninterrupted(make_order
             assert row_losses(order) == row_losses(whole)
 
 
-def test_every_row_has_its_last_loss(make_order: OrderFactory) -> None:
+@pytest.mark.parametrize("verdict_weight", [1, 20])
+def test_every_row_has_its_last_loss(make_order: OrderFactory, verdict_weight: int) -> None:
+    """The reported means are the rows' losses, each with the total weight of its labelled tokens."""
     rows = [
         row.model_copy(update={"part": SPLIT_NAMES[0 if row.line < 9 else 1 + row.line % 2]}) for row in make_rows(12)
     ]
-    order = make_order(SPEC, updates=3, rows=rows)  # eight rows to train on: two updates an epoch, half of a second
+    spec = SPEC | {"trainer": {"verdict_weight": verdict_weight}}
+    order = make_order(spec, updates=3, rows=rows)  # eight rows to train on: two updates an epoch, half of a second
     events = run(order)
     found = row_losses(order)
     assert [row["line"] for row in found] == list(range(1, 13))
@@ -194,12 +208,11 @@ def test_every_row_has_its_last_loss(make_order: OrderFactory) -> None:
     for row in found:
         by_update.setdefault(row["update"] if row["part"] == "train" else 0, []).append(row)
     third = by_update[3]
-    mean = sum(row["loss"] * row["labelled_tokens"] for row in third) / sum(row["labelled_tokens"] for row in third)
+    weights = {row.line: collate([row], verdict_weight).total_weight for row in rows}
     assert len(third) == 4
-    assert metrics(events)[2]["loss"] == pytest.approx(mean, rel=1e-6)
+    assert metrics(events)[2]["loss"] == pytest.approx(weighted_mean(third, weights), rel=1e-6)
     held = [row for row in found if row["part"] == "validation"]
-    mean = sum(row["loss"] * row["labelled_tokens"] for row in held) / sum(row["labelled_tokens"] for row in held)
-    assert mean == pytest.approx(events[-1]["metrics"]["validation_loss"], rel=1e-6)
+    assert weighted_mean(held, weights) == pytest.approx(events[-1]["metrics"]["validation_loss"], rel=1e-6)
     assert all(math.isfinite(row["loss"]) for row in found)
 
 

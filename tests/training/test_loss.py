@@ -34,18 +34,17 @@ ROWS = make_rows(8)
 
 
 def backward(
-    model: TrainableModel, batches: list[MicroBatch], chunk: int = 512, verdict_weight: float = 1.0
+    model: TrainableModel, batches: list[MicroBatch], chunk: int = 512
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """(mean loss, gradients) of one update. The gradients are those of the weighted mean."""
-    labelled = sum(batch.labelled for batch in batches)
-    weights = sum(float(batch.loss_weights(verdict_weight).sum()) for batch in batches)
+    """(weighted mean loss, its gradients) of one update."""
+    weights = sum(batch.total_weight for batch in batches)
     model.method.module.zero_grad()
     total = 0.0
     for batch in batches:
         hidden = model.hidden(batch)
-        total += float(backward_loss(hidden, model.head, batch, 1 / weights, chunk, verdict_weight).sum())
+        total += float(backward_loss(hidden, model.head, batch, 1 / weights, chunk).sum())
     gradients = {name: p.grad.clone() for name, p in model.method.parameters().items() if p.grad is not None}
-    return total / labelled, gradients
+    return total / weights, gradients
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -58,12 +57,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("verdict_weight", [1.0, 20.0])
 def test_it_is_the_loss_of_each_sequence_read_alone(model: TrainableModel, verdict_weight: float) -> None:
     """Packed rows and shared beginnings change nothing: stock PEFT, one sequence at a time, gives the same."""
-    loss, gradients = backward(model, [collate(ROWS)], 7, verdict_weight)
+    loss, gradients = backward(model, [collate(ROWS, verdict_weight)], 7)
     model.method.module.zero_grad()
     alone = unpack(ROWS)
     labels = {id(row): shifted_labels(row) for row in alone}
-    labelled = sum(map(len, labels.values()))
-    weights = labelled + (verdict_weight - 1) * len(alone)  # each of these sequences has one verdict
+    weights = sum(map(len, labels.values())) + (verdict_weight - 1) * len(
+        alone
+    )  # each of these sequences has one verdict
     expected = 0.0
     for row in alone:
         logits = model.method.module(input_ids=torch.tensor([row.ids])).logits[0]
@@ -71,8 +71,9 @@ def test_it_is_the_loss_of_each_sequence_read_alone(model: TrainableModel, verdi
         losses = cross_entropy(logits[places], torch.tensor(row.ids)[places + 1], reduction="none")
         own = labels[id(row)]
         factors = torch.tensor([verdict_weight if label.predictor + 1 == row.verdict else 1.0 for label in own])
-        (losses @ factors / weights).backward()  # type: ignore[no-untyped-call]
-        expected += float(losses.detach().sum()) / labelled
+        weighted = losses @ factors / weights
+        weighted.backward()  # type: ignore[no-untyped-call]
+        expected += float(weighted.detach())
     assert loss == pytest.approx(expected, rel=1e-5)
     assert same(gradients, {n: p.grad for n, p in model.method.parameters().items() if p.grad is not None})
 

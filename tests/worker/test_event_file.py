@@ -21,7 +21,8 @@ SECOND = Metric(
     seconds=2.0,
 )
 FIRST = SECOND.model_copy(update={"update": 1, "loss": None, "grad_norm": None, "skipped": True})
-THIRD = SECOND.model_copy(update={"update": 3, "validation_loss": 0.75, "validation_accuracy": 0.5})
+VALIDATED = {"validation_loss": 0.75, "validation_accuracy": 0.5, "validation_verdict_accuracy": 0.25}
+THIRD = SECOND.model_copy(update={"update": 3, **VALIDATED})
 
 
 def test_tensorboard_reads_it(tmp_path: Path) -> None:
@@ -33,6 +34,7 @@ def test_tensorboard_reads_it(tmp_path: Path) -> None:
     assert [value for _, _, value in seen["train/learning_rate"]] == pytest.approx([1e-3] * 3)
     assert seen["validation/loss"] == [(3, 1_006.0, 0.75)]
     assert seen["validation/accuracy"] == [(3, 1_006.0, 0.5)]
-    assert set(seen) - {"validation/loss", "validation/accuracy"} == {
+    assert seen["validation/verdict_accuracy"] == [(3, 1_006.0, 0.25)]
+    assert {tag for tag in seen if not tag.startswith("validation/")} == {
         f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch")
     }

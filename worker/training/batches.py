@@ -24,7 +24,8 @@ class MicroBatch:
     """A micro-batch: its rows follow each other in one sequence.
 
     `predictors`: indices into `ids` of the tokens whose next token carries a loss. `targets`: the ids of those next
-    tokens. `verdicts`: whether each target is the first token of a verdict; `branch_verdicts`: of a verdict branch's.
+    tokens. `loss_weights`: weight of each target's loss. `branch_verdicts`: whether a target is the first token of a
+    verdict branch's verdict.
     `row_indices`: the row in `rows` that each target belongs to. `lines`: the line of each row in the dataset.
     """
 
@@ -33,7 +34,7 @@ class MicroBatch:
     rows: tuple[PackedRow, ...]
     predictors: torch.Tensor  # [num_labelled]
     targets: torch.Tensor  # [num_labelled]
-    verdicts: torch.Tensor  # [num_labelled]
+    loss_weights: torch.Tensor  # [num_labelled]
     branch_verdicts: torch.Tensor  # [num_labelled]
     row_indices: torch.Tensor  # [num_labelled]
     lines: tuple[int, ...]
@@ -46,9 +47,10 @@ class MicroBatch:
     def labelled(self) -> int:
         return self.targets.numel()
 
-    def loss_weights(self, verdict_weight: float) -> torch.Tensor:
-        """Weight of each target's loss: [num_labelled]."""
-        return 1 + (verdict_weight - 1) * self.verdicts.float()
+    @property
+    def total_weight(self) -> float:
+        """Sum of `loss_weights`. It synchronises with their device."""
+        return float(self.loss_weights.sum(dtype=torch.float64))
 
     def to(self, device: torch.device) -> "MicroBatch":
         return replace(
@@ -57,7 +59,7 @@ class MicroBatch:
             positions=self.positions.to(device),
             predictors=self.predictors.to(device),
             targets=self.targets.to(device),
-            verdicts=self.verdicts.to(device),
+            loss_weights=self.loss_weights.to(device),
             branch_verdicts=self.branch_verdicts.to(device),
             row_indices=self.row_indices.to(device),
         )
@@ -102,6 +104,10 @@ class Label(NamedTuple):
     target: int
     verdict: bool = False
     in_branch: bool = False
+
+    def weight(self, verdict_weight: float) -> float:
+        """The weight of its loss."""
+        return verdict_weight if self.verdict else 1.0
 
 
 def shifted_labels(row: EncodedRow) -> list[Label]:
@@ -173,8 +179,8 @@ def _first_fit_decreasing(lengths: Sequence[int], max_rows: int | None, max_toke
     return groups
 
 
-def collate(rows: Sequence[EncodedRow]) -> MicroBatch:
-    """Pack `rows` into one micro-batch."""
+def collate(rows: Sequence[EncodedRow], verdict_weight: float = 1.0) -> MicroBatch:
+    """Pack `rows` into one micro-batch. `verdict_weight`: weight of a verdict's first token; the others have 1."""
     ids: list[int] = []
     packed: list[PackedRow] = []
     labels: list[Label] = []
@@ -193,15 +199,17 @@ def collate(rows: Sequence[EncodedRow]) -> MicroBatch:
         rows=tuple(packed),
         predictors=torch.tensor([label.predictor for label in labels], dtype=torch.long),
         targets=torch.tensor([label.target for label in labels], dtype=torch.long),
-        verdicts=torch.tensor([label.verdict for label in labels], dtype=torch.bool),
+        loss_weights=torch.tensor([label.weight(verdict_weight) for label in labels], dtype=torch.float32),
         branch_verdicts=torch.tensor([label.verdict and label.in_branch for label in labels], dtype=torch.bool),
         row_indices=torch.tensor(row_indices, dtype=torch.long),
         lines=tuple(row.line for row in rows),
     )
 
 
-def batches_of_update(rows: Sequence[EncodedRow], update: int, schedule: Schedule, seed: int) -> list[MicroBatch]:
+def batches_of_update(
+    rows: Sequence[EncodedRow], update: int, schedule: Schedule, seed: int, verdict_weight: float = 1.0
+) -> list[MicroBatch]:
     """Collate the micro-batches of update number `update`."""
     chosen = [rows[index] for index in rows_of_update(update, schedule, seed)]
     groups = pack_micro_batches([len(row.all_ids) for row in chosen], schedule.max_rows, schedule.max_tokens)
-    return [collate([chosen[index] for index in group]) for group in groups]
+    return [collate([chosen[index] for index in group], verdict_weight) for group in groups]

@@ -21,10 +21,12 @@ micro-batches better."""
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """`loss`: mean over labelled tokens. `accuracy`: share of labelled tokens that have the highest logit.
-    `verdict_accuracy`: the same of the verdict branches' verdicts, None if there are none.
+    """`loss`: weighted mean over labelled tokens, as in training.
 
-    `loss_sums`: each row's loss, summed over its labelled tokens. `lines`: the line of each row in the dataset.
+    `accuracy`: share of labelled tokens that have the highest logit. `verdict_accuracy`: the same of the verdict
+    branches' verdicts, None if there are none.
+
+    `loss_sums`: each row's weighted loss sum. `lines`: the line of each row in the dataset.
     """
 
     loss: float
@@ -36,12 +38,15 @@ class Evaluation:
 
 
 class HeldOut:
-    """The rows of one split, packed as in training: at most `max_rows` and `max_tokens` a micro-batch."""
+    """The rows of one split, packed and weighted as in training: at most `max_rows` and `max_tokens` a micro-batch."""
 
-    def __init__(self, rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int) -> None:
+    def __init__(
+        self, rows: Sequence[EncodedRow], max_rows: int | None, max_tokens: int, verdict_weight: float = 1.0
+    ) -> None:
         self.rows = rows
         self._max_rows = max_rows
         self._max_tokens = max_tokens
+        self._verdict_weight = verdict_weight
 
     def evaluate(
         self, trainable: TrainableModel, device: torch.device, should_stop: Callable[[], bool] = lambda: False
@@ -49,11 +54,13 @@ class HeldOut:
         """Evaluate the model on these rows. `should_stop` is called before each micro-batch; if it is true, None."""
         began = time.perf_counter()
         lines: list[int] = []
+        total_weight = 0.0
         loss_sums, hits, verdict_hits = [], [], []
         with _eval_mode(trainable.method.module), torch.no_grad():
             for batch in self._batches():
                 if should_stop():
                     return None
+                total_weight += batch.total_weight
                 on_device = batch.to(device)
                 row_sums, batch_hits = measure_loss(trainable.hidden(on_device), trainable.head, on_device)
                 loss_sums.append(row_sums)
@@ -63,7 +70,7 @@ class HeldOut:
         sums: list[float] = torch.cat(loss_sums).tolist()
         every, verdicts = torch.cat(hits), torch.cat(verdict_hits)
         return Evaluation(
-            loss=math.fsum(sums) / every.numel(),
+            loss=math.fsum(sums) / total_weight,
             accuracy=_share(every) or 0.0,
             verdict_accuracy=_share(verdicts),
             lines=lines,
@@ -76,7 +83,7 @@ class HeldOut:
             window = self.rows[start : start + PACKING_WINDOW]
             lengths = [len(row.all_ids) for row in window]
             for group in pack_micro_batches(lengths, self._max_rows, self._max_tokens):
-                yield collate([window[index] for index in group])
+                yield collate([window[index] for index in group], self._verdict_weight)
 
 
 def _share(hits: torch.Tensor) -> float | None:

@@ -19,24 +19,19 @@ def backward_loss(
     batch: MicroBatch,
     weight: float | torch.Tensor,
     chunk: int = LOSS_CHUNK,
-    verdict_weight: float = 1.0,
 ) -> torch.Tensor:
-    """Backpropagate `weight` × the summed loss through `head` and `hidden`; return each row's sum, unweighted: [rows].
+    """Backpropagate `weight` × the summed loss through `head` and `hidden`; return each row's sum: [rows].
 
-    `hidden`: [num_tokens, hidden_size], part of an autograd graph. With weight = 1 / (labelled tokens of the update),
-    gradients added up over micro-batches equal those of one big batch. `verdict_weight` is a factor on the losses of
-    verdicts.
+    The sums are weighted by `batch.loss_weights`. `hidden`: [num_tokens, hidden_size], part of an autograd graph. With
+    weight = 1 / (total weight of the update), gradients added up over micro-batches equal those of one big batch.
     """
     by_row = torch.zeros(len(batch.rows), dtype=torch.float32, device=hidden.device)
-    weights = None if verdict_weight == 1 else batch.loss_weights(verdict_weight)
     # The graph is cut at the predicting positions: each chunk adds its gradient to `leaf` and frees its logits.
     predicting = hidden.index_select(0, batch.predictors)  # [labelled, hidden_size]
     leaf = predicting.detach().requires_grad_()
     for start in range(0, batch.labelled, chunk):
-        logits = head(leaf[start : start + chunk])
-        losses = cross_entropy(logits.float(), batch.targets[start : start + chunk], reduction="none")
-        weighted = losses if weights is None else losses * weights[start : start + chunk]
-        (weighted.sum() * weight).backward()  # type: ignore[no-untyped-call]
+        losses = _weighted_losses(head(leaf[start : start + chunk]).float(), batch, start)
+        (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
         by_row.index_add_(0, batch.row_indices[start : start + chunk], losses.detach())
     if leaf.grad is not None:
         predicting.backward(leaf.grad)  # type: ignore[no-untyped-call]
@@ -46,12 +41,17 @@ def backward_loss(
 def measure_loss(
     hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], batch: MicroBatch, chunk: int = LOSS_CHUNK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(each row's summed loss [rows]; whether each label has the highest logit [labelled]), without any gradient."""
+    """(each row's weighted loss sum [rows]; whether each label has the highest logit [labelled]), without gradients."""
     by_row = torch.zeros(len(batch.rows), dtype=torch.float32, device=hidden.device)
     hits = torch.zeros(batch.labelled, dtype=torch.bool, device=hidden.device)
     for start in range(0, batch.labelled, chunk):
-        targets = batch.targets[start : start + chunk]
         logits = head(hidden.index_select(0, batch.predictors[start : start + chunk])).float()
-        by_row.index_add_(0, batch.row_indices[start : start + chunk], cross_entropy(logits, targets, reduction="none"))
-        hits[start : start + chunk] = logits.argmax(-1) == targets
+        by_row.index_add_(0, batch.row_indices[start : start + chunk], _weighted_losses(logits, batch, start))
+        hits[start : start + chunk] = logits.argmax(-1) == batch.targets[start : start + chunk]
     return by_row, hits
+
+
+def _weighted_losses(logits: torch.Tensor, batch: MicroBatch, start: int) -> torch.Tensor:
+    """The losses of the labels from number `start` on, each times its weight: [chunk]. `logits`: [chunk, vocab]."""
+    chunk = slice(start, start + len(logits))
+    return cross_entropy(logits, batch.targets[chunk], reduction="none") * batch.loss_weights[chunk]

@@ -128,6 +128,7 @@ def train(order: TrainOrder, channel: Channel) -> None:
                 seconds=seconds,
                 validation_loss=progress.validation_loss if evaluation else None,
                 validation_accuracy=evaluation.accuracy if evaluation else None,
+                validation_verdict_accuracy=evaluation.verdict_accuracy if evaluation else None,
             )
         )
         if progress.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
@@ -189,10 +190,10 @@ def _run_commands_and_validate(
 
 def _split_rows(order: TrainOrder, rows: list[EncodedRow]) -> tuple[list[EncodedRow], HeldOut, HeldOut]:
     """Sort the rows by split: (train, validation, test)."""
-    batch_size = order.spec.trainer.eval_batch_size
-    max_rows = None if batch_size == "auto" else batch_size
+    trainer, max_tokens = order.spec.trainer, order.schedule.max_tokens
+    max_rows = None if trainer.eval_batch_size == "auto" else trainer.eval_batch_size
     train, *held_out = ([row for row in rows if row.part is split] for split in SPLIT_NAMES)
-    validation, test = (HeldOut(split_rows, max_rows, order.schedule.max_tokens) for split_rows in held_out)
+    validation, test = (HeldOut(own, max_rows, max_tokens, trainer.verdict_weight) for own in held_out)
     return train, validation, test
 
 

@@ -17,18 +17,20 @@ from worker.training.batches import shifted_labels
 class RowLosses:
     """The last loss of each row. `rows`: the rows of all splits, as in the work order."""
 
-    def __init__(self, rows: Sequence[EncodedRow]) -> None:
+    def __init__(self, rows: Sequence[EncodedRow], verdict_weight: float) -> None:
         self._rows = rows
         self._index_by_line = {row.line: index for index, row in enumerate(rows)}
-        self._labelled = [len(shifted_labels(row)) for row in rows]
+        labels = [shifted_labels(row) for row in rows]
+        self._labelled = [len(own) for own in labels]
+        self._weights = [math.fsum(label.weight(verdict_weight) for label in own) for own in labels]
         self._loss = [math.nan] * len(rows)
         self._update = [-1] * len(rows)
 
     def record(self, lines: Iterable[int], loss_sums: Iterable[float], update: int) -> None:
-        """Record the losses that update number `update` computed, each summed over its row's labelled tokens."""
+        """Record the losses that update number `update` computed: each row's weighted sum."""
         for line, loss_sum in zip(lines, loss_sums, strict=True):
             index = self._index_by_line[line]
-            self._loss[index] = loss_sum / self._labelled[index]
+            self._loss[index] = loss_sum / self._weights[index]
             self._update[index] = update
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -45,8 +47,8 @@ class RowLosses:
     def write(self, path: Path) -> Path:
         """Write JSON lines of {line, part, tokens, labelled_tokens, loss, update}.
 
-        `loss`: mean over the row's labelled tokens, null if it was not finite. `update`: the update that computed it.
-        Both are null if the row has no loss yet.
+        `loss`: weighted mean over the row's labelled tokens, null if it was not finite. `update`: the update that
+        computed it. Both are null if the row has no loss yet.
         """
         path.parent.mkdir(exist_ok=True)
         with path.open("w", encoding="utf-8") as out:

@@ -37,7 +37,7 @@ class RunState:
         self.progress = Progress()
         self.checkpointed_update: int | None = None
         """The update of the checkpoint that was last written or read."""
-        self.row_losses = RowLosses(rows)
+        self.row_losses = RowLosses(rows, order.spec.trainer.verdict_weight)
         self.masters = MasterWeights(trainable.method.parameters(), precision.compute)
         self.rank_allocator = adalora_allocator(trainable.method.module, self.masters)
         self.best_weights: dict[str, torch.Tensor] = {}

@@ -42,20 +42,19 @@ def accumulate_gradients(
     arrived between two micro-batches. Gradients and generators are then as before the update, so that a resumed run
     repeats it exactly. Raises MemoryError if a single row does not fit.
     """
-    verdict_weight = order.spec.trainer.verdict_weight
     while True:
         limits = order.schedule.model_copy(
             update={"max_tokens": state.progress.max_tokens or order.schedule.max_tokens}
         )
-        batches = batches_of_update(rows, update, limits, order.spec.seed)
-        labelled = sum(batch.labelled for batch in batches)
+        batches = batches_of_update(rows, update, limits, order.spec.seed, order.spec.trainer.verdict_weight)
         generators, loss_sums = state.get_generators(), list[float]()
         fits = fits_in_memory(
-            lambda: loss_sums.extend(backward(trainable, state, batches, verdict_weight, channel.must_exit))  # noqa: B023  called here
+            lambda: loss_sums.extend(backward(trainable, state, batches, channel.must_exit))  # noqa: B023  called here
         )
         if fits and loss_sums:
             state.row_losses.record((line for batch in batches for line in batch.lines), loss_sums, update)
-            return math.fsum(loss_sums) / labelled, sum(batch.tokens for batch in batches), labelled
+            loss = math.fsum(loss_sums) / sum(batch.total_weight for batch in batches)
+            return loss, sum(batch.tokens for batch in batches), sum(batch.labelled for batch in batches)
         state.masters.reset()
         state.set_generators(generators)
         if fits:
@@ -76,23 +75,20 @@ def backward(
     trainable: TrainableModel,
     state: RunState,
     batches: list[MicroBatch],
-    verdict_weight: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[float]:
-    """Backpropagate the weighted mean loss of `batches` into the master weights. Returns each row's summed loss.
+    """Backpropagate the weighted mean loss of `batches` into the master weights. Returns each row's weighted loss sum.
 
     `should_stop` is called before each micro-batch; if it is true, the result is empty.
     """
-    labelled = sum(batch.labelled for batch in batches)
-    verdicts = sum(int(batch.verdicts.sum()) for batch in batches)
-    total = labelled + (verdict_weight - 1) * verdicts
+    total = sum(batch.total_weight for batch in batches)
     weight = state.scaler.scale(torch.ones((), device=state.device)) / total
     loss_sums: list[torch.Tensor] = []  # [num_rows] for each micro-batch
     for batch in batches:
         if should_stop():
             return []
         state.heap.trim_if_grown()
-        loss_sums.append(backward_micro_batch(trainable, state.masters, batch, weight, verdict_weight))
+        loss_sums.append(backward_micro_batch(trainable, state.masters, batch, weight))
     sums: list[float] = torch.cat(
         loss_sums
     ).tolist()  # the only synchronisation with the device in an update's gradients
@@ -104,16 +100,13 @@ def backward_micro_batch(
     masters: MasterWeights,
     batch: MicroBatch,
     weight: torch.Tensor,
-    verdict_weight: float = 1.0,
 ) -> torch.Tensor:
     """Add a micro-batch's gradients, times `weight`, to those of the master weights.
 
-    Returns each row's summed loss, [num_rows]. Does not synchronise with the device of `weight`.
+    Returns each row's weighted loss sum, [num_rows]. Does not synchronise with the device of `weight`.
     """
     on_device = batch.to(weight.device)
-    loss_sums = backward_loss(
-        trainable.hidden(on_device), trainable.head, on_device, weight, verdict_weight=verdict_weight
-    )
+    loss_sums = backward_loss(trainable.hidden(on_device), trainable.head, on_device, weight)
     masters.collect()
     return loss_sums
 
