@@ -24,8 +24,8 @@ def run(client: httpx.Client, route: str, spec: dict[str, Any], path: Path) -> N
         _write_report(client, job, path)
         raise
     report = _write_report(client, done, path)
-    changed = f", {report['contrasts']} of them of changed claims" if report["contrasts"] else ""
-    console.print(f"{report['rows_made']} rows made of {report['rows_read']}{changed}: dataset {report['dataset']}")
+    contrasts = f" with {report['contrasts']} contrasts" if report["contrasts"] else ""
+    console.print(f"{report['rows_made']} of {report['rows_read']} rows made{contrasts}: dataset {report['dataset']}")
     console.print(_describe_counts(report))
     actions = report["actions"]
     console.print(
