@@ -50,13 +50,16 @@ class Size(NamedTuple):
 
     trainer: dict[str, Any]
     dev_claims: int
+    control_claims: int
     ungrounded_claims: int
     encoder_epochs: float
     encoder_seconds: float
 
 
-WHOLE = Size({}, dev_claims=300, ungrounded_claims=100, encoder_epochs=3, encoder_seconds=3_600)
-QUICK = Size({"train_steps": 4}, dev_claims=30, ungrounded_claims=4, encoder_epochs=3, encoder_seconds=20)
+WHOLE = Size({}, dev_claims=300, control_claims=500, ungrounded_claims=100, encoder_epochs=3, encoder_seconds=3_600)
+QUICK = Size(
+    {"train_steps": 4}, dev_claims=30, control_claims=12, ungrounded_claims=4, encoder_epochs=3, encoder_seconds=20
+)
 
 
 class Run:
@@ -184,21 +187,19 @@ def _measure(run: Run, parts: dict[str, list[FeverClaim]], chosen: list[FeverCla
         max_claims=run.size.dev_claims,
     )
     count = len(chosen)
-    test = {"dataset": "claims-test", "max_claims": count}
-    report, answers = run.evaluate(
-        f"test-{count}", **test, adapters=[names[0], "claim-only"], controls=["shuffled_pages"]
-    )
-    for name in names[1:]:
-        answers |= run.evaluate(f"test-{count}-{name}", **test, adapters=[name], controls=[], include_base=False)[1]
+    test = {"dataset": "claims-test", "include_base": False, "controls": []}
+    answers: dict[str, list[dict[str, Any]]] = {}
+    baselines: dict[str, Any] = {}
+    for name in (*names, "claim-only"):
+        report, found = run.evaluate(f"test-{count}-{name}", **test, adapters=[name], max_claims=count)
+        answers |= found
+        baselines = report["baselines"]
+    few = min(count, run.size.control_claims)
+    controls = {"include_base": True, "controls": ["shuffled_pages"], "max_claims": few}
+    _, controlled = run.evaluate(f"controls-{few}", **test | controls, adapters=names[:1])
     peers = [_judge_with_encoder(run, parts["train"], chosen, number) for number in range(1, seeds + 1)]
-    alone, _ = run.evaluate(
-        "ungrounded",
-        dataset="claims-test",
-        adapters=names[:1],
-        controls=["ungrounded"],
-        include_base=False,
-        max_claims=run.size.ungrounded_claims,
-    )
+    ungrounded = {"controls": ["ungrounded"], "max_claims": run.size.ungrounded_claims}
+    alone, _ = run.evaluate("ungrounded", **test | ungrounded, adapters=names[:1])
     valid = next(one["valid_actions"] for one in alone["runs"] if one["run"]["control"] == "ungrounded")
     return head("verdicts on FEVER, pages never trained on", "benchmarks.quality") | {
         "recipe": TRAINER,
@@ -207,9 +208,11 @@ def _measure(run: Run, parts: dict[str, list[FeverClaim]], chosen: list[FeverCla
             key: synthesis[key] for key in ("rows_read", "rows_made", "refused", "labels", "steps", "actions")
         },
         "trained": trained,
-        "baselines": report["baselines"],
-        "scores": _summarise(run.fever, chosen, answers, names, peers) | {"valid_actions_ungrounded": valid},
-        "runs": {name: score(chosen, found) for name, found in answers.items()},
+        "baselines": baselines,
+        "scores": _summarise(run.fever, chosen, answers, names, peers)
+        | {"wrong_page_nei": score(chosen[:few], controlled[f"{names[0]}, shuffled pages"])["nei_share"]}
+        | {"valid_actions_ungrounded": valid},
+        "runs": {name: score(chosen[: len(found)], found) for name, found in (controlled | answers).items()},
         "peers": peers,
         "rows": _raw_rows(chosen, answers),
     }
@@ -234,7 +237,6 @@ def _summarise(
     hard_overlap = [right for right, known in zip(overlap, claim_only, strict=True) if not known]
     peer = fmean(one["accuracy"] for one in peers)
     means = {key: _mean([one[key] for one in scored]) for key in scored[0]}
-    shuffled = score(claims, answers[f"{names[0]}, shuffled pages"])
     return {
         "claims": len(claims),
         **means,
@@ -243,7 +245,6 @@ def _summarise(
         "claim_only_trained": fmean(claim_only),
         "where_claim_only_is_wrong": fmean(hard),
         "overlap_where_claim_only_is_wrong": fmean(hard_overlap),
-        "wrong_page_nei": shuffled["nei_share"],
         "peer_encoder": peer,
         "against_the_peer": (means["accuracy"] or 0.0) / peer,
     }
