@@ -22,9 +22,6 @@ LIMIT = 3_000 << 20
 RESTING = 256 << 20
 """What inference may still take within ten seconds of a job's start: the front, without an engine."""
 
-LATE = 5.0
-"""By how many seconds a client may come too late at the end, when the engine is loaded."""
-
 CLAIM = {"claim": "The Danube flows into the Black Sea.", "adapter": None, "max_steps": 1}
 SPEC: dict[str, Any] = {
     "dataset": "examples",
@@ -133,9 +130,6 @@ def yielding(deployment: Deployment, paced: Any) -> dict[str, Any]:
     ended = time.monotonic()
     until(lambda: answers(deployment), 60)
     seen |= {"done": done, "answered": time.monotonic(), "back": time.monotonic() - ended}
-    seen["metrics"], seen["metrics before"] = (
-        deployment.get(f"/jobs/{one['id']}/metrics?limit=100")["data"] for one in (job, paced)
-    )
     waits = [(after, round(seen["answered"] - at, 1), update) for at, after, update, _ in seen["told"]]
     say({k: seen[k] for k in ("before", "made_way", "resting", "most", "back")} | {"told, waited, update": waits})
     return seen
@@ -157,25 +151,12 @@ def test_inference_frees_its_memory_within_ten_seconds(yielding: dict[str, Any])
 
 
 def test_requests_meanwhile_get_retry_after(yielding: dict[str, Any]) -> None:
-    """Nine in ten of them are right to a fifth: where the machine stalls, no estimate can be."""
     assert len(yielding["told"]) > 10
-    wrong = []
     for at, after, update, problem in yielding["told"]:
         assert problem["code"] == "inference_away"
         assert "inference is suspended while a job trains" in problem["detail"]
         wait = yielding["answered"] - at
-        steady = wait_at_steady_pace(wait, yielding["metrics before"], yielding["metrics"], update)
-        if min(abs(after - wait), abs(after - steady)) > max(0.2 * wait, LATE):
-            wrong.append((after, wait, steady, update))
-    assert len(wrong) <= len(yielding["told"]) / 10, wrong
-
-
-def wait_at_steady_pace(wait: float, before: list[Any], metrics: list[Any], update: int) -> float:
-    """The wait, had all updates behind this one been as fast as those until then: a shared machine may slow down."""
-    done, left = metrics[:update] or before, metrics[update:]
-    pace: float = sum(one["tokens"] for one in done) / sum(one["seconds"] for one in done)
-    seconds: float = sum(one["tokens"] for one in left) / pace - sum(one["seconds"] for one in left)
-    return wait + seconds
+        assert abs(after - wait) <= max(0.2 * wait, 1.0), (after, wait, update)
 
 
 def test_the_first_answer_comes_soon_after_the_job(yielding: dict[str, Any]) -> None:
