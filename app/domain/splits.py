@@ -1,5 +1,6 @@
 """Splits of a dataset: train, validation (evaluated during training) and test (evaluated at the end)."""
 
+import hashlib
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -26,6 +27,11 @@ def read_split_name(value: object) -> SplitName | None:
     if word not in _WORDS:
         raise ValueError(f"{str(value)[:40]!r} is not a split; write 0, 1, 2 or train, validation, test")
     return _WORDS[word]
+
+
+def draw_uniform(text: str) -> float:
+    """A number in [0, 1), the same on every machine: a hash of `text`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**32
 
 
 def draw_split(drawn: float, probabilities: Sequence[float]) -> SplitName:

@@ -3,7 +3,6 @@
 The over-length policy comes first. Then a training row is encoded whole, with a verdict branch, or as a verdict row.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import IO
@@ -15,7 +14,7 @@ from app.domain.frozen import Frozen
 from app.domain.plans import OverlengthRow, TokenLengths
 from app.domain.react import CLOSE, END, build_label
 from app.domain.specs import TrainSpec
-from app.domain.splits import SplitName, draw_split
+from app.domain.splits import SplitName, draw_split, draw_uniform
 from app.domain.trajectories import Trajectory
 from app.domain.verdict_rows import reduce_to_quotations
 
@@ -177,12 +176,12 @@ def _encode_row(trajectory: Trajectory, line: int, spec: TrainSpec, encoder: Enc
 
 def _has_branch(line: int, spec: TrainSpec) -> bool:
     """Whether a row has the labelled verdict branch. A fixed share of rows has it, drawn by seed and row."""
-    return _draw_uniform(f"{spec.seed}:{line}") < spec.trainer.verdict_branch
+    return draw_uniform(f"{spec.seed}:{line}") < spec.trainer.verdict_branch
 
 
 def _is_verdict_row(line: int, spec: TrainSpec) -> bool:
     """Whether only the verdict of a training row is learned. A fixed share of them, drawn by seed and row."""
-    return _draw_uniform(f"{spec.seed}:{line}:verdict") < spec.trainer.verdict_rows
+    return draw_uniform(f"{spec.seed}:{line}:verdict") < spec.trainer.verdict_rows
 
 
 def _choose_part(trajectory: Trajectory, line: int, spec: TrainSpec) -> SplitName:
@@ -190,9 +189,4 @@ def _choose_part(trajectory: Trajectory, line: int, spec: TrainSpec) -> SplitNam
     split = spec.preprocessing.split
     if split.type == "fixed":
         return trajectory.split or SplitName.TRAIN
-    return draw_split(_draw_uniform(f"{spec.seed}:{line}:part"), split.probabilities)
-
-
-def _draw_uniform(text: str) -> float:
-    """A number in [0, 1), the same on every machine: a hash of `text`."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**32
+    return draw_split(draw_uniform(f"{spec.seed}:{line}:part"), split.probabilities)

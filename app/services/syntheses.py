@@ -1,6 +1,5 @@
 """Syntheses: jobs that make a dataset from another one and a corpus. Submit them, and do their rows for an attempt."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from app.domain.datasets import canonical_line
 from app.domain.errors import ConflictError, InvalidError, NotFoundError, Problem
 from app.domain.jobs import Lease
 from app.domain.quotations import find_quotations
-from app.domain.splits import draw_split
+from app.domain.splits import draw_split, draw_uniform
 from app.domain.synthesis import (
     REFUSALS_SHOWN,
     ActionCounts,
@@ -158,7 +157,7 @@ def _make(row: Trajectory, prepared: PreparedSynthesis, tally: Tally) -> Traject
         _note_actions(tally, row, observed)
         return reground(row, observed)
     made = _play(LabelledClaim(row.claim, row.verdict, row.page, row.evidence), source, spec.seed, tally)
-    part = row.split or draw_split(_draw(f"{spec.seed}:{made.page}"), spec.split)
+    part = row.split or draw_split(draw_uniform(f"{spec.seed}:{made.page}"), spec.split)
     return made.model_copy(update={"split": part})
 
 
@@ -171,7 +170,7 @@ def _make_contrast(
     observations = [step.observation for step in made.steps if step.observation]
     quoted = "".join(find_quotations(made.steps[-1].thought, observations)[:1])
     found = builder.build(made.claim, made.verdict, made.page or "", quoted, " ".join(observations))
-    if found is None or _draw(f"{spec.seed}:{made.claim}:contrast") >= spec.contrasts:
+    if found is None or draw_uniform(f"{spec.seed}:{made.claim}:contrast") >= spec.contrasts:
         return None
     row = LabelledClaim(found.claim, found.label, made.page, made.evidence)
     with suppress(RowRefused):
@@ -188,11 +187,6 @@ def _play(row: LabelledClaim, source: KnowledgeSource, seed: int, tally: Tally) 
     for step in made.steps:
         tally.thoughts[build_skeleton(step.thought, step.action.argument, made.claim)] += 1
     return made
-
-
-def _draw(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**32
 
 
 def _note_refusal(tally: Tally, row: Trajectory, refused: RowRefused) -> None:
