@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from asyncio.subprocess import Process
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,8 +37,9 @@ from worker.json_lines import encode_message
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 10.0  # an estimate of the time until an engine is ready; the last start replaces it
-FIRST_COMPLETION_SECONDS = 2.0  # an estimate of the first completion, which loads a base; the last one replaces it
+START_SECONDS = 10.0  # an estimate of the time until an engine is ready; measured starts replace it
+FIRST_COMPLETION_SECONDS = 2.0  # an estimate of the first completion, which loads a base; measured ones replace it
+RECENT = 5  # starts and first completions; the fastest one counts, since whatever else runs can only slow them down
 SHORT_COMPLETION = 64  # tokens; the time of a first completion up to this is mostly loading
 MIN_BACKOFF, MAX_BACKOFF, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
 STOP_GRACE = 5.0  # seconds for an engine to end by itself after its stdin was closed
@@ -75,7 +77,8 @@ class EngineClient:
         self._may_run.set()
         self._reason = STARTING
         self._ready_at = time.monotonic() + START_SECONDS
-        self._start_seconds, self._first_completion_seconds = START_SECONDS, FIRST_COMPLETION_SECONDS
+        self._recent_starts: deque[float] = deque(maxlen=RECENT)
+        self._recent_first_completions: deque[float] = deque(maxlen=RECENT)
         self._first_request: tuple[str, float] | None = None
         self._failures = 0
         self.starts = 0
@@ -119,8 +122,13 @@ class EngineClient:
         """Whole seconds until an engine should be ready. If suspended, until it has finished a first completion."""
         left = self._ready_at - time.monotonic()
         if self.suspended:
-            left = max(0.0, left) + self._start_seconds + self._first_completion_seconds
+            first_completion = min(self._recent_first_completions, default=FIRST_COMPLETION_SECONDS)
+            left = max(0.0, left) + self._start_seconds + first_completion
         return max(1, math.ceil(left))
+
+    @property
+    def _start_seconds(self) -> float:
+        return min(self._recent_starts, default=START_SECONDS)
 
     def submit(self, request: Generate, listener: Listener) -> None:
         """Send a request. `listener` gets its messages, the last one Finished or Failed.
@@ -240,7 +248,7 @@ class EngineClient:
             return
         if isinstance(message, EngineReady):
             self._ready = True
-            self._start_seconds = time.monotonic() - began
+            self._recent_starts.append(time.monotonic() - began)
             self.batch_invariant = message.batch_invariant
             log.info("engine %d is ready on %s in %s", message.pid, message.device, message.dtype)
             log.info(INVARIANCE_WORDS[message.batch_invariant])
@@ -267,7 +275,7 @@ class EngineClient:
             and self._first_request[0] == finished.id
             and finished.completion_tokens <= SHORT_COMPLETION
         ):
-            self._first_completion_seconds = time.monotonic() - self._first_request[1]
+            self._recent_first_completions.append(time.monotonic() - self._first_request[1])
 
     def _fail_all(self) -> None:
         reason = self._reason if self.suspended else "the inference engine died; try again soon"
