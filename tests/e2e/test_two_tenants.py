@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import psutil
@@ -91,19 +92,24 @@ def resident(deployment: Deployment) -> int:
     return total
 
 
+def seconds_since(at: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds()
+
+
 def updates(deployment: Deployment, job_id: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = deployment.get(f"/jobs/{job_id}/metrics?limit=100")["data"]
     return found
 
 
 def wait_at_known_pace(yielding: dict[str, Any], at: float, update: int) -> float:
-    """Seconds from `at` to the first answer, had the machine kept the pace that it had until `update`. Where it speeds
-    up or slows down behind a promise, no estimate can have known."""
+    """Seconds from `at` to the first answer, had the machine kept the pace that it had had: in the updates until
+    `update`, and when inference came back the last time. No estimate can know that a machine will slow down."""
     during = yielding["updates"]["during"]
     known, left = yielding["updates"]["before"] + during[:update], during[update:]
     seconds_per_token = sum(row["seconds"] for row in known) / sum(row["tokens"] for row in known)
-    surprise = sum(row["tokens"] * seconds_per_token - row["seconds"] for row in left)
-    return float(yielding["answered"] - at + surprise)
+    surprise = sum(row["seconds"] - row["tokens"] * seconds_per_token for row in left)
+    surprise += yielding["backs"]["during"] - yielding["backs"]["before"]
+    return float(yielding["answered"] - at - surprise)
 
 
 def say(measured: dict[str, Any]) -> None:
@@ -117,15 +123,17 @@ def status(deployment: Deployment, job_id: str) -> str:
 
 @pytest.fixture(scope="module")
 def paced(deployment: Deployment) -> Any:
-    """A first, short job, from which plans learn what this device makes of the base."""
+    """A first, short job, from which plans learn what this device makes of the base. `back`: seconds from its end to
+    the first answer."""
     short = SPEC | {"trainer": SPEC["trainer"] | {"train_steps": 8}}
-    return deployment.wait_for_job(deployment.post("/jobs", json=short)["id"])
+    job = deployment.wait_for_job(deployment.post("/jobs", json=short)["id"])
+    until(lambda: answers(deployment), 60)
+    return job | {"back": seconds_since(job["finished_at"])}
 
 
 @pytest.fixture(scope="module")
 def yielding(deployment: Deployment, paced: Any) -> dict[str, Any]:
     """One job from its submission to the first answer behind it, with all that was seen on the way."""
-    until(lambda: answers(deployment), 60)
     seen: dict[str, Any] = {"before": resident(deployment), "told": []}
     began = time.monotonic()
     job = deployment.post("/jobs", json=SPEC)
@@ -142,13 +150,12 @@ def yielding(deployment: Deployment, paced: Any) -> dict[str, Any]:
         seen["most"] = max(seen.get("most", 0), resident(deployment))
         time.sleep(2)
     done = deployment.wait_for_job(job["id"])
-    ended = time.monotonic()
     until(lambda: answers(deployment), 60)
-    seen |= {"done": done, "answered": time.monotonic(), "back": time.monotonic() - ended}
-    before, during = updates(deployment, paced["id"]), updates(deployment, job["id"])
-    seen["updates"] = {"before": before, "during": during}
+    seen |= {"done": done, "back": seconds_since(done["finished_at"]), "answered": time.monotonic()}
+    seen["backs"] = {"before": paced["back"], "during": seen["back"]}
+    seen["updates"] = {"before": updates(deployment, paced["id"]), "during": updates(deployment, job["id"])}
     waits = [(after, round(seen["answered"] - at, 1), update) for at, after, update, _ in seen["told"]]
-    say({k: seen[k] for k in ("before", "made_way", "resting", "most", "back")} | {"told, waited, update": waits})
+    say({k: seen[k] for k in ("before", "made_way", "resting", "most", "backs")} | {"told, waited, update": waits})
     say(
         {
             "told, at known pace": [

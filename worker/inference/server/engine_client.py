@@ -11,6 +11,7 @@ import time
 from asyncio.subprocess import Process
 from collections import deque
 from collections.abc import Callable
+from statistics import median_low
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 10.0  # an estimate of the time until an engine is ready; measured starts replace it
 FIRST_COMPLETION_SECONDS = 2.0  # an estimate of the first completion, which loads a base; measured ones replace it
-RECENT = 5  # starts and first completions; the fastest one counts, since whatever else runs can only slow them down
+RECENT = 5  # starts and first completions whose median is the estimate: beside other processes they take twice as long
 SHORT_COMPLETION = 64  # tokens; the time of a first completion up to this is mostly loading
 MIN_BACKOFF, MAX_BACKOFF, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
 STOP_GRACE = 5.0  # seconds for an engine to end by itself after its stdin was closed
@@ -122,13 +123,13 @@ class EngineClient:
         """Whole seconds until an engine should be ready. If suspended, until it has finished a first completion."""
         left = self._ready_at - time.monotonic()
         if self.suspended:
-            first_completion = min(self._recent_first_completions, default=FIRST_COMPLETION_SECONDS)
+            first_completion = median_low(self._recent_first_completions or (FIRST_COMPLETION_SECONDS,))
             left = max(0.0, left) + self._start_seconds + first_completion
         return max(1, math.ceil(left))
 
     @property
     def _start_seconds(self) -> float:
-        return min(self._recent_starts, default=START_SECONDS)
+        return median_low(self._recent_starts or (START_SECONDS,))
 
     def submit(self, request: Generate, listener: Listener) -> None:
         """Send a request. `listener` gets its messages, the last one Finished or Failed.
